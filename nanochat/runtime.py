@@ -1,0 +1,313 @@
+"""The machine under a run: device, dtype, seeds, process group, printing, the metrics log and trackers."""
+
+import errno
+import json
+import os
+import platform
+import random
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(ValueError):
+    """What the user did: scripts print it as one line (name, value, way out) and exit with code 2."""
+
+
+def base_dir() -> Path:
+    """The folder that holds everything a run makes: NANOCHAT_BASE_DIR, by default ~/.cache/nanochat."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+
+
+def run_script(main) -> None:
+    """Call a script's main() and end the process as the contract says: 2 with one line for a user's mistake."""
+    try:
+        main()
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        fail(f"{error.strerror}: {error.filename or base_dir()} (free some space or point NANOCHAT_BASE_DIR elsewhere)")
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def fail(message: str) -> None:
+    """Print one line on standard error (rank 0 only) and leave with the exit code of a user's mistake."""
+    if rank_from_env() == 0:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ranks
+
+
+def rank_from_env() -> int:
+    """This process's rank as torchrun tells it; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size_from_env() -> int:
+    """The number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print0(*args, **kwargs) -> None:
+    """Print on rank 0 only, at once."""
+    if rank_from_env() == 0:
+        print(*args, **{"flush": True, **kwargs})
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where a process computes: device, activation dtype, and its place among the ranks."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def device_type(self) -> str:
+        return self.device.type
+
+    def synchronize(self) -> None:
+        if self.device_type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device_type == "mps":
+            torch.mps.synchronize()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def pick_device_type(name: str | None) -> str:
+    """'cuda', 'mps' or 'cpu': the named one if this machine has it (UserError otherwise), else the best there is."""
+    have = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name is None:
+        return "cuda" if have["cuda"] else "mps" if have["mps"] else "cpu"
+    if name not in have:
+        raise UserError(f"device_type={name!r} is unknown: one of cuda, mps, cpu, or None for the best one here")
+    if not have[name]:
+        here = ", ".join(k for k, v in have.items() if v)
+        raise UserError(f"device_type={name!r} is not available on this machine: choose one of {here}")
+    return name
+
+
+def cpu_has_bf16() -> bool:
+    """True where the CPU multiplies bfloat16 matrices in hardware (AMX or AVX512-BF16): elsewhere it would be slower."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    cpu = torch.cpu
+    return bool(getattr(cpu, "_is_amx_tile_supported", lambda: False)()) or bool(
+        getattr(cpu, "_is_avx512_bf16_supported", lambda: False)()
+    )
+
+
+def pick_dtype(name: str | None, device_type: str) -> torch.dtype:
+    """Dtype of activations and matmuls (parameters stay float32): bfloat16 where the hardware profits from it."""
+    if name is not None:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device_type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
+    return torch.bfloat16 if device_type == "cpu" and cpu_has_bf16() else torch.float32
+
+
+def init_compute(device_type: str | None, dtype: str | None, seed: int) -> Compute:
+    """Choose device and dtype, seed every generator, and join the process group when torchrun started us."""
+    kind = pick_device_type(device_type)
+    rank, world = rank_from_env(), world_size_from_env()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"local rank {local} has no GPU: --nproc_per_node is at most {torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")
+    elif kind == "cpu":
+        # Without it compiled runs differ between processes (the embedding's gradient); the price is not visible.
+        torch.use_deterministic_algorithms(True)
+        if world > 1 and "OMP_NUM_THREADS" in os.environ and os.environ["OMP_NUM_THREADS"] == "1":
+            # torchrun's own default of one thread a rank: share the cores instead.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+    device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return Compute(device, pick_dtype(dtype, kind), rank, local, world)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hardware
+
+
+# Dense bf16 peaks in TFLOP/s without sparsity, from the vendors' data sheets; the first name that matches counts.
+GPU_PEAK_TFLOPS = (
+    ("GB200", 2500), ("B200", 2250), ("B100", 1800), ("H200", 989), ("H100 NVL", 835), ("H100 PCIE", 756),
+    ("H100", 989), ("H800", 989), ("GH200", 989), ("A100", 312), ("A800", 312), ("A40", 150), ("A30", 165),
+    ("L40S", 362), ("L40", 181), ("L4", 121), ("A10", 125), ("RTX 6000 ADA", 364), ("RTX 5090", 210),
+    ("RTX 4090", 165), ("RTX 4080", 97), ("RTX 3090", 71), ("T4", 65), ("V100", 125),
+)  # fmt: skip
+
+
+def gpu_peak_flops(name: str) -> float | None:
+    """Peak dense bf16 FLOP/s of a GPU by its marketing name, or None for one that the table does not know."""
+    return next((tflops * 1e12 for key, tflops in GPU_PEAK_TFLOPS if key in name.upper()), None)
+
+
+def measured_matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+    """The best rate of a few square matmuls on this very device, in FLOP/s: the peak that MFU is measured against."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best, deadline = 0.0, time.perf_counter() + seconds
+    rounds = 0
+    while rounds < 3 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        rounds += 1
+    return best
+
+
+def peak_flops(compute: Compute) -> float:
+    """Peak FLOP/s of one rank's device: the table for a known GPU, else a short measurement."""
+    known = gpu_peak_flops(torch.cuda.get_device_name(compute.device)) if compute.device_type == "cuda" else None
+    return known or measured_matmul_flops(compute.device, compute.dtype)
+
+
+def device_name(compute: Compute) -> str:
+    """A name for the log: the GPU's, or the CPU architecture with the number of threads in use."""
+    if compute.device_type == "cuda":
+        return torch.cuda.get_device_name(compute.device)
+    return f"{compute.device_type} {platform.machine()} with {torch.get_num_threads()} threads"
+
+
+def memory_mb(compute: Compute) -> float:
+    """Peak memory of this process so far in MiB: allocated on the GPU, else the resident set."""
+    if compute.device_type == "cuda":
+        return torch.cuda.max_memory_allocated(compute.device) / 2**20
+    import resource  # not on Windows; the CPU path of training is Unix only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def compiler_problem() -> str | None:
+    """Why torch.compile cannot work here (no C++ compiler for the CPU back end), or None when nothing is known."""
+    import shutil
+
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(compiler) or shutil.which("clang++"):
+        return None
+    return f"no C++ compiler ({compiler}) on PATH"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the metrics log and the tracker
+
+
+class MetricsLog:
+    """metrics.jsonl, one JSON object a line, always written; the same numbers go to wandb when it is switched on.
+
+    path: the file, appended to. keep_below: on resume, lines with a larger step are dropped, so that the
+    file tells one run. tracker: object with log(dict, step=int) and finish(), or None. Its errors never stop a run.
+    """
+
+    def __init__(self, path: Path | None, tracker=None, keep_below: int | None = None):
+        self.path, self.tracker = path, tracker
+        self.file = None
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if keep_below is not None and path.exists():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= keep_below]
+            write_atomically(path, "".join(line + "\n" for line in lines))
+        self.file = open(path, "a", encoding="utf-8", buffering=1)
+
+    def write(self, step: int, **values) -> None:
+        """Append one line: {"step": step, "time": seconds since the epoch, ...}; NaN and infinities become strings."""
+        if self.file is None:
+            return
+        line = {"step": step, "time": round(time.time(), 3), **values}
+        self.file.write(json.dumps({k: _plain(v) for k, v in line.items()}) + "\n")
+        if self.tracker is not None:
+            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+            try:
+                self.tracker.log(numbers, step=step)
+            except Exception as error:  # whatever a tracker throws, the run goes on without it
+                print0(f"tracker stopped working ({type(error).__name__}: {error}); metrics.jsonl goes on")
+                self.tracker = None
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+        if self.tracker is not None:
+            try:
+                self.tracker.finish()
+            except Exception as error:  # as above
+                print0(f"tracker did not finish ({type(error).__name__}: {error})")
+            self.tracker = None
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a torn last line: drop it
+
+
+def _plain(value):
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return round(value, 7) if isinstance(value, float) and abs(value) > 1e-3 else value
+
+
+def open_tracker(mode: str, run: str, config: dict, directory: Path):
+    """A wandb run ('online' or 'offline') or None ('disabled'); a failing wandb is said once and left out."""
+    if mode == "disabled" or rank_from_env() != 0:
+        return None
+    try:
+        import wandb  # heavy: only when asked for
+
+        directory.mkdir(parents=True, exist_ok=True)
+        return wandb.init(project="nanochat", name=run, config=config, mode=mode, dir=str(directory))
+    except Exception as error:  # no account, no network, broken install: training does not depend on it
+        print0(f"wandb is not available ({type(error).__name__}: {error}); metrics.jsonl is written as always")
+        return None

@@ -1,0 +1,293 @@
+"""Every setting of base training, declared once.
+
+Wizard questions, config.py, --flags, --help and the table of the README all come from the fields of `Settings`.
+Adding a setting is one line here. Presets are sets of values that differ from the defaults.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nanochat.runtime import UserError
+
+GROUPS = ("run", "data", "model", "horizon", "optimizer", "evaluation", "checkpoints")
+
+
+def setting(default, help: str, group: str, *, choices=None, at_least=None, above=None, at_most=None, when=None):
+    """One field: default, help (what it is and why, with the unit), group, and the range or choices that are legal.
+
+    when: (name of another setting, its value): the setting has an effect only then.
+    """
+    facts = dict(help=help, group=group, choices=choices, at_least=at_least, above=above, at_most=at_most, when=when)
+    return dataclasses.field(default=default, metadata=facts)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of one training run. None means off, or 'decide for me' where the help says so."""
+
+    # fmt: off
+    run: str = setting("dummy", "name of the run for trackers", "run")
+    device_type: str | None = setting(None, "where to compute; None takes the best of this machine", "run", choices=("cpu", "cuda", "mps"))
+    dtype: str | None = setting(None, "dtype of activations; None takes bfloat16 where the hardware profits from it", "run", choices=("float32", "bfloat16"))
+    compile: bool = setting(True, "compile the model with torch.compile; falls back to eager with a printed reason", "run")
+    seed: int = setting(42, "seed of initialisation, data order and samples", "run", at_least=0)
+    model_tag: str | None = setting(None, "name of the checkpoint folder; None says depth and variant, as in d4-tied", "run")
+    wandb_mode: str = setting("disabled", "Weights & Biases tracking; metrics.jsonl is always written", "run", choices=("disabled", "offline", "online"))
+
+    data: str = setting("stdlib", "stdlib, packages, climbmix, hf:<dataset>, or the path of a file or folder of text", "data")
+    data_column: str = setting("text", "column that holds the text in jsonl, parquet and hub datasets", "data")
+    data_split: str = setting("train", "split of the hub dataset to read", "data")
+    data_config: str | None = setting(None, "configuration name of the hub dataset", "data")
+    data_limit: int | None = setting(None, "use at most so many climbmix shards or hub documents; None uses the source's default", "data", at_least=1)
+    skip_corrupt: bool = setting(False, "leave out unreadable shards and files, naming them, instead of stopping", "data")
+    tokenizer: str | None = setting(None, "name or folder of a trained tokenizer; None trains one on this data", "data")
+    vocab_size: int = setting(4096, "ids of the tokenizer, its 16 special and reserved ones included", "data", at_least=272, at_most=1_000_000)
+
+    depth: int = setting(4, "number of transformer layers: the one dial", "model", at_least=1, at_most=1000)
+    aspect_ratio: int = setting(64, "width per layer: model_dim = depth * aspect_ratio, rounded up to head_dim", "model", at_least=1)
+    model_dim: int | None = setting(None, "width of the residual stream; None takes depth * aspect_ratio", "model", at_least=1)
+    head_dim: int = setting(64, "width of one attention head (even)", "model", at_least=2)
+    n_kv_head: int | None = setting(None, "key/value heads (grouped-query attention); None means one for each query head", "model", at_least=1)
+    max_seq_len: int = setting(512, "context length in tokens", "model", at_least=2)
+    tie_weights: bool = setting(False, "tie embedding weights: the embedding also makes the logits", "model")
+    use_output_projection: bool = setting(False, "add a square output projection before the tied logits", "model", when=("tie_weights", True))
+    output_projection_residual: bool = setting(False, "add the projection to its input instead of replacing it", "model", when=("use_output_projection", True))
+
+    num_iterations: int | None = setting(None, "optimizer steps; takes precedence over the other two horizons", "horizon", at_least=1)
+    target_flops: float | None = setting(None, "train for so many FLOPs; takes precedence over the ratio", "horizon", above=0)
+    target_param_data_ratio: float | None = setting(20.0, "train for so many tokens per matmul parameter (Chinchilla: 20)", "horizon", above=0)
+    device_batch_size: int = setting(16, "rows a device works on at a time; lower it when memory runs out", "horizon", at_least=1)
+    total_batch_size: int = setting(8192, "tokens per optimizer step over all devices", "horizon", at_least=2)
+
+    embedding_lr: float = setting(0.2, "AdamW rate of the embedding, before the (width/768)^-0.5 scaling", "optimizer", above=0)
+    unembedding_lr: float = setting(0.004, "AdamW rate of an untied lm_head, before the same scaling", "optimizer", above=0, when=("tie_weights", False))
+    tied_weights_lr: float = setting(0.02, "AdamW rate of the tied matrix, before the same scaling", "optimizer", above=0, when=("tie_weights", True))
+    matrix_lr: float = setting(0.02, "Muon rate of the weight matrices", "optimizer", above=0)
+    scalar_lr: float = setting(0.5, "AdamW rate of scalars and vectors", "optimizer", above=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", "optimizer", at_least=0)
+    cautious_weight_decay: bool = setting(True, "decay only where update and weight point the same way", "optimizer")
+    grad_clip: float | None = setting(1.0, "largest gradient norm; None never clips", "optimizer", above=0)
+    adam_betas: tuple[float, float] = setting((0.8, 0.95), "AdamW's decay rates of the two moments", "optimizer", at_least=0, at_most=0.999999)
+    muon_method: str = setting("polar_express", "orthogonalisation of Muon's update", "optimizer", choices=("polar_express", "newton_schulz"))
+    muon_dtype: str | None = setting(None, "dtype of the orthogonalisation; None follows dtype", "optimizer", choices=("float32", "bfloat16"))
+    muon_nesterov: bool = setting(True, "Nesterov momentum in Muon", "optimizer")
+    muon_normalize: bool = setting(True, "normalise Muon's update per neuron by a running variance (NorMuon)", "optimizer")
+    warmup_steps: int = setting(0, "steps of linear warmup", "optimizer", at_least=0)
+    warmdown_ratio: float = setting(0.4, "last part of the run in which the rate falls linearly", "optimizer", at_least=0, at_most=1)
+    final_lr_frac: float = setting(0.0, "rate at the end as a fraction of the full one", "optimizer", at_least=0, at_most=1)
+
+    eval_every: int | None = setting(250, "steps between measurements of val bpb; None only at the end", "evaluation", at_least=1)
+    eval_tokens: int | None = setting(1_048_576, "held-out tokens of each measurement; None takes all", "evaluation", at_least=1)
+    core_metric_every: int | None = setting(None, "steps between runs of CORE, or of the offline suite without the bundle", "evaluation", at_least=1)
+    core_metric_max_per_task: int | None = setting(500, "items per task of these runs; None takes all", "evaluation", at_least=1)
+    sample_every: int | None = setting(2000, "steps between printed samples; None only at the end", "evaluation", at_least=1)
+
+    save_every: int | None = setting(None, "steps between checkpoints; None only at the end", "checkpoints", at_least=1)
+    keep_last: int | None = setting(None, "keep only the newest so many checkpoints; None keeps all", "checkpoints", at_least=1)
+    overwrite: bool = setting(False, "start over although the model_tag holds a run (the old one is moved aside)", "checkpoints")
+    log_rows: bool = setting(False, "log the documents of every row to rows.jsonl", "checkpoints")
+    # fmt: on
+
+    # -- derived values: the same everywhere, without torch -----------------------------------------------------------
+
+    @property
+    def n_embd(self) -> int:
+        """Width: model_dim, or depth * aspect_ratio rounded up to a whole number of heads."""
+        return self.model_dim or math.ceil(self.depth * self.aspect_ratio / self.head_dim) * self.head_dim
+
+    @property
+    def n_head(self) -> int:
+        return self.n_embd // self.head_dim
+
+    @property
+    def rows(self) -> int:
+        """Rows of max_seq_len tokens in one global batch."""
+        return self.total_batch_size // self.max_seq_len
+
+    @property
+    def tag(self) -> str:
+        """Folder of the checkpoints: the given one, or depth and variant."""
+        if self.model_tag:
+            return self.model_tag
+        tied = "-tied" * self.tie_weights
+        projected = self.tie_weights and self.use_output_projection
+        return f"d{self.depth}{tied}{'-proj' * projected}{'-res' * (projected and self.output_projection_residual)}"
+
+    def model_arguments(self, vocab_size: int | None = None) -> dict:
+        """Keyword arguments of GPTConfig (vocab_size: the tokenizer's, which may differ from the wish)."""
+        return dict(
+            sequence_len=self.max_seq_len,
+            vocab_size=vocab_size or self.vocab_size,
+            n_layer=self.depth,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head or self.n_head,
+            n_embd=self.n_embd,
+            tie_weights=self.tie_weights,
+            use_output_projection=self.tie_weights and self.use_output_projection,
+            output_projection_residual=self.tie_weights
+            and self.use_output_projection
+            and self.output_projection_residual,
+        )
+
+    def batch_plan(self, world_size: int = 1) -> tuple[int, int]:
+        """(rows of one micro-batch, micro-batches a step) of each rank; UserError names the nearest legal values."""
+        if self.total_batch_size % self.max_seq_len:
+            raise _illegal(self, "total_batch_size", "a multiple of max_seq_len", self.max_seq_len)
+        if self.rows % world_size:
+            raise _illegal(
+                self, "total_batch_size", f"a multiple of max_seq_len * {world_size} ranks", self.max_seq_len * world_size
+            )
+        rows = self.rows // world_size
+        micro = min(self.device_batch_size, rows)
+        if rows % micro:
+            legal = [n for n in range(1, rows + 1) if rows % n == 0]
+            nearest = min(legal, key=lambda n: (abs(n - micro), n))
+            raise UserError(
+                f"device_batch_size={micro} does not divide the {rows} rows of a rank "
+                f"(total_batch_size {self.total_batch_size} / max_seq_len {self.max_seq_len} / {world_size} ranks): "
+                f"nearest legal value {nearest}"
+            )
+        return micro, rows // micro
+
+    def inert(self, name: str) -> str | None:
+        """Why a setting has no effect under the others, or None when it has one."""
+        condition = FIELDS[name].metadata["when"]
+        if condition and getattr(self, condition[0]) != condition[1]:
+            return f"{name} has no effect while {condition[0]}={getattr(self, condition[0])!r}"
+        if condition and (deeper := self.inert(condition[0])):
+            return f"{name} has no effect: {deeper}"
+        return None
+
+
+FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Settings)}
+TYPES: dict[str, object] = typing.get_type_hints(Settings)
+
+
+def type_name(name: str) -> str:
+    """The setting's type in words a person types: 'int or None', 'two numbers'."""
+    hint = TYPES[name]
+    if hint == tuple[float, float]:
+        return "two numbers"
+    names = {int: "int", float: "number", bool: "True or False", str: "text", type(None): "None"}
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return " or ".join(names[part] for part in parts)
+
+
+def checked(name: str, value):
+    """The value as the setting's own type; UserError for a wrong type, a non-finite number or an illegal value."""
+    if name not in FIELDS:
+        raise UserError(f"unknown setting {name!r}{nearest_name(name, FIELDS)}")
+    hint, facts = TYPES[name], FIELDS[name].metadata
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    if hint == tuple[float, float]:
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise UserError(f"{name}={value!r} is not two numbers, such as {FIELDS[name].default}")
+        return tuple(_checked_number(name, part, float, facts) for part in value)
+    for kind in allowed:
+        if kind is bool and isinstance(value, bool):
+            return value
+        if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return _checked_number(name, value, kind, facts)
+        if kind is str and isinstance(value, str):
+            if facts["choices"] and value not in facts["choices"]:
+                raise UserError(f"{name}={value!r} is not one of {', '.join(facts['choices'])}")
+            if not value.strip() or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in value):
+                raise UserError(f"{name}={value!r} is empty or holds control characters")
+            return value
+    raise UserError(f"{name}={value!r} is a {type(value).__name__}: expected {type_name(name)}")
+
+
+def _checked_number(name, value, kind, facts):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{name}={value!r} is not a finite number")
+    if kind is int and value != int(value):
+        raise UserError(f"{name}={value!r} is not a whole number")
+    low, above, high = facts["at_least"], facts["above"], facts["at_most"]
+    if low is not None and value < low:
+        raise UserError(f"{name}={value!r} is too small: at least {low}")
+    if above is not None and value <= above:
+        raise UserError(f"{name}={value!r} is too small: more than {above}")
+    if high is not None and value > high:
+        raise UserError(f"{name}={value!r} is too large: at most {high}")
+    return kind(value)
+
+
+def nearest_name(name: str, known) -> str:
+    """', did you mean X?' for the closest known name, or nothing."""
+    import difflib
+
+    close = difflib.get_close_matches(name.replace("-", "_").lower(), list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
+
+
+def _illegal(settings: Settings, name: str, rule: str, multiple: int) -> UserError:
+    value = getattr(settings, name)
+    nearest = max(multiple, round(value / multiple) * multiple)
+    return UserError(f"{name}={value} is not {rule} ({multiple}): nearest legal value {nearest}")
+
+
+def validate(settings: Settings, world_size: int = 1) -> Settings:
+    """Check single values and their combinations; returns the settings or raises UserError with the nearest legal value."""
+    for name in FIELDS:
+        checked(name, getattr(settings, name))
+    if settings.head_dim % 2:
+        raise UserError(f"head_dim={settings.head_dim} is odd, rotary embeddings need pairs: use {settings.head_dim + 1}")
+    if settings.n_embd % settings.head_dim:
+        raise _illegal(settings, "model_dim", "a multiple of head_dim", settings.head_dim)
+    if settings.n_kv_head and settings.n_head % settings.n_kv_head:
+        legal = [n for n in range(1, settings.n_head + 1) if settings.n_head % n == 0]
+        nearest = min(legal, key=lambda n: (abs(n - settings.n_kv_head), n))
+        raise UserError(
+            f"n_kv_head={settings.n_kv_head} does not divide the {settings.n_head} query heads "
+            f"(model_dim {settings.n_embd} / head_dim {settings.head_dim}): nearest legal value {nearest}"
+        )
+    if settings.model_tag and (settings.model_tag.startswith(".") or set("/\\") & set(settings.model_tag)):
+        raise UserError(f"model_tag={settings.model_tag!r} must be the name of a folder, without slashes or a leading dot")
+    if (settings.num_iterations, settings.target_flops, settings.target_param_data_ratio) == (None, None, None):
+        raise UserError("no horizon: set num_iterations, target_flops or target_param_data_ratio")
+    settings.batch_plan(world_size)
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# presets: what differs from the defaults. Chosen by measurement where dev/LOG.md says so.
+
+PRESETS: dict[str, dict] = {
+    "cpu": dict(
+        data="stdlib", vocab_size=4096, depth=4, model_dim=256, head_dim=64, max_seq_len=256, tie_weights=True,
+        num_iterations=600, total_batch_size=4096, device_batch_size=16, eval_every=100, eval_tokens=None,
+        sample_every=None, save_every=200, target_param_data_ratio=None,
+    ),
+    "gpu1": dict(
+        data="climbmix", data_limit=24, vocab_size=32768, depth=12, head_dim=128, max_seq_len=2048, tie_weights=True,
+        target_param_data_ratio=12.0, total_batch_size=524_288, device_batch_size=16, weight_decay=0.1,
+        eval_tokens=10_485_760, core_metric_every=2000, save_every=1000, keep_last=2,
+    ),
+    "8xh100": dict(
+        data="climbmix", data_limit=240, vocab_size=65536, depth=20, head_dim=128, max_seq_len=2048, tie_weights=True,
+        target_param_data_ratio=12.0, total_batch_size=524_288, device_batch_size=32, weight_decay=0.1,
+        eval_tokens=10_485_760, core_metric_every=2000, save_every=1000, keep_last=2,
+    ),
+}  # fmt: skip
+PRESET_WORLD = {"cpu": 1, "gpu1": 1, "8xh100": 8}
+
+
+def preset(name: str, **changes) -> Settings:
+    """The settings of a preset, with some changed; UserError for an unknown name."""
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}{nearest_name(name, PRESETS)}")
+    return Settings(**{**PRESETS[name], **changes})
+
+
+def hardware_preset(device_type: str, gpus: int = 0) -> str:
+    """The preset that fits the hardware: cpu, gpu1, or 8xh100 for several GPUs."""
+    return "cpu" if device_type != "cuda" else "8xh100" if gpus > 1 else "gpu1"
+
+
+Say = Callable[[str], None]
