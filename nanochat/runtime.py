@@ -111,7 +111,7 @@ def pick_device_type(name: str | None) -> str:
 
 
 def cpu_has_bf16() -> bool:
-    """True where the CPU multiplies bfloat16 matrices in hardware (AMX or AVX512-BF16): elsewhere it would be slower."""
+    """True where the CPU multiplies bfloat16 matrices in hardware (AMX or AVX512-BF16); elsewhere it is slower."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     cpu = torch.cpu
@@ -258,7 +258,7 @@ class MetricsLog:
         if keep_below is not None and path.exists():
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= keep_below]
             write_atomically(path, "".join(line + "\n" for line in lines))
-        self.file = open(path, "a", encoding="utf-8", buffering=1)
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (lives as long as the run)
 
     def write(self, step: int, **values) -> None:
         """Append one line: {"step": step, "time": seconds since the epoch, ...}; NaN and infinities become strings."""

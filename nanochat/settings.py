@@ -29,68 +29,144 @@ def setting(default, help: str, group: str, *, choices=None, at_least=None, abov
 class Settings:
     """All settings of one training run. None means off, or 'decide for me' where the help says so."""
 
-    # fmt: off
     run: str = setting("dummy", "name of the run for trackers", "run")
-    device_type: str | None = setting(None, "where to compute; None takes the best of this machine", "run", choices=("cpu", "cuda", "mps"))
-    dtype: str | None = setting(None, "dtype of activations; None takes bfloat16 where the hardware profits from it", "run", choices=("float32", "bfloat16"))
-    compile: bool = setting(True, "compile the model with torch.compile; falls back to eager with a printed reason", "run")
+    device_type: str | None = setting(
+        None, "where to compute; None takes the best of this machine", "run", choices=("cpu", "cuda", "mps")
+    )
+    dtype: str | None = setting(
+        None,
+        "dtype of activations; None takes bfloat16 where the hardware profits from it",
+        "run",
+        choices=("float32", "bfloat16"),
+    )
+    compile: bool = setting(
+        True, "compile the model with torch.compile; falls back to eager with a printed reason", "run"
+    )
     seed: int = setting(42, "seed of initialisation, data order and samples", "run", at_least=0)
-    model_tag: str | None = setting(None, "name of the checkpoint folder; None says depth and variant, as in d4-tied", "run")
-    wandb_mode: str = setting("disabled", "Weights & Biases tracking; metrics.jsonl is always written", "run", choices=("disabled", "offline", "online"))
+    model_tag: str | None = setting(
+        None, "name of the checkpoint folder; None says depth and variant, as in d4-tied", "run"
+    )
+    wandb_mode: str = setting(
+        "disabled",
+        "Weights & Biases tracking; metrics.jsonl is always written",
+        "run",
+        choices=("disabled", "offline", "online"),
+    )
 
-    data: str = setting("stdlib", "stdlib, packages, climbmix, hf:<dataset>, or the path of a file or folder of text", "data")
+    data: str = setting(
+        "stdlib", "stdlib, packages, climbmix, hf:<dataset>, or the path of a file or folder of text", "data"
+    )
     data_column: str = setting("text", "column that holds the text in jsonl, parquet and hub datasets", "data")
     data_split: str = setting("train", "split of the hub dataset to read", "data")
     data_config: str | None = setting(None, "configuration name of the hub dataset", "data")
-    data_limit: int | None = setting(None, "use at most so many climbmix shards or hub documents; None uses the source's default", "data", at_least=1)
-    skip_corrupt: bool = setting(False, "leave out unreadable shards and files, naming them, instead of stopping", "data")
+    data_limit: int | None = setting(
+        None, "use at most so many climbmix shards or hub documents; None uses the source's default", "data", at_least=1
+    )
+    skip_corrupt: bool = setting(
+        False, "leave out unreadable shards and files, naming them, instead of stopping", "data"
+    )
     tokenizer: str | None = setting(None, "name or folder of a trained tokenizer; None trains one on this data", "data")
-    vocab_size: int = setting(4096, "ids of the tokenizer, its 16 special and reserved ones included", "data", at_least=272, at_most=1_000_000)
+    vocab_size: int = setting(
+        4096, "ids of the tokenizer, its 16 special and reserved ones included", "data", at_least=272, at_most=1_000_000
+    )
 
     depth: int = setting(4, "number of transformer layers: the one dial", "model", at_least=1, at_most=1000)
-    aspect_ratio: int = setting(64, "width per layer: model_dim = depth * aspect_ratio, rounded up to head_dim", "model", at_least=1)
-    model_dim: int | None = setting(None, "width of the residual stream; None takes depth * aspect_ratio", "model", at_least=1)
+    aspect_ratio: int = setting(
+        64, "width per layer: model_dim = depth * aspect_ratio, rounded up to head_dim", "model", at_least=1
+    )
+    model_dim: int | None = setting(
+        None, "width of the residual stream; None takes depth * aspect_ratio", "model", at_least=1
+    )
     head_dim: int = setting(64, "width of one attention head (even)", "model", at_least=2)
-    n_kv_head: int | None = setting(None, "key/value heads (grouped-query attention); None means one for each query head", "model", at_least=1)
+    n_kv_head: int | None = setting(
+        None, "key/value heads (grouped-query attention); None means one for each query head", "model", at_least=1
+    )
     max_seq_len: int = setting(512, "context length in tokens", "model", at_least=2)
     tie_weights: bool = setting(False, "tie embedding weights: the embedding also makes the logits", "model")
-    use_output_projection: bool = setting(False, "add a square output projection before the tied logits", "model", when=("tie_weights", True))
-    output_projection_residual: bool = setting(False, "add the projection to its input instead of replacing it", "model", when=("use_output_projection", True))
+    use_output_projection: bool = setting(
+        False, "add a square output projection before the tied logits", "model", when=("tie_weights", True)
+    )
+    output_projection_residual: bool = setting(
+        False, "add the projection to its input instead of replacing it", "model", when=("use_output_projection", True)
+    )
 
-    num_iterations: int | None = setting(None, "optimizer steps; takes precedence over the other two horizons", "horizon", at_least=1)
-    target_flops: float | None = setting(None, "train for so many FLOPs; takes precedence over the ratio", "horizon", above=0)
-    target_param_data_ratio: float | None = setting(20.0, "train for so many tokens per matmul parameter (Chinchilla: 20)", "horizon", above=0)
-    device_batch_size: int = setting(16, "rows a device works on at a time; lower it when memory runs out", "horizon", at_least=1)
+    num_iterations: int | None = setting(
+        None, "optimizer steps; takes precedence over the other two horizons", "horizon", at_least=1
+    )
+    target_flops: float | None = setting(
+        None, "train for so many FLOPs; takes precedence over the ratio", "horizon", above=0
+    )
+    target_param_data_ratio: float | None = setting(
+        20.0, "train for so many tokens per matmul parameter (Chinchilla: 20)", "horizon", above=0
+    )
+    device_batch_size: int = setting(
+        16, "rows a device works on at a time; lower it when memory runs out", "horizon", at_least=1
+    )
     total_batch_size: int = setting(8192, "tokens per optimizer step over all devices", "horizon", at_least=2)
 
-    embedding_lr: float = setting(0.2, "AdamW rate of the embedding, before the (width/768)^-0.5 scaling", "optimizer", above=0)
-    unembedding_lr: float = setting(0.004, "AdamW rate of an untied lm_head, before the same scaling", "optimizer", above=0, when=("tie_weights", False))
-    tied_weights_lr: float = setting(0.02, "AdamW rate of the tied matrix, before the same scaling", "optimizer", above=0, when=("tie_weights", True))
+    embedding_lr: float = setting(
+        0.2, "AdamW rate of the embedding, before the (width/768)^-0.5 scaling", "optimizer", above=0
+    )
+    unembedding_lr: float = setting(
+        0.004,
+        "AdamW rate of an untied lm_head, before the same scaling",
+        "optimizer",
+        above=0,
+        when=("tie_weights", False),
+    )
+    tied_weights_lr: float = setting(
+        0.02, "AdamW rate of the tied matrix, before the same scaling", "optimizer", above=0, when=("tie_weights", True)
+    )
     matrix_lr: float = setting(0.02, "Muon rate of the weight matrices", "optimizer", above=0)
     scalar_lr: float = setting(0.5, "AdamW rate of scalars and vectors", "optimizer", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", "optimizer", at_least=0)
     cautious_weight_decay: bool = setting(True, "decay only where update and weight point the same way", "optimizer")
     grad_clip: float | None = setting(1.0, "largest gradient norm; None never clips", "optimizer", above=0)
-    adam_betas: tuple[float, float] = setting((0.8, 0.95), "AdamW's decay rates of the two moments", "optimizer", at_least=0, at_most=0.999999)
-    muon_method: str = setting("polar_express", "orthogonalisation of Muon's update", "optimizer", choices=("polar_express", "newton_schulz"))
-    muon_dtype: str | None = setting(None, "dtype of the orthogonalisation; None follows dtype", "optimizer", choices=("float32", "bfloat16"))
+    adam_betas: tuple[float, float] = setting(
+        (0.8, 0.95), "AdamW's decay rates of the two moments", "optimizer", at_least=0, at_most=0.999999
+    )
+    muon_method: str = setting(
+        "polar_express", "orthogonalisation of Muon's update", "optimizer", choices=("polar_express", "newton_schulz")
+    )
+    muon_dtype: str | None = setting(
+        None, "dtype of the orthogonalisation; None follows dtype", "optimizer", choices=("float32", "bfloat16")
+    )
     muon_nesterov: bool = setting(True, "Nesterov momentum in Muon", "optimizer")
-    muon_normalize: bool = setting(True, "normalise Muon's update per neuron by a running variance (NorMuon)", "optimizer")
+    muon_normalize: bool = setting(
+        True, "normalise Muon's update per neuron by a running variance (NorMuon)", "optimizer"
+    )
     warmup_steps: int = setting(0, "steps of linear warmup", "optimizer", at_least=0)
-    warmdown_ratio: float = setting(0.4, "last part of the run in which the rate falls linearly", "optimizer", at_least=0, at_most=1)
-    final_lr_frac: float = setting(0.0, "rate at the end as a fraction of the full one", "optimizer", at_least=0, at_most=1)
+    warmdown_ratio: float = setting(
+        0.4, "last part of the run in which the rate falls linearly", "optimizer", at_least=0, at_most=1
+    )
+    final_lr_frac: float = setting(
+        0.0, "rate at the end as a fraction of the full one", "optimizer", at_least=0, at_most=1
+    )
 
-    eval_every: int | None = setting(250, "steps between measurements of val bpb; None only at the end", "evaluation", at_least=1)
-    eval_tokens: int | None = setting(1_048_576, "held-out tokens of each measurement; None takes all", "evaluation", at_least=1)
-    core_metric_every: int | None = setting(None, "steps between runs of CORE, or of the offline suite without the bundle", "evaluation", at_least=1)
-    core_metric_max_per_task: int | None = setting(500, "items per task of these runs; None takes all", "evaluation", at_least=1)
-    sample_every: int | None = setting(2000, "steps between printed samples; None only at the end", "evaluation", at_least=1)
+    eval_every: int | None = setting(
+        250, "steps between measurements of val bpb; None only at the end", "evaluation", at_least=1
+    )
+    eval_tokens: int | None = setting(
+        1_048_576, "held-out tokens of each measurement; None takes all", "evaluation", at_least=1
+    )
+    core_metric_every: int | None = setting(
+        None, "steps between runs of CORE, or of the offline suite without the bundle", "evaluation", at_least=1
+    )
+    core_metric_max_per_task: int | None = setting(
+        500, "items per task of these runs; None takes all", "evaluation", at_least=1
+    )
+    sample_every: int | None = setting(
+        2000, "steps between printed samples; None only at the end", "evaluation", at_least=1
+    )
 
     save_every: int | None = setting(None, "steps between checkpoints; None only at the end", "checkpoints", at_least=1)
-    keep_last: int | None = setting(None, "keep only the newest so many checkpoints; None keeps all", "checkpoints", at_least=1)
-    overwrite: bool = setting(False, "start over although the model_tag holds a run (the old one is moved aside)", "checkpoints")
+    keep_last: int | None = setting(
+        None, "keep only the newest so many checkpoints; None keeps all", "checkpoints", at_least=1
+    )
+    overwrite: bool = setting(
+        False, "start over although the model_tag holds a run (the old one is moved aside)", "checkpoints"
+    )
     log_rows: bool = setting(False, "log the documents of every row to rows.jsonl", "checkpoints")
-    # fmt: on
 
     # -- derived values: the same everywhere, without torch -----------------------------------------------------------
 
@@ -139,7 +215,10 @@ class Settings:
             raise _illegal(self, "total_batch_size", "a multiple of max_seq_len", self.max_seq_len)
         if self.rows % world_size:
             raise _illegal(
-                self, "total_batch_size", f"a multiple of max_seq_len * {world_size} ranks", self.max_seq_len * world_size
+                self,
+                "total_batch_size",
+                f"a multiple of max_seq_len * {world_size} ranks",
+                self.max_seq_len * world_size,
             )
         rows = self.rows // world_size
         micro = min(self.device_batch_size, rows)
@@ -233,11 +312,13 @@ def _illegal(settings: Settings, name: str, rule: str, multiple: int) -> UserErr
 
 
 def validate(settings: Settings, world_size: int = 1) -> Settings:
-    """Check single values and their combinations; returns the settings or raises UserError with the nearest legal value."""
+    """Check single values and their combinations; returns the settings; UserError names the nearest legal value."""
     for name in FIELDS:
         checked(name, getattr(settings, name))
     if settings.head_dim % 2:
-        raise UserError(f"head_dim={settings.head_dim} is odd, rotary embeddings need pairs: use {settings.head_dim + 1}")
+        raise UserError(
+            f"head_dim={settings.head_dim} is odd, rotary embedding needs pairs: use {settings.head_dim + 1}"
+        )
     if settings.n_embd % settings.head_dim:
         raise _illegal(settings, "model_dim", "a multiple of head_dim", settings.head_dim)
     if settings.n_kv_head and settings.n_head % settings.n_kv_head:
@@ -248,7 +329,7 @@ def validate(settings: Settings, world_size: int = 1) -> Settings:
             f"(model_dim {settings.n_embd} / head_dim {settings.head_dim}): nearest legal value {nearest}"
         )
     if settings.model_tag and (settings.model_tag.startswith(".") or set("/\\") & set(settings.model_tag)):
-        raise UserError(f"model_tag={settings.model_tag!r} must be the name of a folder, without slashes or a leading dot")
+        raise UserError(f"model_tag={settings.model_tag!r} must be a folder's name, without slashes or a leading dot")
     if (settings.num_iterations, settings.target_flops, settings.target_param_data_ratio) == (None, None, None):
         raise UserError("no horizon: set num_iterations, target_flops or target_param_data_ratio")
     settings.batch_plan(world_size)
