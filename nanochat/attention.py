@@ -1,0 +1,45 @@
+"""Causal attention behind one signature: blocked matmuls on the CPU, torch's fused kernels elsewhere."""
+
+import torch
+import torch.nn.functional as F
+
+CPU_BLOCK = 128  # queries a block; smaller blocks skip more of the masked half, larger ones make better matmuls
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q [B, T, H, D], k and v [B, S, H_kv, D] with S >= T -> [B, T, H, D].
+
+    The queries are the last T of the S positions, each sees its own position and everything before. H_kv divides H.
+    """
+    if q.device.type == "cpu" and torch.is_grad_enabled() and k.size(1) == q.size(1):
+        return blocked_causal_attention(q, k, v)
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+    T, S = q.size(2), k.size(2)
+    gqa = q.size(1) != k.size(1)
+    if T == S:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+    elif T == 1:  # one new token sees the whole cache
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+    else:  # several new tokens behind a cache
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    return out.transpose(1, 2)
+
+
+def blocked_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The same for S = T from plain matmuls: a block of queries multiplies only the keys up to its own end.
+
+    On CPUs the backward of the fused kernel is slow, and this skips nearly half of the square (measured in dev/LOG.md).
+    """
+    B, T, H, D = q.shape
+    if k.size(2) != H:
+        k, v = (z.repeat_interleave(H // z.size(2), dim=2) for z in (k, v))
+    q, k, v = (z.transpose(1, 2).reshape(B * H, T, D) for z in (q, k, v))
+    out = []
+    for start in range(0, T, CPU_BLOCK):
+        end = min(start + CPU_BLOCK, T)
+        scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2)).float() * D**-0.5
+        future = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
+        weights = scores.masked_fill(future, -float("inf")).softmax(dim=-1)
+        out.append(torch.bmm(weights.to(v.dtype), v[:, :end]))
+    return torch.cat(out, dim=1).view(B, H, T, D).transpose(1, 2)
