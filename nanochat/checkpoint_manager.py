@@ -1,0 +1,324 @@
+"""Checkpoints that are whole or do not count.
+
+A step is written under a temporary name: every file, then manifest.json with sizes and hashes, each fsynced, then the
+folder. Renaming the folder is the commit, after which the parent is fsynced. Loading checks the manifest.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import UserError, base_dir, print0
+from nanochat.tokenizer import Tokenizer
+
+STEP_NAME = re.compile(r"step_(\d{6,})")
+
+
+def checkpoints_dir() -> Path:
+    return base_dir() / "base_checkpoints"
+
+
+def step_dir(checkpoint_dir: Path, step: int) -> Path:
+    return Path(checkpoint_dir) / f"step_{step:06d}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# saving
+
+
+def save_checkpoint(
+    checkpoint_dir: Path,
+    step: int,
+    model_state: dict[str, torch.Tensor],
+    optimizer_state: dict[str, torch.Tensor] | None,
+    metadata: dict,
+    rank: int = 0,
+    tokenizer: Tokenizer | None = None,
+) -> Path | None:
+    """Write one step atomically; only rank 0 writes. Returns its folder.
+
+    model_state and optimizer_state: whole tensors by name. metadata: JSON values (step, settings, model_config, ...).
+    A folder of this name that is already there is moved aside, never deleted. Raises OSError (a full disk), leaving
+    nothing behind but the earlier steps.
+    """
+    if rank != 0:
+        return None
+    final = step_dir(checkpoint_dir, step)
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _save_tensors(model_state, temporary / "model.safetensors")
+        if optimizer_state is not None:
+            _save_tensors(optimizer_state, temporary / "optimizer.safetensors")
+        if tokenizer is not None:
+            tokenizer.save(temporary / "tokenizer")
+        (temporary / "state.json").write_text(json.dumps({**metadata, "step": step}, indent=1), encoding="utf-8")
+        seal(temporary)
+        if final.exists():
+            _move_aside(final)
+        os.rename(temporary, final)
+        _fsync(final.parent)
+    except SafetensorError as error:  # the library wraps a full disk in its own type
+        raise OSError(28, f"cannot write {error}", str(temporary)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+
+
+def seal(folder: Path) -> None:
+    """Write manifest.json over all files of a step folder; everything is on the disk when this returns."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "manifest.json")
+    for path in files:
+        _fsync(path)
+    manifest = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+    target = folder / "manifest.json"
+    temporary = folder / ".manifest.tmp"
+    temporary.write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
+    _fsync(temporary)
+    os.replace(temporary, target)
+    for sub in {path.parent for path in files} | {folder}:
+        _fsync(sub)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move_aside(folder: Path) -> Path:
+    for n in range(1, 10_000):
+        aside = folder.with_name(f"{folder.name}.bad-{n}")
+        if not aside.exists():
+            os.rename(folder, aside)
+            print0(f"{folder} was there already: moved to {aside.name}")
+            return aside
+    raise UserError(f"{folder}: too many damaged copies beside it, remove some of {folder.name}.bad-*")
+
+
+def prune(checkpoint_dir: Path, keep_last: int | None) -> list[Path]:
+    """Delete all but the newest `keep_last` steps, only after the newest verified; returns what was deleted."""
+    steps = list_steps(checkpoint_dir)
+    if keep_last is None or len(steps) <= keep_last or damage(step_dir(checkpoint_dir, steps[-1])):
+        return []
+    old = [step_dir(checkpoint_dir, step) for step in steps[:-keep_last]]
+    for folder in old:
+        doomed = folder.with_name(f".{folder.name}.pruned")  # a half-deleted step must not look like a damaged one
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+    return old
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finding
+
+
+def list_steps(checkpoint_dir: Path) -> list[int]:
+    """Steps that have a folder, whole or not, in ascending order."""
+    if not Path(checkpoint_dir).is_dir():
+        return []
+    matches = (STEP_NAME.fullmatch(path.name) for path in Path(checkpoint_dir).iterdir() if path.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def damage(folder: Path) -> str | None:
+    """Why a step folder does not count, or None when its manifest holds for every file."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        for name, facts in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != facts["size"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
+            if _sha256(path) != facts["sha256"]:
+                return f"{name} does not have the recorded sha256"
+        return (
+            None
+            if {"model.safetensors", "state.json"} <= files.keys()
+            else "model.safetensors or state.json is missing"
+        )
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is not readable"
+
+
+def newest_step(checkpoint_dir: Path) -> int | None:
+    """The newest whole step, walking back over damaged ones and saying so; None when there is none."""
+    for step in reversed(list_steps(checkpoint_dir)):
+        reason = damage(step_dir(checkpoint_dir, step))
+        if reason is None:
+            return step
+        print0(f"passing over {step_dir(checkpoint_dir, step)}: {reason}")
+    return None
+
+
+def newest_tag(root: Path) -> str:
+    """The tag whose newest step folder is the youngest; UserError when there is no checkpoint at all."""
+    tags = [path for path in root.iterdir() if list_steps(path)] if root.is_dir() else []
+    if not tags:
+        raise UserError(f"no checkpoint in {root}: train one with `python -m scripts.base_train`")
+    return max(tags, key=lambda tag: step_dir(tag, list_steps(tag)[-1]).stat().st_mtime).name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loading
+
+
+def load_checkpoint(
+    checkpoint_dir: Path, step: int, device: torch.device | str = "cpu", load_optimizer: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict]:
+    """(model state, optimizer state or None, metadata) of a step that must be whole; UserError otherwise."""
+    folder = step_dir(checkpoint_dir, step)
+    if not folder.is_dir():
+        have = ", ".join(map(str, list_steps(checkpoint_dir))) or "none"
+        raise UserError(f"step {step} is not in {checkpoint_dir}: steps there are {have}")
+    if reason := damage(folder):
+        raise UserError(
+            f"{folder} is damaged: {reason}. Take another step, or after editing it by hand reseal it with "
+            f"`python -m scripts.inspect_checkpoint {folder} --reseal`"
+        )
+    metadata = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if not isinstance(metadata, dict):
+        raise UserError(f"{folder / 'state.json'} does not hold a JSON object")
+    model_state = load_file(folder / "model.safetensors", device=str(device))
+    optimizer_file = folder / "optimizer.safetensors"
+    if load_optimizer and not optimizer_file.exists():
+        raise UserError(f"{folder} has no optimizer state: training cannot be resumed from it")
+    return model_state, load_file(optimizer_file) if load_optimizer else None, {**metadata, "step": step}
+
+
+_said: set[str] = set()
+
+
+def _say_once(line: str) -> None:
+    if line not in _said:
+        _said.add(line)
+        print0(line)
+
+
+def model_config(metadata: dict) -> GPTConfig:
+    """GPTConfig from metadata; an absent key means the classic model, and that is said where it changes the shape."""
+    saved = metadata.get("model_config")
+    if not isinstance(saved, dict):
+        raise UserError("the checkpoint's state.json has no model_config: it does not say which model this is")
+    known = {field.name for field in fields(GPTConfig)}
+    if unknown := sorted(saved.keys() - known):
+        raise UserError(f"model_config has fields that this version does not know: {', '.join(unknown)}")
+    if "tie_weights" not in saved:
+        _say_once("model_config has no tie_weights: taken as untied")
+    elif saved["tie_weights"] and "use_output_projection" not in saved:
+        _say_once("model_config has no use_output_projection: taken as False")
+    return GPTConfig(**saved)
+
+
+def build_model(
+    checkpoint_dir: Path, step: int, device: torch.device | str, phase: str
+) -> tuple[GPT, Tokenizer | None, dict]:
+    """The model of one step on the device, in phase "train" or "eval", with its tokenizer (None without) and metadata.
+
+    Raises UserError when the weights do not fit the metadata, or the tokenizer is not the one of the training.
+    """
+    assert phase in ("train", "eval"), phase
+    model_state, _, metadata = load_checkpoint(checkpoint_dir, step, device)
+    folder = step_dir(checkpoint_dir, step)
+    model = model_from_state(model_config(metadata), model_state, device, where=folder)
+    model.train(phase == "train")
+    tokenizer = Tokenizer.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, metadata, folder)
+    return model, tokenizer, metadata
+
+
+def model_from_state(config: GPTConfig, state: dict[str, torch.Tensor], device, where) -> GPT:
+    """Build GPT and load the state strictly: a missing, extra or misshapen tensor is a UserError that names it."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    model.init_weights()
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state or name not in expected:
+            side = "lacks" if name in expected else "holds"
+            raise UserError(
+                f"{where}: the weights do not fit model_config, model.safetensors {side} {name} "
+                f"(tie_weights={config.tie_weights}, use_output_projection={config.use_output_projection})"
+            )
+        if tuple(state[name].shape) != expected[name]:
+            raise UserError(f"{where}: {name} has shape {tuple(state[name].shape)}, model_config says {expected[name]}")
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def check_tokenizer(tokenizer: Tokenizer, metadata: dict, where) -> None:
+    """Refuse a tokenizer that is not the one the model was trained with (hash) or that has another size."""
+    trained = metadata.get("tokenizer_hash")
+    if trained is not None and trained != tokenizer.hash:
+        raise UserError(f"{where}: the tokenizer has hash {tokenizer.hash}, the model was trained with {trained}")
+
+
+def load_model(
+    source: str, device: torch.device | str, phase: str, model_tag: str | None = None, step: int | None = None
+) -> tuple[GPT, Tokenizer | None, dict]:
+    """Open a checkpoint of ours: source "base", the newest tag and the newest whole step unless they are named.
+
+    Raises UserError that says what was looked for and what exists.
+    """
+    if source != "base":
+        raise UserError(f"source={source!r} is unknown: use 'base'")
+    checkpoint_dir, step = find_checkpoint(model_tag, step)
+    print0(f"loading {step_dir(checkpoint_dir, step)}")
+    return build_model(checkpoint_dir, step, device, phase)
+
+
+def find_checkpoint(model_tag: str | None, step: int | None) -> tuple[Path, int]:
+    """(tag folder, step): the named ones, else the newest; UserError says what was looked for and what exists."""
+    root = checkpoints_dir()
+    tag = model_tag or newest_tag(root)
+    checkpoint_dir = root / tag
+    if not checkpoint_dir.is_dir():
+        have = ", ".join(sorted(path.name for path in root.iterdir())) if root.is_dir() else ""
+        raise UserError(f"model_tag={tag!r}: there is no {checkpoint_dir} (tags there: {have or 'none'})")
+    if step is None:
+        step = newest_step(checkpoint_dir)
+        if step is None:
+            raise UserError(f"{checkpoint_dir} holds no whole step: train with `python -m scripts.base_train`")
+    return checkpoint_dir, step
+
+
+def weights_hash(state: dict[str, torch.Tensor]) -> str:
+    """sha256 over the tensors' bytes in name order: safetensors files may differ in their header alone."""
+    digest = hashlib.sha256()
+    for name, tensor in _in_order(state):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _in_order(state: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    return ((name, state[name].reshape(-1)) for name in sorted(state))

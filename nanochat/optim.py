@@ -1,0 +1,287 @@
+"""Muon for the matrices, AdamW for embeddings, heads and scalars, in one optimizer for 1 to N ranks.
+
+Sharded like ZeRO-1 (arXiv 1910.02054): gradients are summed over the ranks by reduce-scatter, every rank updates the
+shard it owns and keeps optimizer state only for it, all-gather brings the parameters back. Saved state has whole
+tensors under parameter names, so it loads at any number of ranks.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+# Newer releases of torch rename these collectives; the arguments are the same.
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# Per-step coefficients of the Polar Express, the minimax-optimal odd quintics for the polar factor
+# (arXiv 2505.16932, for singular values from 1e-3, with the 2% safety margin of modded-nanogpt).
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+NEWTON_SCHULZ = ((3.4445, -4.775, 2.0315),) * 5  # Keller Jordan's Muon, also torch.optim.Muon's default
+
+
+def orthogonalize(g: torch.Tensor, method: str = "polar_express", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Push the singular values of matrices g [..., m, n] to about 1, keeping the singular vectors; returns `dtype`."""
+    coefficients, margin, eps = {
+        "polar_express": (POLAR_EXPRESS, 1.02, 1e-6),
+        "newton_schulz": (NEWTON_SCHULZ, 1.0, 1e-7),
+    }[method]
+    x = g.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    if tall:  # the Gram matrix of the short side is the cheaper one
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * margin).clamp(min=eps)
+    shape = x.shape
+    x = x.reshape(-1, *shape[-2:])
+    for a, b, c in coefficients:  # x <- a x + b (x x^T) x + c (x x^T)^2 x
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.view(shape)
+    return x.mT if tall else x
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """One optimizer over param_groups with `kind` "adamw" or "muon".
+
+    Each group is a dict: kind, name, params, param_names, lr, weight_decay; AdamW's has betas and eps, Muon's has
+    momentum, nesterov, normalize (per-neuron variance, NorMuon, arXiv 2510.05491), cautious (decay only where update
+    and weight agree in sign, arXiv 2510.12402), method and dtype of the orthogonalisation.
+    Use: `norm = optimizer.reduce_gradients()`, then `optimizer.step(scale)`, or neither to skip a bad step.
+    """
+
+    def __init__(self, groups: list[dict], rank: int = 0, world_size: int = 1):
+        super().__init__(groups, {})
+        self.rank, self.world_size = rank, world_size
+        self.units = [unit for group in self.param_groups for unit in _units(group, rank, world_size)]
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> tuple[float, dict[str, float]]:
+        """Sum the gradients over all ranks; returns the norm of the whole gradient and that of each group.
+
+        Afterwards each rank holds the summed gradient of its own shard; p.grad is spent.
+        """
+        device = self.units[0].params[0].device
+        squares = torch.zeros(len(self.param_groups), dtype=torch.float32, device=device)
+        index = {id(group): i for i, group in enumerate(self.param_groups)}
+        for unit in self.units:
+            unit.grad = unit.scatter([p.grad if p.grad is not None else torch.zeros_like(p) for p in unit.params])
+            squares[index[id(unit.group)]] += unit.grad.float().square().sum()
+        if self.world_size > 1:
+            dist.all_reduce(squares)
+        norms = squares.sqrt().tolist()
+        return squares.sum().sqrt().item(), {g["name"]: n for g, n in zip(self.param_groups, norms, strict=True)}
+
+    @torch.no_grad()
+    def step(self, scale: float = 1.0) -> None:
+        """Update all parameters from the reduced gradients times `scale` (the clipping factor)."""
+        for unit in self.units:
+            assert unit.grad is not None, "call reduce_gradients() before step()"
+            gradient = unit.grad if scale == 1.0 else unit.grad * scale
+            unit.grad = None
+            shard = unit.shard()
+            (_adamw_step if unit.group["kind"] == "adamw" else _muon_step)(shard, gradient, unit.state, unit.group)
+            unit.gather(shard)
+
+    # -- state under parameter names ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Whole tensors under '<parameter>.<quantity>'; a collective: every rank has to call it."""
+        out = {}
+        for unit in self.units:
+            for quantity, value in unit.state.items():
+                if quantity == "step":
+                    out.update({f"{name}.step": torch.tensor(value) for name in unit.names})
+                else:
+                    whole = unit.all_gather(value)
+                    for name, tensor in zip(unit.names, unit.split(whole), strict=True):
+                        out[f"{name}.{quantity}"] = tensor.clone()
+        return out
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take this rank's shards from whole tensors; raises KeyError with the name of a missing one."""
+        for unit in self.units:
+            prefix = unit.names[0] + "."
+            quantities = sorted(key[len(prefix) :] for key in state if key.startswith(prefix))
+            if not quantities:
+                raise KeyError(f"optimizer state of {unit.names[0]} is missing")
+            unit.state = {}
+            for quantity in quantities:
+                parts = [state[f"{name}.{quantity}"] for name in unit.names]
+                if quantity == "step":
+                    unit.state["step"] = int(parts[0])
+                else:
+                    unit.state[quantity] = unit.own(unit.join([p.to(unit.params[0].device) for p in parts])).clone()
+
+
+class _Unit:
+    """What one collective moves: one flattened AdamW parameter, or a stack of Muon matrices of the same shape.
+
+    The joined tensor is padded along its first dimension to a multiple of the ranks; each rank owns an equal slice.
+    """
+
+    def __init__(self, group: dict, params: list[nn.Parameter], names: list[str], rank: int, world_size: int):
+        self.group, self.params, self.names = group, params, names
+        self.rank, self.world_size = rank, world_size
+        self.stacked = group["kind"] == "muon"
+        self.length = len(params) if self.stacked else params[0].numel()
+        self.own_length = -(-self.length // world_size)
+        self.state: dict = {}
+        self.grad: torch.Tensor | None = None
+
+    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """Tensors of the unit's parameters -> one padded tensor [own_length * world_size, ...]."""
+        whole = torch.stack(tensors) if self.stacked else tensors[0].reshape(-1)
+        padding = self.own_length * self.world_size - self.length
+        return torch.cat([whole, whole.new_zeros(padding, *whole.shape[1:])]) if padding else whole
+
+    def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
+        """The inverse of join; a quantity of another shape per matrix (a neuron's variance) keeps it."""
+        if self.stacked:
+            return list(whole[: self.length].unbind(0))
+        return [whole[: self.length].view(self.params[0].shape)]
+
+    def own(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole[self.rank * self.own_length : (self.rank + 1) * self.own_length]
+
+    def scatter(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Sum over the ranks of this rank's slice."""
+        whole = self.join(gradients)
+        if self.world_size == 1:
+            return whole
+        out = whole.new_empty(self.own_length, *whole.shape[1:])
+        REDUCE_SCATTER(out, whole.contiguous())
+        return out
+
+    def all_gather(self, shard: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return shard
+        out = shard.new_empty(self.own_length * self.world_size, *shard.shape[1:])
+        ALL_GATHER(out, shard.contiguous())
+        return out
+
+    def shard(self) -> torch.Tensor:
+        """This rank's slice of the parameters; alone and flat it is the parameter's own memory."""
+        return self.own(self.join([p.detach() for p in self.params]))
+
+    def gather(self, shard: torch.Tensor) -> None:
+        """Bring the updated slices of all ranks back into the parameters."""
+        if self.world_size == 1 and not self.stacked:
+            return  # updated in place
+        for parameter, value in zip(self.params, self.split(self.all_gather(shard)), strict=True):
+            parameter.copy_(value)
+
+
+def _units(group: dict, rank: int, world_size: int) -> list[_Unit]:
+    pairs = list(zip(group["params"], group["param_names"], strict=True))
+    if group["kind"] == "adamw":
+        return [_Unit(group, [p], [name], rank, world_size) for p, name in pairs]
+    shapes = dict.fromkeys(tuple(p.shape) for p, _ in pairs)  # in order of first appearance, the same on every rank
+    stacks = [[(p, name) for p, name in pairs if tuple(p.shape) == shape] for shape in shapes]
+    return [_Unit(group, [p for p, _ in s], [name for _, name in s], rank, world_size) for s in stacks]
+
+
+def _adamw_step(p: torch.Tensor, g: torch.Tensor, state: dict, group: dict) -> None:
+    """AdamW with decoupled decay (arXiv 1711.05101), in place on the flat shard p [n]."""
+    beta1, beta2 = group["betas"]
+    if not state:
+        state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    state["step"] += 1
+    state["exp_avg"].lerp_(g, 1 - beta1)
+    state["exp_avg_sq"].lerp_(g.square(), 1 - beta2)
+    if group["weight_decay"]:
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+    denominator = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+    p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
+
+
+NEURON_BETA = 0.95  # decay of the running per-neuron variance
+
+
+def _muon_step(p: torch.Tensor, g: torch.Tensor, state: dict, group: dict) -> None:
+    """Muon (Keller Jordan, 2024), in place on the stacked shard p [k, m, n] (padding matrices are zero and stay so)."""
+    if not state:
+        state["momentum"] = torch.zeros_like(p)
+    momentum = group["momentum"]
+    state["momentum"].lerp_(g, 1 - momentum)
+    direction = g.lerp(state["momentum"], momentum) if group["nesterov"] else state["momentum"]
+    update = orthogonalize(direction, group["method"], group["dtype"]).to(p.dtype)
+    if group["normalize"]:
+        update = _normalize_neurons(update, state)
+    # A tall matrix has more outputs than inputs: the same spectral change per input needs a larger step.
+    rate = group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5
+    if decay := group["lr"] * group["weight_decay"]:
+        p.sub_(p * (update * p >= 0) if group["cautious"] else p, alpha=decay)
+    p.sub_(update, alpha=rate)
+
+
+def _normalize_neurons(update: torch.Tensor, state: dict) -> torch.Tensor:
+    """Divide each neuron's update by its running rms, then restore the norm of every matrix (arXiv 2510.05491).
+
+    The longer side counts the neurons; the state "neuron_sq" is [k, m, 1] for m >= n, else [k, 1, n].
+    """
+    dim = -1 if update.size(-2) >= update.size(-1) else -2
+    mean_square = update.square().mean(dim=dim, keepdim=True)
+    if "neuron_sq" not in state:
+        state["neuron_sq"] = torch.zeros_like(mean_square)
+    state["neuron_sq"].lerp_(mean_square, 1 - NEURON_BETA)
+    scaled = update * state["neuron_sq"].clamp(min=1e-10).rsqrt()
+    before = update.norm(dim=(-2, -1), keepdim=True)
+    return scaled * (before / scaled.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+
+
+def build_optimizer(model: nn.Module, settings, dtype: torch.dtype, rank: int = 0, world_size: int = 1) -> MuonAdamW:
+    """Sort every parameter into exactly one group and give each its rate.
+
+    dtype: of Muon's orthogonalisation unless settings.muon_dtype says otherwise.
+    AdamW's rates are for width 768 and scale with (width / 768)^-0.5, as in nanochat.
+    """
+    tied = model.config.tie_weights
+    groups: dict[str, list[str]] = {"embedding": [], "tied": [], "unembedding": [], "matrix": [], "scalar": []}
+    named = dict(model.named_parameters())
+    for name, parameter in named.items():
+        if name == "transformer.wte.weight":
+            groups["tied" if tied else "embedding"].append(name)
+        elif name == "lm_head.weight":
+            groups["unembedding"].append(name)
+        else:
+            groups["matrix" if parameter.ndim == 2 else "scalar"].append(name)
+    assert sorted(name for names in groups.values() for name in names) == sorted(named), (
+        "every parameter belongs to exactly one group"
+    )
+    scale = (model.config.n_embd / 768) ** -0.5
+    rates = {
+        "embedding": settings.embedding_lr * scale,
+        "tied": settings.tied_weights_lr * scale,
+        "unembedding": settings.unembedding_lr * scale,
+        "matrix": settings.matrix_lr,
+        "scalar": settings.scalar_lr,
+    }
+    adamw = dict(kind="adamw", betas=settings.adam_betas, eps=1e-10, weight_decay=0.0)
+    muon = dict(
+        kind="muon",
+        momentum=0.95,
+        nesterov=settings.muon_nesterov,
+        normalize=settings.muon_normalize,
+        cautious=settings.cautious_weight_decay,
+        method=settings.muon_method,
+        dtype=getattr(torch, settings.muon_dtype) if settings.muon_dtype else dtype,
+        weight_decay=settings.weight_decay,
+    )
+    param_groups = [
+        dict(
+            name=group,
+            params=[named[n] for n in names],
+            param_names=names,
+            lr=rates[group],
+            initial_lr=rates[group],
+            **(muon if group == "matrix" else adamw),
+        )
+        for group, names in groups.items()
+        if names
+    ]
+    return MuonAdamW(param_groups, rank, world_size)

@@ -1,0 +1,48 @@
+"""Pure functions of the step: horizon, learning rate, momentum, weight decay. No torch."""
+
+import math
+
+from nanochat.settings import Settings
+
+MOMENTUM_WARMUP = 300  # steps until Muon's momentum has risen from 0.85 to 0.95 (modded-nanogpt)
+
+
+def num_iterations(settings: Settings, matmul_parameters: int, flops_per_token: int) -> int:
+    """Optimizer steps of the run: given outright, or from a FLOPs budget, or from a ratio of tokens to parameters."""
+    if settings.num_iterations is not None:
+        return settings.num_iterations
+    if settings.target_flops is not None:
+        tokens = settings.target_flops / flops_per_token
+    else:
+        tokens = settings.target_param_data_ratio * matmul_parameters
+    return max(1, round(tokens / settings.total_batch_size))
+
+
+def lr_multiplier(settings: Settings, step: int, steps: int) -> float:
+    """Linear warmup, constant, linear warmdown to final_lr_frac: the factor of every rate at `step` of `steps`."""
+    warmdown = round(settings.warmdown_ratio * steps)
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    if step < steps - warmdown:
+        return 1.0
+    left = (steps - step) / warmdown
+    return left + (1 - left) * settings.final_lr_frac
+
+
+def muon_momentum(step: int) -> float:
+    return 0.85 + 0.10 * min(step / MOMENTUM_WARMUP, 1.0)
+
+
+def weight_decay(settings: Settings, step: int, steps: int) -> float:
+    """Linear to zero at the end: late decay would only fight the small last updates (nanochat)."""
+    return settings.weight_decay * (1 - step / steps)
+
+
+def is_due(every: int | None, step: int) -> bool:
+    """Whether something on a cadence happens after `step` steps; None is never."""
+    return every is not None and step > 0 and step % every == 0
+
+
+def clip_scale(norm: float, limit: float | None) -> float:
+    """The factor that brings a gradient of this norm within the limit."""
+    return 1.0 if limit is None or norm <= limit or not math.isfinite(norm) else limit / norm
