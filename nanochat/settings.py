@@ -14,12 +14,21 @@ from dataclasses import dataclass
 from nanochat.runtime import UserError
 
 GROUPS = ("run", "data", "model", "horizon", "optimizer", "evaluation", "checkpoints")
+ON = "on"  # in `when`: any value but None, False and 0
+
+
+class IllegalCombination(UserError):
+    """Settings that are legal one by one and not together: `name` is the one to change, `nearest` a legal value."""
+
+    def __init__(self, name: str, nearest, message: str):
+        super().__init__(message)
+        self.name, self.nearest = name, nearest
 
 
 def setting(default, help: str, group: str, *, choices=None, at_least=None, above=None, at_most=None, when=None):
     """One field: default, help (what it is and why, with the unit), group, and the range or choices that are legal.
 
-    when: (name of another setting, its value): the setting has an effect only then.
+    when: (name of another setting, its value or ON): the setting has an effect only then.
     """
     facts = dict(help=help, group=group, choices=choices, at_least=at_least, above=above, at_most=at_most, when=when)
     return dataclasses.field(default=default, metadata=facts)
@@ -42,7 +51,7 @@ class Settings:
     compile: bool = setting(
         True, "compile the model with torch.compile; falls back to eager with a printed reason", "run"
     )
-    seed: int = setting(42, "seed of initialisation, data order and samples", "run", at_least=0)
+    seed: int = setting(42, "seed of initialisation, data order and samples", "run", at_least=0, at_most=2**63 - 1)
     model_tag: str | None = setting(
         None, "name of the checkpoint folder; None says depth and variant, as in d4-tied", "run"
     )
@@ -72,16 +81,21 @@ class Settings:
 
     depth: int = setting(4, "number of transformer layers: the one dial", "model", at_least=1, at_most=1000)
     aspect_ratio: int = setting(
-        64, "width per layer: model_dim = depth * aspect_ratio, rounded up to head_dim", "model", at_least=1
+        64,
+        "width per layer: model_dim = depth * aspect_ratio, rounded up to head_dim",
+        "model",
+        at_least=1,
+        at_most=10_000,
+        when=("model_dim", None),
     )
     model_dim: int | None = setting(
-        None, "width of the residual stream; None takes depth * aspect_ratio", "model", at_least=1
+        None, "width of the residual stream; None takes depth * aspect_ratio", "model", at_least=1, at_most=1_000_000
     )
-    head_dim: int = setting(64, "width of one attention head (even)", "model", at_least=2)
+    head_dim: int = setting(64, "width of one attention head (even)", "model", at_least=2, at_most=10_000)
     n_kv_head: int | None = setting(
         None, "key/value heads (grouped-query attention); None means one for each query head", "model", at_least=1
     )
-    max_seq_len: int = setting(512, "context length in tokens", "model", at_least=2)
+    max_seq_len: int = setting(512, "context length in tokens", "model", at_least=2, at_most=2**24)
     tie_weights: bool = setting(False, "tie embedding weights: the embedding also makes the logits", "model")
     use_output_projection: bool = setting(
         False, "add a square output projection before the tied logits", "model", when=("tie_weights", True)
@@ -94,18 +108,32 @@ class Settings:
         None, "optimizer steps; takes precedence over the other two horizons", "horizon", at_least=1
     )
     target_flops: float | None = setting(
-        None, "train for so many FLOPs; takes precedence over the ratio", "horizon", above=0
+        None,
+        "train for so many FLOPs; takes precedence over the ratio",
+        "horizon",
+        above=0,
+        when=("num_iterations", None),
     )
     target_param_data_ratio: float | None = setting(
-        20.0, "train for so many tokens per matmul parameter (Chinchilla: 20)", "horizon", above=0
+        20.0,
+        "train for so many tokens per matmul parameter (Chinchilla: 20)",
+        "horizon",
+        above=0,
+        when=("target_flops", None),
     )
     device_batch_size: int = setting(
         16, "rows a device works on at a time; lower it when memory runs out", "horizon", at_least=1
     )
-    total_batch_size: int = setting(8192, "tokens per optimizer step over all devices", "horizon", at_least=2)
+    total_batch_size: int = setting(
+        8192, "tokens per optimizer step over all devices", "horizon", at_least=2, at_most=2**40
+    )
 
     embedding_lr: float = setting(
-        0.2, "AdamW rate of the embedding, before the (width/768)^-0.5 scaling", "optimizer", above=0
+        0.2,
+        "AdamW rate of an untied embedding, before the (width/768)^-0.5 scaling",
+        "optimizer",
+        above=0,
+        when=("tie_weights", False),
     )
     unembedding_lr: float = setting(
         0.004,
@@ -120,7 +148,9 @@ class Settings:
     matrix_lr: float = setting(0.02, "Muon rate of the weight matrices", "optimizer", above=0)
     scalar_lr: float = setting(0.5, "AdamW rate of scalars and vectors", "optimizer", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", "optimizer", at_least=0)
-    cautious_weight_decay: bool = setting(True, "decay only where update and weight point the same way", "optimizer")
+    cautious_weight_decay: bool = setting(
+        True, "decay only where update and weight point the same way", "optimizer", when=("weight_decay", ON)
+    )
     grad_clip: float | None = setting(1.0, "largest gradient norm; None never clips", "optimizer", above=0)
     adam_betas: tuple[float, float] = setting(
         (0.8, 0.95), "AdamW's decay rates of the two moments", "optimizer", at_least=0, at_most=0.999999
@@ -153,7 +183,7 @@ class Settings:
         None, "steps between runs of CORE, or of the offline suite without the bundle", "evaluation", at_least=1
     )
     core_metric_max_per_task: int | None = setting(
-        500, "items per task of these runs; None takes all", "evaluation", at_least=1
+        500, "items per task of these runs; None takes all", "evaluation", at_least=1, when=("core_metric_every", ON)
     )
     sample_every: int | None = setting(
         2000, "steps between printed samples; None only at the end", "evaluation", at_least=1
@@ -161,7 +191,11 @@ class Settings:
 
     save_every: int | None = setting(None, "steps between checkpoints; None only at the end", "checkpoints", at_least=1)
     keep_last: int | None = setting(
-        None, "keep only the newest so many checkpoints; None keeps all", "checkpoints", at_least=1
+        None,
+        "keep only the newest so many checkpoints; None keeps all",
+        "checkpoints",
+        at_least=1,
+        when=("save_every", ON),
     )
     overwrite: bool = setting(
         False, "start over although the model_tag holds a run (the old one is moved aside)", "checkpoints"
@@ -211,35 +245,33 @@ class Settings:
 
     def batch_plan(self, world_size: int = 1) -> tuple[int, int]:
         """(rows of one micro-batch, micro-batches a step) of each rank; UserError names the nearest legal values."""
-        if self.total_batch_size % self.max_seq_len:
-            raise _illegal(self, "total_batch_size", "a multiple of max_seq_len", self.max_seq_len)
-        if self.rows % world_size:
-            raise _illegal(
-                self,
-                "total_batch_size",
-                f"a multiple of max_seq_len * {world_size} ranks",
-                self.max_seq_len * world_size,
-            )
+        if self.total_batch_size % (self.max_seq_len * world_size):
+            ranks = f" * {world_size} ranks" if world_size > 1 else ""
+            raise _not_multiple(self, "total_batch_size", f"max_seq_len{ranks}", self.max_seq_len * world_size)
         rows = self.rows // world_size
         micro = min(self.device_batch_size, rows)
         if rows % micro:
-            legal = [n for n in range(1, rows + 1) if rows % n == 0]
-            nearest = min(legal, key=lambda n: (abs(n - micro), n))
-            raise UserError(
+            nearest = nearest_divisor(rows, micro)
+            raise IllegalCombination(
+                "device_batch_size",
+                nearest,
                 f"device_batch_size={micro} does not divide the {rows} rows of a rank "
                 f"(total_batch_size {self.total_batch_size} / max_seq_len {self.max_seq_len} / {world_size} ranks): "
-                f"nearest legal value {nearest}"
+                f"nearest legal value {nearest}",
             )
         return micro, rows // micro
 
     def inert(self, name: str) -> str | None:
         """Why a setting has no effect under the others, or None when it has one."""
         condition = FIELDS[name].metadata["when"]
-        if condition and getattr(self, condition[0]) != condition[1]:
-            return f"{name} has no effect while {condition[0]}={getattr(self, condition[0])!r}"
-        if condition and (deeper := self.inert(condition[0])):
-            return f"{name} has no effect: {deeper}"
-        return None
+        if condition is None:
+            return None
+        other, wanted = condition
+        value = getattr(self, other)
+        if not value if wanted is ON else value != wanted:
+            return f"{name} has no effect while {other}={value!r}"
+        deeper = self.inert(other)
+        return f"{name} has no effect: {deeper}" if deeper else None
 
 
 FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Settings)}
@@ -266,7 +298,7 @@ def checked(name: str, value):
         return None
     if hint == tuple[float, float]:
         if not isinstance(value, (tuple, list)) or len(value) != 2:
-            raise UserError(f"{name}={value!r} is not two numbers, such as {FIELDS[name].default}")
+            raise UserError(f"{name}={shown(value)} is not two numbers, such as {FIELDS[name].default}")
         return tuple(_checked_number(name, part, float, facts) for part in value)
     for kind in allowed:
         if kind is bool and isinstance(value, bool):
@@ -275,26 +307,32 @@ def checked(name: str, value):
             return _checked_number(name, value, kind, facts)
         if kind is str and isinstance(value, str):
             if facts["choices"] and value not in facts["choices"]:
-                raise UserError(f"{name}={value!r} is not one of {', '.join(facts['choices'])}")
+                raise UserError(f"{name}={shown(value)} is not one of {', '.join(facts['choices'])}")
             if not value.strip() or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in value):
-                raise UserError(f"{name}={value!r} is empty or holds control characters")
+                raise UserError(f"{name}={shown(value)} is empty or holds control characters")
             return value
-    raise UserError(f"{name}={value!r} is a {type(value).__name__}: expected {type_name(name)}")
+    raise UserError(f"{name}={shown(value)} is a {type(value).__name__}: expected {type_name(name)}")
 
 
 def _checked_number(name, value, kind, facts):
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{name}={value!r} is not a finite number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1.7e308 < value < 1.7e308:
+        raise UserError(f"{name}={shown(value)} is not a finite number")
     if kind is int and value != int(value):
-        raise UserError(f"{name}={value!r} is not a whole number")
+        raise UserError(f"{name}={shown(value)} is not a whole number")
     low, above, high = facts["at_least"], facts["above"], facts["at_most"]
     if low is not None and value < low:
-        raise UserError(f"{name}={value!r} is too small: at least {low}")
+        raise UserError(f"{name}={shown(value)} is too small: at least {low}")
     if above is not None and value <= above:
-        raise UserError(f"{name}={value!r} is too small: more than {above}")
+        raise UserError(f"{name}={shown(value)} is too small: more than {above}")
     if high is not None and value > high:
-        raise UserError(f"{name}={value!r} is too large: at most {high}")
+        raise UserError(f"{name}={shown(value)} is too large: at most {high}")
     return kind(value)
+
+
+def shown(value) -> str:
+    """repr(), cut to what fits into one line of a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
 def nearest_name(name: str, known) -> str:
@@ -305,10 +343,17 @@ def nearest_name(name: str, known) -> str:
     return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
 
 
-def _illegal(settings: Settings, name: str, rule: str, multiple: int) -> UserError:
-    value = getattr(settings, name)
-    nearest = max(multiple, round(value / multiple) * multiple)
-    return UserError(f"{name}={value} is not {rule} ({multiple}): nearest legal value {nearest}")
+def nearest_divisor(number: int, wish: int) -> int:
+    """The divisor of number that is closest to the wish; the smaller of two equally close ones."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return min(small + [number // n for n in small], key=lambda n: (abs(n - wish), n))
+
+
+def _not_multiple(settings: Settings, name: str, of: str, multiple: int) -> IllegalCombination:
+    value = settings.n_embd if name == "model_dim" else getattr(settings, name)
+    nearest = max(1, (value + multiple // 2) // multiple) * multiple
+    message = f"{name}={value} is not a multiple of {of} ({multiple}): nearest legal value {nearest}"
+    return IllegalCombination(name, nearest, message)
 
 
 def validate(settings: Settings, world_size: int = 1) -> Settings:
@@ -316,22 +361,28 @@ def validate(settings: Settings, world_size: int = 1) -> Settings:
     for name in FIELDS:
         checked(name, getattr(settings, name))
     if settings.head_dim % 2:
-        raise UserError(
-            f"head_dim={settings.head_dim} is odd, rotary embedding needs pairs: use {settings.head_dim + 1}"
+        even = settings.head_dim + 1
+        raise IllegalCombination(
+            "head_dim", even, f"head_dim={settings.head_dim} is odd, rotary embedding needs pairs: use {even}"
         )
     if settings.n_embd % settings.head_dim:
-        raise _illegal(settings, "model_dim", "a multiple of head_dim", settings.head_dim)
+        raise _not_multiple(settings, "model_dim", "head_dim", settings.head_dim)
     if settings.n_kv_head and settings.n_head % settings.n_kv_head:
-        legal = [n for n in range(1, settings.n_head + 1) if settings.n_head % n == 0]
-        nearest = min(legal, key=lambda n: (abs(n - settings.n_kv_head), n))
-        raise UserError(
+        nearest = nearest_divisor(settings.n_head, settings.n_kv_head)
+        raise IllegalCombination(
+            "n_kv_head",
+            nearest,
             f"n_kv_head={settings.n_kv_head} does not divide the {settings.n_head} query heads "
-            f"(model_dim {settings.n_embd} / head_dim {settings.head_dim}): nearest legal value {nearest}"
+            f"(model_dim {settings.n_embd} / head_dim {settings.head_dim}): nearest legal value {nearest}",
         )
-    if settings.model_tag and (settings.model_tag.startswith(".") or set("/\\") & set(settings.model_tag)):
-        raise UserError(f"model_tag={settings.model_tag!r} must be a folder's name, without slashes or a leading dot")
+    tag = settings.model_tag or ""
+    if tag.startswith(".") or set("/\\") & set(tag) or len(tag.encode()) > 200:
+        message = f"model_tag={shown(tag)} must be a folder's name: no slashes, no leading dot, at most 200 bytes"
+        raise IllegalCombination("model_tag", None, message)
     if (settings.num_iterations, settings.target_flops, settings.target_param_data_ratio) == (None, None, None):
-        raise UserError("no horizon: set num_iterations, target_flops or target_param_data_ratio")
+        raise IllegalCombination(
+            "target_param_data_ratio", 20.0, "no horizon: set num_iterations, target_flops or target_param_data_ratio"
+        )
     settings.batch_plan(world_size)
     return settings
 
