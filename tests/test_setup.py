@@ -1,13 +1,22 @@
 """The suite's own surroundings, the set-up shared by the commands, the recipes, and the closing summary."""
 
+import json
 import os
+import shutil
 import socket
+import subprocess
 import urllib.request
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from nanochat.checkpoint_manager import checkpoints_dir, seal, step_dir
+from nanochat.config_file import read_config, render_config
+from nanochat.runtime import UserError, base_dir
+from nanochat.settings import PRESETS, Settings, preset
+from scripts import summary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,8 +41,6 @@ def test_hypothesis_repeats_itself(number):
 
 def test_base_dir_is_a_scratch_folder():
     """Dropping NANOCHAT_BASE_DIR from conftest turns this red: tests would write into the user's own cache."""
-    from nanochat.runtime import base_dir
-
     assert "nanochat-tests-" in str(base_dir()) and base_dir() != Path.home() / ".cache" / "nanochat"
 
 
@@ -42,3 +49,304 @@ def test_tiny_corpus(tiny_corpus):
     assert len(files) == 60 and sum(f.stat().st_size for f in files) > 200_000
     for file in files:
         compile(file.read_text(), str(file), "exec")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the shell side: a fake interpreter writes down what it is asked to do
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Stands for Python: makes 'environments' that are copies of itself and logs every other call, one line each.
+here=$(dirname "$0")
+case "$*" in
+    "--version") echo "Python 3.11.0" ;;
+    -c*) ;;
+    "-m pip --version") ;;
+    "-m venv"*) for last; do :; done; mkdir -p "$last/bin"; cp "$0" "$last/bin/python" ;;
+    "-m scripts.summary --plan"*) echo "plan" >>"$LOG"; head -n 1 "$PLANS"; sed -i 1d "$PLANS" ;;
+    "-m scripts.summary --preset"*) cat "$PRESET" ;;
+    *) printf '%s' "$1" >>"$LOG"; shift; printf ' [%s]' "$@" >>"$LOG"; echo >>"$LOG"; ! grep -qF -- "$2" "$FAIL" ;;
+esac
+"""
+
+
+class Checkout:
+    """A copy of the commands under a path with a space, with the fake interpreter; run() gives (rc, text)."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.root = folder, folder / "my checkout"
+        (self.root / "runs").mkdir(parents=True)
+        (self.root / "tests").mkdir()
+        for name in ("speedrun.sh", "runs/setup.sh", "tests/run.sh", "pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, self.root / name)
+        self.python = folder / "fake python"
+        self.python.write_text(FAKE_PYTHON)
+        self.python.chmod(0o755)
+        for name in ("LOG", "PLANS", "PRESET", "FAIL"):
+            (folder / name).write_text("")
+
+    def run(self, *command: str, **environment: str) -> tuple[int, str]:
+        names = {name: str(self.folder / name) for name in ("LOG", "PLANS", "PRESET", "FAIL")}
+        env = {**os.environ, "PYTHON": str(self.python), **names, **environment}
+        done = subprocess.run(["bash", *command], cwd=self.folder, env=env, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    def set_up(self, *extras: str, **environment: str) -> tuple[int, str]:
+        return self.run("-c", 'source "$0" && set_up "$@"', str(self.root / "runs/setup.sh"), *extras, **environment)
+
+    def calls(self) -> list[str]:
+        """What was logged since the last look."""
+        text = (self.folder / "LOG").read_text()
+        (self.folder / "LOG").write_text("")
+        return text.splitlines()
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+def test_set_up_happens_once(checkout):
+    """Not writing the stamp turns this red; so does a stamp that leaves out the extras or the pins."""
+    assert checkout.set_up()[0] == 0
+    installs = checkout.calls()
+    assert len(installs) == 2 and all("[-c] [" in line and "constraints.txt]" in line for line in installs)
+    assert "[setuptools]" in installs[0] and f"[-e] [{checkout.root}]" in installs[1]
+    assert checkout.set_up() == (0, "") and checkout.calls() == []
+    assert checkout.set_up("dev")[0] == 0 and f"[-e] [{checkout.root}[dev]]" in checkout.calls()[1]
+    assert checkout.set_up("dev") == (0, "") and checkout.set_up() == (0, "") and checkout.calls() == []
+    with open(checkout.root / "constraints.txt", "a") as pins:
+        pins.write("left-pad==1.0\n")
+    assert checkout.set_up()[0] == 0 and len(checkout.calls()) == 2
+
+
+def test_interrupted_set_up_starts_over(checkout):
+    """Writing the stamp before the install, or ignoring pip's exit code, turns this red."""
+    (checkout.folder / "FAIL").write_text("install")
+    rc, text = checkout.set_up()
+    assert rc == 2 and "error: installing into .venv failed" in text and len(checkout.calls()) == 1
+    (checkout.folder / "FAIL").write_text("")
+    assert checkout.set_up()[0] == 0 and len(checkout.calls()) == 2
+
+
+def test_set_up_without_a_new_enough_python(checkout):
+    """Dropping is_new_enough's test of the version turns this red."""
+    checkout.python.write_text("#!/bin/sh\nexit 1\n")
+    rc, text = checkout.set_up()
+    assert rc == 2 and f"PYTHON={checkout.python} is not a Python of version 3.11 or newer" in text
+    tools = checkout.folder / "tools"
+    tools.mkdir()
+    for tool in ("bash", "cat", "cksum", "dirname", "mkdir"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    rc, text = checkout.set_up(PYTHON="", PATH=str(tools))
+    assert rc == 2 and "error: no Python 3.11 or newer found" in text and "set PYTHON" in text
+
+
+def speedrun(checkout: Checkout, *arguments: str, plans: str, preset: str = "") -> tuple[int, str, list[str]]:
+    (checkout.folder / "PLANS").write_text(plans)
+    (checkout.folder / "PRESET").write_text(preset)
+    checkout.set_up()
+    checkout.calls()
+    rc, text = checkout.run(str(checkout.root / "speedrun.sh"), *arguments)
+    return rc, text, [line.removeprefix("-m ") for line in checkout.calls() if line != "plan"]
+
+
+def test_speedrun_runs_every_stage_with_the_flags(checkout):
+    """Dropping "$@" from any stage turns this red."""
+    plans = "1 new - no d4-tied\n1 done 20 no d4-tied\n"
+    rc, text, calls = speedrun(checkout, "--num_iterations=20", "--run=a b", plans=plans, preset="--preset cpu\n")
+    flags = " [--num_iterations=20] [--run=a b]"
+    assert rc == 0, text
+    assert calls == [
+        "[scripts.configure] [--defaults] [--preset] [cpu] [--output] [config.py]",
+        f"[scripts.data]{flags}",
+        f"[scripts.tok_train]{flags}",
+        f"[scripts.base_train]{flags}",
+        "[scripts.base_eval] [--model-tag] [d4-tied] [--step] [20]",
+        f"[scripts.summary]{flags}",
+    ]
+
+
+def test_speedrun_resumes_and_passes_over_what_is_done(checkout):
+    """Passing no --resume, or evaluating again, turns this red."""
+    plans = "8 started 10 no d4 tied\n8 done 20 yes d4 tied\n"
+    rc, text, calls = speedrun(checkout, "my.py", plans=plans)
+    launcher = (
+        "[torch.distributed.run] [--standalone] [--nproc_per_node=8] [-m] [scripts.base_train] [my.py] [--resume]"
+    )
+    assert rc == 0 and launcher in calls and "step 20 of d4 tied is already evaluated" in text
+    assert not any("base_eval" in call or "configure" in call for call in calls)
+
+
+@pytest.mark.parametrize("stage", ["scripts.data", "scripts.base_train"])
+def test_speedrun_stops_at_a_failing_stage_and_says_how_to_go_on(checkout, stage):
+    """Dropping `set -e`, or the EXIT trap, turns this red."""
+    (checkout.folder / "FAIL").write_text("")
+    plans = "1 new - no d4\n1 started 10 no d4\n"
+    checkout.python.write_text(FAKE_PYTHON.replace('! grep -qF -- "$2" "$FAIL"', f'[ "$1" != {stage} ]'))
+    rc, text, calls = speedrun(checkout, "--run=a b", plans=plans)
+    assert rc == 1 and calls[-1].startswith(f"[{stage}]")
+    assert "same command goes on" in text and r"speedrun.sh --run=a\ b" in text
+
+
+def test_speedrun_does_not_evaluate_a_run_that_was_stopped(checkout):
+    """torchrun ends with 0 after a preemption: dropping the second look at the state turns this red."""
+    rc, text, calls = speedrun(checkout, plans="2 new - no d4\n2 started 10 no d4\n")
+    assert rc == 85 and "stopped before its end" in text and "base_eval" not in calls[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recipes
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_recipe_is_its_preset(name):
+    """Changing a preset without `scripts.configure --defaults --preset NAME --output runs/NAME.py` turns this red."""
+    path = ROOT / "runs" / f"{name}.py"
+    assert Settings(**read_config(path)) == preset(name)
+    assert path.read_text() == render_config(preset(name))
+
+
+def test_shell_scripts_parse():
+    for path in ("speedrun.sh", ".ci/run", "tests/run.sh", "runs/setup.sh", "runs/nodes.sh"):
+        subprocess.run(["bash", "-n", ROOT / path], check=True)
+
+
+def test_pins_fit_any_machine():
+    """A +cpu suffix or an nvidia line (what `pip freeze` gives on one machine) turns this red, and so would a range."""
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert "torch==2.13.0" in pins and any(pin.startswith("setuptools==") for pin in pins)
+    for pin in pins:
+        name, version = pin.split("==")
+        assert "+" not in version and not name.startswith(("nvidia", "triton", "cuda", "nanochat"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the closing summary
+
+
+EVALUATION = {
+    "bpb": {"train": 1.2, "val": 1.345, "val_bytes": 890_000, "xz": 1.643, "xz_primed": 1.3},
+    "offline": {
+        "score": 0.1234,
+        "tasks": {
+            "better": {"accuracy": 0.5, "centered": 0.3, "chance": 0.25, "char_5gram": 0.4, "word_overlap": 0.3},
+            "worse": {"accuracy": 0.3, "centered": 0.1, "chance": 0.25, "char_5gram": 0.4, "word_overlap": 0.2},
+        },
+    },
+    "samples": [{"prompt": "def add(", "text": "a, b):\n    return a"}, {"prompt": "", "text": "import os"}],
+}
+
+
+@pytest.fixture
+def run_folder(tmp_path, monkeypatch):
+    """A finished run of tag t: step 20 sealed, metrics with an event, evaluation written by the caller."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    folder = checkpoints_dir() / "t"
+    step = step_dir(folder, 20)
+    step.mkdir(parents=True)
+    (step / "model.safetensors").write_bytes(b"weights")
+    (step / "state.json").write_text('{"step": 20, "derived": {"parameters": {"total": 1234567}}}')
+    seal(step)
+    events(folder, "start", "eval", "done")
+    return folder
+
+
+def events(folder: Path, *names: str, torn: str = "") -> None:
+    lines = [json.dumps({"step": n, "tokens": 4096 * n, "event": name}) + "\n" for n, name in enumerate(names)]
+    (folder / "metrics.jsonl").write_text("".join(lines) + torn)
+
+
+def evaluate(results: dict | str) -> Path:
+    path = base_dir() / "base_eval" / "t_000020.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(results if isinstance(results, str) else json.dumps(results))
+    return path
+
+
+def test_state_of_a_run(run_folder):
+    """Taking any "done" line instead of the last turn, or a damaged step for a whole one, turns this red."""
+    assert (summary.find_run("t").state, summary.find_run("t").step) == ("done", 20)
+    events(run_folder, "start", "done", "resume", "eval")  # a longer horizon was begun
+    assert summary.find_run("t").state == "started"
+    events(run_folder, "start", "preempted")
+    assert summary.find_run("t").state == "started"
+    events(run_folder, "start", "done", torn='{"step": 21, "eve')
+    assert summary.find_run("t").state == "done"
+    assert summary.find_run("absent").state == "new"
+    (step_dir(run_folder, 20) / "model.safetensors").write_bytes(b"weight_")
+    assert (summary.find_run("t").state, summary.find_run("t").step) == ("started", None)
+
+
+@pytest.mark.parametrize("results", ["", "{", "[]", {}, {"bpb": {}, "samples": []}, {"bpb": {}, "offline": {}}])
+def test_incomplete_evaluation_is_repeated(run_folder, results):
+    """Taking the file's existence for a complete evaluation turns this red."""
+    evaluate(results)
+    assert summary.find_run("t").evaluation is None
+
+
+def test_evaluation_of_earlier_weights_is_repeated(run_folder):
+    """A model trained anew under the same tag and step: dropping the comparison of times turns this red."""
+    path = evaluate(EVALUATION)
+    assert summary.find_run("t").evaluation == EVALUATION
+    os.utime(path, (1, 1))
+    assert summary.find_run("t").evaluation is None
+
+
+def test_plan_line(run_folder, capsys):
+    """The line that speedrun.sh reads; what is said about damaged steps must not get into it."""
+    assert summary.plan(Settings(model_tag="t")) == "1 done 20 no t"
+    evaluate(EVALUATION)
+    (run_folder / "step_000030").mkdir()
+    summary.main(["--model_tag=t", "--plan"])
+    said = capsys.readouterr()
+    assert said.out == "1 done 20 yes t\n" and "step_000030" in said.err
+    assert summary.plan(Settings(model_tag="other")) == "1 new - no other"
+
+
+@pytest.mark.parametrize(("rows", "gpus", "expected"), [(256, 8, 8), (256, 6, 4), (256, 3, 2), (7, 4, 1), (16, 0, 1)])
+def test_ranks_share_the_batch(rows, gpus, expected):
+    """Using every GPU whatever the batch turns this red: base_train would refuse 256 rows on 6 ranks."""
+    settings = Settings(max_seq_len=64, total_batch_size=64 * rows, device_batch_size=1)
+    assert summary.ranks(settings, gpus) == expected
+
+
+def test_wizard_arguments(monkeypatch):
+    """Replacing a source that the user named, or asking the hub for a CPU preset, turns this red."""
+    monkeypatch.setattr(summary, "pick_device_type", lambda name: name or "cuda")
+    assert summary.wizard_arguments(Settings(device_type="cpu"), False, 0) == "--preset cpu"
+    assert summary.wizard_arguments(Settings(), False, 1) == "--preset gpu1 --set data=packages"  # tests are offline
+    assert summary.wizard_arguments(Settings(data="climbmix"), True, 8) == "--preset 8xh100"
+    monkeypatch.setattr(summary, "hub_problem", lambda: None)
+    assert summary.wizard_arguments(Settings(), False, 8) == "--preset 8xh100"
+
+
+def test_preset_is_asked_for_only_without_a_config(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    summary.main(["--preset", "--device_type=cpu"])
+    assert capsys.readouterr().out == "--preset cpu\n"
+    (tmp_path / "config.py").write_text("depth = 2\n")
+    summary.main(["--preset", "--device_type=cpu"])
+    assert capsys.readouterr().out == ""
+
+
+def test_summary_tells_the_files(run_folder, capsys):
+    """Every figure comes from the files: swapping val and train, or the verdicts, turns this red."""
+    path = evaluate(EVALUATION)
+    summary.main(["--model_tag=t"])
+    text = capsys.readouterr().out
+    for fact in (
+        str(step_dir(run_folder, 20)), "1,234,567 parameters, 20 steps, 8,192 tokens",
+        "val bpb     1.3450   train 1.2000",
+        "1.6430 is xz -9e: beaten", "1.3000 is xz -9e primed with the training split: not beaten",
+        "0.1234", "in 1 of 2 tasks", "| def add(a, b):", "| import os", str(path), "--resume --num_iterations=40",
+    ):  # fmt: skip
+        assert fact in text, fact
+    assert "CORE" not in text
+
+
+def test_summary_without_a_run_or_an_evaluation(run_folder, capsys):
+    summary.main(["--model_tag=t"])
+    assert "none yet for step 20" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no checkpoint in .*absent.*base_train"):
+        summary.main(["--model_tag=absent"])

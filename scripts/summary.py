@@ -1,0 +1,239 @@
+"""What a run left behind, told from its files alone; and what speedrun.sh needs to know to take the next step.
+
+python -m scripts.summary [config.py] [--key=value ...]            the closing summary of that configuration's run
+python -m scripts.summary [config.py] [--key=value ...] --plan     one line: ranks, state, step, evaluated, tag
+python -m scripts.summary [config.py] [--key=value ...] --preset   the wizard's arguments for this machine, if needed
+"""
+
+import contextlib
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.checkpoint_manager import checkpoints_dir, newest_step, step_dir
+from nanochat.config_file import from_command_line
+from nanochat.runtime import UserError, base_dir, pick_device_type, run_script
+from nanochat.settings import PRESETS, Settings, hardware_preset
+
+HUB_DATASET = "karpathy/climbmix-400b-shuffle"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The state on disk of one tag's run.
+
+    state: "new" (nothing there), "started" (cut off, or stopped by a signal or the non-finite guard) or "done".
+    step: the newest whole checkpoint, None without. evaluation: base_eval's complete results for that step, else None.
+    """
+
+    tag: str
+    state: str
+    step: int | None
+    metrics: list[dict]
+    evaluation: dict | None
+
+    @property
+    def folder(self) -> Path:
+        return checkpoints_dir() / self.tag
+
+    @property
+    def evaluation_file(self) -> Path:
+        return base_dir() / "base_eval" / f"{self.tag}_{self.step or 0:06d}.json"
+
+
+def find_run(tag: str) -> Run:
+    """Look at a tag's folder. A torn last line of metrics.jsonl, or a torn evaluation, counts as not there."""
+    folder = checkpoints_dir() / tag
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return Run(tag, "new", None, [], None)
+    step, metrics = newest_step(folder), read_metrics(folder / "metrics.jsonl")
+    turns = [
+        line["event"] for line in metrics if line.get("event") in ("start", "resume", "done", "preempted", "nonfinite")
+    ]
+    done = step is not None and turns[-1:] == ["done"]
+    run = Run(tag, "done" if done else "started", step, metrics, None)
+    return run if step is None else Run(tag, run.state, step, metrics, read_evaluation(run))
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; lines that are not whole JSON objects (a process was killed) are left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def read_evaluation(run: Run) -> dict | None:
+    """The results of base_eval for the run's newest step: None when absent, incomplete, or older than the weights."""
+    weights = step_dir(run.folder, run.step) / "manifest.json"
+    try:
+        if run.evaluation_file.stat().st_mtime < weights.stat().st_mtime:
+            return None
+        found = json.loads(run.evaluation_file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    complete = isinstance(found, dict) and {"bpb", "samples"} <= found.keys() and found.keys() & {"offline", "core"}
+    return found if complete else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# for speedrun.sh
+
+
+def gpus_for(settings: Settings) -> int:
+    """The GPUs that a run with these settings can use here."""
+    import torch
+
+    return torch.cuda.device_count() if pick_device_type(settings.device_type) == "cuda" else 0
+
+
+def ranks(settings: Settings, gpus: int) -> int:
+    """How many processes to start: the most GPUs that share the batch in equal parts; 1 without GPUs."""
+    for world in range(gpus, 1, -1):
+        try:
+            settings.batch_plan(world)
+            return world
+        except UserError:
+            continue
+    return 1
+
+
+def plan(settings: Settings) -> str:
+    """'ranks state step evaluated tag' of the run that the settings name; step is - when there is none."""
+    with contextlib.redirect_stdout(sys.stderr):  # what is said about damaged steps is not part of the answer
+        run = find_run(settings.tag)
+    gpus = gpus_for(settings)
+    world = ranks(settings, gpus)
+    if world < gpus:
+        print(f"{settings.rows} rows a step do not divide by {gpus} GPUs: using {world}", file=sys.stderr)
+    evaluated = "yes" if run.evaluation else "no"
+    return f"{world} {run.state} {'-' if run.step is None else run.step} {evaluated} {run.tag}"
+
+
+def wizard_arguments(settings: Settings, names_data: bool, gpus: int) -> str:
+    """The preset of this machine, and packages as its data where climbmix is wished by no one and out of reach."""
+    name = hardware_preset(pick_device_type(settings.device_type), gpus)
+    arguments = f"--preset {name}"
+    wished = names_data or PRESETS[name]["data"] != "climbmix" or (base_dir() / "data" / "climbmix").is_dir()
+    if wished or not (problem := hub_problem()):
+        return arguments
+    print(f"climbmix is out of reach ({problem}): this config trains on packages instead", file=sys.stderr)
+    return f"{arguments} --set data=packages"
+
+
+def hub_problem() -> str | None:
+    """Why the hub's climbmix cannot be had now, in a few words, or None when it can."""
+    from huggingface_hub import HfApi  # heavy, and only GPU presets ask
+
+    try:
+        HfApi().dataset_info(HUB_DATASET, timeout=20)
+    except Exception as error:  # whatever it is, the hub did not answer: the preset's second choice needs no network
+        return type(error).__name__
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the closing summary
+
+
+def summary(run: Run, config: Path | None) -> str:
+    """The summary as text: checkpoint, size, training, bpb beside the compressors, suite, samples, next commands."""
+    if run.step is None:
+        raise UserError(f"no checkpoint in {run.folder}: train one with `python -m scripts.base_train`")
+    folder = step_dir(run.folder, run.step)
+    lines = [f"checkpoint  {folder}", *_training_lines(run, folder)]
+    if run.evaluation is None:
+        lines.append(f"evaluation  none yet for step {run.step}")
+    else:
+        lines += [*_bpb_lines(run.evaluation["bpb"]), *_suite_lines(run.evaluation), *_sample_lines(run.evaluation)]
+        lines.append(f"details     {run.evaluation_file}")
+    return "\n".join(["", *lines, "", "next, for example:", *(f"  {line}" for line in _next_commands(run, config))])
+
+
+def _training_lines(run: Run, folder: Path) -> list[str]:
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    derived = state.get("derived", {})
+    parameters = derived.get("parameters", {})
+    total = parameters.get("total") if isinstance(parameters, dict) else parameters
+    facts = [f"{run.step:,} steps"]
+    if total:
+        facts.insert(0, f"{total:,} parameters")
+    tokens = [line["tokens"] for line in run.metrics if "tokens" in line]
+    if tokens:
+        facts.append(f"{tokens[-1]:,} tokens")
+    if "train_seconds" in derived:
+        facts.append(f"{derived['train_seconds']:,.0f} s of training")
+    return [f"model       {run.tag}: {', '.join(facts)}"]
+
+
+def _bpb_lines(bpb: dict) -> list[str]:
+    train = f"   train {bpb['train']:.4f}" if bpb.get("train") is not None else ""
+    lines = [f"val bpb     {bpb['val']:.4f}{train}"]
+    for key, name in (("xz", "xz -9e"), ("xz_primed", "xz -9e primed with the training split")):
+        if bpb.get(key) is not None:
+            verdict = "beaten" if bpb["val"] < bpb[key] else "not beaten"
+            lines.append(f"            {bpb[key]:.4f} is {name}: {verdict}")
+    return lines
+
+
+def _suite_lines(evaluation: dict) -> list[str]:
+    lines = []
+    for key, name in (("core", "CORE"), ("offline", "offline")):
+        if key in evaluation:
+            tasks = evaluation[key]["tasks"]
+            ahead = f"{sum(map(_beats_baselines, tasks.values()))} of {len(tasks)} tasks"
+            score = evaluation[key]["score"]
+            lines.append(f"{name:<12}{score:.4f} mean centered accuracy; above chance and cheap baselines in {ahead}")
+    return lines
+
+
+def _beats_baselines(task: dict) -> bool:
+    rivals = [task[name] for name in ("chance", "char_5gram", "word_overlap") if task.get(name) is not None]
+    return task["accuracy"] > max(rivals, default=0)
+
+
+def _sample_lines(evaluation: dict, count: int = 2, width: int = 300) -> list[str]:
+    lines = []
+    for sample in evaluation["samples"][:count]:
+        prompt, text = sample.get("prompt") or "", sample["text"]
+        shown = text if text.startswith(prompt) else prompt + text
+        lines.append(f"sample      {'from nothing' if not prompt else f'after {prompt!r}'}:")
+        lines += [f"            | {line}" for line in shown[:width].splitlines()]
+    return lines
+
+
+def _next_commands(run: Run, config: Path | None) -> list[str]:
+    python = shlex.quote(sys.executable)
+    named = f" {shlex.quote(str(config))}" if config else ""
+    return [
+        f"{python} -m scripts.base_eval --model-tag {run.tag} --eval sample",
+        f"{python} -m scripts.base_train{named} --model_tag={run.tag} --resume --num_iterations={2 * run.step}",
+        f"{python} -m scripts.base_train{named} --data=FOLDER --model_tag=mine",
+        f"{python} -m scripts.configure",
+    ]
+
+
+def main(argv: list[str] | None = None) -> Run | None:
+    """Print the plan, the wizard's arguments, or (without a switch) the summary of the run that the settings name."""
+    line = from_command_line(argv, switches=("plan", "preset", "resume"), usage="python -m scripts.summary [config.py]")
+    if "preset" in line.switches:
+        if line.config_path is None:
+            print(wizard_arguments(line.settings, "data" in line.origins, gpus_for(line.settings)))
+        return None
+    if "plan" in line.switches:
+        print(plan(line.settings))
+        return None
+    run = find_run(line.settings.tag)
+    print(summary(run, line.config_path))
+    return run
+
+
+if __name__ == "__main__":
+    run_script(main)

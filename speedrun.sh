@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# From a fresh checkout to a trained and evaluated GPT, on any machine:
+#   bash speedrun.sh [config.py] [--key=value ...]
+# Sets up .venv, then configures, prepares data, trains a tokenizer and a model, evaluates it and sums up. Without a
+# config it uses ./config.py, or writes one with the preset of this machine: CPU, one GPU, or all its GPUs.
+# Run it again at any time: finished stages are passed over, an unfinished one goes on where it was, and a finished
+# model is never overwritten (unless you say --overwrite=True). Everything a run makes lies under NANOCHAT_BASE_DIR
+# (default ~/.cache/nanochat). Flags: bash speedrun.sh --help
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/runs/setup.sh"
+
+stage="set-up"
+again=$(printf ' %q' bash "$0" "$@")
+on_exit() {
+    if [ "$1" != 0 ]; then
+        printf '\nstopped in stage: %s (exit code %s). The same command goes on from there:\n %s\n' "$stage" "$1" "$again" >&2
+    fi
+}
+trap 'on_exit $?' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+begin() {
+    stage=$1
+    printf '\n=== %s\n' "$stage"
+}
+ask() { "$python" -m scripts.summary "$@"; }
+look() {
+    local answer
+    answer=$(ask --plan "$@")
+    read -r ranks state step evaluated tag <<<"$answer"
+}
+
+set_up
+case " $* " in *" --help "* | *" -h "*)
+    sed -n '2,9s/^# \{0,1\}//p' "$root/speedrun.sh"
+    exec "$python" -m scripts.base_train --help
+    ;;
+esac
+
+begin "configuration"
+preset=$(ask --preset "$@")
+if [ -n "$preset" ]; then
+    # shellcheck disable=SC2086  (several words)
+    "$python" -m scripts.configure --defaults $preset --output config.py
+else
+    echo "using the config that is there, as it is"
+fi
+
+begin "data"
+"$python" -m scripts.data "$@"
+
+begin "tokenizer"
+"$python" -m scripts.tok_train "$@"
+
+begin "training"
+look "$@"
+launch=("$python" -m)
+if [ "$ranks" -gt 1 ]; then
+    launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$ranks" -m)
+fi
+if [ "$state" = new ]; then
+    "${launch[@]}" scripts.base_train "$@"
+else
+    "${launch[@]}" scripts.base_train "$@" --resume
+fi
+look "$@"
+if [ "$state" != done ]; then # torchrun turns a stop by a signal, or by the non-finite guard, into success
+    echo "training stopped before its end, see the last event in metrics.jsonl of $tag" >&2
+    exit 85
+fi
+
+begin "evaluation"
+if [ "$evaluated" = yes ]; then
+    echo "step $step of $tag is already evaluated"
+else
+    "${launch[@]}" scripts.base_eval --model-tag "$tag" --step "$step"
+fi
+
+begin "summary"
+ask "$@"
