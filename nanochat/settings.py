@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from nanochat.runtime import UserError
 
 GROUPS = ("run", "data", "model", "horizon", "optimizer", "evaluation", "checkpoints")
-ON = "on"  # in `when`: any value but None, False and 0
+ON = "on"  # in `when`: any value but these
+OFF = (None, False, 0, "disabled")
 
 
 class IllegalCombination(UserError):
@@ -38,7 +39,7 @@ def setting(default, help: str, group: str, *, choices=None, at_least=None, abov
 class Settings:
     """All settings of one training run. None means off, or 'decide for me' where the help says so."""
 
-    run: str = setting("dummy", "name of the run for trackers", "run")
+    run: str = setting("dummy", "name of the run for trackers", "run", when=("wandb_mode", ON))
     device_type: str | None = setting(
         None, "where to compute; None takes the best of this machine", "run", choices=("cpu", "cuda", "mps")
     )
@@ -268,7 +269,7 @@ class Settings:
             return None
         other, wanted = condition
         value = getattr(self, other)
-        if not value if wanted is ON else value != wanted:
+        if value in OFF if wanted is ON else value != wanted:
             return f"{name} has no effect while {other}={value!r}"
         deeper = self.inert(other)
         return f"{name} has no effect: {deeper}" if deeper else None

@@ -1,0 +1,305 @@
+"""What a run will cost, before it starts: parameters, FLOPs, memory, time, disk.
+
+Counts come from the model and the optimizer themselves, built on the meta device, so that no second formula can
+drift away from them. Only activations and speed are predictions.
+"""
+
+import math
+import os
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from nanochat.attention import CPU_BLOCK
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_head import CHUNK_ROWS, CHUNK_ROWS_DEFAULT
+from nanochat.optim import build_optimizer
+from nanochat.runtime import Compute, device_name, gpu_peak_flops, measured_matmul_flops, pick_device_type, pick_dtype
+from nanochat.schedule import num_iterations
+from nanochat.settings import Settings
+
+# The part of the matmul peak that training reaches, where nobody has measured: large models on data-centre GPUs, and
+# small ones on CPUs, where attention and the elementwise work weigh more.
+ASSUMED_MFU = {"cuda": 0.40, "mps": 0.25, "cpu": 0.50}
+RUNTIME_BYTES = {"cpu": 600 << 20, "mps": 600 << 20, "cuda": 0}  # Python, torch, data; CUDA reports its tensors alone
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine: kind and name of its devices, their number, and per device bytes of memory and peak FLOP/s."""
+
+    device_type: str
+    name: str
+    count: int
+    memory: int | None
+    peak: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Predictions for one run. Memory is in bytes per device by part, time in seconds, disk in bytes."""
+
+    parameters: dict[str, int]
+    flops_per_token: int
+    steps: int
+    tokens: int
+    memory: dict[str, int]
+    seconds: float
+    checkpoint_bytes: int
+    saves: int
+    kept: int
+
+    @property
+    def peak_memory(self) -> int:
+        """Backward pass and optimizer step do not overlap: the larger of the two counts."""
+        parts = dict(self.memory)
+        passing = [parts.pop("activations") + parts.pop("logits"), parts.pop("step")]
+        return sum(parts.values()) + max(passing)
+
+
+def find_hardware(device_type: str | None = None, dtype: str | None = None) -> Hardware:
+    """The devices of this machine; a peak that the table does not know is measured in 0.3 s."""
+    kind = pick_device_type(device_type)
+    compute = Compute(torch.device(kind), pick_dtype(dtype, kind))
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    known = gpu_peak_flops(torch.cuda.get_device_name()) if kind == "cuda" else None
+    peak = known or measured_matmul_flops(compute.device, compute.dtype)
+    return Hardware(kind, device_name(compute), count, _device_memory(kind), peak)
+
+
+def _device_memory(kind: str) -> int | None:
+    if kind == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # a system that does not tell
+        return None
+
+
+@lru_cache(maxsize=16)
+def meta_model(settings: Settings) -> GPT:
+    """The model of these settings without memory: shapes and counts only."""
+    with torch.device("meta"):
+        return GPT(GPTConfig(**settings.model_arguments()))
+
+
+def memory_parts(settings: Settings, device_type: str, world_size: int = 1) -> dict[str, int]:
+    """Bytes per device, by part.
+
+    parameters, gradients   4 each a parameter: both are float32
+    optimizer               float32, each rank its shard: Muon momentum plus one variance a neuron, AdamW two moments
+    activations             n tokens of a micro-batch, L layers, width C, k = n_kv_head / n_head:
+                            float32 n L C 4 (17.5 + k), bfloat16 n L C 2 (21.2 + 2 k) as torch saves them in eager mode
+                            (compiled runs save less), plus the bfloat16 copies of the matrices; the blocked attention
+                            of the CPU also keeps its weights, H (T + 128) / 2 a token in float32 (and bfloat16)
+    logits                  one chunk of the loss head: 5 arrays rows x V in float32, the cast output matrix, gradients
+                            to features and to that matrix
+    step                    what an update holds for a while: the reduced gradients of the matrices, and 6 copies of
+                            their largest stack
+    runtime                 the process itself, where memory is counted by resident set
+    """
+    model, dtype = meta_model(settings), pick_dtype(settings.dtype, device_type)
+    optimizer = build_optimizer(model, settings, dtype, world_size=world_size)
+    size, wide = dtype.itemsize, dtype == torch.float32
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+
+    state = step = largest = 0
+    for unit in optimizer.units:
+        shape = unit.params[0].shape
+        if unit.stacked:
+            stack = 4 * unit.own_length * math.prod(shape)
+            state += stack + 4 * unit.own_length * max(shape)
+            step, largest = step + stack, max(largest, stack)
+        else:
+            state += 8 * unit.own_length
+
+    tokens = settings.batch_plan(world_size)[0] * settings.max_seq_len
+    kv = config.n_kv_head / config.n_head
+    per_token = config.n_embd * (4 * (17.5 + kv) if wide else 2 * (21.2 + 2 * kv))
+    if device_type == "cpu":
+        T = settings.max_seq_len
+        per_token += config.n_head * ((T + CPU_BLOCK) / 2 if T > CPU_BLOCK else T) * (4 if wide else 6)
+    matrices = parameters - model.num_parameters()["wte"] - model.num_parameters()["lm_head"]
+    activations = tokens * config.n_layer * per_token + (0 if wide else 2 * matrices)
+
+    rows = min(tokens, CHUNK_ROWS.get(device_type, CHUNK_ROWS_DEFAULT))
+    table = config.vocab_size * config.n_embd
+    logits = 5 * 4 * rows * config.vocab_size + tokens * config.n_embd * size + table * (4 if wide else 6)
+    return {
+        "parameters": 4 * parameters,
+        "gradients": 4 * parameters,
+        "optimizer": state,
+        "activations": int(activations),
+        "logits": logits,
+        "step": step + 6 * largest,
+        "runtime": RUNTIME_BYTES[device_type],
+    }
+
+
+def checkpoint_bytes(settings: Settings) -> int:
+    """One checkpoint: the weights in float32 and the whole state of the optimizer, whatever the number of ranks."""
+    model = meta_model(settings)
+    optimizer = build_optimizer(model, settings, torch.float32)
+    total = 4 * sum(p.numel() for p in model.parameters())
+    for unit in optimizer.units:
+        shape = unit.params[0].shape
+        total += 4 * unit.length * (math.prod(shape) + max(shape)) if unit.stacked else 8 * unit.length
+    return total
+
+
+def estimate(settings: Settings, hardware: Hardware, flops: float | None = None) -> Estimate:
+    """All predictions for a run on `hardware`, on all of its devices if the batch divides among them.
+
+    flops: achieved FLOP/s of one device as measure() returns it; None assumes a part of the peak.
+    """
+    model = meta_model(settings)
+    flops_per_token = model.flops_per_token()
+    steps = num_iterations(settings, model.num_matmul_parameters(), flops_per_token)
+    tokens = steps * settings.total_batch_size
+    world = usable_devices(settings, hardware.count)
+    rate = (flops or hardware.peak * ASSUMED_MFU[hardware.device_type]) * world
+    saves = -(-steps // settings.save_every) if settings.save_every else 1
+    # pruning waits for the newer checkpoint: one more than keep_last is on disk for a moment
+    kept = min(saves, settings.keep_last + 1) if settings.keep_last else saves
+    return Estimate(
+        parameters=model.num_parameters(),
+        flops_per_token=flops_per_token,
+        steps=steps,
+        tokens=tokens,
+        memory=memory_parts(settings, hardware.device_type, world),
+        seconds=tokens * flops_per_token / rate,
+        checkpoint_bytes=checkpoint_bytes(settings),
+        saves=saves,
+        kept=kept,
+    )
+
+
+def usable_devices(settings: Settings, count: int) -> int:
+    """The largest number of ranks up to `count` among which the rows of a batch divide."""
+    rows, batch = settings.rows, settings.device_batch_size
+    return next(n for n in range(count, 0, -1) if n == 1 or (rows % n == 0 and rows // n % min(batch, rows // n) == 0))
+
+
+def measure(settings: Settings, hardware: Hardware, seconds: float = 4.0) -> float:
+    """FLOP/s that one device reaches over a few real forward and backward passes, for estimate(flops=...).
+
+    A run too large for `seconds` is measured in a smaller one: fewer rows, then layers, then a shorter context.
+    """
+    settings = _affordable(settings, hardware.peak * ASSUMED_MFU[hardware.device_type] * seconds / 4)
+    device = torch.device(hardware.device_type)
+    model = GPT(GPTConfig(**settings.model_arguments())).to(device)
+    model.init_weights()
+    model.compute_dtype = pick_dtype(settings.dtype, hardware.device_type)
+    shape = (settings.batch_plan()[0], settings.max_seq_len)
+    ids = torch.randint(0, settings.vocab_size, shape, device=device)
+    work = math.prod(shape) * model.flops_per_token()
+    best, deadline, passes = 0.0, time.perf_counter() + seconds, 0
+    while passes < 2 or (passes < 10 and time.perf_counter() < deadline):
+        start = time.perf_counter()
+        loss = model(ids, ids)
+        loss.backward()
+        loss.item()  # waits for the device
+        best = max(best, work / (time.perf_counter() - start))
+        model.zero_grad(set_to_none=True)
+        passes += 1
+    return best
+
+
+def _affordable(settings: Settings, budget: float) -> Settings:
+    """The settings with one micro-batch of at most `budget` FLOPs, or as near to it as halving gets."""
+    rows = settings.batch_plan()[0]
+    settings = replace(settings, device_batch_size=rows, total_batch_size=rows * settings.max_seq_len)
+    while settings.total_batch_size * meta_model(settings).flops_per_token() > budget:
+        rows, depth, length = settings.rows, settings.depth, settings.max_seq_len
+        if rows > 1:
+            rows //= 2
+        elif depth > 1:
+            depth //= 2
+        elif length > 32:
+            length //= 2
+        else:
+            break
+        settings = replace(
+            settings,
+            depth=depth,
+            model_dim=settings.n_embd,
+            max_seq_len=length,
+            device_batch_size=rows,
+            total_batch_size=rows * length,
+        )
+    return settings
+
+
+def tying_saves(settings: Settings) -> str:
+    """What tying saves for this vocabulary and width, in words."""
+    untied = replace(settings, tie_weights=False, use_output_projection=False, output_projection_residual=False)
+    count = meta_model(untied).num_parameters()
+    share = count["lm_head"] / count["total"]
+    return (
+        f"saves {settings.vocab_size:,} x {settings.n_embd:,} = {millions(count['lm_head'])} "
+        f"of {millions(count['total'])} parameters ({share:.0%})"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in words
+
+
+def parameter_table(settings: Settings) -> list[str]:
+    """Lines `label  count  millions` with a header: wte, lm_head, output projection, transformer, total."""
+    count = meta_model(settings).num_parameters()
+    labels = {
+        "wte (tied with lm_head)" if settings.tie_weights else "wte": "wte",
+        "lm_head": "lm_head",
+        "output projection": "output_projection",
+        "transformer": "transformer",
+        "total": "total",
+    }
+    rows = [f"{label:<28}{count[key]:>20,}{millions(count[key]):>14}" for label, key in labels.items()]
+    return [f"{'parameters':<28}{'count':>20}{'millions':>14}", *rows]
+
+
+def report(settings: Settings, hardware: Hardware, flops: float | None = None) -> list[str]:
+    """The whole prediction as lines of at most 80 columns (a longer device name excepted)."""
+    e = estimate(settings, hardware, flops)
+    world = usable_devices(settings, hardware.count)
+    devices = f"{world} x {hardware.name}" if world > 1 else hardware.name
+    basis = "measured" if flops else f"assumes {ASSUMED_MFU[hardware.device_type]:.0%}"
+    rate = f"{(flops or hardware.peak) / 1e12:.3g} TFLOP/s"
+    lines = [
+        *parameter_table(settings),
+        "",
+        f"FLOPs per token   {e.flops_per_token:,}",
+        f"steps and tokens  {e.steps:,} steps of {settings.total_batch_size:,} = {e.tokens:,} tokens",
+        f"peak memory       {gigabytes(e.peak_memory)} per device, of which",
+        *(f"                  {gigabytes(size):>12}  {part}" for part, size in e.memory.items() if size),
+        f"training time     {duration(e.seconds)} on {devices}",
+        f"                  ({basis}{' ' if flops else ' of a peak of '}{rate} per device)",
+        f"disk              {gigabytes(e.kept * e.checkpoint_bytes)}: {e.kept:,} of {e.saves:,} checkpoints "
+        f"of {gigabytes(e.checkpoint_bytes)} at a time",
+    ]
+    if hardware.memory and e.peak_memory > hardware.memory:
+        lines.append(
+            f"warning: a device has {gigabytes(hardware.memory)}: lower device_batch_size"
+            + (" or the model" if e.memory["activations"] < e.peak_memory / 2 else "")
+        )
+    return lines
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:,.2f}M"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """'12 s', '4.5 min', '3.2 h', '8.1 days' or '2.4 years'."""
+    for unit, length in (("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"about {seconds / length:,.1f} {unit}"
+    return f"about {math.ceil(seconds)} s"

@@ -1,0 +1,393 @@
+"""The wizard: ask what a person decides, show what the run will cost, write config.py.
+
+python -m scripts.configure [--output config.py] [--preset NAME] [--defaults] [--set key=value ...] [--force]
+
+Enter keeps the default, ? explains, < goes back. Nothing is written before the last yes.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+import textwrap
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nanochat.config_file import FIELDS, facts, literal, names_of, parse_value, read_config, render_config
+from nanochat.estimate import Hardware, estimate, find_hardware, measure, report, tying_saves, usable_devices
+from nanochat.runtime import UserError, pick_device_type, run_script, write_atomically
+from nanochat.settings import (
+    GROUPS,
+    PRESETS,
+    IllegalCombination,
+    Settings,
+    hardware_preset,
+    nearest_name,
+    preset,
+    type_name,
+    validate,
+)
+
+# What a person decides; everything else is written with its value. A question whose setting has no effect under the
+# earlier answers is not asked, so the three tying questions follow one another and only a tied model gets them all.
+ASKED = {
+    "run": ("model_tag", "device_type", "wandb_mode", "run"),
+    "data": ("data", "vocab_size"),
+    "model": (
+        *("depth", "head_dim", "model_dim", "n_kv_head", "max_seq_len"),
+        *("tie_weights", "use_output_projection", "tied_weights_lr"),
+    ),
+    "horizon": ("num_iterations", "target_flops", "target_param_data_ratio", "total_batch_size", "device_batch_size"),
+    "optimizer": ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "warmup_steps", "warmdown_ratio"),
+    "evaluation": ("eval_every", "core_metric_every", "sample_every"),
+    "checkpoints": ("save_every", "keep_last"),
+}
+QUESTIONS = tuple((group, name) for group in GROUPS for name in ASKED[group])
+WORDING = {
+    "tie_weights": "tie embedding weights?",
+    "use_output_projection": "add an output projection before the logits?",
+    "tied_weights_lr": "tied learning rate",
+}
+TYING = ("use_output_projection", "output_projection_residual", "tied_weights_lr", "embedding_lr", "unembedding_lr")
+BACK, HELP = "<", "?"
+KEEP = "keep"
+
+
+@dataclass
+class Dialogue:
+    """What has been decided so far: the start (a preset, or an existing config) and the answers laid over it."""
+
+    hardware: Hardware
+    start: Settings
+    preset_name: str
+    answers: dict
+
+    @property
+    def settings(self) -> Settings:
+        return replace(self.start, **self.answers)
+
+
+def main(argv: list[str] | None = None) -> Settings | None:
+    """Run the wizard; returns the settings written (or found unchanged on disk), None when the user declined."""
+    args = _arguments(argv)
+    path = Path(os.path.realpath(args.output))  # write through a link instead of replacing it
+    _check_writable(path, args.output)
+    chosen = {name: parse_value(name, text) for name, text in args.set.items()}
+    existing = read_config(path) if path.exists() and args.preset is None else None
+    hardware = find_hardware(chosen.get("device_type"), chosen.get("dtype"))
+    own = hardware_preset(hardware.device_type, hardware.count)
+    first = KEEP if existing is not None else args.preset or own
+    dialogue = Dialogue(hardware, _start(first, existing, chosen), first, {})
+    try:
+        if not args.defaults:
+            say(f"nanochat wizard. {hardware.name}: preset {own}. Enter keeps [the default], ? explains, < goes back.")
+            consent = _ask_everything(dialogue, existing, chosen, ask_preset=args.preset is None, output=args.output)
+            if not consent:
+                say("nothing was written")
+                return None
+        settings = validate(_settled(dialogue.settings))
+        if args.defaults:
+            _show(settings, hardware)
+        return _write(settings, path, args, hardware)
+    except EOFError:
+        raise UserError(
+            "the input ended before the last question: nothing was written (--defaults asks nothing)"
+        ) from None
+    except UnicodeDecodeError:
+        raise UserError("the input is not UTF-8 text: nothing was written") from None
+    except KeyboardInterrupt:
+        say("\nstopped: nothing was written")
+        raise
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.configure", description="Write config.py in a dialogue.", allow_abbrev=False
+    )
+    parser.add_argument("--output", default="config.py", help="file to write (default config.py)")
+    parser.add_argument("--preset", help=f"start from {', '.join(PRESETS)} and do not ask which")
+    parser.add_argument("--defaults", action="store_true", help="ask nothing")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="start from this value")
+    parser.add_argument("--force", action="store_true", help="with --defaults: overwrite an existing file")
+
+    def refuse(message: str):
+        raise UserError(f"{message} (--help lists the options)")
+
+    parser.error = refuse
+    args = parser.parse_args(argv)
+    if args.preset is not None:
+        preset(args.preset)  # an unknown one is refused here, with the nearest name
+    pairs = {}
+    for pair in args.set:
+        name, equals, text = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise UserError(f"--set {pair!r} is not KEY=VALUE")
+        if name not in FIELDS:
+            raise UserError(f"--set: unknown setting {name!r}{nearest_name(name, FIELDS)}")
+        if name in pairs:
+            raise UserError(f"--set: {name} is given twice")
+        pairs[name] = text
+    args.set = pairs
+    return args
+
+
+def _check_writable(path: Path, given: str) -> None:
+    """Refuse an impossible output before the first question, not after the last."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise UserError(f"--output {given!r} is not a file: name one, such as {path / 'config.py'}")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"--output {given!r} cannot be written: {folder} is not a writable folder")
+
+
+def _start(name: str, existing: dict | None, chosen: dict) -> Settings:
+    """Settings before the first answer: the existing config or a preset, with --set on top."""
+    base = Settings(**existing) if name == KEEP else preset(name)
+    return replace(base, **chosen)
+
+
+def _settled(settings: Settings) -> Settings:
+    """Without effect means written with the default: the tying settings that the others switch off."""
+    return replace(settings, **{name: FIELDS[name].default for name in TYING if settings.inert(name)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the dialogue
+
+
+def say(text: str = "", indent: str = "") -> None:
+    """Print text wrapped to 79 columns, line by line."""
+    for line in text.split("\n"):
+        print(textwrap.fill(line, 79, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False))
+
+
+def listen(prompt: str) -> str:
+    """One stripped answer; piped input is echoed, so that a log reads like the dialogue. EOFError at the end."""
+    answer = input(prompt)
+    if not sys.stdin.isatty():
+        print(answer)
+    return answer.strip()
+
+
+def _ask_everything(dialogue: Dialogue, existing: dict | None, chosen: dict, ask_preset: bool, output: str) -> bool:
+    """All questions in order, the table, the consent. `visited` is the way back. True: write it."""
+    position, visited, group_shown = (-1 if ask_preset else 0), [], None
+    while True:
+        if position == -1:
+            _ask_preset(dialogue, existing, chosen)
+            position = 0
+            visited.append(-1)
+            continue
+        while position < len(QUESTIONS) and dialogue.settings.inert(QUESTIONS[position][1]):
+            position += 1
+        if position < len(QUESTIONS):
+            group, name = QUESTIONS[position]
+            if group != group_shown:
+                say(f"\n[{GROUPS.index(group) + 1}/{len(GROUPS)}] {group}")
+                group_shown = group
+            if _ask(dialogue, name, position):
+                visited.append(position)
+                position += 1
+                continue
+        else:
+            problem = _problem(dialogue.settings)
+            if problem is not None:  # what an answer made illegal further back
+                say(f"  {problem}")
+                names = [name for _, name in QUESTIONS]
+                if problem.name not in names:
+                    raise UserError(str(problem))
+                position = names.index(problem.name)
+                visited = [p for p in visited if p < position]
+                continue
+            settings = _settled(dialogue.settings)
+            also = [n for g in GROUPS for n in names_of(g) if n not in ASKED[g]]
+            say(f"\nalso in the file, with their values: {', '.join(also)}\n")
+            _show(settings, dialogue.hardware)
+            answer = _consent(settings, dialogue.hardware, output)
+            if answer != BACK:
+                return answer == "yes"
+        if visited:
+            position = visited.pop()
+            group_shown = None
+        else:
+            say("  this is the first question")
+
+
+def _ask_preset(dialogue: Dialogue, existing: dict | None, chosen: dict) -> None:
+    names = [*PRESETS, *([KEEP] if existing is not None else [])]
+    say("\nwhich preset to start from" + ("; keep takes the values of the existing file" if existing else ""))
+    while True:
+        answer = listen(f"preset ({', '.join(names)}) [{dialogue.preset_name}]: ") or dialogue.preset_name
+        if answer == HELP:
+            say("cpu: minutes on a laptop. gpu1: hours on one GPU. 8xh100: hours on a node of 8.", "  ")
+        elif answer == BACK:
+            say("  this is the first question")
+        elif answer not in names:
+            say(f"unknown preset {answer!r}{nearest_name(answer, names)}", "  ")
+        else:
+            if answer != dialogue.preset_name:
+                if dialogue.answers:
+                    say("another preset: the answers so far are forgotten", "  ")
+                dialogue.start, dialogue.preset_name = _start(answer, existing, chosen), answer
+                dialogue.answers = {}
+            return
+
+
+def _ask(dialogue: Dialogue, name: str, position: int) -> bool:
+    """Ask one setting until the answer is legal; False for going back."""
+    default = getattr(dialogue.settings, name)
+    later = {n for _, n in QUESTIONS[position + 1 :]}
+    say()
+    say(_why(dialogue.settings, name))
+    while True:
+        answer = listen(f"{WORDING.get(name, name)} [{_plain(default)}]: ")
+        if answer == BACK:
+            return False
+        if answer == HELP:
+            say(_help(name), "  ")
+            continue
+        try:
+            value = parse_value(name, answer) if answer else default
+            if answer:
+                _check_here(name, value)
+        except UserError as error:
+            say(str(error), "  ")
+            continue
+        problem = _problem(replace(dialogue.settings, **{name: value}))
+        # A question still to come can mend it, and is asked again then; what cannot be mended is refused here.
+        if problem is None or problem.name in later:
+            if value != getattr(dialogue.start, name):
+                dialogue.answers[name] = value
+            else:
+                dialogue.answers.pop(name, None)
+            return True
+        say(str(problem), "  ")
+        if problem.name == name and problem.nearest is not None:
+            default = problem.nearest
+
+
+def _why(settings: Settings, name: str) -> str:
+    """The line above a question; what tying saves is computed for this vocabulary and width."""
+    if name == "tie_weights":
+        return f"one matrix for the embedding and the logits {tying_saves(settings)}"
+    choices = FIELDS[name].metadata["choices"]
+    return FIELDS[name].metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+
+
+def _problem(settings: Settings) -> IllegalCombination | None:
+    try:
+        validate(settings)
+    except IllegalCombination as problem:
+        return problem
+    return None
+
+
+def _check_here(name: str, value) -> None:
+    """What only this machine can tell about a typed value."""
+    if name == "device_type":
+        pick_device_type(value)
+    if name == "data" and value not in ("stdlib", "packages", "climbmix") and not value.startswith("hf:"):
+        known = nearest_name(value, ("stdlib", "packages", "climbmix"))
+        hint = known if "did you mean" in known else " (stdlib, packages, climbmix, hf:<dataset>, or a path)"
+        if not Path(value).expanduser().exists():
+            raise UserError(f"data={value!r} is neither a known source nor a file or folder here{hint}")
+
+
+def _help(name: str) -> str:
+    data, lines = FIELDS[name].metadata, [facts(name)]
+    limits = [("at_least", "at least"), ("above", "more than"), ("at_most", "at most")]
+    bounds = [f"{words} {data[key]:,}" for key, words in limits if data[key] is not None]
+    lines.append(f"{type_name(name)}{', ' if bounds else ''}{', '.join(bounds)}")
+    lines.append(f"built-in default {literal(FIELDS[name].default)}; flag --{name}")
+    return "\n".join(lines)
+
+
+def _plain(value) -> str:
+    """A value as a person would type it."""
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the end: table, consent, file, next command
+
+
+def _show(settings: Settings, hardware: Hardware, flops: float | None = None) -> None:
+    print("\n".join(report(settings, hardware, flops)), flush=True)
+
+
+def _consent(settings: Settings, hardware: Hardware, output: str) -> str:
+    """'yes', 'no' or '<'."""
+    if not _fits(settings, hardware):
+        say("\n(the model does not fit this machine: its speed is not measured)")
+    else:
+        say()
+        answer = _yes_no("measure the speed with a few real steps, about 10 seconds?", default=False)
+        if answer == BACK:
+            return BACK
+        if answer == "yes":
+            _show(settings, hardware, measure(settings, hardware))
+            say()
+    path = Path(os.path.realpath(output))
+    if not path.exists():
+        return _yes_no(f"write {output}?", default=True)
+    if path.read_bytes() == render_config(settings).encode():
+        return "yes"  # nothing would change, so there is nothing to agree to
+    return _yes_no(f"{output} exists and would change. overwrite it?", default=False)
+
+
+def _fits(settings: Settings, hardware: Hardware) -> bool:
+    return hardware.memory is None or estimate(settings, hardware).memory["parameters"] * 2 < hardware.memory / 2
+
+
+def _yes_no(question: str, default: bool) -> str:
+    while True:
+        answer = listen(f"{question} [{_plain(default)}]: ").lower() or _plain(default)
+        if answer == BACK or answer in ("yes", "no"):
+            return answer
+        if answer in ("y", "n"):
+            return "yes" if answer == "y" else "no"
+        say(f"  {answer!r} is not yes, no or <")
+
+
+def _write(settings: Settings, path: Path, args: argparse.Namespace, hardware: Hardware) -> Settings:
+    text = render_config(settings)
+    if path.exists() and path.read_bytes() == text.encode():
+        say(f"\n{args.output} already says exactly this: nothing to write")
+    elif path.exists() and args.defaults and not args.force:
+        raise UserError(
+            f"{args.output} exists and would change: nothing was written; --force overwrites it, or --output"
+        )
+    else:
+        try:
+            write_atomically(path, text)
+        except OSError as error:
+            raise UserError(f"cannot write {args.output}: {error.strerror}; name another file with --output") from None
+        say(f"\nwrote {args.output}")
+    print("\n".join(next_commands(settings, args.output, hardware)), flush=True)
+    return settings
+
+
+def next_commands(settings: Settings, output: str, hardware: Hardware) -> list[str]:
+    """What to type next: one process, all GPUs of this node, several nodes."""
+    devices = usable_devices(settings, hardware.count)
+    gpus = hardware.count if hardware.device_type == "cuda" else 0
+    idle = f", {gpus - devices} idle: the batch does not divide among all" if gpus > devices else ""
+    train = f"-m scripts.base_train {shlex.quote(output)}"
+    spread = f"--nproc_per_node={devices}"
+    return [
+        "",
+        "next, one process:",
+        f"  python {train}",
+        f"next, torchrun on this node ({gpus} GPUs found{idle}):",
+        f"  torchrun --standalone {spread} {train}",
+        "next, torchrun on several nodes (on each node, with the first one's address):",
+        f"  torchrun --nnodes=2 {spread} --rdzv_backend=c10d \\",
+        f"    --rdzv_endpoint=HOST:29500 {train}",
+    ]
+
+
+if __name__ == "__main__":
+    run_script(main)
