@@ -1,0 +1,438 @@
+"""Documents to batches: a token store on disk, and a loader whose rows depend only on (seed, epoch, cursor).
+
+An epoch's stream: shards in an order drawn from (seed, epoch), the documents of a shard in an order drawn from
+(seed, epoch, shard), each as BOS + its ids. Row r is stream[r*T : r*T + T + 1]; what is left after the last row is
+dropped. Rows are handed out in an order drawn within blocks of 8192, so that a batch is not one long document.
+The cursor counts rows over all ranks since the start of training, and is all that a resume needs.
+"""
+
+import itertools
+import json
+import os
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from nanochat.dataset import Dataset
+from nanochat.runtime import UserError, write_atomically
+from nanochat.settings import Say
+from nanochat.tokenizer import Tokenizer
+
+BLOCK = 8192  # rows among which the order is drawn
+CHUNK_CHARACTERS = 1_000_000  # text tokenised between two looks at whether to stop
+SHARDS, DOCUMENTS, ROWS = range(3)  # what an order is drawn for
+
+
+class TokenStore:
+    """One split of a dataset as token ids: <dataset>/tokens-<tokenizer hash8>/<shard>.bin, .npy and .json.
+
+    .bin: ids, uint16 or uint32, every document as BOS + its ids. .npy: offsets of the documents, int64 [documents + 1].
+    .json: the index, written last: only with it, and only while sizes and the shard's hash agree, do the others count.
+    The first process of each node makes what is missing, in a background thread, in the order it is required.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        split: str = "train",
+        *,
+        maker: bool | None = None,
+        workers: int | None = None,
+        patience_s: float = 1800,
+        say: Say = print,
+    ):
+        """maker: whether this process tokenises (None: local rank 0 does). workers: its threads (None: one a core, at
+        most 8). patience_s: how long the others wait for one shard. UserError: the split has no shards."""
+        self.dataset, self.tokenizer, self.split, self.say = dataset, tokenizer, split, say
+        self.paths = dataset.shards(split)
+        if not self.paths:
+            raise UserError(f"data {dataset.name} has no {split} shards: give more documents")
+        self.maker = os.environ.get("LOCAL_RANK", "0") == "0" if maker is None else maker
+        self.workers = workers or min(8, os.cpu_count() or 1)
+        self.patience_s = patience_s
+        self.directory = dataset.directory / f"tokens-{tokenizer.hash[:8]}"
+        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+        self._sha256 = {entry["name"]: entry["sha256"] for entry in dataset.manifest["files"]}
+        self._entries: dict[int, dict] = {}
+        self._queue: list[int] = []
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._stop = threading.Event()
+        self.shard = lru_cache(64)(self._open)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def tokens(self, shard: int) -> int:
+        """Ids in the shard of this number; waits until it is tokenised. 0 for one that was left out as damaged."""
+        return self._wait(shard)["tokens"]
+
+    def _open(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, memory-mapped; offsets int64 [documents + 1]) of a shard; waits until it is tokenised."""
+        if self.tokens(shard) == 0:  # an empty file cannot be mapped
+            return np.zeros(0, self.dtype), np.zeros(1, np.int64)
+        ids = np.memmap(self._file(shard, ".bin"), dtype=self.dtype, mode="r")
+        return np.asarray(ids), np.load(self._file(shard, ".npy"))
+
+    def stream(self, max_tokens: int | None = None) -> np.ndarray:
+        """The first max_tokens ids (None: all) of the split in path order: BOS + document, BOS + document, ...
+
+        Only the shards that it takes are tokenised and opened; out of a single one the result is memory-mapped.
+        """
+        parts, missing = [], float("inf") if max_tokens is None else max_tokens
+        for shard in range(len(self.paths)):
+            if missing <= 0:
+                break
+            ids = self.shard(shard)[0]
+            parts.append(ids[: min(missing, len(ids))])
+            missing -= len(ids)
+        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self.dtype), *parts])
+
+    def _file(self, shard: int, suffix: str) -> Path:
+        return self.directory / (self.paths[shard].stem + suffix)
+
+    def _index(self, shard: int) -> dict | None:
+        """The index of a shard if it and its files count, else None."""
+        try:
+            index = json.loads(self._file(shard, ".json").read_text(encoding="utf-8"))
+            whole = (
+                index["shard"] == self._stamp(shard, index["skipped"])
+                and (index["skipped"] is None or self.dataset.skip_corrupt)
+                and index["dtype"] == self.dtype.name
+                and self._file(shard, ".bin").stat().st_size == index["tokens"] * self.dtype.itemsize
+                and self._file(shard, ".npy").stat().st_size == index["offsets_size"]
+            )
+        except (OSError, ValueError, KeyError, TypeError):  # absent, torn or foreign: it is made anew
+            return None
+        return index if whole else None
+
+    def _stamp(self, shard: int, skipped: str | None) -> dict:
+        """What the ids were made from. A damaged shard counts as damaged only until somebody touches it."""
+        path = self.paths[shard]
+        stamp = {"sha256": self._sha256[path.name], "size": path.stat().st_size}
+        return stamp if skipped is None else stamp | {"mtime_ns": path.stat().st_mtime_ns}
+
+    def _wait(self, shard: int) -> dict:
+        if shard in self._entries:
+            return self._entries[shard]
+        self.require([shard])
+        start = time.monotonic()
+        while (index := self._index(shard)) is None:
+            if self._failure is not None:
+                raise self._failure
+            if not self._running():
+                raise RuntimeError(f"stopped while waiting for the tokens of {self.paths[shard].name}")
+            if not self.maker and time.monotonic() - start > self.patience_s:
+                raise UserError(
+                    f"no tokens of {self.paths[shard]} after {self.patience_s:g} s of waiting for the first process of "
+                    f"this node to make {self._file(shard, '.json')}: see its messages, or start again with one process"
+                )
+            time.sleep(0.02)
+        self._entries[shard] = index
+        return index
+
+    # -- making -------------------------------------------------------------------------------------------------------
+
+    def require(self, shards: Iterable[int]) -> None:
+        """Have these shards tokenised in the background, in this order; returns at once."""
+        if not self.maker:
+            return
+        with self._lock:
+            self._queue.extend(s for s in shards if s not in self._entries and s not in self._queue)
+            if self._queue and self._thread is None and self._failure is None:
+                self._thread = threading.Thread(target=self._work, name="tokenise")
+                self._thread.start()
+
+    def close(self) -> None:
+        """Stop tokenising; an unfinished shard leaves nothing behind."""
+        self._stop.set()
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _running(self) -> bool:
+        # A plain thread keeps the interpreter alive at exit, so it has to notice for itself that the program is over.
+        return not self._stop.is_set() and threading.main_thread().is_alive()
+
+    def _work(self) -> None:
+        made, start = [], time.perf_counter()
+        try:
+            self._remove_leftovers()
+            while (shard := self._next()) is not None:
+                if self._index(shard) is None:
+                    if not made:
+                        self.say(f"tokenising {self.dataset.name} ({self.split}) into {self.directory}")
+                    made.append(self._make(shard))
+        except BaseException as error:  # whoever waits for a shard raises it; tiktoken's panics are BaseExceptions
+            self._failure = error
+        if made and self._failure is None and self._running():
+            took = time.perf_counter() - start
+            self.say(f"tokenised {self.dataset.name} ({self.split}): {sum(made):,} tokens in {took:.1f} s")
+
+    def _remove_leftovers(self) -> None:
+        """Delete what killed processes left half-written more than an hour ago."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self.directory.glob(".*.tmp"):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > 3600:
+                    path.unlink()
+
+    def _next(self) -> int | None:
+        with self._lock:
+            if self._queue and self._running():
+                return self._queue.pop(0)
+            self._thread = None
+            return None
+
+    def _make(self, shard: int) -> int:
+        """Tokenise one shard and write its files, the index last; returns the number of tokens."""
+        path = self.paths[shard]
+        self._file(shard, ".json").unlink(missing_ok=True)  # from here on the old files do not count
+        lengths = [0]
+        with _replacing(self._file(shard, ".bin")) as file:
+            for texts in _chunks(text for _, text in self.dataset.read(path)):
+                if not self._running():
+                    raise RuntimeError("tokenising was stopped")
+                documents = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(texts, self.workers)]
+                np.fromiter(itertools.chain.from_iterable(documents), self.dtype).tofile(file)
+                lengths.extend(map(len, documents))
+        with _replacing(self._file(shard, ".npy")) as file:
+            np.save(file, np.cumsum(lengths, dtype=np.int64))
+        skipped = self.dataset.skipped.get(path.name)
+        index = {
+            "shard": self._stamp(shard, skipped),
+            "skipped": skipped,
+            "tokens": sum(lengths),
+            "dtype": self.dtype.name,
+            "offsets_size": self._file(shard, ".npy").stat().st_size,
+        }
+        write_atomically(self._file(shard, ".json"), json.dumps(index) + "\n")
+        return index["tokens"]
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of texts of about CHUNK_CHARACTERS together."""
+    chunk, size = [], 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the path's place when all went well, and leaves nothing behind otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batches
+
+
+class DataLoader:
+    """Endless batches of one rank: (inputs, targets), int64 [rows / world_size, seq_len], targets one token ahead.
+
+    Rank k of N takes rows [k*G/N, (k+1)*G/N) of each global batch of G = rows, so N ranks together see what one would.
+    The next batch is assembled, and moved to the device, in the background; its errors are raised by next().
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        rows: int,
+        seq_len: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: str | torch.device = "cpu",
+    ):
+        assert rows % world_size == 0 and 0 <= rank < world_size, (rows, rank, world_size)
+        self.store, self.rows, self.seq_len, self.seed = store, rows, seq_len, seed
+        self.device = torch.device(device)
+        self.mine = range(rank * rows // world_size, (rank + 1) * rows // world_size)
+        self.cursor = 0  # rows handed out so far, over all ranks
+        self.epoch, self.row = 0, 0  # where the last row handed out lies: its epoch, its place in the epoch's order
+        self._first_ends = [0]  # where the shards of epoch 0 end, as far as they had to be looked at
+        self._extending = threading.Lock()
+        self._ahead: Future | None = None
+        # Blocks reach over several shards, and rows come from all over a block.
+        self._shard_order = lru_cache(4)(self._order_of_shards)
+        self._shard_ends = lru_cache(4)(self._ends_of_shards)
+        self._document_order = lru_cache(64)(self._order_of_documents)
+        self._row_order = lru_cache(4)(lambda epoch, block, size: self._permutation(ROWS, epoch, block, size))
+
+    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next batch of this rank; waits for tokens that are not ready yet."""
+        ahead, self._ahead = self._ahead or self._start(self.cursor), None
+        inputs, targets, (self.epoch, self.row) = ahead.result()
+        self.cursor += self.rows
+        self._ahead = self._start(self.cursor)
+        return inputs, targets
+
+    def last_rows(self) -> list[dict]:
+        """For each row of this rank's last batch: its epoch, its row of the stream, and the documents it shows.
+
+        A document is "shard:row of the shard". Equal (epoch, row) mean the same tokens under the same seed.
+        """
+        assert self.cursor, "next() comes first"
+        places = [self._place(self.cursor - self.rows + i) for i in self.mine]
+        return [{"epoch": e, "row": r, "documents": list(self._documents(e, r))} for e, r in places]
+
+    def state_dict(self) -> dict:
+        """JSON-ready position and what it refers to; the same on every rank."""
+        return {"cursor": self.cursor, "epoch": self.epoch, "row": self.row, **self._identity()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where the state was taken; UserError names what differs (seed, seq_len, data, tokenizer)."""
+        for name, mine in self._identity().items():
+            if None not in (mine, state[name]) and mine != state[name]:
+                raise UserError(
+                    f"the data order cannot go on: {name}={mine} here, {state[name]} in the checkpoint; "
+                    "use the checkpoint's, or start a new run"
+                )
+        self.cursor, self.epoch, self.row = state["cursor"], state["epoch"], state["row"]
+        self._ahead = None
+
+    def _identity(self) -> dict:
+        complete = len(self._first_ends) > len(self.store.paths)
+        return {
+            "seed": self.seed,
+            "seq_len": self.seq_len,
+            "data": self.store.dataset.fingerprint["sha256"],
+            "tokenizer": self.store.tokenizer.hash,
+            "tokens": self._first_ends[-1] if complete else None,  # not known before all shards were looked at
+        }
+
+    # -- the background -----------------------------------------------------------------------------------------------
+
+    def _start(self, cursor: int) -> Future:
+        future: Future = Future()
+
+        def work():
+            try:
+                future.set_result(self._batch(cursor))
+            except BaseException as error:  # next() raises it
+                future.set_exception(error)
+
+        threading.Thread(target=work, name="batch").start()
+        return future
+
+    def _batch(self, cursor: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+        ids = np.empty((len(self.mine), self.seq_len + 1), dtype=np.int64)
+        for i, row in enumerate(self.mine):
+            self._read(*self._place(cursor + row), out=ids[i])
+        # Copied by numpy: torch would start a second team of threads here, beside the one that trains.
+        halves = [torch.from_numpy(np.ascontiguousarray(half)) for half in (ids[:, :-1], ids[:, 1:])]
+        if self.device.type == "cuda":
+            halves = [half.pin_memory() for half in halves]
+        inputs, targets = (half.to(self.device, non_blocking=True) for half in halves)
+        return inputs, targets, self._position(cursor + self.rows - 1)[:2]
+
+    # -- the order: pure functions of the seed and the numbers of tokens ----------------------------------------------
+
+    def _permutation(self, kind: int, epoch: int, index: int, size: int) -> np.ndarray:
+        # Raw bits and a stable sort: numpy keeps these the same for ever, its own shuffles it may change.
+        bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(kind, epoch, index))).random_raw(size)
+        return np.argsort(bits, kind="stable")
+
+    def _order_of_shards(self, epoch: int) -> list[int]:
+        return self._permutation(SHARDS, epoch, 0, len(self.store.paths)).tolist()
+
+    def _order_of_documents(self, epoch: int, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """(documents in their order; where each ends in the shard's part of the stream, 0 in front)."""
+        offsets = self.store.shard(shard)[1]
+        order = self._permutation(DOCUMENTS, epoch, shard, len(offsets) - 1)
+        return order, np.concatenate([offsets[:1], np.cumsum(np.diff(offsets)[order])])
+
+    def _ends_of_shards(self, epoch: int) -> list[int]:
+        """Where each shard ends in the epoch's stream, 0 in front; of epoch 0 perhaps only the first shards."""
+        if epoch == 0:
+            return self._first_ends
+        return list(itertools.accumulate(map(self.store.tokens, self._shard_order(epoch)), initial=0))
+
+    def _position(self, cursor: int) -> tuple[int, int, int]:
+        """(epoch, place among its rows, rows of the block there); looks at no more shards than that takes."""
+        order, ends = self._shard_order(0), self._first_ends
+        block_end = (cursor // BLOCK + 1) * BLOCK
+
+        def too_few() -> bool:
+            return len(ends) <= len(order) and (ends[-1] - 1) // self.seq_len < block_end
+
+        if too_few():
+            self.store.require(order)
+        while too_few():
+            with self._extending:
+                if too_few():
+                    ends.append(ends[-1] + self.store.tokens(order[len(ends) - 1]))
+        if len(ends) <= len(order):
+            return 0, cursor, BLOCK
+        rows = (ends[-1] - 1) // self.seq_len
+        if rows < 1:
+            raise UserError(
+                f"data {self.store.dataset.name} has {ends[-1]} {self.store.split} tokens, less than one row of "
+                f"max_seq_len={self.seq_len} and its target: give more text or max_seq_len={max(2, ends[-1] - 1)}"
+            )
+        epoch, place = divmod(cursor, rows)
+        return epoch, place, min(BLOCK, rows - place // BLOCK * BLOCK)
+
+    def _place(self, cursor: int) -> tuple[int, int]:
+        """(epoch, row of its stream) of the cursor-th row since the start."""
+        epoch, place, size = self._position(cursor)
+        block, within = divmod(place, BLOCK)
+        return epoch, block * BLOCK + int(self._row_order(epoch, block, size)[within])
+
+    def _spans(self, epoch: int, row: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, start, stop) of the parts of a row, as positions in that shard's part of the stream."""
+        order, ends = self._shard_order(epoch), self._shard_ends(epoch)
+        start, stop = row * self.seq_len, (row + 1) * self.seq_len + 1
+        number = bisect_right(ends, start) - 1
+        while start < stop:
+            end = min(stop, ends[number + 1])
+            if end > start:
+                yield order[number], start - ends[number], end - ends[number]
+            start, number = end, number + 1
+
+    def _read(self, epoch: int, row: int, out: np.ndarray) -> None:
+        """Copy the seq_len + 1 ids of a row."""
+        filled = 0
+        for shard, start, stop in self._spans(epoch, row):
+            ids, offsets = self.store.shard(shard)
+            order, ends = self._document_order(epoch, shard)
+            shown = _overlapping(ends, start, stop)
+            lengths = np.minimum(ends[1:][shown], stop) - np.maximum(ends[shown], start)
+            shift = offsets[order[shown]] - ends[shown]  # from the stream to the file, for each document
+            out[filled : filled + stop - start] = ids[np.arange(start, stop) + np.repeat(shift, lengths)]
+            filled += stop - start
+
+    def _documents(self, epoch: int, row: int) -> Iterator[str]:
+        for shard, start, stop in self._spans(epoch, row):
+            order, ends = self._document_order(epoch, shard)
+            for document in order[_overlapping(ends, start, stop)].tolist():
+                yield f"{self.store.paths[shard].stem}:{document}"
+
+
+def _overlapping(ends: np.ndarray, start: int, stop: int) -> slice:
+    """The documents (by their place in the order) that [start, stop) touches."""
+    return slice(int(np.searchsorted(ends, start, "right")) - 1, int(np.searchsorted(ends, stop, "left")))

@@ -1,0 +1,103 @@
+"""Bytes per token on held-out and on mixed text, beside GPT-2's and GPT-4's tokenizers where their files are to be had:
+python -m scripts.tok_eval [config.py] [--key=value ...]"""
+
+import threading
+from collections.abc import Callable
+
+from nanochat.config_file import from_command_line
+from nanochat.dataset import Dataset, prepare_for
+from nanochat.runtime import print0, run_script
+from nanochat.tokenizer import find_or_train
+
+HELD_OUT_CHARACTERS = 10_000_000  # of the val split: plenty for three digits
+FETCH_SECONDS = 20  # for both of OpenAI's files together; tiktoken itself sets no limit
+RIVALS = {"gpt2": "GPT-2", "cl100k_base": "cl100k"}
+
+MIX = {
+    "code": '''\
+def merge(left: list[int], right: list[int]) -> list[int]:
+    """Merge two sorted lists into one."""
+    merged, i, j = [], 0, 0
+    while i < len(left) and j < len(right):
+        if left[i] <= right[j]:
+            merged.append(left[i]); i += 1
+        else:
+            merged.append(right[j]); j += 1
+    return merged + left[i:] + right[j:]
+''',
+    "english": (
+        "The lighthouse keeper climbed the stairs every evening, counting them although he knew their number. Below "
+        "him the harbour went quiet; somebody whistled, a door closed, and the first boats came in with their lamps "
+        "already lit. He didn't hurry. What mattered was that the light turned, not that anyone saw him turn it.\n"
+    ),
+    "numbers": "3.14159 2.71828 1,024 65,536 2024-02-29 23:59:60 +49 30 1234567 0xdeadbeef 1e-12 192.168.0.1 100%\n",
+    "unicode": "Schöne Grüße aus Zürich! Η γλώσσα μου. Мир и труд. 日本語の文章です。 نص عربي 한국어 😀👩‍🚀 ∑ᵢ xᵢ² ≤ ∞ café\n",
+}
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    """Print the table and return it as {text: {tokenizer: bytes per token}}."""
+    usage = "python -m scripts.tok_eval [config.py] [--key=value ...]"
+    settings = from_command_line(argv, switches=(), usage=usage).settings
+    dataset = prepare_for(settings, say=print0)
+    tokenizer = find_or_train(settings, dataset, say=print0)
+    encoders = {tokenizer.name: tokenizer.encode_batch, **fetch_rivals()}
+    texts = {"held out": held_out_text(dataset), **{name: [text] for name, text in MIX.items()}}
+    table = {
+        name: {column: bytes_per_token(encode, text) for column, encode in encoders.items()}
+        for name, text in texts.items()
+    }
+    widths = [max(8, len(column)) for column in encoders]
+    print0("bytes per token (more is denser)")
+    print0(f"{'text':<10}", *(f"{column:>{width}}" for column, width in zip(encoders, widths, strict=True)))
+    for name, row in table.items():
+        print0(f"{name:<10}", *(f"{rate:>{width}.3f}" for rate, width in zip(row.values(), widths, strict=True)))
+    return table
+
+
+def held_out_text(dataset: Dataset) -> list[str]:
+    """The first documents of the val split, HELD_OUT_CHARACTERS together, the last one cut."""
+    texts, room = [], HELD_OUT_CHARACTERS
+    for _, text in dataset.documents("val"):
+        if room <= 0:
+            break
+        texts.append(text[:room])
+        room -= len(text)
+    return texts
+
+
+def bytes_per_token(encode_batch: Callable[[list[str]], list[list[int]]], texts: list[str]) -> float:
+    """UTF-8 bytes of the texts per id, without BOS; NaN for no text at all."""
+    tokens = sum(map(len, encode_batch(texts)))
+    return sum(len(text.encode()) for text in texts) / tokens if tokens else float("nan")
+
+
+def fetch_rivals(seconds: float = FETCH_SECONDS) -> dict[str, Callable[[list[str]], list[list[int]]]]:
+    """Batch encoders of GPT-2 and cl100k by name, from tiktoken's cache or the network.
+
+    Those not there within so many seconds are left out with one line. The fetch runs in a daemon thread, because
+    tiktoken gives its connections no time limit.
+    """
+    found, problems = {}, []
+
+    def fetch():
+        import tiktoken
+
+        for name, title in RIVALS.items():
+            try:
+                found[title] = tiktoken.get_encoding(name).encode_ordinary_batch
+            except Exception as error:  # no network, a proxy's page, a full cache: the comparison is an extra
+                problems.append(type(error).__name__)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    rivals = dict(found)
+    if missing := [title for title in RIVALS.values() if title not in rivals]:
+        why = ", ".join(sorted(set(problems))) or f"no answer within {seconds:g} s"
+        print0(f"{' and '.join(missing)} left out: tiktoken cannot get the files ({why})")
+    return rivals
+
+
+if __name__ == "__main__":
+    run_script(main)

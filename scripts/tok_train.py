@@ -1,0 +1,23 @@
+"""Train the tokenizer that a configuration asks for: python -m scripts.tok_train [config.py] [--key=value ...]"""
+
+from nanochat.config_file import from_command_line
+from nanochat.dataset import prepare_for
+from nanochat.runtime import print0, run_script
+from nanochat.tokenizer import Tokenizer, find_or_train
+from scripts.tok_eval import bytes_per_token, held_out_text
+
+
+def main(argv: list[str] | None = None) -> Tokenizer:
+    """Prepare the data, train on its train split (or find what an earlier call trained), and say what came of it."""
+    usage = "python -m scripts.tok_train [config.py] [--key=value ...]"
+    settings = from_command_line(argv, switches=(), usage=usage).settings
+    dataset = prepare_for(settings, say=print0)
+    tokenizer = find_or_train(settings, dataset, say=print0)
+    rate = bytes_per_token(tokenizer.encode_batch, held_out_text(dataset))
+    print0(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size} ids, hash {tokenizer.hash}")
+    print0(f"{rate:.3f} bytes per token on held-out text of {dataset.name}")
+    return tokenizer
+
+
+if __name__ == "__main__":
+    run_script(main)
