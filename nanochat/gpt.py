@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.attention import causal_attention
-from nanochat.loss_head import SOFTCAP, chunked_cross_entropy, softcapped
+from nanochat.loss_head import SOFTCAP, chunked_cross_entropy, compile_loss_head, softcapped
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.block_forward = Block.forward  # compile() replaces it
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -179,8 +180,10 @@ class GPT(nn.Module):
         )
         cos, sin = self.cos[:, start : start + T], self.sin[:, start : start + T]
         x = norm(self.transformer.wte(idx).to(self.compute_dtype))
+        # Only training runs compiled: evaluation and generation come in too many shapes.
+        run = self.block_forward if torch.is_grad_enabled() else Block.forward
         for block in self.transformer.h:
-            x = block(x, cos, sin, kv_cache)
+            x = run(block, x, cos, sin, kv_cache)
         if kv_cache is not None:
             kv_cache.position += T
         x = norm(x)
@@ -204,6 +207,15 @@ class GPT(nn.Module):
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
         losses = chunked_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten(), loss_reduction)
         return losses.view_as(targets) if loss_reduction == "none" else losses
+
+    def compile(self) -> None:
+        """Compile one block, which all layers share, and the elementwise part of the loss: seconds, not minutes."""
+        self.block_forward = torch.compile(Block.forward, dynamic=False)
+        compile_loss_head(True)
+
+    def uncompile(self) -> None:
+        self.block_forward = Block.forward
+        compile_loss_head(False)
 
     # -- counts -------------------------------------------------------------------------------------------------------
 

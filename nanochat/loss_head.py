@@ -85,7 +85,7 @@ class _ChunkedSum(torch.autograd.Function):
 chunk_gradient = _chunk_gradient  # base_train replaces it by a compiled one: see compile_loss_head
 
 
-def compile_loss_head() -> None:
-    """Fuse the elementwise part of every chunk with torch.compile; the results change by rounding only."""
+def compile_loss_head(on: bool) -> None:
+    """Fuse the elementwise part of every chunk with torch.compile, or undo it; results change by rounding only."""
     global chunk_gradient
-    chunk_gradient = torch.compile(_chunk_gradient, dynamic=False)
+    chunk_gradient = torch.compile(_chunk_gradient, dynamic=False) if on else _chunk_gradient

@@ -1,0 +1,53 @@
+"""What a person sees while training: one line that lives on a terminal, plain lines everywhere else."""
+
+import sys
+import time
+
+from nanochat.runtime import print0, rank_from_env
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 41s, 3m20s or 2h05m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    return (
+        f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    )
+
+
+class Progress:
+    """Loss, val bpb, tokens per second, MFU and time left of a run of `steps` steps; use as a context manager."""
+
+    def __init__(self, steps: int, plain_every: float = 10.0):
+        self.steps, self.plain_every = steps, plain_every
+        self.status = None
+        self.said = 0.0
+
+    def __enter__(self) -> "Progress":
+        if rank_from_env() == 0 and sys.stdout.isatty():
+            try:
+                from rich.console import Console
+            except ImportError:
+                print0("rich is not installed: progress in plain lines")
+            else:
+                self.status = Console().status("first step (compiling) ...", spinner="line")
+                self.status.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.status is not None:
+            self.status.stop()
+
+    def update(self, step: int, loss: float, bpb: float | None, tok_per_sec: float, mfu: float, eta: float) -> None:
+        """Show the state after `step` steps; plain lines come every few seconds and for the first and last."""
+        measured = "" if bpb is None else f" | bpb {bpb:.4f}"
+        line = (
+            f"step {step:5d}/{self.steps} | loss {loss:.4f}{measured} | {tok_per_sec:,.0f} tok/s | "
+            f"MFU {100 * mfu:.1f}% | {duration(eta)} left"
+        )
+        if self.status is not None:
+            self.status.update(line)
+        elif step in (1, self.steps) or time.monotonic() - self.said > self.plain_every:
+            self.said = time.monotonic()
+            print0(line)

@@ -1,0 +1,97 @@
+"""Resuming: which settings count, what a run remembers, and how all of it comes back from a checkpoint."""
+
+import base64
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from nanochat import checkpoint_manager as checkpoints
+from nanochat.config_file import CommandLine
+from nanochat.runtime import UserError, print0, rank_from_env, world_size_from_env
+from nanochat.settings import Settings, checked, validate
+
+# What a resumed run may change; everything else would make it another run.
+CHANGEABLE = {
+    "num_iterations", "target_flops", "target_param_data_ratio", "eval_every", "eval_tokens", "core_metric_every",
+    "core_metric_max_per_task", "sample_every", "save_every", "keep_last", "log_rows", "device_type", "dtype",
+    "compile", "device_batch_size", "wandb_mode", "run", "overwrite", "skip_corrupt",
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class RunState:
+    """What a run remembers besides weights, optimizer and loader; part of every checkpoint."""
+
+    step: int = 0
+    train_seconds: float = 0.0  # steps only: without evaluation, samples and saving
+    smooth_loss: float | None = None
+    val_bpb: float | None = None
+    smooth_loss_at_eval: float | None = None
+    overfit_warned: bool = False
+
+
+def settle(command: CommandLine, resume: bool) -> tuple[Settings, int | None]:
+    """The settings that count and the step to resume from (None: a new run). All checks that need no device."""
+    settings = command.settings
+    tag_dir = checkpoints.checkpoints_dir() / settings.tag
+    if resume and checkpoints.list_steps(tag_dir):
+        step = checkpoints.newest_step(tag_dir)
+        if step is None:
+            raise UserError(f"{tag_dir} holds no whole step to resume from; --overwrite=True starts over beside it")
+        return resumed_settings(command, tag_dir, step), step
+    if resume:
+        print0(f"nothing to resume in {tag_dir}: starting a new run")
+    elif tag_dir.is_dir() and any(tag_dir.iterdir()):
+        if not settings.overwrite:
+            raise UserError(
+                f"model_tag={settings.tag!r} holds a run already ({tag_dir}): continue it with --resume, take another "
+                f"name with --model_tag=NAME, or start over with --overwrite=True"
+            )
+        if rank_from_env() == 0:
+            aside = next(
+                p for n in range(1, 10**6) if not (p := tag_dir.with_name(f".{tag_dir.name}.old-{n}")).exists()
+            )
+            os.rename(tag_dir, aside)
+            print0(f"the earlier run was moved to {aside}")
+    return settings, None
+
+
+def resumed_settings(command: CommandLine, tag_dir: Path, step: int) -> Settings:
+    """The checkpoint's settings with what the command line may change; any other difference is refused by name."""
+    _, _, metadata = checkpoints.load_checkpoint(tag_dir, step)
+    saved = {name: checked(name, value) for name, value in metadata.get("settings", {}).items()}
+    merged = dataclasses.replace(command.settings, **saved)
+    given = {name: getattr(command.settings, name) for name in command.origins}
+    changed = {name: value for name, value in given.items() if value != getattr(merged, name)}
+    if refused := sorted(changed.keys() - CHANGEABLE - {"model_tag"}):
+        told = ", ".join(f"{n}={changed[n]!r} (the run has {getattr(merged, n)!r})" for n in refused)
+        raise UserError(f"--resume cannot change {told}: leave it out, or start a new run with --model_tag=NAME")
+    horizon = [name for name in ("num_iterations", "target_flops", "target_param_data_ratio") if name in changed]
+    if horizon:
+        print0(f"new horizon ({', '.join(horizon)}): the warmdown is recomputed for it")
+    merged = dataclasses.replace(merged, **{name: changed[name] for name in changed.keys() & CHANGEABLE})
+    return validate(merged, world_size_from_env())
+
+
+def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, dataset) -> RunState:
+    """Load weights, optimizer, loader and generators of a step; returns the run's state at it."""
+    model_state, optimizer_state, metadata = checkpoints.load_checkpoint(tag_dir, step, load_optimizer=True)
+    where = checkpoints.step_dir(tag_dir, step)
+    checkpoints.check_tokenizer(tokenizer, metadata, where)
+    if metadata.get("data_fingerprint") != dataset.fingerprint:
+        print0(f"warning: the data changed since {where} was saved: {metadata.get('data_fingerprint')} then, ")
+        print0(f"         {dataset.fingerprint} now; val bpb is not comparable across this point")
+    model.load_state_dict(model_state)
+    optimizer.load_state_dict(optimizer_state)
+    loader.load_state_dict(metadata["loader"])
+    if "rng" in metadata:
+        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(metadata["rng"])), dtype=torch.uint8))
+    if metadata.get("threads") != torch.get_num_threads():
+        print0(
+            f"note: {metadata.get('threads')} threads then, {torch.get_num_threads()} now: sums may round differently"
+        )
+    print0(f"resuming from {where}")
+    known = {field.name for field in dataclasses.fields(RunState)}
+    return RunState(**{k: v for k, v in metadata.get("run", {}).items() if k in known} | {"step": step})

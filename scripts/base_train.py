@@ -1,0 +1,308 @@
+"""Train a base model: `python -m scripts.base_train [config.py] [--key=value ...] [--resume]`, or under torchrun.
+
+Read from top to bottom: settings, data, model, optimizer, then the loop with its evaluation, samples and checkpoints.
+"""
+
+import base64
+import dataclasses
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from nanochat import checkpoint_manager as checkpoints
+from nanochat import schedule
+from nanochat.config_file import as_dict, differences, from_command_line, render_config
+from nanochat.dataloader import DataLoader, TokenStore
+from nanochat.dataset import prepare_for
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import bits_per_byte
+from nanochat.optim import build_optimizer
+from nanochat.progress import Progress, duration
+from nanochat.resume import RunState, restore, settle
+from nanochat.runtime import (
+    Compute,
+    MetricsLog,
+    compiler_problem,
+    device_name,
+    init_compute,
+    memory_mb,
+    open_tracker,
+    peak_flops,
+    print0,
+    run_script,
+    write_atomically,
+)
+from nanochat.settings import Settings
+from nanochat.tokenizer import Tokenizer, find_or_train
+
+EXIT_NONFINITE = 3
+MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train as the settings say; returns {"model_tag", "step", "val_bpb", "train_seconds", "stopped"}."""
+    command = from_command_line(argv, usage="python -m scripts.base_train [config.py]")
+    # A launcher that restarts a failed worker means: go on.
+    resume = "resume" in command.switches or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    settings, resume_step = settle(command, resume)
+    for line in differences(settings, command.origins):
+        print0(f"  {line}")
+
+    # -- device, data, tokenizer --------------------------------------------------------------------------------------
+    compute = init_compute(settings.device_type, settings.dtype, settings.seed)
+    print0(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
+    dataset, tokenizer = prepare_data(settings, compute)
+    store = TokenStore(dataset, tokenizer, "train", say=print0)
+    held_out = TokenStore(dataset, tokenizer, "val", say=print0).stream()
+    loader = DataLoader(
+        store, settings.rows, settings.max_seq_len, settings.seed, compute.rank, compute.world_size, compute.device
+    )
+    micro_rows, accumulation = settings.batch_plan(compute.world_size)
+
+    # -- model and optimizer ------------------------------------------------------------------------------------------
+    config = GPTConfig(**settings.model_arguments(tokenizer.vocab_size))
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=compute.device)
+    model.init_weights()
+    model.compute_dtype = compute.dtype
+    optimizer = build_optimizer(model, settings, compute.dtype, compute.rank, compute.world_size)
+    steps = schedule.num_iterations(settings, model.num_matmul_parameters(), model.flops_per_token())
+    tag_dir = checkpoints.checkpoints_dir() / settings.tag
+    run = RunState()
+    if resume_step is not None:
+        run = restore(tag_dir, resume_step, model, optimizer, loader, tokenizer, dataset)
+    peak = peak_flops(compute) * compute.world_size
+    compile_seconds = 0.0
+    if settings.compile:
+        compile_seconds = compile_model(model, micro_rows)
+
+    # -- logs ---------------------------------------------------------------------------------------------------------
+    counts = model.num_parameters()
+    print0(f"parameters: {', '.join(f'{name} {n:,}' for name, n in counts.items())}")
+    print0(
+        f"{steps} steps of {settings.total_batch_size:,} tokens ({micro_rows} rows x {accumulation} micro-batches x "
+        f"{compute.world_size} ranks), {model.flops_per_token():,} FLOPs a token, peak {peak / 1e12:.3f} TFLOP/s"
+    )
+    log = rows_log = MetricsLog(None)
+    if compute.rank == 0:
+        write_atomically(tag_dir / "config.py", render_config(settings))
+        tracker = open_tracker(settings.wandb_mode, settings.run, as_dict(settings), tag_dir)
+        log = MetricsLog(tag_dir / "metrics.jsonl", tracker, keep_below=run.step)
+    if settings.log_rows:
+        rows_log = MetricsLog(tag_dir / f"rows_rank{compute.rank}.jsonl", keep_below=run.step)
+    log.write(
+        run.step, event="start" if resume_step is None else "resume", steps=steps, device=device_name(compute),
+        dtype=str(compute.dtype)[6:], world_size=compute.world_size, peak_flops=peak, parameters=counts["total"],
+        data=dataset.fingerprint,
+    )  # fmt: skip
+    if run.step >= steps:
+        print0(f"{settings.tag} is finished: step {run.step} of {steps}; a larger --num_iterations goes on from there")
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+    def save() -> None:
+        optimizer_state = optimizer.state_dict()  # a collective: all ranks
+        metadata = dict(
+            settings=as_dict(settings),
+            model_config=dataclasses.asdict(config),
+            derived=dict(num_iterations=steps, parameters=counts, flops_per_token=model.flops_per_token()),
+            tokenizer_hash=tokenizer.hash,
+            data_fingerprint=dataset.fingerprint,
+            loader=loader.state_dict(),
+            run=dataclasses.asdict(run),
+            rng=base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            threads=torch.get_num_threads(),
+            versions=dict(torch=torch.__version__, python=platform.python_version()),
+        )
+        folder = checkpoints.save_checkpoint(
+            tag_dir, run.step, model.state_dict(), optimizer_state, metadata, compute.rank, tokenizer
+        )
+        if folder is not None:
+            checkpoints.prune(tag_dir, settings.keep_last)
+            log.write(run.step, event="save", folder=folder.name)
+        compute.barrier()
+
+    step_times: list[float] = []
+    bad_steps = 0
+    started, before = run.step, run.train_seconds
+    with Progress(steps) as progress:
+        while run.step < steps:
+            start = time.perf_counter()
+            inputs, targets = loader.next()  # this rank's rows of the global batch, [rows / ranks, T]
+            valid = (targets != -100).sum()
+            if compute.world_size > 1:
+                dist.all_reduce(valid)
+            loss = torch.zeros((), device=compute.device)
+            for x, y in zip(inputs.split(micro_rows), targets.split(micro_rows), strict=True):
+                micro_loss = model(x, y, loss_reduction="sum") / valid.clamp(min=1)
+                micro_loss.backward()
+                loss += micro_loss.detach()
+            if compute.world_size > 1:
+                dist.all_reduce(loss)
+            grad_norm, group_norms = optimizer.reduce_gradients()
+            multiplier = schedule.lr_multiplier(settings, run.step, steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * multiplier
+                if group["kind"] == "muon":
+                    group["momentum"] = schedule.muon_momentum(run.step)
+                    group["weight_decay"] = schedule.weight_decay(settings, run.step, steps)
+            loss_value = loss.item()
+            good = math.isfinite(loss_value) and math.isfinite(grad_norm)  # the same sums on every rank: all agree
+            if good:
+                optimizer.step(schedule.clip_scale(grad_norm, settings.grad_clip))
+            model.zero_grad(set_to_none=True)
+            compute.synchronize()
+            seconds = time.perf_counter() - start
+            if settings.log_rows:
+                rows_log.write(run.step + 1, rows=loader.last_rows())
+
+            # -- after the step: numbers
+            run.step += 1
+            run.train_seconds += seconds
+            bad_steps = 0 if good else bad_steps + 1
+            if not good:
+                log.write(run.step, event="skip", loss=loss_value, grad_norm=grad_norm)
+                print0(f"step {run.step}: loss {loss_value}, gradient norm {grad_norm}: step left out")
+                if bad_steps == MAX_BAD_STEPS:
+                    log.write(run.step, event="nonfinite", loss=loss_value, grad_norm=grad_norm)
+                    print0(f"stopped: {MAX_BAD_STEPS} non-finite steps in a row; the last checkpoint is good")
+                    return finish(settings, run, log, rows_log, stopped="nonfinite")
+            else:
+                run.smooth_loss = loss_value if run.smooth_loss is None else 0.9 * run.smooth_loss + 0.1 * loss_value
+            if run.step > started + 1:  # the first step compiles
+                step_times.append(seconds)
+            pace = statistics.median(step_times[-50:]) if step_times else seconds
+            tok_per_sec = settings.total_batch_size / seconds
+            mfu = tok_per_sec * model.flops_per_token() / peak
+            log.write(
+                run.step, tokens=run.step * settings.total_batch_size, loss=loss_value, lr=multiplier,
+                grad_norm=grad_norm, tok_per_sec=tok_per_sec, mfu=mfu, mem_mb=memory_mb(compute), epoch=loader.epoch,
+                **{f"norm/grad_{name}": value for name, value in group_norms.items()},
+            )  # fmt: skip
+            progress.update(
+                run.step, run.smooth_loss or loss_value, run.val_bpb, settings.total_batch_size / pace,
+                settings.total_batch_size / pace * model.flops_per_token() / peak, pace * (steps - run.step),
+            )  # fmt: skip
+
+            # -- after the step: evaluation, samples, checkpoint, each on its cadence and at the end
+            last = run.step == steps
+            if last or schedule.is_due(settings.eval_every, run.step):
+                measured = bits_per_byte(
+                    model, held_out, tokenizer.token_bytes, rows=settings.device_batch_size,
+                    seq_len=settings.max_seq_len, max_tokens=settings.eval_tokens, rank=compute.rank,
+                    world_size=compute.world_size,
+                )  # fmt: skip
+                note_val_bpb(run, measured["bpb"])
+                log.write(run.step, event="eval", val_bpb=run.val_bpb, **weight_norms(model, optimizer))
+            if schedule.is_due(settings.core_metric_every, run.step):
+                scores = suite_scores(model, tokenizer, dataset, settings, compute)
+                log.write(run.step, event="eval", **scores)
+                print0(f"step {run.step}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
+            if compute.rank == 0 and (last or schedule.is_due(settings.sample_every, run.step)):
+                print_samples(model, tokenizer)
+            if last or schedule.is_due(settings.save_every, run.step):
+                save()
+    if step_times:
+        pace = settings.total_batch_size / statistics.median(step_times)
+        first = run.train_seconds - before - sum(step_times)
+        mfu = pace * model.flops_per_token() / peak
+        print0(
+            f"median step: {pace:,.0f} tok/s, MFU {100 * mfu:.1f}% of {peak / 1e12:.3f} TFLOP/s; first {first:.1f} s"
+        )
+    log.write(
+        run.step, event="done", train_seconds=run.train_seconds, compile_seconds=compile_seconds, val_bpb=run.val_bpb,
+        peak_flops=peak,
+    )  # fmt: skip
+    return finish(settings, run, log, rows_log)
+
+
+def prepare_data(settings: Settings, compute: Compute) -> tuple[object, Tokenizer]:
+    """Dataset and tokenizer, made now if they are missing: by the first rank of each node, then found by the others."""
+    if compute.local_rank == 0:
+        dataset = prepare_for(settings, say=print0)
+        tokenizer = find_or_train(settings, dataset, say=print0)
+    compute.barrier()
+    if compute.local_rank != 0:
+        dataset = prepare_for(settings, say=print0)
+        tokenizer = find_or_train(settings, dataset, say=print0)
+    return dataset, tokenizer
+
+
+def compile_model(model: GPT, rows: int) -> float:
+    """Compile and try one forward and backward on zeros; a compiler that fails is said and left out. Seconds taken."""
+    start = time.perf_counter()
+    problem = compiler_problem() if model.device.type == "cpu" else None
+    if problem is None:
+        model.compile()
+        ids = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=model.device)
+        try:
+            model(ids, ids, loss_reduction="sum").backward()
+        except Exception as error:  # any failure inside the compiler: eager computes the same
+            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        else:
+            print0(f"compiled in {duration(time.perf_counter() - start)}")
+        model.zero_grad(set_to_none=True)
+    if problem is not None:
+        model.uncompile()
+        print0(f"running without torch.compile ({problem})")
+    return time.perf_counter() - start
+
+
+def note_val_bpb(run: RunState, bpb: float) -> None:
+    """Keep val bpb, and warn once when it rises while the training loss falls: the model learns the text by heart."""
+    print0(f"step {run.step}: val bpb {bpb:.4f}")
+    rising = run.val_bpb is not None and bpb > run.val_bpb
+    falling = run.smooth_loss_at_eval is not None and run.smooth_loss < run.smooth_loss_at_eval
+    if rising and falling and not run.overfit_warned:
+        run.overfit_warned = True
+        print0(f"warning: val bpb rises ({run.val_bpb:.4f} -> {bpb:.4f}) while the training loss falls: over-fitting")
+    run.val_bpb, run.smooth_loss_at_eval = bpb, run.smooth_loss
+
+
+def weight_norms(model: GPT, optimizer) -> dict[str, float]:
+    """Weight norm of each group and the mean size of the output projection's entries, for diagnosis."""
+    norms = {
+        f"norm/weight_{group['name']}": torch.stack([p.detach().norm() for p in group["params"]]).norm().item()
+        for group in optimizer.param_groups
+    }
+    if model.config.use_output_projection:
+        norms["norm/output_projection_mean_abs"] = model.output_projection.weight.detach().abs().mean().item()
+    return norms
+
+
+def suite_scores(model: GPT, tokenizer: Tokenizer, dataset, settings: Settings, compute: Compute) -> dict[str, float]:
+    """CORE where its bundle is at hand, else the offline suite: {"core": ...} or {"offline": ...}."""
+    from scripts.base_eval import evaluate_suite
+
+    return evaluate_suite(
+        model, tokenizer, dataset, settings.core_metric_max_per_task, compute.rank, compute.world_size
+    )
+
+
+def print_samples(model: GPT, tokenizer: Tokenizer) -> None:
+    from nanochat.engine import generate
+
+    new = generate(model, [tokenizer.bos_id], 48, temperature=0.8, top_k=50, stop=(tokenizer.bos_id,))[0]
+    print0(f"sample: {tokenizer.decode(new)!r}")
+
+
+def finish(settings: Settings, run: RunState, log: MetricsLog, rows_log: MetricsLog, stopped: str = "done") -> dict:
+    """Close the logs, say where the model lies, and return the result of main()."""
+    log.close()
+    rows_log.close()
+    if stopped == "nonfinite" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(EXIT_NONFINITE)  # under torchrun any code but 0 would start the same step again
+    print0(f"{settings.tag}: {duration(run.train_seconds)} of training, {checkpoints.checkpoints_dir() / settings.tag}")
+    return dict(
+        model_tag=settings.tag, step=run.step, val_bpb=run.val_bpb, train_seconds=run.train_seconds, stopped=stopped
+    )
+
+
+if __name__ == "__main__":
+    run_script(main)
