@@ -10,14 +10,17 @@ block of a single text file, a line of jsonl, a row of parquet or of a hub datas
 """
 
 import ast
+import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import sys
 import sysconfig
+import threading
 import time
 import warnings
 from collections import Counter
@@ -650,9 +653,11 @@ def _probe(what: str) -> None:
 
 def _hub_errors() -> tuple[type[Exception], ...]:
     """What the hub's clients raise: their own errors, and those of whichever HTTP library they were built on."""
+    from http.client import HTTPException
+
     from huggingface_hub.errors import HfHubHTTPError
 
-    return (OSError, ValueError, RuntimeError, HfHubHTTPError.__bases__[0])
+    return (OSError, ValueError, RuntimeError, HTTPException, HfHubHTTPError.__bases__[0])
 
 
 def _plan_hub(name: str, options: dict, say: Say) -> _Plan:
@@ -735,21 +740,17 @@ def _climbmix(limit: int, workers: int, skip_corrupt: bool, say: Say) -> Dataset
 
 def _download(names: list[str], directory: Path, workers: int, known: dict[str, dict], say: Say) -> Iterator[dict]:
     """Fetch shards in parallel and yield their manifest entries as they arrive; a broken download goes on later."""
-    import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    disable_progress_bars()  # one bar for all shards instead of one for each
-    endpoint = _endpoint()
+    stop = threading.Event()
 
     def fetch(name: str) -> dict:
-        url = huggingface_hub.hf_hub_url(CLIMBMIX_REPO, name, repo_type="dataset", endpoint=endpoint)
-        etag = huggingface_hub.get_hf_file_metadata(url, timeout=10).etag or ""
-        path = Path(
-            huggingface_hub.hf_hub_download(
-                CLIMBMIX_REPO, name, repo_type="dataset", local_dir=directory, endpoint=endpoint
-            )
-        )
-        sha256 = _sha256(path)
+        url = hf_hub_url(CLIMBMIX_REPO, name, repo_type="dataset", endpoint=_endpoint())
+        announced = get_hf_file_metadata(url, timeout=10)
+        path = directory / name
+        if not (path.exists() and path.stat().st_size == announced.size):
+            _fetch(url, path, announced.size, stop, moved)
+        sha256, etag = _sha256(path), announced.etag or ""
         wanted = known[name]["sha256"] if name in known else etag if re.fullmatch("[0-9a-f]{64}", etag) else sha256
         if sha256 != wanted:
             path.unlink()
@@ -759,31 +760,58 @@ def _download(names: list[str], directory: Path, workers: int, known: dict[str, 
             )
         return _describe(path, "val" if name == _shard_name(CLIMBMIX_LAST) else "train")
 
-    with ThreadPoolExecutor(max(1, workers)) as pool, _progress(len(names), say) as advance:
+    with ThreadPoolExecutor(max(1, workers)) as pool, _progress(len(names)) as moved:
         try:
-            for done in as_completed([pool.submit(fetch, name) for name in names]):
+            for count, done in enumerate(as_completed([pool.submit(fetch, name) for name in names]), 1):
                 yield (entry := done.result())
-                advance(entry)
+                say(f"data: {count}/{len(names)} {entry['name']} {entry['size'] / 1e6:.1f} MB")
         except UserError:
             raise
         except _hub_errors() as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise  # the disk, not the hub
             raise Unreachable(f"climbmix: the download stopped ({_first_line(error)}); run again to go on") from error
         finally:
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-@contextmanager
-def _progress(total: int, say: Say) -> Iterator[Callable[[dict], None]]:
-    """A function to call with each finished shard: moves a bar on a terminal, says a line elsewhere."""
-    if not sys.stdout.isatty():
-        count = iter(range(1, total + 1))
-        yield lambda entry: say(f"data: {next(count)}/{total} {entry['name']} {entry['size'] / 1e6:.1f} MB")
-        return
-    from rich.progress import Progress
+def _fetch(url: str, path: Path, size: int | None, stop: threading.Event, moved: Callable[[float], None]) -> None:
+    """Download into a hidden partial file, which a cut or killed download leaves to go on from, then rename it.
 
-    with Progress(*Progress.get_default_columns(), "{task.completed}/{task.total} shards") as bar:
+    huggingface_hub throws partial files away. A cut connection is taken up again as long as bytes arrive.
+    """
+    from urllib.request import Request, urlopen
+
+    partial = path.with_name(f".{path.name}.partial")
+    while True:
+        start = partial.stat().st_size if partial.exists() else 0
+        if size is not None and start >= size:
+            break
+        request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+        with urlopen(request, timeout=20) as response, open(partial, "ab" if response.status == 206 else "wb") as file:
+            while not stop.is_set() and (chunk := response.read(1 << 20)):
+                file.write(chunk)
+                moved(len(chunk) / (size or math.inf))
+        now = partial.stat().st_size
+        if stop.is_set() or (size is not None and now <= start):
+            raise ConnectionError(f"{path.name} ended after {now} of {size} bytes")
+        if size is None:
+            break
+    os.replace(partial, path)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[float], None]]:
+    """A function to call with fractions of a shard as they arrive: it moves a bar on a terminal, nothing elsewhere."""
+    if not sys.stdout.isatty():
+        yield lambda fraction: None
+        return
+    from rich.progress import BarColumn, Progress, TimeRemainingColumn
+
+    with Progress(BarColumn(), "{task.completed:.1f}/{task.total} shards", TimeRemainingColumn()) as bar:
         task = bar.add_task("climbmix", total=total)
-        yield lambda entry: bar.advance(task)
+        yield lambda fraction: bar.advance(task, fraction)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,681 @@
+"""Every source becomes the same kind of shards; what is damaged, changed, empty or unreachable is said in one line."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import hypothesis
+import hypothesis.strategies as st
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat import dataset
+from nanochat.dataset import Corrupt, Dataset, Unreachable, held_out, prepare, prepare_for
+from nanochat.runtime import UserError, base_dir
+from nanochat.settings import Settings
+from scripts import data as data_script
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def lines():
+    """What was said, one string a line; pass lines.append as say."""
+    return []
+
+
+def texts_of(data: Dataset) -> dict[str, str]:
+    pairs = [pair for split in ("train", "val") for pair in data.documents(split)]
+    assert len(pairs) == len(dict(pairs)), "a document twice"
+    return dict(pairs)
+
+
+def write_files(folder: Path, files: dict[str, str | bytes]) -> Path:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def damage(path: Path) -> None:
+    """Turn one byte in the middle of a file around: same size, other content."""
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 3] ^= 0xFF
+    path.write_bytes(raw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the rule of the split
+
+
+@pytest.mark.parametrize("name", ["abc.py", "json/decoder.py", "a.txt#0", "ärger.md"])
+def test_held_out_is_the_stated_hash(name):
+    """Red when held_out uses another hash, another remainder, or the docstrings' own name."""
+    expected = int.from_bytes(hashlib.sha256(name.encode()).digest(), "big") % 10 == 0
+    assert held_out(name) == expected == held_out(f"{name}#docstrings")
+
+
+def test_a_tenth_is_held_out():
+    assert 0.08 < sum(held_out(f"file#{i}") for i in range(5000)) / 5000 < 0.12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the standard library and the packages
+
+
+def test_stdlib_follows_the_issues_rules(lines):
+    """The corpus equals one found by pathlib with the rules written out again.
+
+    Red when a name leaves STDLIB_EXCLUDED, when at_least=200 goes, or when _walk does not sort.
+    """
+    data = prepare("stdlib", say=lines.append)
+    root = Path(sysconfig.get_path("stdlib"))
+    expected = {}
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).parts
+        folders = "test tests ensurepip lib2to3 idlelib tkinter distutils encodings pydoc_data site-packages".split()
+        if {*folders, "dist-packages", "turtledemo", "__pycache__"} & set(parts):
+            continue
+        if path.name == "turtle.py" or path.name.startswith("_sysconfigdata") or path.stat().st_size < 200:
+            continue
+        expected["/".join(parts)] = path.read_bytes()
+    assert {name: text.encode() for name, text in texts_of(data).items()} == expected
+    for split in ("train", "val"):
+        names = [name for name, _ in data.documents(split)]
+        assert names == sorted(name for name in expected if held_out(name) == (split == "val"))
+        assert data.text_bytes(split) == sum(len(expected[name]) for name in names)
+        assert data.num_documents(split) == len(names)
+    assert data.fingerprint["files"] == len(expected)
+    assert data.fingerprint["bytes"] == sum(map(len, expected.values()))
+    if sys.version_info[:3] == (3, 11, 7):
+        assert [data.num_documents(s) for s in ("train", "val")] == [330, 42]
+        assert [data.text_bytes(s) for s in ("train", "val")] == [6_781_250, 893_360]
+
+
+def test_prepared_once(lines, base):
+    """Red when _materialise does not look for the state: the second call would write again and say so."""
+    first = prepare("stdlib", say=lines.append)
+    said, written = len(lines), (first.directory / "manifest.json").stat().st_mtime_ns
+    again = prepare("stdlib", say=lines.append)
+    assert again.directory == first.directory == base / "data" / "stdlib" and again.manifest == first.manifest
+    assert len(lines) == said and (first.directory / "manifest.json").stat().st_mtime_ns == written
+
+
+def test_an_interpreter_without_sources(tmp_path, monkeypatch):
+    """Red when _plan_stdlib takes LEAST_BYTES: a zipped interpreter would train on next to nothing."""
+    lib = write_files(tmp_path / "lib", {f"m{i}.py": "x = 1  # a module\n" * 100 for i in range(100)})
+    monkeypatch.setattr(dataset.sysconfig, "get_path", lambda name: str(lib))
+    with pytest.raises(UserError, match=r"100 files with 180000 bytes.*2000000 needed.*--data=FOLDER"):
+        prepare("stdlib")
+    assert list((base_dir() / "data").iterdir()) == []
+
+
+def test_packages_have_sources_and_docstrings(tmp_path, monkeypatch):
+    """A stand-in distribution with the cases of the rules; the closure itself is compared below.
+
+    Red when docstrings are not de-duplicated, when at_most=1_000_000 goes, or when PACKAGES_EXCLUDED is emptied.
+    """
+    long = ("A docstring that says much. " * 10).strip()
+    module = f'"""{long}"""\n\ndef f():\n    """short"""\n\nclass A:\n    """{long}"""\n'
+    other = f'def g():\n    r"""{long}"""\n\ndef h():\n    """Other. {long}"""\n'
+    site = write_files(
+        tmp_path / "site",
+        {
+            "pkg/a.py": module,
+            "pkg/b.py": other,
+            "pkg/tests/t.py": module,
+            "pkg/_vendor/v.py": module,
+            "pkg/test_x.py": module,
+            "pkg/huge.py": "x = 1\n" * 200_000,
+            "pkg/tiny.py": "x = 1\n",
+            "pkg/python2.py": "print 'no longer Python'\n" * 20 + f'"""{long}"""\n',
+        },
+    )
+
+    files = [path.relative_to(site) for path in site.rglob("*.py")]
+    distribution = SimpleNamespace(files=files, locate_file=lambda file: site / file)
+    monkeypatch.setattr(dataset, "_closure", lambda own: [distribution])
+    monkeypatch.setattr(dataset, "_stdlib_files", lambda: [("os.py", Path(os.__file__))])
+    monkeypatch.setattr(dataset, "LEAST_STDLIB_BYTES", 1000)
+    monkeypatch.setattr(dataset, "held_out", lambda name: name == "os.py")
+    found = texts_of(prepare("packages", say=lambda line: None))
+    assert sorted(found) == [
+        "os.py", "pkg/a.py", "pkg/a.py#docstrings", "pkg/b.py", "pkg/b.py#docstrings", "pkg/python2.py",
+    ]  # fmt: skip
+    assert found["pkg/a.py#docstrings"] == long + "\n"  # once, though it is there twice
+    assert found["pkg/b.py#docstrings"] == f"Other. {long}\n"
+
+
+def test_packages_closure_is_that_of_pip():
+    """Every requirement of a found distribution is found too, optional extras are not.
+
+    Red when _closure does not put what it finds on its list, or evaluates markers with an extra.
+    """
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    found = {d.metadata["Name"].lower().replace("_", "-") for d in dataset._closure(metadata.distribution("nanochat"))}
+    assert {"torch", "numpy", "datasets", "rich", "pygments", "sympy"} <= found  # pygments through rich, sympy: torch
+    assert not {"nanochat", "pytest", "hypothesis", "ruff"} & found  # ours, and those of our dev extra
+    for name in found:
+        for requirement in map(Requirement, metadata.requires(name) or ()):
+            if requirement.marker is None:
+                assert requirement.name.lower().replace("_", "-").replace(".", "-") in found
+
+
+def test_packages_without_installation(monkeypatch):
+    from importlib import metadata
+
+    def absent(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "distribution", absent)
+    with pytest.raises(UserError, match="pip install"):
+        prepare("packages")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files and folders
+
+
+def mixed_folder(folder: Path) -> tuple[Path, dict[str, str]]:
+    """A folder of every kind of file, and the documents it should give."""
+    documents = {f"part{i % 3}/text{i:03d}.txt": f"text {i}\r\n" * 60 for i in range(40)}
+    documents |= {"top.MD": "# heading\n" * 40, "code/x.py": "x = 1\n" * 40, "ünï.txt": "\ufeffünï " * 40}
+    write_files(folder, documents)
+    rows = [f"row {i} of jsonl\n" * 20 for i in range(30)]
+    write_files(folder, {"rows.jsonl": "".join(json.dumps({"text": row, "n": 1}) + "\n" for row in rows)})
+    documents |= {f"rows.jsonl#{i}": row for i, row in enumerate(rows)}
+    table = pa.table({"other": list(range(30)), "text": [f"row {i} of parquet " * 20 for i in range(30)]})
+    pq.write_table(table, folder / "part0" / "rows.parquet", row_group_size=7)
+    documents |= {f"part0/rows.parquet#{i}": f"row {i} of parquet " * 20 for i in range(30)}
+    write_files(folder, {"picture.png": b"\x89PNG", ".git/x.py": "hidden", ".hidden.txt": "hidden", "empty.txt": ""})
+    write_files(folder, {"latin.txt": "Stra\u00dfe\n".encode("latin-1") * 50, "blank.md": " \n\n"})
+    return folder, documents
+
+
+def test_folder_of_every_kind_of_file(tmp_path, lines):
+    """Texts are kept byte for byte (line ends, BOM), rows are named path#row, the rest is counted.
+
+    Red when a file is opened in text mode, when rows are split by their file's name, or when hidden ones are read.
+    """
+    folder, expected = mixed_folder(tmp_path / "my texts!")
+    data = prepare(str(folder), say=lines.append)
+    assert texts_of(data) == expected
+    assert data.name.startswith("my-texts-") and data.directory.name == data.name
+    assert {name for name, _ in data.documents("val")} == {name for name in expected if held_out(name)}
+    assert data.manifest["left_out"] == {"empty": 2, "undecodable": 1}
+    assert "1 undecodable" in lines[-1]
+
+
+def test_a_folder_elsewhere_has_the_same_fingerprint(tmp_path, tiny_corpus):
+    """Red when the fingerprint takes in the path, a time, or the parquet file's own bytes."""
+    copy = write_files(tmp_path / tiny_corpus.name, {
+        p.relative_to(tiny_corpus).as_posix(): p.read_bytes() for p in tiny_corpus.rglob("*.py")
+    })  # fmt: skip
+    one, two = prepare(str(tiny_corpus), say=len), prepare(str(copy), say=len)
+    assert one.directory != two.directory and one.fingerprint == two.fingerprint
+
+
+def test_a_changed_folder_is_prepared_again(tmp_path, lines):
+    """A changed file gives a new version, the old one stays; a touched file gives the old one.
+
+    Red when _stat_all leaves out size and time (never noticed), or when `same` is dropped (a version for a touch).
+    """
+    folder, _ = mixed_folder(tmp_path / "texts")
+    first = prepare(str(folder), say=lines.append)
+    changed = folder / "part0" / "text000.txt"
+    old = changed.read_bytes()
+    changed.write_text("something else\n" * 20)
+    second = prepare(str(folder), say=lines.append)
+    assert any("changed since it was prepared" in line for line in lines)
+    assert second.directory != first.directory and second.fingerprint["sha256"] != first.fingerprint["sha256"]
+    assert texts_of(second)["part0/text000.txt"] == "something else\n" * 20
+    assert texts_of(first)["part0/text000.txt"] == old.decode()
+    changed.write_bytes(old)
+    third = prepare(str(folder), say=lines.append)
+    assert third.directory == first.directory and third.fingerprint == first.fingerprint
+    assert prepare(str(folder), say=lambda line: pytest.fail(line)).directory == first.directory
+
+
+def test_single_text_file_is_read_in_blocks(tmp_path):
+    """Blocks are the file, end at a blank line, and have about 4 KB. Red when _blocks drops its last block."""
+    paragraphs = [f"Paragraph {i}.\n" + "It goes on and on. " * (i % 40) + "\n\n" for i in range(400)]
+    path = write_files(tmp_path, {"book.txt": "".join(paragraphs)}) / "book.txt"
+    data = prepare(str(path), say=len)
+    documents = sorted(texts_of(data).items(), key=lambda pair: int(pair[0].split("#")[1]))
+    assert [name for name, _ in documents] == [f"book.txt#{i}" for i in range(len(documents))]
+    assert "".join(text for _, text in documents) == path.read_text()
+    for _, text in documents[:-1]:
+        assert 4096 <= len(text) < 6000 and text.endswith("\n\n")
+
+
+@hypothesis.given(st.lists(st.sampled_from(["\n", "a\n", "b" * 5000 + "\n", "c" * 900 + "\r\n", "\r\n"]), max_size=60))
+def test_blocks_lose_nothing(tmp_path_factory, pieces):
+    path = tmp_path_factory.getbasetemp() / "blocks.txt"
+    path.write_bytes("".join(pieces).encode())
+    blocks = list(dataset._blocks(path, "text"))
+    assert b"".join(blocks) == path.read_bytes() and all(len(block) < 16384 + 5001 for block in blocks)
+
+
+def test_shards_are_cut_and_numbered(tmp_path, monkeypatch, tiny_corpus):
+    """More text than one shard: several, in path order. Red when _write_shards never flushes before the end."""
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 50_000)
+    data = prepare(str(tiny_corpus), say=len)
+    names = [path.name for path in data.shards("train")]
+    assert names == [f"shard_{i:05d}.parquet" for i in range(len(names))] and len(names) > 2
+    order = [name for name, _ in data.documents("train")]
+    assert order == sorted(order)
+
+
+def row_file(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_jsonl_rows(tmp_path):
+    """Another column; null and blank lines keep their row numbers; a lone surrogate is counted, not fatal."""
+    rows = [{"body": f"document {i} " * 30, "text": 1} for i in range(60)]
+    rows[3]["body"], rows[7]["body"] = None, "\ud800 broken"
+    data = prepare(row_file(tmp_path / "a.jsonl", rows), column="body", say=len)
+    assert texts_of(data) == {f"a.jsonl#{i}": row["body"] for i, row in enumerate(rows) if i not in (3, 7)}
+    assert data.manifest["left_out"] == {"empty": 1, "undecodable": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ('["text"]\n', "line 1 is not a JSON object"),
+        ('{"body": "a"}\n', "no column 'text'.*--data_column.*body"),
+        ('{"text": 7}\n', "holds int, not text"),
+        ("[" * 100_000, "line 1 is not JSON"),
+        ("\0\n", "line 1 is not JSON"),
+    ],
+)
+def test_bad_jsonl(tmp_path, content, words):
+    with pytest.raises(UserError, match=words):
+        prepare(str(write_files(tmp_path, {"bad.jsonl": content}) / "bad.jsonl"), say=len)
+    assert list((base_dir() / "data").iterdir()) == []
+
+
+def test_bad_parquet(tmp_path):
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"no column 'text'.*body"):
+        prepare(str(tmp_path / "a.parquet"), say=len)
+    write_files(tmp_path, {"b.parquet": b"PAR1 but not really"})
+    with pytest.raises(Corrupt, match=r"b\.parquet cannot be read"):
+        prepare(str(tmp_path / "b.parquet"), say=len)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "no text found: 0 files"),
+        ({"a.png": b"\x89", "b.csv": "1,2"}, "no text found: 2 files, none of them .txt"),
+        ({"a.txt": ""}, r"1 files with 0 bytes of text \(left out: 1 empty\)"),
+        ({f"{i}.txt": "little" for i in range(20)}, "too little text: 20 files with 120 bytes"),
+        ({"a.txt": "much " * 9000}, "no document is held out among 1"),
+    ],
+)
+def test_folders_without_enough_text(tmp_path, files, words):
+    """One counted line, and nothing left on disk. Red when _check_enough is not called."""
+    folder = tmp_path / "few"
+    folder.mkdir()
+    with pytest.raises(UserError, match=words) as caught:
+        prepare(str(write_files(folder, files)), say=len)
+    assert "\n" not in str(caught.value)
+    assert not (base_dir() / "data").exists() or list((base_dir() / "data").iterdir()) == []
+
+
+def test_nothing_to_train_on(tmp_path):
+    name = next(f"{i}.txt" for i in range(100) if held_out(f"{i}.txt"))
+    with pytest.raises(UserError, match="no document is to train on among 1"):
+        prepare(str(write_files(tmp_path / "few", {name: "much " * 9000})), say=len)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [("stdlb", "did you mean 'stdlib'"), ("/no/such/place", "no such file or folder; one of"), ("hf:", "lacks")],
+)
+def test_unknown_source(source, words):
+    with pytest.raises(UserError, match=words):
+        prepare(source)
+
+
+def test_a_file_of_another_kind(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read \.html: one of \.txt"):
+        prepare(str(write_files(tmp_path, {"page.html": "<p>"}) / "page.html"))
+
+
+def test_unreadable_file_is_skipped_only_when_asked(tmp_path, lines):
+    """Named and fatal, or named, counted and left out whole; asking once does not make it silent later.
+
+    Red when skip_corrupt is not part of the folder's state, or when _read_files does not read a file through first.
+    """
+    folder, expected = mixed_folder(tmp_path / "texts")
+    whole = (folder / "part0" / "rows.parquet").read_bytes()
+    (folder / "part0" / "rows.parquet").write_bytes(whole[: len(whole) // 2])
+    write_files(folder, {"bad.jsonl": '{"text": "good row"}\n{"text": \n'})
+    with pytest.raises(Corrupt, match=r"bad\.jsonl line 2"):
+        prepare(str(folder), say=lines.append)
+    data = prepare(str(folder), skip_corrupt=True, say=lines.append)
+    assert texts_of(data) == {name: text for name, text in expected.items() if "rows.parquet" not in name}
+    assert data.manifest["left_out"]["corrupt"] == 2
+    assert any("bad.jsonl line 2" in line for line in lines) and any("rows.parquet cannot" in line for line in lines)
+    with pytest.raises(Corrupt):
+        prepare(str(folder), say=lines.append)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# damage to what was prepared
+
+
+@pytest.fixture
+def many_shards(monkeypatch, tiny_corpus) -> Dataset:
+    monkeypatch.setattr(dataset, "SHARD_BYTES", 50_000)
+    return prepare(str(tiny_corpus), say=len)
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "flipped"])
+def test_corrupt_shard(many_shards, lines, harm):
+    """Named and fatal; under skip_corrupt it alone is missing, and counted.
+
+    Red when entries() does not compare sizes (cut), or read() does not turn pyarrow's error into Corrupt (flipped).
+    """
+    victim = many_shards.shards("train")[1]
+    lost = {name for name, _ in dataset.read_shard(victim)}
+    everything = texts_of(many_shards)
+    if harm == "flipped":
+        damage(victim)
+    elif harm == "cut":
+        victim.write_bytes(victim.read_bytes()[:-100])
+    else:
+        victim.unlink()
+    with pytest.raises(Corrupt, match=r"shard_00001\.parquet.*--skip_corrupt"):
+        texts_of(many_shards)
+    tolerant = Dataset(many_shards.directory, many_shards.manifest, skip_corrupt=True, say=lines.append)
+    assert texts_of(tolerant) == {name: text for name, text in everything.items() if name not in lost}
+    assert list(tolerant.skipped) == ["shard_00001.parquet"] and len(lines) == 1 and "left out" in lines[0]
+    assert victim not in tolerant.shards("train")
+    assert tolerant.text_bytes("train") == sum(len(text.encode()) for _, text in tolerant.documents("train"))
+
+
+def test_verify_rehashes(many_shards):
+    """A flipped byte keeps the size and is found by --verify. Red when verify() compares a hash with itself."""
+    assert many_shards.verify() == len(many_shards.shards("train")) + len(many_shards.shards("val"))
+    damage(many_shards.shards("val")[0])
+    with pytest.raises(Corrupt, match=r"val_00000\.parquet does not have the sha256"):
+        many_shards.verify()
+
+
+def test_unreadable_manifest(many_shards, tiny_corpus):
+    for content in ("{", "[]", '{"files": 3}'):
+        (many_shards.directory / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match=r"manifest\.json.*delete"):
+            prepare(str(tiny_corpus))
+
+
+@pytest.mark.parametrize("moment", ["while writing shards", "before the rename"])
+def test_a_kill_leaves_nothing_that_counts(tmp_path, tiny_corpus, moment, base):
+    """A process that ends without cleaning up leaves only a hidden folder; the next one prepares everything.
+
+    Red when _materialise writes into the target folder instead of the scratch folder.
+    """
+    patch = {"while writing shards": "dataset._describe", "before the rename": "dataset._commit"}[moment]
+    code = f"import os, sys\nfrom nanochat import dataset\n{patch} = lambda *a: os._exit(9)\n"
+    code += "dataset.prepare(sys.argv[1])\n"
+    root = Path(dataset.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code, str(tiny_corpus)], cwd=root, capture_output=True, timeout=60)
+    assert done.returncode == 9, done.stderr
+    left = list((base / "data").iterdir())
+    assert len(left) == 1 and left[0].name.startswith(".") and left[0].name.endswith(".tmp")
+    assert len(texts_of(prepare(str(tiny_corpus), say=len))) == 60
+    os.utime(left[0], (0, 0))  # later: what was left behind is cleared away
+    prepare("stdlib", say=len)
+    assert not left[0].exists()
+
+
+def test_full_disk_leaves_nothing(tiny_corpus, monkeypatch, base):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dataset.pq, "write_table", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(str(tiny_corpus), say=len)
+    assert list((base / "data").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the hub
+
+
+class Hub:
+    """A local stand-in for the hub: climbmix shards over HTTP with ETag, commit and ranges, and faults on demand."""
+
+    def __init__(self):
+        self.requests: list[tuple[str, str, str | None]] = []  # method, file, range
+        self.cut: dict[str, int] = {}  # file -> bytes after which its connections die
+        self.altered: set[str] = set()  # files whose bytes do not have the announced sha256
+        self.files: dict[str, bytes] = {}
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.answer(send=False)
+
+            def do_GET(self):
+                self.answer(send=True)
+
+            def answer(self, send: bool) -> None:
+                folder, _, name = self.path.rpartition("/")
+                hub.requests.append((self.command, name, self.headers.get("Range")))
+                if folder != f"/datasets/{dataset.CLIMBMIX_REPO}/resolve/main":
+                    self.send_response(404)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                content = hub.content(name)
+                etag = hashlib.sha256(content).hexdigest()
+                if name in hub.altered:
+                    content = content[:-1] + b"?"
+                start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+                self.send_response(206 if start else 200)
+                self.send_header("ETag", f'"{etag}"')
+                self.send_header("X-Repo-Commit", "0" * 40)
+                self.send_header("Accept-Ranges", "bytes")
+                self.send_header("Content-Length", str(len(content) - start))
+                if start:
+                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                self.end_headers()
+                if send:
+                    self.wfile.write(content[start : hub.cut.get(name)])
+                    self.close_connection = name in hub.cut
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def content(self, name: str) -> bytes:
+        if name not in self.files:
+            sink = pa.BufferOutputStream()
+            texts = [f"{name} document {i}: {hashlib.sha256(f'{name}{i}'.encode()).hexdigest()}" for i in range(300)]
+            pq.write_table(pa.table({"text": texts}), sink, row_group_size=100)
+            self.files[name] = sink.getvalue().to_pybytes()
+        return self.files[name]
+
+    def fetched(self) -> list[str]:
+        return sorted(name for method, name, _ in self.requests if method == "GET" and name)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    served = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", served.url)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield served
+    served.server.shutdown()
+    served.server.server_close()
+
+
+LAST = "shard_06542.parquet"
+
+
+def test_climbmix(hub, lines):
+    """Shards are fetched once, the last is held out, more shards are added to those there, fewer need no network.
+
+    Red when _climbmix holds out by name, when the fingerprint covers all downloaded shards, or fetches known ones.
+    """
+    two = prepare("climbmix", limit=2, workers=2, say=lines.append)
+    assert [path.name for path in two.shards("train")] == ["shard_00000.parquet", "shard_00001.parquet"]
+    assert [path.name for path in two.shards("val")] == [LAST]
+    assert two.num_documents("train") == 600 and next(two.documents("val"))[0] == f"{LAST}#0"
+    assert two.text_bytes("val") == sum(len(text) for _, text in two.documents("val"))
+    for entry in two.manifest["files"]:
+        assert entry["sha256"] == hashlib.sha256(hub.content(entry["name"])).hexdigest()
+    assert hub.fetched() == ["shard_00000.parquet", "shard_00001.parquet", LAST]
+    assert sum(line.startswith("data: 3/3") for line in lines) == 1
+
+    three = prepare("climbmix", limit=3, say=len)
+    assert hub.fetched() == ["shard_00000.parquet", "shard_00001.parquet", "shard_00002.parquet", LAST]
+    assert three.fingerprint["files"] == 4 and three.fingerprint != two.fingerprint
+    requests = len(hub.requests)
+    again = prepare("climbmix", limit=2, say=len)
+    assert again.fingerprint == two.fingerprint and again.verify() == 3 and len(hub.requests) == requests
+
+
+def test_climbmix_goes_on_after_a_cut(hub, lines):
+    """A connection that dies in the middle is one line; the next run asks only for the bytes it lacks.
+
+    Red when _fetch opens the partial file with "wb", or when the manifest is written only at the end.
+    """
+    hub.cut["shard_00001.parquet"] = half = 5000
+    with pytest.raises(Unreachable, match=r"the download stopped .* run again to go on"):
+        prepare("climbmix", limit=2, workers=1, say=lines.append)
+    done = {entry["name"] for entry in dataset._read_manifest(base_dir() / "data" / "climbmix")["files"]}
+    assert "shard_00000.parquet" in done and "shard_00001.parquet" not in done
+    hub.cut.clear()
+    hub.requests.clear()
+    data = prepare("climbmix", limit=2, workers=1, say=lines.append)
+    assert data.verify() == 3 and "shard_00000.parquet" not in hub.fetched()
+    ranges = [wanted for method, name, wanted in hub.requests if (method, name) == ("GET", "shard_00001.parquet")]
+    assert ranges == [f"bytes={half}-"]
+
+
+def test_climbmix_with_other_bytes_than_announced(hub):
+    """Red when fetch() does not compare sha256 with the hub's, or with the record for a shard fetched again."""
+    hub.altered.add(LAST)
+    with pytest.raises(Corrupt, match=rf"{LAST}: downloaded sha256 \w+, the hub says"):
+        prepare("climbmix", limit=1, workers=1, say=len)
+    assert not (base_dir() / "data" / "climbmix" / LAST).exists()
+    hub.altered.clear()
+    data = prepare("climbmix", limit=1, say=len)
+    assert data.verify() == 2
+
+    data.shards("val")[0].unlink()
+    hub.files[LAST] = hub.content("shard_00009.parquet")  # the hub's file changed since
+    with pytest.raises(Corrupt, match="its first download says"):
+        prepare("climbmix", limit=1, say=len)
+
+
+def test_climbmix_has_an_end():
+    with pytest.raises(UserError, match="6542 training shards"):
+        prepare("climbmix", limit=7000)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+@pytest.mark.parametrize("source", ["climbmix", "hf:some/dataset"])
+def test_no_network_is_one_line(no_hub, source):
+    """Red when _probe is not called: the clients' own retries take minutes."""
+    with pytest.raises(Unreachable, match=r"not here and http://127\.0\.0\.1:9 cannot be reached") as caught:
+        prepare(source, say=len)
+    assert "\n" not in str(caught.value)
+    assert not list((base_dir() / "data").glob("[!.]*")) if (base_dir() / "data").exists() else True
+
+
+def test_only_a_presets_climbmix_falls_back(no_hub, lines, monkeypatch):
+    """Red when prepare_for replaces a source that the user named."""
+    monkeypatch.setattr(dataset, "_plan_packages", lambda: dataset._plan_stdlib())
+    assert prepare_for(Settings(data="climbmix"), fallback=True, say=lines.append).name == "stdlib"
+    assert sum("going on with data=packages" in line for line in lines) == 1
+    for settings, fallback in ((Settings(data="climbmix"), False), (Settings(data="hf:some/dataset"), True)):
+        with pytest.raises(Unreachable):
+            prepare_for(settings, fallback=fallback, say=lines.append)
+
+
+def test_hub_dataset_through_datasets(tmp_path, lines, monkeypatch):
+    """A folder read by the datasets library as a hub dataset: streamed, cut at the limit, then found without it.
+
+    Red when the limit is off by one, or when a prepared hub dataset asks for the network again.
+    """
+    folder = tmp_path / "hubset"
+    folder.mkdir()
+    row_file(folder / "train.jsonl", [{"body": f"document {i} " * 50} for i in range(80)])
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    source = f"hf:{folder}"
+    data = prepare(source, column="body", limit=50, say=lines.append)
+    found = texts_of(data)
+    assert {name.rpartition("#")[2] for name in found} == {str(i) for i in range(50)}
+    assert all(text == f"document {name.rpartition('#')[2]} " * 50 for name, text in found.items())
+    assert {name for name, _ in data.documents("val")} == {name for name in found if held_out(name)}
+    assert any("stopped after 50 documents" in line for line in lines)
+    (folder / "train.jsonl").unlink()
+    assert prepare(source, column="body", limit=50, say=pytest.fail).fingerprint == data.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({}, "no column 'text'.*body"), ({"column": "body", "split": "nonsense"}, "nonsense")],
+)
+def test_bad_hub_options(tmp_path, monkeypatch, options, words):
+    folder = tmp_path / "hubset"
+    folder.mkdir()
+    row_file(folder / "train.jsonl", [{"body": "text"}])
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    with pytest.raises(UserError, match=words) as caught:
+        prepare(f"hf:{folder}", say=len, **options)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the script
+
+
+def test_script(tiny_corpus, capsys):
+    data = data_script.main([f"--data={tiny_corpus}", "--verify"])
+    out = capsys.readouterr().out
+    assert f"sha256 {data.fingerprint['sha256']}" in out and str(data.directory) in out
+    assert f"{data.num_documents('val'):>9,} documents" in out and "2 shards compared" in out
+
+
+def test_script_ends_with_2_and_one_line(tmp_path):
+    root = Path(dataset.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.data", f"--data={tmp_path / 'none'}"],
+        cwd=root, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: data=") and "Traceback" not in done.stderr
