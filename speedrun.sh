@@ -28,7 +28,7 @@ ask() { "$python" -m scripts.summary "$@"; }
 look() {
     local answer
     answer=$(ask --plan "$@")
-    read -r ranks state step evaluated tag <<<"$answer"
+    read -r ranks action state step evaluated tag <<<"$answer"
 }
 
 set_up
@@ -59,11 +59,11 @@ launch=("$python" -m)
 if [ "$ranks" -gt 1 ]; then
     launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$ranks" -m)
 fi
-if [ "$state" = new ]; then
-    "${launch[@]}" scripts.base_train "$@"
-else
-    "${launch[@]}" scripts.base_train "$@" --resume
-fi
+case "$action" in
+    start) "${launch[@]}" scripts.base_train "$@" ;;
+    resume) "${launch[@]}" scripts.base_train "$@" --resume ;;
+    nothing) echo "nothing left to train: $tag is done at step $step" ;;
+esac
 look "$@"
 if [ "$state" != done ]; then # torchrun turns a stop by a signal, or by the non-finite guard, into success
     echo "training stopped before its end, see the last event in metrics.jsonl of $tag" >&2

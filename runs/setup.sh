@@ -1,6 +1,6 @@
 # Sourced by speedrun.sh and tests/run.sh. `set_up` (or `set_up dev`) makes the checkout's own .venv from pyproject.toml
 # and constraints.txt, once: a stamp makes later calls take no time and need no network, an interrupted call starts
-# over. Writes nothing outside the checkout. Sets $root (the checkout) and $python (the environment's interpreter).
+# over (what it downloaded is kept). Writes nothing outside the checkout. Sets $root (the checkout) and $python (the environment's interpreter).
 # Set PYTHON to choose the interpreter that .venv is made from.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,8 +27,7 @@ set_up() {
     local extras=${1:-} stamp="$root/.venv/installed" wanted base
     # The path is part of the stamp: in a moved checkout the editable install points to the old place.
     wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum) $root"
-    mkdir -p "$root/.venv" || return 2
-    exec 9>"$root/.venv/lock"
+    exec 9>"$root/.venv.lock" || return 2
     if command -v flock >/dev/null; then flock 9; fi # two set-ups at once would undo each other's work
     if is_new_enough "$python" && { stamped "$wanted $extras" || stamped "$wanted dev"; }; then
         exec 9>&-
@@ -36,17 +35,20 @@ set_up() {
     fi
     base=$(find_python) || return 2
     echo "setting up $root/.venv with $("$base" --version) (once; torch is the big download) ..."
-    rm -f "$stamp"
-    "$python" -m pip --version >/dev/null 2>&1 || "$base" -m venv --clear "$root/.venv" || {
-        echo "error: $base cannot make a virtual environment (Debian and Ubuntu: apt install python3-venv)" >&2
-        return 2
-    }
+    # A killed pip leaves packages that look installed but lack files: then start from an empty environment.
+    if stamped unfinished || ! "$python" -m pip --version >/dev/null 2>&1; then
+        "$base" -m venv --clear "$root/.venv" || {
+            echo "error: $base cannot make a virtual environment (Debian and Ubuntu: apt install python3-venv)" >&2
+            return 2
+        }
+    fi
+    echo unfinished >"$stamp" || return 2
     # Build tools from the same pins instead of pip's isolated, unpinned build environment.
     pip_install "setuptools" && pip_install --no-build-isolation -e "$root${extras:+[$extras]}" || {
         echo "error: installing into .venv failed, see above: once it is mended the same command starts over" >&2
         return 2
     }
-    rm -rf "$root/.venv/cache"
+    rm -rf "$root/.pip-cache"
     echo "$wanted $extras" >"$stamp"
     exec 9>&-
 }
@@ -56,6 +58,6 @@ stamped() { [ "$(cat "$root/.venv/installed" 2>/dev/null)" = "$1" ]; }
 pip_install() {
     local quiet=--quiet
     if [ -t 1 ]; then quiet=--progress-bar=on; fi
-    PIP_CACHE_DIR="${PIP_CACHE_DIR:-$root/.venv/cache}" "$python" -m pip install --disable-pip-version-check \
+    PIP_CACHE_DIR="${PIP_CACHE_DIR:-$root/.pip-cache}" "$python" -m pip install --disable-pip-version-check \
         "$quiet" -c "$root/constraints.txt" "$@" 9>&-
 }

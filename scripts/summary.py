@@ -1,7 +1,7 @@
 """What a run left behind, told from its files alone; and what speedrun.sh needs to know to take the next step.
 
 python -m scripts.summary [config.py] [--key=value ...]            the closing summary of that configuration's run
-python -m scripts.summary [config.py] [--key=value ...] --plan     one line: ranks, state, step, evaluated, tag
+python -m scripts.summary [config.py] [--key=value ...] --plan     one line: ranks, action, state, step, evaluated, tag
 python -m scripts.summary [config.py] [--key=value ...] --preset   the wizard's arguments for this machine, if needed
 """
 
@@ -9,13 +9,15 @@ import contextlib
 import json
 import shlex
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.checkpoint_manager import checkpoints_dir, newest_step, step_dir
 from nanochat.config_file import from_command_line
 from nanochat.runtime import UserError, base_dir, pick_device_type, run_script
-from nanochat.settings import PRESETS, Settings, hardware_preset
+from nanochat.settings import PRESETS, Settings, checked, hardware_preset
 
 HUB_DATASET = "karpathy/climbmix-400b-shuffle"
 
@@ -70,17 +72,22 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
+def read_state(run: Run) -> dict:
+    """state.json of the run's newest whole step."""
+    return json.loads((step_dir(run.folder, run.step) / "state.json").read_text(encoding="utf-8"))
+
+
 def read_evaluation(run: Run) -> dict | None:
-    """The results of base_eval for the run's newest step: None when absent, incomplete, or older than the weights."""
-    weights = step_dir(run.folder, run.step) / "manifest.json"
+    """base_eval's results for the run's newest step: None when absent, incomplete, or those of other weights."""
+    manifest = json.loads((step_dir(run.folder, run.step) / "manifest.json").read_text(encoding="utf-8"))
     try:
-        if run.evaluation_file.stat().st_mtime < weights.stat().st_mtime:
-            return None
         found = json.loads(run.evaluation_file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    complete = isinstance(found, dict) and {"bpb", "samples"} <= found.keys() and found.keys() & {"offline", "core"}
-    return found if complete else None
+    if not isinstance(found, dict) or not ({"bpb", "samples"} <= found.keys() and found.keys() & {"offline", "core"}):
+        return None
+    same = found.get("weights_sha256") == manifest["files"]["model.safetensors"]["sha256"]
+    return found if same else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,16 +112,31 @@ def ranks(settings: Settings, gpus: int) -> int:
     return 1
 
 
-def plan(settings: Settings) -> str:
-    """'ranks state step evaluated tag' of the run that the settings name; step is - when there is none."""
+def action(run: Run, settings: Settings, given: Iterable[str]) -> str:
+    """What training has to do: "start", "resume", or "nothing" when the run is done with the very values given.
+
+    A longer horizon, or a value that a resume refuses, is for base_train to judge.
+    """
+    if run.state == "new" or settings.overwrite:
+        return "start"
+    if run.state == "started":
+        return "resume"
+    saved = read_state(run).get("settings", {})
+    same = (name in saved and checked(name, saved[name]) == getattr(settings, name) for name in given)
+    return "nothing" if all(same) else "resume"
+
+
+def plan(settings: Settings, given: Iterable[str] = ()) -> str:
+    """'ranks action state step evaluated tag' of the run that the settings name; step is - when there is none."""
     with contextlib.redirect_stdout(sys.stderr):  # what is said about damaged steps is not part of the answer
         run = find_run(settings.tag)
     gpus = gpus_for(settings)
     world = ranks(settings, gpus)
     if world < gpus:
         print(f"{settings.rows} rows a step do not divide by {gpus} GPUs: using {world}", file=sys.stderr)
-    evaluated = "yes" if run.evaluation else "no"
-    return f"{world} {run.state} {'-' if run.step is None else run.step} {evaluated} {run.tag}"
+    step = "-" if run.step is None else run.step
+    names = set(given) - {"model_tag"}  # the folder that was found answers for it
+    return f"{world} {action(run, settings, names)} {run.state} {step} {'yes' if run.evaluation else 'no'} {run.tag}"
 
 
 def wizard_arguments(settings: Settings, names_data: bool, gpus: int) -> str:
@@ -148,7 +170,7 @@ def summary(run: Run, config: Path | None) -> str:
     if run.step is None:
         raise UserError(f"no checkpoint in {run.folder}: train one with `python -m scripts.base_train`")
     folder = step_dir(run.folder, run.step)
-    lines = [f"checkpoint  {folder}", *_training_lines(run, folder)]
+    lines = [f"checkpoint  {folder}", *_training_lines(run)]
     if run.evaluation is None:
         lines.append(f"evaluation  none yet for step {run.step}")
     else:
@@ -157,19 +179,15 @@ def summary(run: Run, config: Path | None) -> str:
     return "\n".join(["", *lines, "", "next, for example:", *(f"  {line}" for line in _next_commands(run, config))])
 
 
-def _training_lines(run: Run, folder: Path) -> list[str]:
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    derived = state.get("derived", {})
-    parameters = derived.get("parameters", {})
-    total = parameters.get("total") if isinstance(parameters, dict) else parameters
+def _training_lines(run: Run) -> list[str]:
+    state = read_state(run)
     facts = [f"{run.step:,} steps"]
-    if total:
+    if total := state.get("derived", {}).get("parameters", {}).get("total"):
         facts.insert(0, f"{total:,} parameters")
-    tokens = [line["tokens"] for line in run.metrics if "tokens" in line]
-    if tokens:
+    if tokens := [line["tokens"] for line in run.metrics if "tokens" in line]:
         facts.append(f"{tokens[-1]:,} tokens")
-    if "train_seconds" in derived:
-        facts.append(f"{derived['train_seconds']:,.0f} s of training")
+    if seconds := state.get("run", {}).get("train_seconds"):
+        facts.append(f"{seconds:,.0f} s of training")
     return [f"model       {run.tag}: {', '.join(facts)}"]
 
 
@@ -184,28 +202,28 @@ def _bpb_lines(bpb: dict) -> list[str]:
 
 
 def _suite_lines(evaluation: dict) -> list[str]:
+    from scripts.base_eval import beaten  # heavy, and only a finished evaluation needs it
+
     lines = []
     for key, name in (("core", "CORE"), ("offline", "offline")):
         if key in evaluation:
-            tasks = evaluation[key]["tasks"]
-            ahead = f"{sum(map(_beats_baselines, tasks.values()))} of {len(tasks)} tasks"
+            tasks = evaluation[key]["tasks"].values()
+            ahead = Counter(bar for task in tasks for bar in beaten(task))
+            counts = ", ".join(f"{bar} in {n}" for bar, n in ahead.items()) or "nothing"
             score = evaluation[key]["score"]
-            lines.append(f"{name:<12}{score:.4f} mean centered accuracy; above chance and cheap baselines in {ahead}")
+            lines.append(f"{name:<12}{score:.4f} mean centered accuracy; of {len(tasks)} tasks it beats {counts}")
     return lines
 
 
-def _beats_baselines(task: dict) -> bool:
-    rivals = [task[name] for name in ("chance", "char_5gram", "word_overlap") if task.get(name) is not None]
-    return task["accuracy"] > max(rivals, default=0)
-
-
-def _sample_lines(evaluation: dict, count: int = 2, width: int = 300) -> list[str]:
+def _sample_lines(evaluation: dict, width: int = 300) -> list[str]:
+    """One continuation of held-out text and one text from nothing, as far as there are both."""
     lines = []
-    for sample in evaluation["samples"][:count]:
-        prompt, text = sample.get("prompt") or "", sample["text"]
-        shown = text if text.startswith(prompt) else prompt + text
-        lines.append(f"sample      {'from nothing' if not prompt else f'after {prompt!r}'}:")
-        lines += [f"            | {line}" for line in shown[:width].splitlines()]
+    for prompted in (True, False):
+        sample = next((s for s in evaluation["samples"] if bool(s["prompt"]) == prompted), None)
+        if sample is not None:
+            lines.append(f"sample      {'continuing a held-out document' if prompted else 'from nothing'}:")
+            text = sample["prompt"] + sample["text"][:width]
+            lines += [f"            | {line}" for line in text.splitlines()]
     return lines
 
 
@@ -228,7 +246,7 @@ def main(argv: list[str] | None = None) -> Run | None:
             print(wizard_arguments(line.settings, "data" in line.origins, gpus_for(line.settings)))
         return None
     if "plan" in line.switches:
-        print(plan(line.settings))
+        print(plan(line.settings, line.origins))
         return None
     run = find_run(line.settings.tag)
     print(summary(run, line.config_path))
