@@ -166,7 +166,7 @@ def from_command_line(
         given, equals, text = word.partition("=")
         name = given.lstrip("-").replace("-", "_")
         if not given.startswith("--") or name not in {*FIELDS, *switches}:
-            raise UserError(f"unknown flag {shown(given)}{_nearest_flag(name, switches)}")
+            raise UserError(f"unknown flag {shown(given)}{nearest_name(name, [*FIELDS, *switches])}")
         if name in flags:
             raise UserError(f"--{name} is given twice")
         if name in switches:
@@ -187,11 +187,6 @@ def from_command_line(
     origins |= {name: "command line" for name in flags}
     settings = Settings(**{**{name: value for name, (value, _) in lines.items()}, **flags})
     return CommandLine(validate(settings, world_size_from_env()), origins, on, config)
-
-
-def _nearest_flag(name: str, switches: tuple[str, ...]) -> str:
-    hint = nearest_name(name, [*FIELDS, *switches])
-    return hint if "did you mean" in hint else " (--help lists them all)"
 
 
 def differences(settings: Settings, origins: dict[str, str]) -> list[str]:

@@ -28,13 +28,17 @@ RUNTIME_BYTES = {"cpu": 600 << 20, "mps": 600 << 20, "cuda": 0}  # Python, torch
 
 @dataclass(frozen=True)
 class Hardware:
-    """One machine: kind and name of its devices, their number, and per device bytes of memory and peak FLOP/s."""
+    """One machine: kind and name of its devices, their number, bytes of memory and peak FLOP/s of one, best dtype."""
 
     device_type: str
     name: str
     count: int
     memory: int | None
     peak: float
+    dtype: torch.dtype
+
+    def activation_dtype(self, settings: Settings) -> torch.dtype:
+        return getattr(torch, settings.dtype) if settings.dtype else self.dtype
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,14 @@ class Estimate:
         return sum(parts.values()) + max(passing)
 
 
-def find_hardware(device_type: str | None = None, dtype: str | None = None) -> Hardware:
+def find_hardware(device_type: str | None = None) -> Hardware:
     """The devices of this machine; a peak that the table does not know is measured in 0.3 s."""
     kind = pick_device_type(device_type)
-    compute = Compute(torch.device(kind), pick_dtype(dtype, kind))
+    compute = Compute(torch.device(kind), pick_dtype(None, kind))
     count = torch.cuda.device_count() if kind == "cuda" else 1
     known = gpu_peak_flops(torch.cuda.get_device_name()) if kind == "cuda" else None
     peak = known or measured_matmul_flops(compute.device, compute.dtype)
-    return Hardware(kind, device_name(compute), count, _device_memory(kind), peak)
+    return Hardware(kind, device_name(compute), count, _device_memory(kind), peak, compute.dtype)
 
 
 def _device_memory(kind: str) -> int | None:
@@ -85,7 +89,7 @@ def meta_model(settings: Settings) -> GPT:
         return GPT(GPTConfig(**settings.model_arguments()))
 
 
-def memory_parts(settings: Settings, device_type: str, world_size: int = 1) -> dict[str, int]:
+def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) -> dict[str, int]:
     """Bytes per device, by part.
 
     parameters, gradients   4 each a parameter: both are float32
@@ -100,7 +104,7 @@ def memory_parts(settings: Settings, device_type: str, world_size: int = 1) -> d
                             their largest stack
     runtime                 the process itself, where memory is counted by resident set
     """
-    model, dtype = meta_model(settings), pick_dtype(settings.dtype, device_type)
+    model, dtype, kind = meta_model(settings), hardware.activation_dtype(settings), hardware.device_type
     optimizer = build_optimizer(model, settings, dtype, world_size=world_size)
     size, wide = dtype.itemsize, dtype == torch.float32
     config = model.config
@@ -119,13 +123,13 @@ def memory_parts(settings: Settings, device_type: str, world_size: int = 1) -> d
     tokens = settings.batch_plan(world_size)[0] * settings.max_seq_len
     kv = config.n_kv_head / config.n_head
     per_token = config.n_embd * (4 * (17.5 + kv) if wide else 2 * (21.2 + 2 * kv))
-    if device_type == "cpu":
+    if kind == "cpu":
         T = settings.max_seq_len
         per_token += config.n_head * ((T + CPU_BLOCK) / 2 if T > CPU_BLOCK else T) * (4 if wide else 6)
     matrices = parameters - model.num_parameters()["wte"] - model.num_parameters()["lm_head"]
     activations = tokens * config.n_layer * per_token + (0 if wide else 2 * matrices)
 
-    rows = min(tokens, CHUNK_ROWS.get(device_type, CHUNK_ROWS_DEFAULT))
+    rows = min(tokens, CHUNK_ROWS.get(kind, CHUNK_ROWS_DEFAULT))
     table = config.vocab_size * config.n_embd
     logits = 5 * 4 * rows * config.vocab_size + tokens * config.n_embd * size + table * (4 if wide else 6)
     return {
@@ -135,7 +139,7 @@ def memory_parts(settings: Settings, device_type: str, world_size: int = 1) -> d
         "activations": int(activations),
         "logits": logits,
         "step": step + 6 * largest,
-        "runtime": RUNTIME_BYTES[device_type],
+        "runtime": RUNTIME_BYTES[kind],
     }
 
 
@@ -169,7 +173,7 @@ def estimate(settings: Settings, hardware: Hardware, flops: float | None = None)
         flops_per_token=flops_per_token,
         steps=steps,
         tokens=tokens,
-        memory=memory_parts(settings, hardware.device_type, world),
+        memory=memory_parts(settings, hardware, world),
         seconds=tokens * flops_per_token / rate,
         checkpoint_bytes=checkpoint_bytes(settings),
         saves=saves,
@@ -192,7 +196,7 @@ def measure(settings: Settings, hardware: Hardware, seconds: float = 4.0) -> flo
     device = torch.device(hardware.device_type)
     model = GPT(GPTConfig(**settings.model_arguments())).to(device)
     model.init_weights()
-    model.compute_dtype = pick_dtype(settings.dtype, hardware.device_type)
+    model.compute_dtype = hardware.activation_dtype(settings)
     shape = (settings.batch_plan()[0], settings.max_seq_len)
     ids = torch.randint(0, settings.vocab_size, shape, device=device)
     work = math.prod(shape) * model.flops_per_token()

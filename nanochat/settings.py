@@ -146,6 +146,9 @@ class Settings:
     tied_weights_lr: float = setting(
         0.02, "AdamW rate of the tied matrix, before the same scaling", "optimizer", above=0, when=("tie_weights", True)
     )
+    tied_init_std: float = setting(
+        0.02, "standard deviation of the tied matrix at the start", "optimizer", above=0, when=("tie_weights", True)
+    )
     matrix_lr: float = setting(0.02, "Muon rate of the weight matrices", "optimizer", above=0)
     scalar_lr: float = setting(0.5, "AdamW rate of scalars and vectors", "optimizer", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", "optimizer", at_least=0)
@@ -337,11 +340,13 @@ def shown(value) -> str:
 
 
 def nearest_name(name: str, known) -> str:
-    """', did you mean X?' for the closest known name, or nothing."""
+    """', did you mean X?' for the closest known name; without one, all known names or where to find them."""
     import difflib
 
     close = difflib.get_close_matches(name.replace("-", "_").lower(), list(known), n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
+    if close:
+        return f", did you mean {close[0]!r}?"
+    return f" (known: {', '.join(known)})" if len(known) <= 12 else " (--help lists all that there are)"
 
 
 def nearest_divisor(number: int, wish: int) -> int:

@@ -66,6 +66,12 @@ class Dialogue:
     def settings(self) -> Settings:
         return replace(self.start, **self.answers)
 
+    def used_hardware(self) -> Hardware:
+        """The machine as the run will use it: another device may have been chosen than the best one."""
+        if self.settings.device_type not in (None, self.hardware.device_type):
+            self.hardware = find_hardware(self.settings.device_type)
+        return self.hardware
+
 
 def main(argv: list[str] | None = None) -> Settings | None:
     """Run the wizard; returns the settings written (or found unchanged on disk), None when the user declined."""
@@ -74,7 +80,7 @@ def main(argv: list[str] | None = None) -> Settings | None:
     _check_writable(path, args.output)
     chosen = {name: parse_value(name, text) for name, text in args.set.items()}
     existing = read_config(path) if path.exists() and args.preset is None else None
-    hardware = find_hardware(chosen.get("device_type"), chosen.get("dtype"))
+    hardware = find_hardware(chosen.get("device_type"))
     own = hardware_preset(hardware.device_type, hardware.count)
     first = KEEP if existing is not None else args.preset or own
     dialogue = Dialogue(hardware, _start(first, existing, chosen), first, {})
@@ -87,8 +93,8 @@ def main(argv: list[str] | None = None) -> Settings | None:
                 return None
         settings = validate(_settled(dialogue.settings))
         if args.defaults:
-            _show(settings, hardware)
-        return _write(settings, path, args, hardware)
+            _show(settings, dialogue.used_hardware())
+        return _write(settings, path, args, dialogue.used_hardware())
     except EOFError:
         raise UserError(
             "the input ended before the last question: nothing was written (--defaults asks nothing)"
@@ -205,8 +211,9 @@ def _ask_everything(dialogue: Dialogue, existing: dict | None, chosen: dict, ask
             settings = _settled(dialogue.settings)
             also = [n for g in GROUPS for n in names_of(g) if n not in ASKED[g]]
             say(f"\nalso in the file, with their values: {', '.join(also)}\n")
-            _show(settings, dialogue.hardware)
-            answer = _consent(settings, dialogue.hardware, output)
+            hardware = dialogue.used_hardware()
+            _show(settings, hardware)
+            answer = _consent(settings, hardware, output)
             if answer != BACK:
                 return answer == "yes"
         if visited:
@@ -251,7 +258,7 @@ def _ask(dialogue: Dialogue, name: str, position: int) -> bool:
             continue
         try:
             value = parse_value(name, answer) if answer else default
-            if answer:
+            if answer or name == "device_type":
                 _check_here(name, value)
         except UserError as error:
             say(str(error), "  ")

@@ -1,0 +1,165 @@
+"""Settings: one declaration, checked value by value and together."""
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat.runtime import UserError
+from nanochat.settings import (
+    FIELDS,
+    GROUPS,
+    PRESET_WORLD,
+    PRESETS,
+    IllegalCombination,
+    Settings,
+    checked,
+    hardware_preset,
+    nearest_divisor,
+    preset,
+    validate,
+)
+
+
+def test_every_setting_is_declared_with_help_group_and_a_legal_default():
+    """Red when a field is added without setting(...), or `validate` stops calling `checked`."""
+    for name, field in FIELDS.items():
+        assert field.metadata["group"] in GROUPS and len(field.metadata["help"]) > 10, name
+        assert checked(name, field.default) == field.default
+        if field.metadata["when"]:
+            assert field.metadata["when"][0] in FIELDS
+    validate(Settings())
+    with pytest.raises(UserError, match="depth=0 is too small: at least 1"):
+        validate(Settings(depth=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("depth", "four", "depth='four' is a str: expected int"),
+        ("depth", True, "depth=True is a bool: expected int"),
+        ("depth", 4.5, "not a whole number"),
+        ("depth", None, "depth=None is a NoneType"),
+        ("depth", math.inf, "not a finite number"),
+        ("depth", 10**400, "not a finite number"),
+        ("matrix_lr", math.nan, "not a finite number"),
+        ("matrix_lr", 0, "more than 0"),
+        ("matrix_lr", 1 + 2j, "is a complex"),
+        ("warmdown_ratio", 1.5, "at most 1"),
+        ("vocab_size", 271, "at least 272"),
+        ("tie_weights", 1, "is a int: expected True or False"),
+        ("dtype", "float16", "is not one of float32, bfloat16"),
+        ("data", "  ", "is empty"),
+        ("data", "a\nb", "control characters"),
+        ("adam_betas", (0.9,), "is not two numbers"),
+        ("adam_betas", (0.9, 1.0), "at most 0.999999"),
+        ("adam_betas", "0.9", "is not two numbers"),
+        ("dept", 4, "did you mean 'depth'"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_name_and_value(name, value, message):
+    with pytest.raises(UserError, match=message):
+        checked(name, value)
+
+
+def test_values_take_the_setting_s_own_type():
+    assert checked("depth", 6.0) == 6 and isinstance(checked("depth", 6.0), int)
+    assert isinstance(checked("weight_decay", 0), float)
+    assert checked("adam_betas", [0, 0.5]) == (0.0, 0.5)
+    assert checked("eval_every", None) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "nearest"),
+    [
+        (dict(head_dim=63), "head_dim", 64),
+        (dict(model_dim=300), "model_dim", 320),
+        (dict(model_dim=32), "model_dim", 64),
+        (dict(model_dim=512, n_kv_head=3), "n_kv_head", 2),
+        (dict(total_batch_size=8000), "total_batch_size", 8192),
+        (dict(total_batch_size=100), "total_batch_size", 512),
+        (dict(device_batch_size=7), "device_batch_size", 8),
+        (dict(target_param_data_ratio=None), "target_param_data_ratio", 20.0),
+    ],
+)
+def test_an_impossible_combination_names_the_nearest_legal_value(changes, name, nearest):
+    """Red when one `raise IllegalCombination` is dropped; taking the value that it names is legal."""
+    with pytest.raises(IllegalCombination) as caught:
+        validate(Settings(**changes))
+    assert (caught.value.name, caught.value.nearest) == (name, nearest)
+    validate(Settings(**{**changes, name: nearest}))
+
+
+def test_model_tags_are_folder_names():
+    for tag in ("../x", ".hidden", "a/b", "a\\b", "é" * 101):
+        with pytest.raises(UserError, match="must be a folder's name"):
+            validate(Settings(model_tag=tag))
+    assert validate(Settings(model_tag="my run")).tag == "my run"
+
+
+@given(st.integers(1, 5000), st.integers(1, 6000))
+def test_nearest_divisor_equals_a_plain_search(number, wish):
+    legal = [n for n in range(1, number + 1) if number % n == 0]
+    assert nearest_divisor(number, wish) == min(legal, key=lambda n: (abs(n - wish), n))
+
+
+def test_nearest_divisor_of_a_huge_batch_is_quick():
+    with pytest.raises(IllegalCombination, match=r"nearest legal value 1$"):
+        validate(Settings(total_batch_size=(2**31 - 1) * 512, device_batch_size=999_983))
+
+
+@given(st.integers(1, 8), st.integers(1, 12), st.integers(1, 16), st.integers(1, 40))
+def test_the_batch_plan_covers_the_batch_exactly(world, rows, micro, length):
+    """Red when `rows % micro` is not checked: rows of a batch would be lost."""
+    settings = Settings(max_seq_len=length + 1, total_batch_size=rows * (length + 1), device_batch_size=micro)
+    try:
+        size, steps = settings.batch_plan(world)
+    except IllegalCombination as problem:
+        if problem.name == "device_batch_size":
+            changed = dataclasses.replace(settings, device_batch_size=problem.nearest)
+        else:
+            changed = dataclasses.replace(settings, total_batch_size=problem.nearest, device_batch_size=1)
+        size, steps = changed.batch_plan(world)
+        rows = changed.rows
+    assert size * steps * world == rows
+
+
+def test_width_is_rounded_up_to_whole_heads():
+    assert Settings(depth=3, aspect_ratio=50, head_dim=64).n_embd == 192
+    assert Settings(depth=3, aspect_ratio=50, head_dim=64).n_head == 3
+    assert Settings(model_dim=128, head_dim=32).n_head == 4
+
+
+def test_settings_without_effect_say_why():
+    untied = Settings(use_output_projection=True, output_projection_residual=True)
+    assert untied.inert("use_output_projection") == "use_output_projection has no effect while tie_weights=False"
+    assert "use_output_projection has no effect while tie_weights=False" in untied.inert("output_projection_residual")
+    assert "while tie_weights=True" in Settings(tie_weights=True).inert("unembedding_lr")
+    assert Settings(num_iterations=5).inert("target_param_data_ratio")
+    assert Settings(model_dim=128).inert("aspect_ratio") and not Settings().inert("aspect_ratio")
+    assert Settings().inert("run") and not Settings(wandb_mode="offline").inert("run")
+    assert Settings().inert("keep_last") and not Settings(save_every=5).inert("keep_last")
+    assert Settings().inert("depth") is None
+
+
+def test_the_tag_says_the_variant():
+    tags = [
+        Settings().tag,
+        Settings(tie_weights=True).tag,
+        Settings(tie_weights=True, use_output_projection=True).tag,
+        Settings(tie_weights=True, use_output_projection=True, output_projection_residual=True).tag,
+        Settings(use_output_projection=True).tag,
+    ]
+    assert tags == ["d4", "d4-tied", "d4-tied-proj", "d4-tied-proj-res", "d4"]
+
+
+def test_presets_are_legal_tied_and_fit_their_ranks():
+    for name, world in PRESET_WORLD.items():
+        assert validate(preset(name), world).tie_weights
+        assert all(checked(key, value) == value for key, value in PRESETS[name].items())
+    with pytest.raises(UserError, match="did you mean 'cpu'"):
+        preset("cpus")
+    assert [hardware_preset("cpu"), hardware_preset("mps"), hardware_preset("cuda", 1)] == ["cpu", "cpu", "gpu1"]
+    assert hardware_preset("cuda", 4) == "8xh100"
