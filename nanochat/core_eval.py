@@ -1,0 +1,207 @@
+"""CORE: in-context tasks scored as DCLM scores them (arXiv 2406.11794).
+
+One scorer serves CORE and the offline suite. The model picks the option with the lowest mean loss over the tokens in
+which the options differ (schema: over their common ending); in language_modeling every greedy token of the
+continuation has to be right.
+"""
+
+import itertools
+import math
+import os
+import random
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.core_bundle import Task, load_bundle
+from nanochat.core_bundle import find_bundle as find_bundle
+from nanochat.loss_eval import sum_over_ranks
+from nanochat.settings import Say
+
+CORE_TASKS = 22
+
+# ---------------------------------------------------------------------------------------------------------------------
+# items -> prompts -> rows of tokens
+
+
+def select_items(items: list[dict], max_items: int | None) -> list[dict]:
+    """The items in scoring order: shuffled with Random(1337), then cut. Few-shot examples come from this list too."""
+    items = list(items)
+    random.Random(1337).shuffle(items)
+    return items[:max_items]
+
+
+def fewshot_examples(items: list[dict], index: int, shots: int) -> list[dict]:
+    """The solved examples in front of item `index`: drawn from the other items, at most as many as there are."""
+    others = [i for i in range(len(items)) if i != index]
+    return [items[i] for i in random.Random(1234 + index).sample(others, min(shots, len(others)))]
+
+
+def prompts(task: Task, item: dict, shots: list[dict]) -> list[str]:
+    """The texts to compare: one an option; for language_modeling the prompt without and with its continuation."""
+    if task.kind == "multiple_choice":
+        start = "".join(f"{s['query']}{task.delimiter}{s['choices'][s['gold']]}\n\n" for s in shots)
+        return [f"{start}{item['query']}{task.delimiter}{choice}" for choice in item["choices"]]
+    if task.kind == "schema":
+        start = "".join(f"{s['context_options'][s['gold']]}{task.delimiter}{s['continuation']}\n\n" for s in shots)
+        return [f"{start}{option}{task.delimiter}{item['continuation']}" for option in item["context_options"]]
+    start = "".join(f"{s['context'].strip()}{task.delimiter}{s['continuation']}\n\n" for s in shots)
+    without = f"{start}{item['context'].strip()}{task.delimiter}"
+    return [without.strip(), without + item["continuation"]]
+
+
+@dataclass
+class Row:
+    """One sequence to score: tokens[start:end] given what stands before. cut: a part of the span was truncated away."""
+
+    item: int
+    tokens: list[int]
+    start: int
+    end: int
+    truncated: bool = False
+    cut: bool = False
+
+
+def rows_of(task: Task, index: int, sequences: list[list[int]], max_len: int) -> list[Row]:
+    """The rows of one item from its tokenised prompts (BOS in front), truncated on the left to max_len tokens."""
+    if task.kind == "schema":
+        shared = _common(tokens[::-1] for tokens in sequences)
+        spans = [(len(tokens) - shared, len(tokens)) for tokens in sequences]
+    else:
+        # For language_modeling the prompt without its continuation is the common prefix.
+        shared = _common(sequences)
+        if task.kind == "language_modeling":
+            sequences = sequences[1:]
+        spans = [(shared, len(tokens)) for tokens in sequences]
+    rows = []
+    for tokens, (start, end) in zip(sequences, spans, strict=True):
+        gone = max(0, len(tokens) - max_len)
+        # The first scored token needs one token before it.
+        cut = start < end and start - gone < 1
+        rows.append(Row(index, tokens[gone:], max(1, start - gone), end - gone, gone > 0, cut))
+    return rows
+
+
+def _common(sequences: Iterable[list[int]]) -> int:
+    """Length of the longest common prefix."""
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows -> losses
+
+
+@torch.no_grad()
+def score_rows(model, rows: list[Row], pad_id: int, batch_tokens: int) -> tuple[list[float], list[bool]]:
+    """(mean loss in nats over the span, whether every token of the span is the greedy one) of each row.
+
+    Rows of similar length share a forward of at most batch_tokens tokens (one row at least), padded on the right,
+    which a causal model does not see: the same as row by row up to rounding. An empty or cut span has loss +inf.
+    """
+    losses, greedy = [math.inf] * len(rows), [False] * len(rows)
+    order = sorted((i for i, r in enumerate(rows) if r.start < r.end and not r.cut), key=lambda i: -len(rows[i].tokens))
+    was_training = model.training
+    model.eval()
+    while order:
+        width = len(rows[order[0]].tokens)
+        count = max(1, batch_tokens // width)
+        batch, order = order[:count], order[count:]
+        ids = torch.full((len(batch), width), pad_id, dtype=torch.int64)
+        for line, i in enumerate(batch):
+            ids[line, : len(rows[i].tokens)] = torch.tensor(rows[i].tokens)
+        ids = ids.to(model.device)
+        logits = model(ids)
+        # Position p predicts token p + 1.
+        line, place = zip(
+            *((n, p) for n, i in enumerate(batch) for p in range(rows[i].start, rows[i].end)), strict=True
+        )
+        line, place = torch.tensor(line, device=ids.device), torch.tensor(place, device=ids.device)
+        spans, wanted = logits[line, place - 1].float(), ids[line, place]
+        loss = F.cross_entropy(spans, wanted, reduction="none").cpu()
+        right = (spans.argmax(dim=-1) == wanted).cpu()
+        lengths = [rows[i].end - rows[i].start for i in batch]
+        for i, nats, hits in zip(batch, loss.split(lengths), right.split(lengths), strict=True):
+            mean = nats.double().mean().item()
+            losses[i], greedy[i] = (mean if math.isfinite(mean) else math.inf), bool(hits.all())
+    model.train(was_training)
+    return losses, greedy
+
+
+def is_correct(task: Task, item: dict, losses: list[float], greedy: list[bool]) -> bool:
+    """Whether the item's rows answer it. The first lowest loss wins; no finite loss at all is a wrong answer."""
+    if task.kind == "language_modeling":
+        return greedy[0]
+    best = min(losses)
+    return best < math.inf and losses.index(best) == item["gold"]
+
+
+def evaluate_task(
+    model, tokenizer, task: Task, *, max_items: int | None = None, max_len: int | None = None,
+    batch_tokens: int = 8192, rank: int = 0, world_size: int = 1, say: Say = print,
+) -> dict:  # fmt: skip
+    """Score one task; the ranks share its items and all get the same result.
+
+    model: model(idx [B, T]) -> logits [B, T, V] on model.device. max_len: longest sequence in tokens, None takes
+    model.config.sequence_len; longer ones lose their left end. batch_tokens: tokens of one forward.
+    Returns accuracy, centered = (accuracy - chance) / (1 - chance), chance, items, seconds, truncated (items with a
+    truncated prompt), cut (those whose scored span was hit: they count as wrong) and correct: 0.0 or 1.0 an item, in
+    the order of select_items.
+    """
+    begun = time.perf_counter()
+    items = select_items(task.items, max_items)
+    if task.num_fewshot > len(items) - 1:
+        say(f"{task.label}: {task.num_fewshot}-shot with {len(items)} items: using {len(items) - 1} examples")
+    max_len = max_len or model.config.sequence_len
+    mine = range(rank, len(items), world_size)
+    texts = [prompts(task, items[i], fewshot_examples(items, i, task.num_fewshot)) for i in mine]
+    encoded = iter(tokenizer.encode_batch([text for group in texts for text in group], os.cpu_count() or 1))
+    rows: list[Row] = []
+    for i, group in zip(mine, texts, strict=True):
+        rows += rows_of(task, i, [[tokenizer.bos_id, *next(encoded)] for _ in group], max_len)
+    # float32 logits of one forward stay below 1 GB whatever the vocabulary.
+    batch_tokens = min(batch_tokens, max(1, 2**28 // tokenizer.vocab_size))
+    losses, greedy = score_rows(model, rows, tokenizer.bos_id, batch_tokens)
+    by_item: dict[int, list[int]] = {}
+    for n, row in enumerate(rows):
+        by_item.setdefault(row.item, []).append(n)
+    correct, truncated, cut = [0.0] * len(items), 0, 0
+    for i, lines in by_item.items():
+        truncated += any(rows[n].truncated for n in lines)
+        hit = any(rows[n].cut for n in lines)
+        cut += hit
+        correct[i] = float(
+            not hit and is_correct(task, items[i], [losses[n] for n in lines], [greedy[n] for n in lines])
+        )
+    truncated, cut, *correct = sum_over_ranks([truncated, cut, *correct], model.device, world_size)
+    accuracy = sum(correct) / len(items)
+    return dict(
+        accuracy=accuracy,
+        centered=(accuracy - task.chance) / (1 - task.chance),
+        chance=task.chance,
+        items=len(items),
+        seconds=time.perf_counter() - begun,
+        truncated=int(truncated),
+        cut=int(cut),
+        correct=correct,
+    )
+
+
+def evaluate_tasks(model, tokenizer, tasks: list[Task], *, say: Say = print, **options) -> dict:
+    """{"score": plain mean of the centered accuracies, "tasks": {label: evaluate_task's result without `correct`}}."""
+    results = {}
+    for task in tasks:
+        results[task.label] = evaluate_task(model, tokenizer, task, say=say, **options)
+        del results[task.label]["correct"]
+    return dict(score=sum(r["centered"] for r in results.values()) / len(results), tasks=results)
+
+
+def evaluate_core(model, tokenizer, bundle: Path, *, max_per_task: int | None = None, say: Say = print, **options):
+    """CORE from a bundle folder: see evaluate_tasks for the result and evaluate_task for the options."""
+    tasks = load_bundle(bundle)
+    if len(tasks) != CORE_TASKS:
+        say(f"{bundle} holds {len(tasks)} tasks, the official CORE {CORE_TASKS}: the scores are not comparable")
+    return evaluate_tasks(model, tokenizer, tasks, max_items=max_per_task, say=say, **options)

@@ -1,0 +1,368 @@
+"""Evaluate a base model: bits per byte, CORE, the OFFLINE suite, samples.
+
+python -m scripts.base_eval [--model-tag d4-tied] [--step 600] [--eval core,bpb,offline,sample]
+torchrun --nproc_per_node=8 -m scripts.base_eval --eval core,bpb
+
+Prints a table and writes base_dir()/base_eval/<tag>_<step>.json and .csv. Results of other parts for the same weights
+and data, written there before, are kept.
+"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nanochat.checkpoint_manager import build_model, check_tokenizer, find_checkpoint, step_dir
+from nanochat.core_eval import evaluate_core, find_bundle
+from nanochat.dataloader import TokenStore
+from nanochat.dataset import Dataset, prepare_for
+from nanochat.engine import generate
+from nanochat.loss_eval import bits_per_byte, compressor_baselines
+from nanochat.offline_eval import evaluate_offline
+from nanochat.runtime import (
+    Compute,
+    UserError,
+    base_dir,
+    device_name,
+    init_compute,
+    pick_device_type,
+    pick_dtype,
+    print0,
+    run_script,
+    write_atomically,
+)
+from nanochat.settings import FIELDS, Settings, checked, nearest_name
+from nanochat.tokenizer import Tokenizer, find_or_train
+
+PARTS = ("core", "bpb", "offline", "sample")
+SAMPLE_TOKENS = 64
+TASK_COLUMNS = ("accuracy", "centered", "chance", "char_5gram", "word_overlap", "items", "truncated", "cut", "seconds")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; underscores in flags count as dashes. UserError for anything unknown or out of range."""
+    parser = _Parser(prog="python -m scripts.base_eval", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--model-tag", help="folder under base_checkpoints (default: the newest)")
+    parser.add_argument("--step", type=_whole(0), help="step to evaluate (default: the newest whole one)")
+    parser.add_argument("--eval", type=_parts, help="comma-separated: core, bpb, offline, sample (default: all but "
+                        "core on a CPU, all but offline on a GPU)")  # fmt: skip
+    parser.add_argument("--max-per-task", type=_whole(1), help="items per task of core and offline (default: all)")
+    parser.add_argument(
+        "--bundle", help="folder of the CORE bundle (default: eval_bundle in the base folder, or download)"
+    )
+    parser.add_argument("--device-batch-size", type=_whole(1), help="rows of one forward (default: as trained)")
+    parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")
+    parser.add_argument("--data", help="another data source than the model was trained on")
+    argv = sys.argv[1:] if argv is None else argv
+    dashed = [a.split("=")[0].replace("_", "-") + a[len(a.split("=")[0]) :] if a[:2] == "--" else a for a in argv]
+    return parser.parse_args(dashed)
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return convert
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names or [text]:
+        if name not in PARTS:
+            raise argparse.ArgumentTypeError(f"unknown part {name!r}{nearest_name(name, PARTS)}")
+    return tuple(part for part in PARTS if part in names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what belongs to a checkpoint
+
+
+def settings_of(metadata: dict) -> Settings:
+    """The settings of the training; names that this version does not know and absent ones mean the default."""
+    saved = metadata.get("settings")
+    if not isinstance(saved, dict):
+        print0(f"the checkpoint does not say its settings: assuming the defaults, data={Settings().data}")
+        saved = {}
+    return Settings(**{name: checked(name, value) for name, value in saved.items() if name in FIELDS})
+
+
+def rank0_first(compute: Compute, make: Callable):
+    """make() on rank 0, which writes files, then on the others, which find them."""
+    if compute.rank == 0:
+        value = make()
+        compute.barrier()
+        return value
+    compute.barrier()
+    return make()
+
+
+def warn_of_other_data(dataset: Dataset, trained: dict | None) -> None:
+    """Say so when the documents are not those of the training: bits per byte do not compare then."""
+    now = dataset.fingerprint
+    if not trained:
+        print0("the checkpoint has no data fingerprint: whether this is the data it was trained on is unknown")
+    elif trained.get("sha256") != now["sha256"]:
+        print0(
+            f"warning: trained on {_name(trained)}, evaluated on {_name(now)}: the numbers do not compare, "
+            "and documents held out here may have been trained on"
+        )
+
+
+def _name(fingerprint: dict) -> str:
+    facts = [str(fingerprint.get(key)) for key in ("source", "version")]
+    return f"{' '.join(facts)} ({str(fingerprint.get('sha256'))[:8]})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the parts
+
+
+def evaluate_bpb(
+    model, tokenizer: Tokenizer, dataset: Dataset, settings: Settings, rows: int, compute: Compute
+) -> dict:
+    """Bits per byte of the whole val split, and of the start of train: eval_tokens of it, or as many as val has."""
+    ranks = dict(rank=compute.rank, world_size=compute.world_size)
+    result = {}
+    limit = settings.eval_tokens
+    for split in ("val", "train"):
+        begun = time.perf_counter()
+        store = TokenStore(dataset, tokenizer, split)
+        stream = store.stream(None if split == "val" else limit + 1)
+        limit = limit or len(stream)
+        found = bits_per_byte(
+            model, stream, tokenizer.token_bytes, rows=rows, seq_len=model.config.sequence_len, **ranks
+        )
+        store.close()
+        result |= {split: found["bpb"], f"{split}_bytes": found["bytes"], f"{split}_tokens": found["tokens"]}
+        result[f"{split}_seconds"] = time.perf_counter() - begun
+    if result["val_bytes"] != dataset.text_bytes("val"):
+        print0(f"warning: scored {result['val_bytes']} of {dataset.text_bytes('val')} held-out bytes")
+    return result
+
+
+def draw_samples(model, tokenizer: Tokenizer, dataset: Dataset, seed: int) -> list[dict]:
+    """Continuations of the first lines of four held-out documents, then two texts from nothing (after BOS)."""
+    count = dataset.num_documents("val")
+    chosen = {count * n // 4 for n in range(4)}
+    prompts = []
+    for i, (_, text) in enumerate(dataset.documents("val")):
+        if i in chosen:
+            lines = [line for line in text[:2000].split("\n") if line.strip()]
+            prompts.append("\n".join(lines[:2])[:160].rstrip())
+    samples = []
+    for prompt in [*dict.fromkeys(filter(None, prompts)), "", ""]:
+        ids = tokenizer.encode(prompt, bos=True)
+        options = dict(temperature=0.8, top_k=50, seed=seed + len(samples), stop=(tokenizer.bos_id,))
+        new = generate(model, ids, SAMPLE_TOKENS, **options)[0]
+        samples.append({"prompt": prompt, "text": tokenizer.decode(new)})
+    return samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the report
+
+
+def beaten(task: dict) -> list[str]:
+    """The bars that an accuracy is above by more than chance would explain: 1.96 standard errors."""
+    error = 1.96 * math.sqrt(task["accuracy"] * (1 - task["accuracy"]) / task["items"])
+    bars = {"chance": "chance", "char_5gram": "5-gram", "word_overlap": "overlap"}
+    return [name for key, name in bars.items() if task.get(key) is not None and task["accuracy"] - error > task[key]]
+
+
+def report(result: dict) -> None:
+    """Print the results on the terminal."""
+    print(f"\n{result['model_tag']} step {result['step']} on {_name(result['data_fingerprint'] or {})}")
+    if bpb := result.get("bpb"):
+        rows = [[s, f"{bpb[s]:.4f}", f"{bpb[f'{s}_bytes']:,}", f"{bpb[f'{s}_seconds']:.1f}"] for s in ("train", "val")]
+        for key, name in (("xz", "xz -9e of val"), ("xz_primed", "xz -9e of val after train")):
+            if bpb.get(key) is not None:
+                rows.append([name, f"{bpb[key]:.4f}", f"{bpb['val_bytes']:,}", ""])
+        show("bits per byte", ["", "bpb", "bytes", "seconds"], rows)
+    for part, title in (("core", "CORE"), ("offline", "OFFLINE suite (not comparable with CORE)")):
+        if part in result:
+            suite = result[part]
+            rows = [[label, *(_cell(task.get(column)) for column in TASK_COLUMNS), " ".join(beaten(task)) or "-"]
+                    for label, task in suite["tasks"].items()]  # fmt: skip
+            rows.append(["mean", "", _cell(suite["score"]), *[""] * (len(TASK_COLUMNS) - 1)])
+            names = [
+                "task",
+                "accuracy",
+                "centered",
+                "chance",
+                "5-gram",
+                "overlap",
+                "items",
+                "trunc.",
+                "cut",
+                "sec.",
+                "beats",
+            ]
+            show(title, names, rows)
+    for sample in result.get("samples", ()):
+        print(
+            f"\n--- {'continuing ' + repr(sample['prompt']) if sample['prompt'] else 'from nothing'}:\n{sample['text']}"
+        )
+
+
+def _cell(value) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def show(title: str, names: list[str], rows: list[list[str]]) -> None:
+    """A table: with rich on a terminal, plain aligned text elsewhere."""
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table
+
+            table = Table(*names, title=title, title_justify="left")
+            for row in rows:
+                table.add_row(*row)
+            Console().print(table)
+            return
+        except ImportError as error:
+            print(f"plain table ({error})")
+    widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
+    print(f"\n{title}")
+    for row in [names, *rows]:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join([row[0].ljust(len(first)), *others]).rstrip())
+
+
+def as_csv(result: dict) -> str:
+    """Lines of part, label, value (bpb or accuracy; the score in the line `mean`) and a task's other columns."""
+    columns = TASK_COLUMNS[1:]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["part", "label", "value", *columns])
+    for label in ("train", "val", "xz", "xz_primed"):
+        if result.get("bpb", {}).get(label) is not None:
+            table.writerow(["bpb", label, result["bpb"][label], *[""] * len(columns)])
+    for part in ("core", "offline"):
+        for label, task in result.get(part, {}).get("tasks", {}).items():
+            table.writerow([part, label, task["accuracy"], *(task.get(column, "") for column in columns)])
+        if part in result:
+            table.writerow([part, "mean", result[part]["score"], *[""] * len(columns)])
+    return text.getvalue()
+
+
+def save(result: dict, path: Path) -> dict:
+    """Write path and the .csv beside it; parts that an earlier call found for the same weights and data stay."""
+    earlier = {}
+    if path.is_file():
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            print0(f"{path} is not readable ({error}): written anew")
+    same = ("weights_sha256", "data_fingerprint")
+    if isinstance(earlier, dict) and all(earlier.get(key) == result[key] for key in same):
+        result = earlier | result
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    write_atomically(path.with_suffix(".csv"), as_csv(result))
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Evaluate and return the results as they are written (rank 0; other ranks return their share of it)."""
+    args = parse(argv)
+    device_type = pick_device_type(args.device_type)
+    parts = args.eval or (("core", "bpb", "sample") if device_type == "cuda" else ("bpb", "offline", "sample"))
+    checkpoint_dir, step = find_checkpoint(args.model_tag, args.step)
+    compute = init_compute(args.device_type, None, seed=42)
+    print0(f"evaluating {step_dir(checkpoint_dir, step)} on {device_name(compute)}: {', '.join(parts)}")
+    try:
+        result = evaluate(args, parts, checkpoint_dir, step, compute)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory: lower --device-batch-size ({str(error).split('.')[0]})") from error
+    if compute.rank == 0:
+        path = base_dir() / "base_eval" / f"{checkpoint_dir.name}_{step:06d}.json"
+        report(result)
+        result = save(result, path)
+        print(f"\nwritten: {path} and {path.with_suffix('.csv').name}")
+    return result
+
+
+def evaluate(
+    args: argparse.Namespace, parts: tuple[str, ...], checkpoint_dir: Path, step: int, compute: Compute
+) -> dict:
+    """The parts, one after the other; see main. A CORE without a bundle becomes OFFLINE."""
+    bundle = None
+    if "core" in parts:
+        found = [find_bundle(args.bundle) if compute.rank == 0 else None]
+        if compute.world_size > 1:
+            dist.broadcast_object_list(found, src=0, device=compute.device)
+        bundle = found[0]
+        if bundle is None:
+            parts = tuple(dict.fromkeys("offline" if part == "core" else part for part in parts))
+    model, tokenizer, metadata = build_model(checkpoint_dir, step, compute.device, "eval")
+    settings = settings_of(metadata)
+    trained_on = metadata.get("data_fingerprint")
+    model.compute_dtype = pick_dtype(settings.dtype, compute.device_type)
+    if args.data:
+        settings = dataclasses.replace(settings, data=args.data)
+    dataset = None
+    if tokenizer is None or set(parts) - {"core"}:
+        dataset = rank0_first(compute, lambda: prepare_for(settings, say=print0))
+        warn_of_other_data(dataset, trained_on)
+    if tokenizer is None:
+        print0("the checkpoint holds no tokenizer: taking the one that its settings name")
+        tokenizer = rank0_first(compute, lambda: find_or_train(settings, dataset, say=print0))
+        check_tokenizer(tokenizer, metadata, step_dir(checkpoint_dir, step))
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
+
+    manifest = json.loads((step_dir(checkpoint_dir, step) / "manifest.json").read_text(encoding="utf-8"))
+    result = {
+        "model_tag": checkpoint_dir.name,
+        "step": step,
+        "weights_sha256": manifest["files"]["model.safetensors"]["sha256"],
+        "data_fingerprint": dataset.fingerprint if dataset else trained_on,
+    }
+    rows = args.device_batch_size or settings.device_batch_size
+    options = dict(
+        max_per_task=args.max_per_task,
+        batch_tokens=rows * model.config.sequence_len,
+        rank=compute.rank,
+        world_size=compute.world_size,
+        say=print0,
+    )
+    if "bpb" in parts:
+        result["bpb"] = evaluate_bpb(model, tokenizer, dataset, settings, rows, compute)
+    if bundle is not None:
+        result["core"] = evaluate_core(model, tokenizer, bundle, **options)
+    if "offline" in parts:
+        result["offline"] = evaluate_offline(model, tokenizer, dataset, **options)
+    # From here on nothing is shared: only rank 0 works.
+    if compute.rank == 0:
+        if "bpb" in parts:
+            result["bpb"] |= compressor_baselines(dataset)
+        if "sample" in parts:
+            result["samples"] = draw_samples(model, tokenizer, dataset, settings.seed)
+    return result
+
+
+if __name__ == "__main__":
+    run_script(main)
