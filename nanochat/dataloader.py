@@ -68,6 +68,7 @@ class TokenStore:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._seconds = 0.0  # spent on tokenising
         self._stop = threading.Event()
         self.shard = lru_cache(64)(self._open)
 
@@ -165,19 +166,27 @@ class TokenStore:
         return not self._stop.is_set() and threading.main_thread().is_alive()
 
     def _work(self) -> None:
-        made, start = [], time.perf_counter()
         try:
             self._remove_leftovers()
             while (shard := self._next()) is not None:
                 if self._index(shard) is None:
-                    if not made:
+                    if not self._seconds:
                         self.say(f"tokenising {self.dataset.name} ({self.split}) into {self.directory}")
-                    made.append(self._make(shard))
+                    start = time.perf_counter()
+                    self._make(shard)
+                    self._seconds += time.perf_counter() - start
+                    self._tell_when_done()
         except BaseException as error:  # whoever waits for a shard raises it; tiktoken's panics are BaseExceptions
             self._failure = error
-        if made and self._failure is None and self._running():
-            took = time.perf_counter() - start
-            self.say(f"tokenised {self.dataset.name} ({self.split}): {sum(made):,} tokens in {took:.1f} s")
+
+    def _tell_when_done(self) -> None:
+        if self._queue:
+            return
+        indices = [self._index(shard) for shard in range(len(self.paths))]
+        if all(indices):
+            tokens = sum(index["tokens"] for index in indices)
+            name = f"{self.dataset.name} ({self.split})"
+            self.say(f"tokenised {name}: {tokens:,} tokens in {self._seconds:.1f} s")
 
     def _remove_leftovers(self) -> None:
         """Delete what killed processes left half-written more than an hour ago."""
@@ -194,8 +203,8 @@ class TokenStore:
             self._thread = None
             return None
 
-    def _make(self, shard: int) -> int:
-        """Tokenise one shard and write its files, the index last; returns the number of tokens."""
+    def _make(self, shard: int) -> None:
+        """Tokenise one shard and write its files, the index last."""
         path = self.paths[shard]
         self._file(shard, ".json").unlink(missing_ok=True)  # from here on the old files do not count
         lengths = [0]
@@ -217,7 +226,6 @@ class TokenStore:
             "offsets_size": self._file(shard, ".npy").stat().st_size,
         }
         write_atomically(self._file(shard, ".json"), json.dumps(index) + "\n")
-        return index["tokens"]
 
 
 def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -274,6 +282,7 @@ class DataLoader:
         self.mine = range(rank * rows // world_size, (rank + 1) * rows // world_size)
         self.cursor = 0  # rows handed out so far, over all ranks
         self.epoch, self.row = 0, 0  # where the last row handed out lies: its epoch, its place in the epoch's order
+        self.tokens: int | None = None  # of a whole epoch, once the rows handed out took a look at all shards
         self._first_ends = [0]  # where the shards of epoch 0 end, as far as they had to be looked at
         self._extending = threading.Lock()
         self._ahead: Future | None = None
@@ -286,7 +295,7 @@ class DataLoader:
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next batch of this rank; waits for tokens that are not ready yet."""
         ahead, self._ahead = self._ahead or self._start(self.cursor), None
-        inputs, targets, (self.epoch, self.row) = ahead.result()
+        inputs, targets, (self.epoch, self.row, self.tokens) = ahead.result()
         self.cursor += self.rows
         self._ahead = self._start(self.cursor)
         return inputs, targets
@@ -302,28 +311,27 @@ class DataLoader:
 
     def state_dict(self) -> dict:
         """JSON-ready position and what it refers to; the same on every rank."""
-        return {"cursor": self.cursor, "epoch": self.epoch, "row": self.row, **self._identity()}
+        position = {"cursor": self.cursor, "epoch": self.epoch, "row": self.row, "tokens": self.tokens}
+        return position | self._identity()
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where the state was taken; UserError names what differs (seed, seq_len, data, tokenizer)."""
+        """Go on where the state was taken; UserError names what differs (seed, seq_len, data, tokenizer).
+
+        Another number of tokens (a shard left out then or now) is found, and raised, by next().
+        """
         for name, mine in self._identity().items():
-            if None not in (mine, state[name]) and mine != state[name]:
+            if mine != state[name]:
                 raise UserError(
                     f"the data order cannot go on: {name}={mine} here, {state[name]} in the checkpoint; "
                     "use the checkpoint's, or start a new run"
                 )
-        self.cursor, self.epoch, self.row = state["cursor"], state["epoch"], state["row"]
+        self.cursor, self.epoch, self.row, self.tokens = (state[key] for key in ("cursor", "epoch", "row", "tokens"))
         self._ahead = None
 
     def _identity(self) -> dict:
-        complete = len(self._first_ends) > len(self.store.paths)
-        return {
-            "seed": self.seed,
-            "seq_len": self.seq_len,
-            "data": self.store.dataset.fingerprint["sha256"],
-            "tokenizer": self.store.tokenizer.hash,
-            "tokens": self._first_ends[-1] if complete else None,  # not known before all shards were looked at
-        }
+        store = self.store
+        data, tokenizer = store.dataset.fingerprint["sha256"], store.tokenizer.hash
+        return {"seed": self.seed, "seq_len": self.seq_len, "data": data, "tokenizer": tokenizer}
 
     # -- the background -----------------------------------------------------------------------------------------------
 
@@ -339,7 +347,7 @@ class DataLoader:
         threading.Thread(target=work, name="batch").start()
         return future
 
-    def _batch(self, cursor: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    def _batch(self, cursor: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int, int | None]]:
         ids = np.empty((len(self.mine), self.seq_len + 1), dtype=np.int64)
         for i, row in enumerate(self.mine):
             self._read(*self._place(cursor + row), out=ids[i])
@@ -348,7 +356,9 @@ class DataLoader:
         if self.device.type == "cuda":
             halves = [half.pin_memory() for half in halves]
         inputs, targets = (half.to(self.device, non_blocking=True) for half in halves)
-        return inputs, targets, self._position(cursor + self.rows - 1)[:2]
+        epoch, place, _ = self._position(cursor + self.rows - 1)
+        tokens = self._first_ends[-1] if len(self._first_ends) > len(self.store.paths) else None
+        return inputs, targets, (epoch, place, tokens)
 
     # -- the order: pure functions of the seed and the numbers of tokens ----------------------------------------------
 
@@ -388,6 +398,11 @@ class DataLoader:
                     ends.append(ends[-1] + self.store.tokens(order[len(ends) - 1]))
         if len(ends) <= len(order):
             return 0, cursor, BLOCK
+        if self.tokens not in (None, ends[-1]):
+            raise UserError(
+                f"the data order cannot go on: an epoch of {self.store.dataset.name} has {ends[-1]} tokens here, "
+                f"{self.tokens} in the checkpoint; has a shard been left out as damaged, or repaired?"
+            )
         rows = (ends[-1] - 1) // self.seq_len
         if rows < 1:
             raise UserError(
