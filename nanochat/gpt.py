@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.attention import causal_attention
-from nanochat.loss_head import SOFTCAP, chunked_cross_entropy, compile_loss_head, softcapped
+from nanochat.loss_head import chunked_cross_entropy, compile_loss_head, softcapped
 
 
 @dataclass(frozen=True)
@@ -136,18 +136,18 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     @torch.no_grad()
-    def init_weights(self) -> None:
+    def init_weights(self, tied_std: float = 0.02) -> None:
         """All initialisation in one place.
 
         | tensor | start |
         | wte, untied | N(0, 1): its rows are normalised after the lookup, only their direction counts |
-        | wte, tied | N(0, 0.02): as the output matrix it makes logits of size 0.02 sqrt(C) (see dev/LOG.md) |
+        | wte, tied | N(0, tied_std): as the output matrix it makes logits of size tied_std sqrt(C) (dev/LOG.md) |
         | lm_head | N(0, 0.001): a nearly uniform first prediction |
         | matrices that read the stream | U(-s, s) with s = sqrt(3 / C), standard deviation 1 / sqrt(C) |
         | c_proj of attention and MLP, residual projection | 0: every block starts as the identity |
         """
         C = self.config.n_embd
-        nn.init.normal_(self.transformer.wte.weight, std=TIED_INIT_STD if self.config.tie_weights else 1.0)
+        nn.init.normal_(self.transformer.wte.weight, std=tied_std if self.config.tie_weights else 1.0)
         if not self.config.tie_weights:
             nn.init.normal_(self.lm_head.weight, std=0.001)
         bound = (3 / C) ** 0.5
@@ -261,7 +261,3 @@ def sample(logits: torch.Tensor, generator: torch.Generator, temperature: float,
         worst = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < worst, -float("inf"))
     return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
-
-
-TIED_INIT_STD = 0.02
-assert SOFTCAP == 15.0  # a constant of the family: nanochat's metadata does not record it

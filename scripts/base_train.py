@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict:
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=compute.device)
-    model.init_weights()
+    model.init_weights(settings.tied_init_std)
     model.compute_dtype = compute.dtype
     optimizer = build_optimizer(model, settings, compute.dtype, compute.rank, compute.world_size)
     steps = schedule.num_iterations(settings, model.num_matmul_parameters(), model.flops_per_token())
