@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset
+from nanochat import dataset, sources
 from nanochat.dataset import Corrupt, Dataset, Unreachable, held_out, prepare, prepare_for
+from nanochat.hub import CLIMBMIX_REPO
 from nanochat.runtime import UserError, base_dir
 from nanochat.settings import Settings
 from scripts import data as data_script
@@ -115,9 +116,9 @@ def test_prepared_once(lines, base):
 
 
 def test_an_interpreter_without_sources(tmp_path, monkeypatch):
-    """Red when _plan_stdlib takes LEAST_BYTES: a zipped interpreter would train on next to nothing."""
+    """Red when stdlib() takes LEAST_BYTES: a zipped interpreter would train on next to nothing."""
     lib = write_files(tmp_path / "lib", {f"m{i}.py": "x = 1  # a module\n" * 100 for i in range(100)})
-    monkeypatch.setattr(dataset.sysconfig, "get_path", lambda name: str(lib))
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(lib))
     with pytest.raises(UserError, match=r"100 files with 180000 bytes.*2000000 needed.*--data=FOLDER"):
         prepare("stdlib")
     assert list((base_dir() / "data").iterdir()) == []
@@ -147,9 +148,9 @@ def test_packages_have_sources_and_docstrings(tmp_path, monkeypatch):
 
     files = [path.relative_to(site) for path in site.rglob("*.py")]
     distribution = SimpleNamespace(files=files, locate_file=lambda file: site / file)
-    monkeypatch.setattr(dataset, "_closure", lambda own: [distribution])
-    monkeypatch.setattr(dataset, "_stdlib_files", lambda: [("os.py", Path(os.__file__))])
-    monkeypatch.setattr(dataset, "LEAST_STDLIB_BYTES", 1000)
+    monkeypatch.setattr(sources, "_closure", lambda own: [distribution])
+    monkeypatch.setattr(sources, "_stdlib_files", lambda: [("os.py", Path(os.__file__))])
+    monkeypatch.setattr(sources, "LEAST_STDLIB_BYTES", 1000)
     monkeypatch.setattr(dataset, "held_out", lambda name: name == "os.py")
     found = texts_of(prepare("packages", say=lambda line: None))
     assert sorted(found) == [
@@ -168,7 +169,7 @@ def test_packages_closure_is_that_of_pip():
 
     from packaging.requirements import Requirement
 
-    found = {d.metadata["Name"].lower().replace("_", "-") for d in dataset._closure(metadata.distribution("nanochat"))}
+    found = {d.metadata["Name"].lower().replace("_", "-") for d in sources._closure(metadata.distribution("nanochat"))}
     assert {"torch", "numpy", "datasets", "rich", "pygments", "sympy"} <= found  # pygments through rich, sympy: torch
     assert not {"nanochat", "pytest", "hypothesis", "ruff"} & found  # ours, and those of our dev extra
     for name in found:
@@ -268,7 +269,7 @@ def test_single_text_file_is_read_in_blocks(tmp_path):
 def test_blocks_lose_nothing(tmp_path_factory, pieces):
     path = tmp_path_factory.getbasetemp() / "blocks.txt"
     path.write_bytes("".join(pieces).encode())
-    blocks = list(dataset._blocks(path, "text"))
+    blocks = list(sources._blocks(path, "text"))
     assert b"".join(blocks) == path.read_bytes() and all(len(block) < 16384 + 5001 for block in blocks)
 
 
@@ -407,7 +408,7 @@ def test_corrupt_shard(many_shards, lines, harm):
     else:
         victim.unlink()
     with pytest.raises(Corrupt, match=r"shard_00001\.parquet.*--skip_corrupt"):
-        texts_of(many_shards)
+        texts_of(many_shards) if harm == "flipped" else many_shards.shards("train")
     tolerant = Dataset(many_shards.directory, many_shards.manifest, skip_corrupt=True, say=lines.append)
     assert texts_of(tolerant) == {name: text for name, text in everything.items() if name not in lost}
     assert list(tolerant.skipped) == ["shard_00001.parquet"] and len(lines) == 1 and "left out" in lines[0]
@@ -484,7 +485,7 @@ class Hub:
             def answer(self, send: bool) -> None:
                 folder, _, name = self.path.rpartition("/")
                 hub.requests.append((self.command, name, self.headers.get("Range")))
-                if folder != f"/datasets/{dataset.CLIMBMIX_REPO}/resolve/main":
+                if folder != f"/datasets/{CLIMBMIX_REPO}/resolve/main":
                     self.send_response(404)
                     self.send_header("Content-Length", "0")
                     self.end_headers()
@@ -618,7 +619,7 @@ def test_no_network_is_one_line(no_hub, source):
 
 def test_only_a_presets_climbmix_falls_back(no_hub, lines, monkeypatch):
     """Red when prepare_for replaces a source that the user named."""
-    monkeypatch.setattr(dataset, "_plan_packages", lambda: dataset._plan_stdlib())
+    monkeypatch.setattr(sources, "packages", sources.stdlib)
     assert prepare_for(Settings(data="climbmix"), fallback=True, say=lines.append).name == "stdlib"
     assert sum("going on with data=packages" in line for line in lines) == 1
     for settings, fallback in ((Settings(data="climbmix"), False), (Settings(data="hf:some/dataset"), True)):

@@ -1,0 +1,187 @@
+"""Sources on the Hugging Face hub: any dataset, streamed, and the shards of climbmix, downloaded."""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanochat.runtime import UserError
+from nanochat.sources import Corrupt, Say, Source, digest, first_line, slug_of, text_of
+
+HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is given
+CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
+
+
+class Unreachable(UserError):
+    """The hub cannot be reached: the one failure for which a source that a preset chose may be replaced."""
+
+
+def endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def probe(what: str) -> None:
+    """Unreachable at once when the hub does not answer: its own clients would try again for minutes."""
+    import urllib.error
+    import urllib.request  # knows the proxies of the environment
+
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise Unreachable(f"{what} is not here and HF_HUB_OFFLINE forbids the network")
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint(), method="HEAD"), timeout=8).close()
+    except urllib.error.HTTPError:
+        pass  # an answer, though not a page: the hub is there
+    except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors; an endpoint that is no URL
+        reason = getattr(error, "reason", error)
+        raise Unreachable(f"{what} is not here and {endpoint()} cannot be reached ({reason})") from error
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's clients raise: their own errors, and those of whichever HTTP library they were built on."""
+    from http.client import HTTPException
+
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, ValueError, RuntimeError, HTTPException, HfHubHTTPError.__bases__[0])
+
+
+def hub_dataset(name: str, column: str, split: str, config: str | None, limit: int | None, say: Say) -> Source:
+    """Rows of a dataset of the hub, or of a local folder that `datasets` reads; at most `limit`, by default 100,000."""
+    if not name:
+        raise UserError("data=hf: lacks the dataset's name, as in hf:roneneldan/TinyStories")
+    options = dict(column=column, split=split, config=config, limit=limit or HUB_DOCUMENTS)
+    return Source(
+        f"hf-{slug_of(name)}-{digest(json.dumps([name, options]))[:8]}",
+        f"hf:{name}",
+        ", ".join(f"{key} {value}" for key, value in options.items() if value is not None),
+        f"see the dataset card of {name} on the hub",
+        [name, options],
+        lambda counts: _hub_documents(name, options, counts, say),
+        advice="raise --data_limit or choose another dataset",
+    )
+
+
+def _hub_documents(name: str, options: dict, counts: Counter, say: Say) -> Iterator[tuple[str, str]]:
+    """Rows of a streamed hub dataset (or of a local folder that `datasets` reads), called <name>#<row>."""
+    column, limit = options["column"], options["limit"]
+    if not Path(name).expanduser().is_dir():
+        probe(f"hf:{name}")
+    try:
+        import datasets  # heavy
+    except ImportError as error:
+        raise UserError(f"data=hf:{name} needs the datasets package: pip install datasets ({error})") from error
+    datasets.config.STREAMING_READ_MAX_RETRIES = 3  # 20 by default: minutes of silence on a dead network
+    say(f"data: streaming hf:{name}, at most {limit} documents")
+    row = -1
+    try:
+        stream = datasets.load_dataset(name, options["config"], split=options["split"], streaming=True)
+        for row, record in enumerate(stream):
+            if row >= limit:
+                say(f"data: stopped after {limit} documents of hf:{name} (--data_limit takes more)")
+                return
+            counts["files"] += 1
+            yield f"{name}#{row}", text_of(record, column, f"hf:{name}")
+    except UserError:
+        raise
+    except _hub_errors() as error:
+        kind = Unreachable if isinstance(error, ConnectionError) else UserError
+        raise kind(f"data=hf:{name}: {first_line(error)} (after {row + 1} documents)") from error
+
+
+def download_climbmix(
+    names: list[str], directory: Path, workers: int, recorded: dict[str, str], say: Say
+) -> Iterator[Path]:
+    """Fetch shards into a folder, in parallel, and yield their paths as they arrive; a cut download goes on later.
+
+    recorded: shard name -> sha256 of its first download; new shards are compared with what the hub announces.
+    Raises Unreachable when the hub does not answer or the connection ends, Corrupt for other bytes than announced.
+    """
+    probe("climbmix")
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    directory.mkdir(parents=True, exist_ok=True)
+    say(f"data: downloading {len(names)} climbmix shards from {endpoint()} to {directory}")
+    stop = threading.Event()
+
+    def fetch(name: str) -> Path:
+        url = hf_hub_url(CLIMBMIX_REPO, name, repo_type="dataset", endpoint=endpoint())
+        announced = get_hf_file_metadata(url, timeout=10)
+        path = directory / name
+        if not (path.exists() and path.stat().st_size == announced.size):
+            _fetch(url, path, announced.size, stop, moved)
+        sha256, etag = sha256_of(path), announced.etag or ""
+        wanted = recorded.get(name) or (etag if re.fullmatch("[0-9a-f]{64}", etag) else sha256)
+        if sha256 != wanted:
+            path.unlink()
+            origin = "its first download" if name in recorded else "the hub"
+            raise Corrupt(
+                f"{name}: downloaded sha256 {sha256[:12]}, {origin} says {wanted[:12]}: run again to fetch it"
+            )
+        return path
+
+    with ThreadPoolExecutor(max(1, workers)) as pool, _progress(len(names)) as moved:
+        try:
+            for count, done in enumerate(as_completed([pool.submit(fetch, name) for name in names]), 1):
+                yield (path := done.result())
+                say(f"data: {count}/{len(names)} {path.name} {path.stat().st_size / 1e6:.1f} MB")
+        except UserError:
+            raise
+        except _hub_errors() as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise  # the disk, not the hub
+            raise Unreachable(f"climbmix: the download stopped ({first_line(error)}); run again to go on") from error
+        finally:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _fetch(url: str, path: Path, size: int | None, stop: threading.Event, moved: Callable[[float], None]) -> None:
+    """Download into a hidden partial file, which a cut or killed download leaves to go on from, then rename it.
+
+    huggingface_hub throws partial files away. A cut connection is taken up again as long as bytes arrive.
+    """
+    from urllib.request import Request, urlopen
+
+    partial = path.with_name(f".{path.name}.partial")
+    while True:
+        start = partial.stat().st_size if partial.exists() else 0
+        if size is not None and start >= size:
+            break
+        request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+        with urlopen(request, timeout=20) as response, open(partial, "ab" if response.status == 206 else "wb") as file:
+            while not stop.is_set() and (chunk := response.read(1 << 20)):
+                file.write(chunk)
+                moved(len(chunk) / (size or math.inf))
+        now = partial.stat().st_size
+        if stop.is_set() or (size is not None and now <= start):
+            raise ConnectionError(f"{path.name} ended after {now} of {size} bytes")
+        if size is None:
+            break
+    os.replace(partial, path)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[float], None]]:
+    """A function to call with fractions of a shard as they arrive: it moves a bar on a terminal, nothing elsewhere."""
+    if not sys.stdout.isatty():
+        yield lambda fraction: None
+        return
+    from rich.progress import BarColumn, Progress, TimeRemainingColumn
+
+    with Progress(BarColumn(), "{task.completed:.1f}/{task.total} shards", TimeRemainingColumn()) as bar:
+        task = bar.add_task("climbmix", total=total)
+        yield lambda fraction: bar.advance(task, fraction)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
