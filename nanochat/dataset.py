@@ -28,7 +28,7 @@ from nanochat import hub, sources
 from nanochat.hub import Unreachable
 from nanochat.runtime import UserError, base_dir, write_atomically
 from nanochat.settings import Settings
-from nanochat.sources import Corrupt, Say, Source, digest, reading
+from nanochat.sources import Corrupt, Say, Source, digest, reading, sha256_of
 
 SPLITS = ("train", "val")
 SHARD_BYTES = 16_000_000  # text of one shard: enough to compress and to shuffle in, small enough to hold in memory
@@ -112,7 +112,7 @@ class Dataset:
         paths = [path for split in SPLITS for path in self.shards(split)]
         recorded = {entry["name"]: entry["sha256"] for entry in self.manifest["files"]}
         for path in paths:
-            if hub.sha256_of(path) != recorded[path.name]:
+            if sha256_of(path) != recorded[path.name]:
                 self._damaged(path, "does not have the sha256 of its manifest")
         return sum(path.name not in self.skipped for path in paths)
 
@@ -227,6 +227,7 @@ def _materialise(source: Source, skip_corrupt: bool, say: Say) -> Dataset:
             "left_out": {reason: n for reason, n in sorted(counts.items()) if reason != "files"},
             "files": entries,
         }
+        known = _versions(data, source.name)  # again: another process may have been faster
         same = [d for d, m in known if m["fingerprint"]["sha256"] == manifest["fingerprint"]["sha256"]]
         if same:  # touched, not changed
             target, manifest["name"] = same[0], same[0].name
@@ -285,19 +286,19 @@ def _write_shards(documents: Iterable[tuple[str, str | bytes]], directory: Path,
 
 def _describe(path: Path, split: str) -> dict:
     """A shard's manifest entry, from reading it whole: what is recorded is what can be read back."""
-    documents, text_bytes, digest = 0, 0, hashlib.sha256()
+    documents, text_bytes, texts = 0, 0, hashlib.sha256()
     for name, text in read_shard(path):
         raw = text.encode("utf-8")
-        digest.update(f"{name}\0{len(raw)}\0".encode() + raw)
+        texts.update(f"{name}\0{len(raw)}\0".encode() + raw)
         documents, text_bytes = documents + 1, text_bytes + len(raw)
     return {
         "name": path.name,
         "split": split,
         "size": path.stat().st_size,
-        "sha256": hub.sha256_of(path),
+        "sha256": sha256_of(path),
         "documents": documents,
         "text_bytes": text_bytes,
-        "text_sha256": digest.hexdigest(),
+        "text_sha256": texts.hexdigest(),
     }
 
 
@@ -394,7 +395,10 @@ def _versions(data: Path, name: str) -> list[tuple[Path, dict]]:
 @contextmanager
 def _scratch(data: Path, name: str) -> Iterator[Path]:
     """A temporary folder beside the target; removed on the way out, and what a killed run left behind after an hour."""
-    data.mkdir(parents=True, exist_ok=True)
+    try:
+        data.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {data} ({error.strerror}): point NANOCHAT_BASE_DIR to another place") from error
     for stale in data.glob(".*.tmp"):
         if time.time() - stale.stat().st_mtime > 3600:
             shutil.rmtree(stale, ignore_errors=True)

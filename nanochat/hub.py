@@ -1,7 +1,6 @@
 """Sources on the Hugging Face hub: any dataset, streamed, and the shards of climbmix, downloaded."""
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nanochat.runtime import UserError
-from nanochat.sources import Corrupt, Say, Source, digest, first_line, slug_of, text_of
+from nanochat.sources import Corrupt, Say, Source, digest, first_line, sha256_of, slug_of, text_of
 
 HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is given
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
@@ -84,6 +83,8 @@ def _hub_documents(name: str, options: dict, counts: Counter, say: Say) -> Itera
     row = -1
     try:
         stream = datasets.load_dataset(name, options["config"], split=options["split"], streaming=True)
+        if column in (stream.column_names or ()):
+            stream = stream.select_columns([column])  # the others may be pictures to decode
         for row, record in enumerate(stream):
             if row >= limit:
                 say(f"data: stopped after {limit} documents of hf:{name} (--data_limit takes more)")
@@ -180,8 +181,3 @@ def _progress(total: int) -> Iterator[Callable[[float], None]]:
     with Progress(BarColumn(), "{task.completed:.1f}/{task.total} shards", TimeRemainingColumn()) as bar:
         task = bar.add_task("climbmix", total=total)
         yield lambda fraction: bar.advance(task, fraction)
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

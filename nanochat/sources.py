@@ -57,6 +57,7 @@ class Source:
 
 
 def stdlib() -> Source:
+    """The standard library of the running interpreter, a file a document: about 7.7 MB without tests and tables."""
     return Source(
         "stdlib",
         "stdlib",
@@ -70,23 +71,28 @@ def stdlib() -> Source:
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
-    def source(name: str) -> bool:
+    """The running interpreter's own .py files, as (relative posix path, file)."""
+
+    def wanted(name: str) -> bool:
         return name.endswith(".py") and not name.rpartition("/")[2].startswith(("turtle", "_sysconfigdata"))
 
-    excluded = lambda folder: folder in STDLIB_EXCLUDED or folder.startswith("turtle")  # noqa: E731
-    return _walk(Path(sysconfig.get_path("stdlib")), source, excluded)
+    def excluded(folder: str) -> bool:
+        return folder in STDLIB_EXCLUDED or folder.startswith("turtle")
+
+    return _walk(Path(sysconfig.get_path("stdlib")), wanted, excluded)
 
 
 def packages() -> Source:
-    packages = dict(_package_files())
-    files = sorted((packages | dict(_stdlib_files())).items())
+    """The standard library and all our runtime requirements, each module's long docstrings as a further document."""
+    installed = dict(_package_files())
+    files = sorted((installed | dict(_stdlib_files())).items())
     return Source(
         "packages",
         "packages",
         platform.python_version(),
         "each package's own licence, beside its metadata in site-packages; the standard library's is the PSF License",
         _stat_all(files),
-        lambda counts: _with_docstrings(_whole_files(files, counts, at_least=200, at_most=1_000_000), set(packages)),
+        lambda counts: _with_docstrings(_whole_files(files, counts, at_least=200, at_most=1_000_000), set(installed)),
         LEAST_STDLIB_BYTES,
         "pass a folder of text files with --data=FOLDER",
     )
@@ -317,6 +323,11 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise Corrupt(f"{path} cannot be read ({first_line(error)})") from error
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(text: str) -> str:

@@ -451,6 +451,29 @@ def test_a_kill_leaves_nothing_that_counts(tmp_path, tiny_corpus, moment, base):
     assert not left[0].exists()
 
 
+def test_two_processes_make_one_dataset(tiny_corpus, monkeypatch, base):
+    """Another process finishes first: its folder is taken. Red when _materialise does not look again at the end."""
+    write, others = dataset._write_shards, []
+
+    def overtaken(*args):
+        entries = write(*args)
+        if not others:
+            others.append("now running")
+            others.append(prepare(str(tiny_corpus), say=len))
+        return entries
+
+    monkeypatch.setattr(dataset, "_write_shards", overtaken)
+    mine = prepare(str(tiny_corpus), say=len)
+    assert mine.directory == others[1].directory and mine.fingerprint == others[1].fingerprint
+    assert len(list((base / "data").iterdir())) == 1
+
+
+def test_unusable_base_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(write_files(tmp_path, {"file": "x"}) / "file"))
+    with pytest.raises(UserError, match=r"cannot make .*: point NANOCHAT_BASE_DIR"):
+        prepare("stdlib", say=len)
+
+
 def test_full_disk_leaves_nothing(tiny_corpus, monkeypatch, base):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
