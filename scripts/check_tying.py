@@ -1,0 +1,186 @@
+"""Untied, tied, tied with output projection: which learns best per token, with equal tuning for each?
+
+`python -m scripts.check_tying [--stage init|sweep|seeds|report] [--results FILE] [--workers 2]` trains small models
+(depth 3, width 128, context 256, 4096 tokens a step, vocabulary 4096) on the `packages` corpus, one process with one
+thread each, and appends one JSON line a run to the results file. A run that is in the file is not repeated, so the
+script continues where it stopped.
+
+init: tied, 3 initial scales x 3 rates, 333 steps.  sweep: 4 variants x 3 rates of the output matrix, 333 steps.
+seeds: 4 variants x 3 seeds at each variant's best rate, 1,000 steps.  report: tables, paired differences, plot.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from nanochat.checkpoint_manager import checkpoints_dir
+from nanochat.runtime import UserError, base_dir, run_script, write_atomically
+
+SHAPE = dict(
+    data="packages", vocab_size=4096, depth=3, model_dim=128, head_dim=64, max_seq_len=256, total_batch_size=4096,
+    device_batch_size=16, eval_tokens=262_144, eval_every=250,
+)  # fmt: skip
+VARIANTS = {
+    "untied": dict(tie_weights=False),
+    "tied": dict(tie_weights=True),
+    "tied+proj": dict(tie_weights=True, use_output_projection=True),
+    "tied+proj-res": dict(tie_weights=True, use_output_projection=True, output_projection_residual=True),
+}
+# Each variant may choose among three rates of the matrix that makes the logits, a factor of 2.5 apart.
+RATES = {name: ("tied_weights_lr" if name != "untied" else "unembedding_lr") for name in VARIANTS}
+GRID = {name: ((0.002, 0.005, 0.0125) if name != "untied" else (0.0016, 0.004, 0.01)) for name in VARIANTS}
+INIT_STDS = (0.005, 0.02, 0.08)
+SEEDS = (1, 2, 3)
+NO_CONFIG = "no_config.py"  # an empty file, so that a ./config.py has no say
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # two-sided 95%
+
+
+def train(key: str, settings: dict) -> dict:
+    """One run in a process of its own; returns its line for the results file."""
+    tag = "tying-" + "".join(c if c.isalnum() or c in "._-" else "_" for c in key)
+    flags = [f"--{name}={value}" for name, value in {**SHAPE, **settings, "model_tag": tag, "overwrite": True}.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.base_train", str(base_dir() / NO_CONFIG), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"run {key} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
+    lines = [json.loads(line) for line in (checkpoints_dir() / tag / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return dict(
+        key=key, settings=settings, tag=tag, steps=len(losses),
+        val_bpb=[line["val_bpb"] for line in lines if line.get("event") == "eval"][-1],
+        train_loss=statistics.fmean(losses[-50:]), seconds=lines[-1]["train_seconds"],
+        parameters=lines[0]["parameters"], losses=[round(loss, 4) for loss in losses[9::10]],
+    )  # fmt: skip
+
+
+def run_missing(runs: dict[str, dict], results: Path, workers: int) -> dict[str, dict]:
+    """Train what the file lacks, `workers` at a time; returns all lines by key."""
+    have = read(results)
+    missing = {key: settings for key, settings in runs.items() if key not in have}
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} there already", flush=True)
+    write_atomically(base_dir() / NO_CONFIG, "")
+    with ThreadPoolExecutor(workers) as pool:
+        for future in as_completed([pool.submit(train, *item) for item in missing.items()]):
+            line = future.result()
+            with open(results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{line['key']:40s} val bpb {line['val_bpb']:.4f}  {line['seconds']:.0f} s", flush=True)
+    return read(results)
+
+
+def read(results: Path) -> dict[str, dict]:
+    if not results.exists():
+        return {}
+    return {line["key"]: line for line in map(json.loads, results.read_text(encoding="utf-8").splitlines())}
+
+
+def init_runs() -> dict[str, dict]:
+    return {
+        f"init/{std}/{rate}": dict(
+            VARIANTS["tied"], num_iterations=333, seed=1, tied_init_std=std, tied_weights_lr=rate
+        )
+        for std in INIT_STDS
+        for rate in GRID["tied"]
+    }
+
+
+def sweep_runs() -> dict[str, dict]:
+    return {
+        f"sweep/{name}/{rate}": {**VARIANTS[name], "num_iterations": 333, "seed": 1, RATES[name]: rate}
+        for name in VARIANTS
+        for rate in GRID[name]
+    }
+
+
+def best_rate(lines: dict[str, dict], name: str) -> float:
+    """The rate with the lowest val bpb of the sweep; UserError while the sweep is not finished."""
+    found = {rate: lines.get(f"sweep/{name}/{rate}") for rate in GRID[name]}
+    if None in found.values():
+        raise UserError("the sweep is not finished: run --stage sweep first")
+    return min(found, key=lambda rate: found[rate]["val_bpb"])
+
+
+def seed_runs(lines: dict[str, dict]) -> dict[str, dict]:
+    return {
+        f"seeds/{name}/{seed}": {**VARIANTS[name], "num_iterations": 1000, "seed": seed, RATES[name]: rate}
+        for seed in SEEDS
+        for name in VARIANTS
+        for rate in [best_rate(lines, name)]
+    }
+
+
+def paired(differences: list[float]) -> tuple[float, float]:
+    """Mean and half width of the 95% interval (Student's t) of paired differences."""
+    n = len(differences)
+    return statistics.fmean(differences), T_95[n - 1] * statistics.stdev(differences) / n**0.5
+
+
+def report(lines: dict[str, dict], plot: Path | None) -> list[str]:
+    """Markdown tables of all stages that have results, and the plot of the seeds' training losses."""
+    out = []
+    if any(key.startswith("init/") for key in lines):
+        out += ["| initial scale | " + " | ".join(f"rate {r}" for r in GRID["tied"]) + " |", "| --- " * 4 + "|"]
+        for std in INIT_STDS:
+            cells = [lines.get(f"init/{std}/{rate}") for rate in GRID["tied"]]
+            out.append(f"| {std} | " + " | ".join(f"{c['val_bpb']:.4f}" if c else "" for c in cells) + " |")
+    for name in VARIANTS:
+        cells = [(rate, lines.get(f"sweep/{name}/{rate}")) for rate in GRID[name]]
+        if all(cell for _, cell in cells):
+            out.append(f"sweep {name}: " + ", ".join(f"{rate}: {cell['val_bpb']:.4f}" for rate, cell in cells))
+    final = {n: [lines[f"seeds/{n}/{s}"] for s in SEEDS if f"seeds/{n}/{s}" in lines] for n in VARIANTS}
+    if all(len(runs) == len(SEEDS) for runs in final.values()):
+        out += ["", "| variant | parameters | val bpb by seed | minus untied, paired, 95% (n=3) |", "| --- " * 4 + "|"]
+        for name, runs in final.items():
+            bpbs = [run["val_bpb"] for run in runs]
+            mean, half = paired([a - b["val_bpb"] for a, b in zip(bpbs, final["untied"], strict=True)])
+            difference = "" if name == "untied" else f"{mean:+.4f} +- {half:.4f}"
+            shown = ", ".join(f"{bpb:.4f}" for bpb in bpbs)
+            out.append(f"| {name} | {runs[0]['parameters']:,} | {shown} | {difference} |")
+        if plot is not None:
+            draw(final, plot)
+            out.append(f"training losses: {plot}")
+    return out
+
+
+def draw(final: dict[str, list[dict]], plot: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for number, (name, runs) in enumerate(final.items()):
+        for index, run in enumerate(runs):
+            steps = [10 * (i + 1) for i in range(len(run["losses"]))]
+            axes.plot(steps, run["losses"], color=f"C{number}", alpha=0.6, lw=0.9, label=name if index == 0 else None)
+    axes.set(xlabel="step of 4,096 tokens", ylabel="training loss (nats per token)", ylim=(None, 5.0))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(plot, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """Run a stage and print its report; returns the result lines by key."""
+    parser = argparse.ArgumentParser(prog="scripts.check_tying", description=__doc__.splitlines()[0])
+    parser.add_argument("--stage", choices=("init", "sweep", "seeds", "report"), default="report")
+    parser.add_argument("--results", type=Path, default=Path("dev/tying.jsonl"))
+    parser.add_argument("--plot", type=Path, default=Path("dev/tying.png"))
+    parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1))
+    arguments = parser.parse_args(argv)
+    lines = read(arguments.results)
+    stages = {"init": init_runs, "sweep": sweep_runs, "seeds": lambda: seed_runs(lines)}
+    if arguments.stage != "report":
+        lines = run_missing(stages[arguments.stage](), arguments.results, arguments.workers)
+    print("\n".join(report(lines, arguments.plot)))
+    return lines
+
+
+if __name__ == "__main__":
+    run_script(main)
