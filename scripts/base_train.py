@@ -18,16 +18,19 @@ import torch.distributed as dist
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import schedule
 from nanochat.config_file import as_dict, differences, from_command_line, render_config
+from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import DataLoader, TokenStore
 from nanochat.dataset import prepare_for
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
+from nanochat.offline_eval import evaluate_offline
 from nanochat.optim import build_optimizer
 from nanochat.progress import Progress, duration
 from nanochat.resume import RunState, restore, settle
 from nanochat.runtime import (
     Compute,
     MetricsLog,
+    base_dir,
     compiler_problem,
     device_name,
     init_compute,
@@ -278,11 +281,15 @@ def weight_norms(model: GPT, optimizer) -> dict[str, float]:
 
 def suite_scores(model: GPT, tokenizer: Tokenizer, dataset, settings: Settings, compute: Compute) -> dict[str, float]:
     """CORE where its bundle is at hand, else the offline suite: {"core": ...} or {"offline": ...}."""
-    from scripts.base_eval import evaluate_suite
-
-    return evaluate_suite(
-        model, tokenizer, dataset, settings.core_metric_max_per_task, compute.rank, compute.world_size
+    ranks = dict(rank=compute.rank, world_size=compute.world_size)
+    limits = dict(
+        max_per_task=settings.core_metric_max_per_task,
+        batch_tokens=settings.device_batch_size * model.config.sequence_len,
     )
+    bundle = base_dir() / "eval_bundle"
+    if bundle.is_dir():
+        return {"core": evaluate_core(model, tokenizer, bundle, say=print0, **limits, **ranks)["score"]}
+    return {"offline": evaluate_offline(model, tokenizer, dataset, say=print0, **limits, **ranks)["score"]}
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer) -> None:

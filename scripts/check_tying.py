@@ -5,7 +5,7 @@
 thread each, and appends one JSON line a run to the results file. A run that is in the file is not repeated, so the
 script continues where it stopped.
 
-init: tied, 3 initial scales x 3 rates, 333 steps.  sweep: 4 variants x 3 rates of the output matrix, 333 steps.
+init: tied, 3 initial scales x 3 rates, 120 steps.  sweep: 4 variants x 3 rates of the output matrix, 333 steps.
 seeds: 4 variants x 3 seeds at each variant's best rate, 1,000 steps.  report: tables, paired differences, plot.
 """
 
@@ -33,7 +33,7 @@ VARIANTS = {
 }
 # Each variant may choose among three rates of the matrix that makes the logits, a factor of 2.5 apart.
 RATES = {name: ("tied_weights_lr" if name != "untied" else "unembedding_lr") for name in VARIANTS}
-GRID = {name: ((0.002, 0.005, 0.0125) if name != "untied" else (0.0016, 0.004, 0.01)) for name in VARIANTS}
+GRID = {name: ((0.0008, 0.002, 0.005) if name != "untied" else (0.0016, 0.004, 0.01)) for name in VARIANTS}
 INIT_STDS = (0.005, 0.02, 0.08)
 SEEDS = (1, 2, 3)
 NO_CONFIG = "no_config.py"  # an empty file, so that a ./config.py has no say
@@ -84,7 +84,7 @@ def read(results: Path) -> dict[str, dict]:
 def init_runs() -> dict[str, dict]:
     return {
         f"init/{std}/{rate}": dict(
-            VARIANTS["tied"], num_iterations=333, seed=1, tied_init_std=std, tied_weights_lr=rate
+            VARIANTS["tied"], num_iterations=120, seed=1, tied_init_std=std, tied_weights_lr=rate
         )
         for std in INIT_STDS
         for rate in GRID["tied"]
