@@ -77,7 +77,7 @@ def test_a_tenth_is_held_out():
 # the standard library and the packages
 
 
-def test_stdlib_follows_the_issues_rules(lines):
+def test_stdlib_follows_its_rules(lines):
     """The corpus equals one found by pathlib with the rules written out again.
 
     Red when a name leaves STDLIB_EXCLUDED, when at_least=200 goes, or when _walk does not sort.
