@@ -152,8 +152,8 @@ class _NotAvailable(Exception):
     """Why there is no bundle, in one line."""
 
 
-def find_bundle(path: str | Path | None = None, say: Say = print) -> Path | None:
-    """The folder of the CORE bundle: the named one, else base_dir()/eval_bundle, else downloaded into it.
+def find_bundle(path: str | Path | None = None, say: Say = print, download: bool = True) -> Path | None:
+    """The folder of the CORE bundle: the named one, else base_dir()/eval_bundle, else downloaded into it if allowed.
 
     The download is tried once, for at most DOWNLOAD_SECONDS; the sizes and hashes of the zip and of its files are
     recorded in base_dir()/eval_bundle.json and verified whenever the bundle is used. NANOCHAT_EVAL_BUNDLE_URL names
@@ -169,6 +169,8 @@ def find_bundle(path: str | Path | None = None, say: Say = print) -> Path | None
     if (folder / "core.yaml").is_file():
         _verify(folder, record)
         return folder
+    if not download:
+        return None
     try:
         _download(os.environ.get("NANOCHAT_EVAL_BUNDLE_URL") or BUNDLE_URL, folder, record, say)
     except _NotAvailable as reason:

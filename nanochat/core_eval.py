@@ -114,7 +114,7 @@ def score_rows(model, rows: list[Row], pad_id: int, batch_tokens: int) -> tuple[
         for line, i in enumerate(batch):
             ids[line, : len(rows[i].tokens)] = torch.tensor(rows[i].tokens)
         ids = ids.to(model.device)
-        logits = model(ids)
+        logits = model.forward(ids)  # not model(ids): a compiled model would compile anew for every width
         # Position p predicts token p + 1.
         line, place = zip(
             *((n, p) for n, i in enumerate(batch) for p in range(rows[i].start, rows[i].end)), strict=True

@@ -116,6 +116,14 @@ def rank0_first(compute: Compute, make: Callable):
     return make()
 
 
+def from_rank0(make: Callable, rank: int, world_size: int, device: torch.device):
+    """What make() returns on rank 0, on every rank."""
+    box = [make() if rank == 0 else None]
+    if world_size > 1:
+        dist.broadcast_object_list(box, src=0, device=device)
+    return box[0]
+
+
 def warn_of_other_data(dataset: Dataset, trained: dict | None) -> None:
     """Say so when the documents are not those of the training: bits per byte do not compare then."""
     now = dataset.fingerprint
@@ -158,6 +166,21 @@ def evaluate_bpb(
     if result["val_bytes"] != dataset.text_bytes("val"):
         print0(f"warning: scored {result['val_bytes']} of {dataset.text_bytes('val')} held-out bytes")
     return result
+
+
+def evaluate_suite(
+    model, tokenizer: Tokenizer, dataset: Dataset, max_per_task: int | None = None, rank: int = 0, world_size: int = 1
+) -> dict[str, float]:
+    """{"core": score} where the CORE bundle lies in the base folder, else {"offline": score}; {} without any task.
+
+    For use during training: nothing is downloaded, the cheap baselines are left out. All ranks call it together.
+    """
+    options = dict(max_per_task=max_per_task, rank=rank, world_size=world_size, say=print0)
+    bundle = from_rank0(lambda: find_bundle(download=False), rank, world_size, model.device)
+    if bundle is not None:
+        return {"core": evaluate_core(model, tokenizer, bundle, **options)["score"]}
+    score = evaluate_offline(model, tokenizer, dataset, baselines=False, **options)["score"]
+    return {} if score is None else {"offline": score}
 
 
 def draw_samples(model, tokenizer: Tokenizer, dataset: Dataset, seed: int) -> list[dict]:
@@ -219,9 +242,13 @@ def report(result: dict) -> None:
             ]
             show(title, names, rows)
     for sample in result.get("samples", ()):
-        print(
-            f"\n--- {'continuing ' + repr(sample['prompt']) if sample['prompt'] else 'from nothing'}:\n{sample['text']}"
-        )
+        title = f"continuing {sample['prompt']!r}" if sample["prompt"] else "from nothing"
+        print(f"\n--- {title}:\n{printable(sample['text'])}")
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped: what a model writes must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def _cell(value) -> str:
@@ -311,10 +338,7 @@ def evaluate(
     """The parts, one after the other; see main. A CORE without a bundle becomes OFFLINE."""
     bundle = None
     if "core" in parts:
-        found = [find_bundle(args.bundle) if compute.rank == 0 else None]
-        if compute.world_size > 1:
-            dist.broadcast_object_list(found, src=0, device=compute.device)
-        bundle = found[0]
+        bundle = from_rank0(lambda: find_bundle(args.bundle), compute.rank, compute.world_size, compute.device)
         if bundle is None:
             parts = tuple(dict.fromkeys("offline" if part == "core" else part for part in parts))
     model, tokenizer, metadata = build_model(checkpoint_dir, step, compute.device, "eval")
