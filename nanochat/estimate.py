@@ -82,11 +82,15 @@ def _device_memory(kind: str) -> int | None:
         return None
 
 
-@lru_cache(maxsize=16)
 def meta_model(settings: Settings) -> GPT:
     """The model of these settings without memory: shapes and counts only."""
+    return _meta_model(GPTConfig(**settings.model_arguments()))
+
+
+@lru_cache(maxsize=64)
+def _meta_model(config: GPTConfig) -> GPT:
     with torch.device("meta"):
-        return GPT(GPTConfig(**settings.model_arguments()))
+        return GPT(config)
 
 
 def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) -> dict[str, int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanochat.config_file import FIELDS, facts, literal, names_of, parse_value, read_config, render_config
-from nanochat.estimate import Hardware, estimate, find_hardware, measure, report, tying_saves, usable_devices
+from nanochat.estimate import Hardware, find_hardware, measure, meta_model, report, tying_saves, usable_devices
 from nanochat.runtime import UserError, pick_device_type, run_script, write_atomically
 from nanochat.settings import (
     GROUPS,
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> Settings | None:
     path = Path(os.path.realpath(args.output))  # write through a link instead of replacing it
     _check_writable(path, args.output)
     chosen = {name: parse_value(name, text) for name, text in args.set.items()}
-    existing = read_config(path) if path.exists() and args.preset is None else None
+    existing = _existing(path) if args.preset is None else None
     hardware = find_hardware(chosen.get("device_type"))
     own = hardware_preset(hardware.device_type, hardware.count)
     first = KEEP if existing is not None else args.preset or own
@@ -92,13 +92,16 @@ def main(argv: list[str] | None = None) -> Settings | None:
                 say("nothing was written")
                 return None
         settings = validate(_settled(dialogue.settings))
+        for name in TYING:
+            if (given := getattr(dialogue.settings, name)) != getattr(settings, name):
+                reason = dialogue.settings.inert(name)
+                say(f"note: {reason}: written as {_plain(getattr(settings, name))}, not {_plain(given)}")
         if args.defaults:
             _show(settings, dialogue.used_hardware())
         return _write(settings, path, args, dialogue.used_hardware())
     except EOFError:
-        raise UserError(
-            "the input ended before the last question: nothing was written (--defaults asks nothing)"
-        ) from None
+        say()  # the cursor still stands behind a question
+        raise UserError("the input ended: nothing was written (--defaults asks nothing)") from None
     except UnicodeDecodeError:
         raise UserError("the input is not UTF-8 text: nothing was written") from None
     except KeyboardInterrupt:
@@ -138,10 +141,20 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def _existing(path: Path) -> dict | None:
+    """The values of the file that would be overwritten, or None without one."""
+    if not os.path.exists(path):
+        return None
+    try:
+        return read_config(path)
+    except UserError as error:
+        raise UserError(f"{error} (mend or delete the file, or start from --preset {'|'.join(PRESETS)})") from None
+
+
 def _check_writable(path: Path, given: str) -> None:
     """Refuse an impossible output before the first question, not after the last."""
     folder = path.parent
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
     if path.is_dir() or (path.exists() and not path.is_file()):
         raise UserError(f"--output {given!r} is not a file: name one, such as {path / 'config.py'}")
@@ -299,7 +312,7 @@ def _check_here(name: str, value) -> None:
     if name == "data" and value not in ("stdlib", "packages", "climbmix") and not value.startswith("hf:"):
         known = nearest_name(value, ("stdlib", "packages", "climbmix"))
         hint = known if "did you mean" in known else " (stdlib, packages, climbmix, hf:<dataset>, or a path)"
-        if not Path(value).expanduser().exists():
+        if not os.path.exists(os.path.expanduser(value)):
             raise UserError(f"data={value!r} is neither a known source nor a file or folder here{hint}")
 
 
@@ -346,7 +359,9 @@ def _consent(settings: Settings, hardware: Hardware, output: str) -> str:
 
 
 def _fits(settings: Settings, hardware: Hardware) -> bool:
-    return hardware.memory is None or estimate(settings, hardware).memory["parameters"] * 2 < hardware.memory / 2
+    """Whether weights and gradients leave half of a device's memory to a short measurement."""
+    needed = 2 * 4 * meta_model(settings).num_parameters()["total"]
+    return hardware.memory is None or needed < hardware.memory / 2
 
 
 def _yes_no(question: str, default: bool) -> str:

@@ -1,0 +1,430 @@
+"""The wizard: in process with answers on standard input, and in a real terminal."""
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pexpect
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.config_file import read_config, render_config
+from nanochat.estimate import Hardware
+from nanochat.runtime import UserError
+from nanochat.settings import FIELDS, PRESETS, Settings, preset, validate
+from scripts import configure
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = Hardware("cpu", "a processor", 1, 16 << 30, 1e11, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def stubbed(tmp_path, monkeypatch):
+    """No probe of the hardware, and a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(configure, "find_hardware", lambda device_type=None: CPU)
+    monkeypatch.setattr(configure, "measure", lambda settings, hardware: 1e10)
+    return tmp_path
+
+
+def wizard(answers: list[str] | dict[str, list[str]], *argv: str) -> SimpleNamespace:
+    """Run main() on piped answers, in order or by question: its result (or UserError), and what it printed."""
+    out, stdin = io.StringIO(), sys.stdin
+    sys.stdin = (
+        Prompted(answers) if isinstance(answers, dict) else io.StringIO("".join(f"{answer}\n" for answer in answers))
+    )
+    result, error = None, None
+    try:
+        with redirect_stdout(out), redirect_stderr(out):
+            result = configure.main(list(argv))
+    except UserError as caught:
+        error = str(caught)
+    finally:
+        sys.stdin = stdin
+    return SimpleNamespace(result=result, error=error, text=out.getvalue())
+
+
+ENTERS = [""] * 60
+
+
+def after(*answers: str) -> list[str]:
+    """These answers, then Enter to the end: 'write config.py? [yes]' included."""
+    return [*answers, *ENTERS]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# without questions
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_s_config_round_trips(name):
+    """Red when render_config and read_config disagree, or --preset is ignored."""
+    run = wizard([], "--defaults", "--preset", name)
+    assert run.result == preset(name) == Settings(**read_config("config.py"))
+    assert "python -m scripts.base_train config.py" in run.text
+    assert "torchrun --standalone --nproc_per_node=1 -m scripts.base_train config.py" in run.text
+    assert "--nnodes=2" in run.text
+
+
+def test_defaults_take_the_preset_of_the_hardware_and_set_wins():
+    assert wizard([], "--defaults", "--set", "depth=6", "--set", "grad-clip=None").result == preset(
+        "cpu", depth=6, grad_clip=None
+    )
+
+
+def test_defaults_never_overwrite_unasked():
+    """Red when the `args.force` branch of _write is dropped: the file would be replaced."""
+    Path("config.py").write_text("depth = 3\n")
+    run = wizard([], "--defaults", "--set", "seed=1")
+    assert "config.py exists and would change" in run.error and "--force" in run.error
+    assert Path("config.py").read_text() == "depth = 3\n"
+    forced = wizard([], "--defaults", "--set", "seed=1", "--force")
+    assert forced.result == Settings(depth=3, seed=1) == Settings(**read_config("config.py"))
+    before = os.stat("config.py").st_mtime_ns
+    assert "already says exactly this" in wizard([], "--defaults").text
+    assert os.stat("config.py").st_mtime_ns == before
+
+
+def test_untied_writes_the_inert_values():
+    """Red when _settled is not called."""
+    argv = ["--set=tie_weights=no", "--set=use_output_projection=yes", "--set=tied_weights_lr=0.5"]
+    run = wizard([], "--defaults", *argv)
+    assert not run.result.use_output_projection
+    assert run.result.tied_weights_lr == FIELDS["tied_weights_lr"].default
+    assert "use_output_projection has no effect while tie_weights=False: written as no" in " ".join(run.text.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--preset", "gpu2"], "unknown preset 'gpu2', did you mean 'gpu1'"),
+        (["--set", "dept=4"], "unknown setting 'dept', did you mean 'depth'"),
+        (["--set", "depth"], "is not KEY=VALUE"),
+        (["--set", "depth=x"], "depth='x' is not int"),
+        (["--set", "depth=4", "--set", "depth=5"], "given twice"),
+        (["--defaults", "--set", "model_dim=100"], "nearest legal value 128"),
+        (["--defaults", "--output", "."], "is not a file"),
+        (["--defaults", "--output", "file/config.py"], "not a writable folder"),
+        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["extra"], "unrecognized arguments: extra"),
+    ],
+)
+def test_a_bad_command_line_is_one_line(stubbed, argv, message):
+    Path("file").write_text("")
+    assert message in wizard([], *argv).error
+    assert os.listdir(stubbed) == ["file"]
+
+
+def test_a_damaged_existing_config_is_named_and_kept():
+    Path("config.py").write_text("depth = 4\nwhat is this\n")
+    for argv in ([], ["--defaults"], ["--defaults", "--force"]):
+        run = wizard(ENTERS, *argv)
+        assert "config.py:2: only lines of the form name = value" in run.error and "--preset" in run.error
+    assert Path("config.py").read_text() == "depth = 4\nwhat is this\n"
+    assert wizard([], "--defaults", "--force", "--preset=cpu").result == preset("cpu")
+
+
+def test_a_link_is_written_through():
+    os.mkdir("kept")
+    os.symlink("kept/real.py", "config.py")
+    wizard([], "--defaults")
+    assert os.path.islink("config.py") and Settings(**read_config("kept/real.py")) == preset("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# dialogues on piped input
+
+
+def test_enter_keeps_everything():
+    run = wizard(ENTERS)
+    assert run.result == preset("cpu") == Settings(**read_config("config.py"))
+    assert "\x1b" not in run.text and max(map(len, run.text.splitlines())) <= 80
+
+
+def test_the_tying_questions_in_order():
+    """Red when the saving is not computed for the vocabulary and width just given."""
+    text = wizard(ENTERS, "--set", "vocab_size=24576", "--set", "model_dim=512").text
+    questions = ["tie embedding weights? [yes]:", "add an output projection before the logits? [no]:"]
+    places = [text.index(q) for q in (*questions, "tied learning rate [0.02]:")]
+    assert places == sorted(places)
+    assert "24,576 x 512 = 12.58M of 37.75M parameters (33%)" in " ".join(text.split())
+    assert "unembedding_lr [" not in text
+
+
+class Prompted(io.StringIO):
+    """Standard input that answers by the question: {question: [answers in turn]}, Enter when there are none left."""
+
+    def __init__(self, answers: dict[str, list[str]]):
+        super().__init__()
+        self.answers = {question: list(given) for question, given in answers.items()}
+
+    def readline(self, size: int = -1) -> str:
+        prompt = sys.stdout.getvalue().rsplit("\n", 1)[-1]
+        question = next((q for q in self.answers if prompt.startswith(q) and self.answers[q]), None)
+        return f"{self.answers[question].pop(0)}\n" if question else "\n"
+
+
+def test_untied_asks_neither_further_question():
+    """Red when QUESTIONS are asked without `inert`."""
+    run = wizard({"tie embedding": ["no"], "unembedding_lr": ["0.01"]})
+    assert "add an output projection" not in run.text and "tied learning rate" not in run.text
+    assert "unembedding_lr [0.004]" in run.text
+    assert run.result == preset("cpu", tie_weights=False, unembedding_lr=0.01)
+    written = read_config("config.py")
+    assert written["use_output_projection"] is False and written["tied_weights_lr"] == Settings().tied_weights_lr
+
+
+def test_wrong_answers_are_asked_again_with_the_reason():
+    wrong = {
+        "preset": ["cpus", "cpu"],
+        "model_tag": ["bad/tag", "tag"],
+        "device_type": ["tpu", "cuda", ""],
+        "data": ["stdlb", "no-such-folder", "x" * 300, "~nobody/x", "stdlib"],
+        "vocab_size": ["12", "many", "1e3"],
+        "write": ["perhaps", "y"],
+    }
+    run = wizard(wrong)
+    for reason in (
+        "unknown preset 'cpus', did you mean 'cpu'?",
+        "must be a folder's name",
+        "device_type='tpu' is not one of cpu, cuda, mps",
+        "device_type='cuda' is not available on this machine",
+        "data='stdlb' is neither a known source nor a file or folder here, did you mean 'stdlib'?",
+        "vocab_size=12 is too small: at least 272",
+        "vocab_size='many' is not int",
+        "'perhaps' is not yes, no or <",
+    ):
+        assert reason in " ".join(run.text.split()), reason
+    assert run.result == preset("cpu", model_tag="tag", vocab_size=1000)
+
+
+def test_an_illegal_combination_offers_the_nearest_legal_value():
+    """Red when a problem of the question itself is deferred like one that a later answer can mend."""
+    run = wizard({"head_dim": ["96"], "max_seq_len": ["384"]})
+    text = " ".join(run.text.split())
+    assert "model_dim=256 is not a multiple of head_dim (96): nearest legal value 288" in text
+    assert "model_dim [288]:" in text and "total_batch_size [4224]:" in text
+    expected = dict(head_dim=96, model_dim=288, max_seq_len=384, total_batch_size=4224)
+    assert run.result == preset("cpu", **expected)
+
+
+def test_going_back_reaches_the_question_before_across_groups():
+    run = wizard({"preset": ["cpu", "gpu1"], "model_tag": ["<", "tag", "other"], "device_type": ["<"], "data": ["<"]})
+    assert run.text.count("preset (cpu") == 2 and run.text.count("model_tag [") == 3
+    assert run.text.count("wandb_mode [") == 2  # data's way back leads into the group before
+    assert run.result == preset("gpu1", model_tag="other")
+
+
+@pytest.mark.parametrize("argv", [[], ["--preset=cpu"]])
+def test_there_is_nothing_before_the_first_question(argv):
+    run = wizard(after("<"), *argv)
+    assert "this is the first question" in run.text and run.result == preset("cpu")
+
+
+def test_back_passes_over_questions_that_were_not_asked():
+    """Red when going back counts positions instead of visited questions."""
+    run = wizard({"tie embedding": ["no", "yes"], "num_iterations": ["<"], "add an output": ["y"], "tied": ["0.5"]})
+    assert run.result == preset("cpu", use_output_projection=True, tied_weights_lr=0.5)
+
+
+def test_another_preset_forgets_the_answers():
+    run = wizard({"preset": ["cpu", "gpu1"], "model_tag": ["tag", "<", ""], "device_type": ["<"]})
+    assert "the answers so far are forgotten" in run.text
+    assert run.result == preset("gpu1")
+
+
+def test_an_existing_config_gives_the_defaults_and_is_kept_without_consent():
+    """Red when the last question defaults to yes for an existing file."""
+    original = "depth = 3\nmodel_tag = 'mine'\n"
+    Path("config.py").write_text(original)
+    run = wizard(ENTERS)
+    assert "preset (cpu, gpu1, 8xh100, keep) [keep]" in run.text and "depth [3]" in run.text
+    assert "config.py exists and would change" in run.text and run.result is None
+    assert Path("config.py").read_text() == original
+    questions = run.text.count("]: ")
+    agreed = wizard([*[""] * (questions - 1), "yes"])
+    assert agreed.result == Settings(depth=3, model_tag="mine") == Settings(**read_config("config.py"))
+    again = wizard(ENTERS)
+    assert "nothing to write" in again.text and again.result == agreed.result
+
+
+def test_the_end_of_input_at_any_question_leaves_the_disk_alone(stubbed):
+    """Red when anything is written before the last answer."""
+    total = wizard(ENTERS, "--output=full.py").text.count("]: ")
+    os.remove("full.py")
+    for count in range(total):
+        run = wizard([""] * count)
+        assert "nothing was written" in run.error
+        assert os.listdir(stubbed) == []
+
+
+def test_a_declined_consent_writes_nothing(stubbed):
+    run = wizard({"write": ["no"]})
+    assert "nothing was written" in run.text and run.result is None and os.listdir(stubbed) == []
+    back = wizard({"measure": ["<"], "keep_last": ["", "7"]})
+    assert back.result == preset("cpu", keep_last=7)
+
+
+def test_help_explains_type_range_and_flag():
+    text = " ".join(wizard({"preset": ["?"], "vocab_size": ["?"], "depth": ["<", "?"]}).text.split())
+    assert "minutes on a laptop" in text
+    assert "ids of the tokenizer" in text and "int, at least 272, at most 1,000,000" in text
+    assert "flag --vocab_size" in text and text.count("vocab_size [4096]") == 3
+
+
+def test_measured_speed_is_shown_when_agreed():
+    run = wizard({"measure": ["y"]})
+    assert "(measured 0.01 TFLOP/s per device)" in run.text and run.result == preset("cpu")
+
+
+def test_several_gpus_are_put_into_the_commands(monkeypatch):
+    node = Hardware("cuda", "NVIDIA H100 80GB HBM3", 8, 80 << 30, 989e12, torch.bfloat16)
+    monkeypatch.setattr(configure, "find_hardware", lambda device_type=None: node)
+    text = wizard([], "--defaults", "--output", "my config.py").text
+    assert "torchrun --standalone --nproc_per_node=8 -m scripts.base_train 'my config.py'" in text
+    assert "8 x NVIDIA H100" in text
+    odd = wizard([], "--defaults", "--output=odd.py", "--set=total_batch_size=12288", "--set=device_batch_size=1").text
+    assert "--nproc_per_node=6" in odd and "2 idle" in odd
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# random answers
+
+WORDS = ["yes", "no", "y", "n", "None", "cpu", "gpu1", "keep", "stdlib", "abc", "/", "..", "ключ", "\t", "x" * 300]
+NUMBERS = ["1", "2", "3", "64", "128", "256", "1000", "4096", "0.5", "1e4", "1e30", "-1", "0", "nan", "inf"]
+NOISE = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\n\r"), max_size=8)
+ANSWER = st.one_of(st.sampled_from(["", "", "?", "<"]), st.sampled_from(WORDS), st.sampled_from(NUMBERS), NOISE)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.lists(ANSWER, max_size=50), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
+def test_random_answers_end_in_a_valid_config_or_a_clean_refusal(tmp_path_factory, answers, finish, exists, random_):
+    """Red when any answer raises another error than UserError, or a refusal touches the disk."""
+    folder = tmp_path_factory.getbasetemp() / "random"
+    folder.mkdir(exist_ok=True)
+    path = folder / "config.py"
+    with suppress(FileNotFoundError):
+        path.unlink()
+    before = None
+    if exists:
+        before = render_config(preset(random_.choice(list(PRESETS)), seed=random_.randrange(100))).encode()
+        path.write_bytes(before)
+    run = wizard(answers + (["", "", ""] * 30 + ["yes"] * 3 if finish else []), "--output", str(path))
+    assert [p.name for p in folder.iterdir()] == (["config.py"] if path.exists() else [])
+    if run.result is None:
+        assert "nothing was written" in (run.error or run.text)
+        assert (path.read_bytes() if path.exists() else None) == before
+    else:
+        assert Settings(**read_config(path)) == validate(run.result)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# a real terminal of 80 columns
+
+
+class Terminal:
+    """`python -m scripts.configure` under pexpect; the speed probe is answered by the real machine."""
+
+    def __init__(self, folder: Path, *argv: str):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+        self.child = pexpect.spawn(
+            sys.executable, ["-m", "scripts.configure", *argv], cwd=str(folder), env=env, encoding="utf-8", timeout=60,
+            dimensions=(24, 80),
+        )  # fmt: skip
+        self.log = io.StringIO()
+        self.child.logfile_read = self.log
+
+    def answer(self, prompt: str, text: str = "") -> None:
+        self.child.expect_exact(prompt)
+        self.child.sendline(text)
+
+    def enter_until(self, prompt: str, text: str) -> None:
+        """Enter at every question before the one with this prompt."""
+        while self.child.expect([rf"[^\n]*{prompt}[^\n]*\]: ", r"[^\n]*\]: "]) == 1:
+            self.child.sendline("")
+        self.child.sendline(text)
+
+    def finish(self) -> tuple[int, str]:
+        self.child.expect(pexpect.EOF)
+        self.child.close()
+        code = self.child.exitstatus
+        assert "Traceback" not in self.log.getvalue()
+        assert all(len(line) <= 80 for line in self.log.getvalue().splitlines())
+        return code, self.log.getvalue()
+
+
+def test_terminal_enter_to_the_end(tmp_path):
+    terminal = Terminal(tmp_path)
+    terminal.answer("[cpu]: ")
+    terminal.enter_until("write config.py", "yes")
+    code, text = terminal.finish()
+    assert code == 0 and "wrote config.py" in text and "python -m scripts.base_train config.py" in text
+    assert Settings(**read_config(tmp_path / "config.py")) == preset("cpu")
+
+
+def test_terminal_back_help_and_wrong_answers(tmp_path):
+    terminal = Terminal(tmp_path, "--preset", "cpu")
+    terminal.answer("model_tag [None]: ", "first")
+    terminal.answer("device_type [None]: ", "<")
+    terminal.answer("model_tag [first]: ", "second")
+    terminal.answer("device_type [None]: ", "?")
+    terminal.answer("device_type [None]: ", "tpu")
+    terminal.child.expect_exact("is not one of cpu, cuda, mps")
+    terminal.answer("device_type [None]: ", "cpu")
+    terminal.enter_until("depth", "two")
+    terminal.child.expect_exact("depth='two' is not int")
+    terminal.answer("depth [4]: ", "2")
+    terminal.enter_until("tie embedding weights", "no")
+    terminal.enter_until("write config.py", "yes")
+    code, text = terminal.finish()
+    assert code == 0 and "add an output projection" not in text
+    written = Settings(**read_config(tmp_path / "config.py"))
+    assert written == preset("cpu", model_tag="second", device_type="cpu", depth=2, tie_weights=False)
+
+
+def test_terminal_ctrl_c_leaves_the_disk_as_it_was(tmp_path):
+    """Red when KeyboardInterrupt is swallowed."""
+    terminal = Terminal(tmp_path)
+    terminal.enter_until("depth", "3")
+    terminal.child.expect_exact("head_dim [64]: ")
+    terminal.child.sendintr()
+    code, text = terminal.finish()
+    assert code == 130 and "nothing was written" in text and os.listdir(tmp_path) == []
+
+
+def test_terminal_end_of_input_is_a_clean_refusal(tmp_path):
+    terminal = Terminal(tmp_path)
+    terminal.answer("[cpu]: ")
+    terminal.child.expect_exact("model_tag [None]: ")
+    terminal.child.sendeof()
+    code, text = terminal.finish()
+    assert code == 2 and "error: the input ended" in text and os.listdir(tmp_path) == []
+
+
+def test_terminal_an_existing_file_is_only_replaced_with_consent(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(render_config(preset("cpu", depth=3)))
+    terminal = Terminal(tmp_path)
+    terminal.answer("[keep]: ")
+    terminal.enter_until("depth", "5")
+    terminal.enter_until("overwrite it", "<")
+    terminal.enter_until("overwrite it", "yes")
+    code, _ = terminal.finish()
+    assert code == 0 and Settings(**read_config(path)) == preset("cpu", depth=5)
+
+
+def test_piped_input_and_a_broken_encoding_end_cleanly(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8:strict"}
+    for data, message in ((b"cpu\ntag\n", "the input ended"), (b"cpu\n\xff\xfe\n", "not UTF-8")):
+        run = subprocess.run(
+            [sys.executable, "-m", "scripts.configure"], input=data, capture_output=True, env=env, cwd=tmp_path
+        )
+        lines = run.stderr.decode().strip().splitlines()
+        assert run.returncode == 2 and len(lines) == 1 and message in lines[0]
+        assert os.listdir(tmp_path) == []
