@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/runs/setup.sh"
 stage="set-up"
 again=$(printf ' %q' bash "$0" "$@")
 on_exit() {
-    if [ "$1" != 0 ]; then
+    if [ "$1" != 0 ] && [ "$1" != 2 ]; then # 2 is the user's mistake: its one line has said the way out
         printf '\nstopped in stage: %s (exit code %s). The same command goes on from there:\n %s\n' "$stage" "$1" "$again" >&2
     fi
 }
@@ -41,10 +41,8 @@ esac
 begin "configuration"
 preset=$(ask --preset "$@")
 if [ -n "$preset" ]; then
-    # shellcheck disable=SC2086  (several words)
+    # shellcheck disable=SC2086 # several words
     "$python" -m scripts.configure --defaults $preset --output config.py
-else
-    echo "using the config that is there, as it is"
 fi
 
 begin "data"

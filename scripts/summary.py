@@ -165,7 +165,7 @@ def hub_problem() -> str | None:
 # the closing summary
 
 
-def summary(run: Run, config: Path | None) -> str:
+def summary(run: Run) -> str:
     """The summary as text: checkpoint, size, training, bpb beside the compressors, suite, samples, next commands."""
     if run.step is None:
         raise UserError(f"no checkpoint in {run.folder}: train one with `python -m scripts.base_train`")
@@ -176,7 +176,7 @@ def summary(run: Run, config: Path | None) -> str:
     else:
         lines += [*_bpb_lines(run.evaluation["bpb"]), *_suite_lines(run.evaluation), *_sample_lines(run.evaluation)]
         lines.append(f"details     {run.evaluation_file}")
-    return "\n".join(["", *lines, "", "next, for example:", *(f"  {line}" for line in _next_commands(run, config))])
+    return "\n".join(["", *lines, "", "next, for example:", *(f"  {line}" for line in _next_commands(run))])
 
 
 def _training_lines(run: Run) -> list[str]:
@@ -227,13 +227,14 @@ def _sample_lines(evaluation: dict, width: int = 300) -> list[str]:
     return lines
 
 
-def _next_commands(run: Run, config: Path | None) -> list[str]:
-    python = shlex.quote(sys.executable)
-    named = f" {shlex.quote(str(config))}" if config else ""
+def _next_commands(run: Run) -> list[str]:
+    here = Path(sys.executable)
+    python = shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
+    config = shlex.quote(str(run.folder / "config.py"))  # the run's own settings, flags included
     return [
-        f"{python} -m scripts.base_eval --model-tag {run.tag} --eval sample",
-        f"{python} -m scripts.base_train{named} --model_tag={run.tag} --resume --num_iterations={2 * run.step}",
-        f"{python} -m scripts.base_train{named} --data=FOLDER --model_tag=mine",
+        f"{python} -m scripts.base_eval --model-tag {shlex.quote(run.tag)} --eval sample",
+        f"{python} -m scripts.base_train {config} --resume --num_iterations={2 * run.step}",
+        f"{python} -m scripts.base_train {config} --data=FOLDER --model_tag=mine",
         f"{python} -m scripts.configure",
     ]
 
@@ -244,12 +245,14 @@ def main(argv: list[str] | None = None) -> Run | None:
     if "preset" in line.switches:
         if line.config_path is None:
             print(wizard_arguments(line.settings, "data" in line.origins, gpus_for(line.settings)))
+        else:
+            print(f"using {line.config_path} as it is", file=sys.stderr)
         return None
     if "plan" in line.switches:
         print(plan(line.settings, line.origins))
         return None
     run = find_run(line.settings.tag)
-    print(summary(run, line.config_path))
+    print(summary(run))
     return run
 
 

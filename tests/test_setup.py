@@ -202,6 +202,13 @@ def test_speedrun_stops_at_a_failing_stage_and_says_how_to_go_on(checkout, stage
     assert "same command goes on" in text and r"speedrun.sh --run=a\ b" in text
 
 
+def test_speedrun_leaves_a_mistake_at_one_line(checkout):
+    """Exit code 2 comes with a line that says the way out: printing more below it turns this red."""
+    checkout.python.write_text(FAKE_PYTHON.replace('cat "$PRESET"', 'echo "error: x" >&2; exit 2'))
+    rc, text, calls = speedrun(checkout, "--deph=4", plans="")
+    assert rc == 2 and text.endswith("error: x\n") and calls == []
+
+
 def test_speedrun_does_not_evaluate_a_run_that_was_stopped(checkout):
     """torchrun ends with 0 after a preemption: dropping the second look at the state turns this red."""
     rc, text, calls = speedrun(checkout, plans="2 start new - no d4\n2 resume started 10 no d4\n")
@@ -355,7 +362,7 @@ def test_preset_is_asked_for_only_without_a_config(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out == "--preset cpu\n"
     (tmp_path / "config.py").write_text("depth = 2\n")
     summary.main(["--preset", "--device_type=cpu"])
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "using config.py as it is\n")
 
 
 def test_summary_tells_the_files(run_folder, capsys):
