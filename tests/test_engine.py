@@ -1,0 +1,65 @@
+"""Generation with the cache against generation without it."""
+
+import pytest
+import torch
+from test_gpt import VARIANTS, build, random_ids
+
+from nanochat.engine import KVCache, generate
+from nanochat.gpt import sample
+
+PROMPT = [3, 14, 15, 9, 26]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 1])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_is_uncached(variant, kv_heads):
+    """Greedy and drawn, past the training context. Red when the cached step takes the rotation of position 0."""
+    model = build(n_kv_head=kv_heads, **VARIANTS[variant])
+    for how in (dict(temperature=0.0), dict(temperature=0.8, top_k=7, seed=5), dict(temperature=1.3, seed=6)):
+        plain = list(model.generate(PROMPT, 24, **how))
+        assert generate(model, PROMPT, 24, **how) == [plain], how
+    assert len(set(plain)) > 3  # a constant answer would prove nothing
+
+
+def test_logits_of_a_prompt_read_in_pieces():
+    """A prompt in one piece, or 4 + 1 + 6 tokens behind a growing cache: the same logits."""
+    model, ids = build(n_kv_head=2), random_ids(2, 11)
+    with torch.inference_mode():
+        cache = KVCache(model, 2, 11)
+        pieces = [model(part, kv_cache=cache) for part in ids.split([4, 1, 6], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=1e-5, atol=1e-5)
+        assert cache.position == 11
+        with pytest.raises(AssertionError, match="full"):
+            model(ids[:, :1], kv_cache=cache)
+
+
+def test_several_samples_differ_and_are_repeatable():
+    model = build()
+    samples = generate(model, PROMPT, 12, num_samples=5, seed=3)
+    assert len({tuple(s) for s in samples}) == 5
+    assert samples == generate(model, PROMPT, 12, num_samples=5, seed=3)
+    assert samples != generate(model, PROMPT, 12, num_samples=5, seed=4)
+    greedy = generate(model, PROMPT, 12, num_samples=3, temperature=0)
+    assert greedy == [greedy[0]] * 3
+
+
+def test_stop_ends_each_sample_for_itself_and_is_left_out():
+    """Red when `running` is forgotten: a stopped row would go on after its stop token."""
+    model = build()
+    free = generate(model, PROMPT, 30, num_samples=4, seed=3)
+    stop = free[0][10]
+    stopped = generate(model, PROMPT, 30, num_samples=4, seed=3, stop=(stop,))
+    assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
+    assert generate(model, PROMPT, 30, temperature=0, stop=tuple(range(50))) == [[]]
+    assert generate(model, PROMPT, 0) == [[]]
+
+
+def test_sampling_follows_the_distribution_within_top_k():
+    """20,000 draws of three logits against their softmax; top_k keeps the two best alone."""
+    logits = torch.tensor([[1.0, 3.0, 2.0]]).repeat(20_000, 1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(logits, generator, 0.5, None)[:, 0].bincount(minlength=3) / 20_000
+    torch.testing.assert_close(drawn, (logits[0] / 0.5).softmax(-1), rtol=0, atol=0.01)
+    best = sample(logits, generator, 1.0, 2)[:, 0].bincount(minlength=3) / 20_000
+    torch.testing.assert_close(best, torch.tensor([0.0, 0.731, 0.269]), rtol=0, atol=0.01)
+    assert sample(logits[:1], generator, 1.0, 99).shape == (1, 1)

@@ -1,0 +1,86 @@
+"""The chunked loss and its gradients against all logits at once and F.cross_entropy in float64."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+
+from nanochat import loss_head
+from nanochat.loss_head import chunked_cross_entropy, compile_loss_head, softcapped
+
+
+def problem(rows: int, width: int, vocab: int, scale: float = 1.0, ignored: float = 0.3, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(rows, width, generator=generator) * scale).requires_grad_()
+    weight = torch.randn(vocab, width, generator=generator).requires_grad_()
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    return x, weight, targets.masked_fill(torch.rand(rows, generator=generator) < ignored, -100)
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+    logits = 15 * torch.tanh(x.double() @ weight.double().T / 15)
+    each = F.cross_entropy(logits, targets, reduction="none")
+    valid = max(1, int((targets != -100).sum()))
+    return {"none": each, "sum": each.sum(), "mean": each.sum() / valid}[reduction]
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.integers(1, 23),
+    chunk=st.integers(1, 9),
+    vocab=st.integers(2, 30),
+    scale=st.sampled_from([0.1, 3.0, 30.0]),  # 30 drives the logits deep into the cap
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    reduction=st.sampled_from(["mean", "sum"]),
+)
+def test_loss_and_gradients_in_chunks(rows, chunk, vocab, scale, ignored, reduction):
+    """Red when the last, shorter chunk is dropped, `(1 - squashed^2)` is left out, or -100 counts in the mean."""
+    x, weight, targets = problem(rows, 5, vocab, scale, ignored)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loss_head.CHUNK_ROWS, "cpu", chunk)
+        loss = chunked_cross_entropy(x, weight, targets, reduction)
+        with torch.no_grad():
+            evaluated = chunked_cross_entropy(x, weight, targets, reduction)
+            each = chunked_cross_entropy(x, weight, targets, "none")
+    expected = reference(x, weight, targets, reduction)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(evaluated.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(each.double(), reference(x, weight, targets, "none"), rtol=1e-5, atol=1e-5)
+    assert each[targets == -100].eq(0).all()
+    ours = torch.autograd.grad(3 * loss, (x, weight))
+    theirs = torch.autograd.grad(3 * expected, (x, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, b.abs().max().item()))
+
+
+def test_only_ignored_targets():
+    x, weight, _ = problem(6, 4, 9)
+    loss = chunked_cross_entropy(x, weight, torch.full((6,), -100))
+    loss.backward()
+    assert loss.item() == 0
+    assert not x.grad.any()
+    assert not weight.grad.any()
+
+
+def test_bfloat16_features_give_a_float32_loss_and_master_gradient():
+    x, weight, targets = problem(700, 16, 40)
+    expected = reference(x, weight, targets, "mean")
+    wanted = torch.autograd.grad(expected, weight)[0]
+    loss = chunked_cross_entropy(x.bfloat16(), weight, targets)
+    got = torch.autograd.grad(loss, weight)[0]
+    assert loss.dtype == got.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    assert (got - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_logits_stay_inside_the_cap():
+    assert softcapped(torch.tensor([-1e9, 0.0, 1e9])).tolist() == [-15.0, 0.0, 15.0]
+
+
+def test_switching_compilation_on_and_off_changes_the_kernel_only():
+    """torch.compile is lazy: nothing is compiled before the first call."""
+    compile_loss_head(True)
+    assert loss_head.chunk_gradient is not loss_head._chunk_gradient
+    compile_loss_head(False)
+    assert loss_head.chunk_gradient is loss_head._chunk_gradient
