@@ -158,13 +158,17 @@ def test_the_tying_questions_in_order():
 
 
 class Prompted(io.StringIO):
-    """Standard input that answers by the question: {question: [answers in turn]}, Enter when there are none left."""
+    """Standard input that answers by the question: {question: [answers in turn]}, else with Enter; it ends after 200 lines."""
 
     def __init__(self, answers: dict[str, list[str]]):
         super().__init__()
         self.answers = {question: list(given) for question, given in answers.items()}
+        self.left = 200
 
     def readline(self, size: int = -1) -> str:
+        self.left -= 1
+        if self.left < 0:
+            return ""
         prompt = sys.stdout.getvalue().rsplit("\n", 1)[-1]
         question = next((q for q in self.answers if prompt.startswith(q) and self.answers[q]), None)
         return f"{self.answers[question].pop(0)}\n" if question else "\n"
