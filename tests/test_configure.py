@@ -158,7 +158,7 @@ def test_the_tying_questions_in_order():
 
 
 class Prompted(io.StringIO):
-    """Standard input that answers by the question: {question: [answers in turn]}, else with Enter; it ends after 200 lines."""
+    """Answers by the question: {question: [answers in turn]}, else Enter; ends after 200 lines."""
 
     def __init__(self, answers: dict[str, list[str]]):
         super().__init__()
