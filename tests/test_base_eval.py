@@ -84,7 +84,9 @@ def test_everything_at_once(fresh, capsys):
     assert result["bpb"]["val_bytes"] == dataset.text_bytes("val")
     # An untied, untrained model would be near log2(300) bits a token; a tied one starts close to it as well.
     assert 0 < result["bpb"]["xz_primed"] < result["bpb"]["xz"] < result["bpb"]["val"] < 8
-    assert result["bpb"]["train_bytes"] < dataset.text_bytes("train") / 10  # eval_tokens = 1000
+    tokenizer = load_model("base", "cpu", "eval", "tiny", 5)[1]
+    ids = [i for _, text in dataset.documents("train") for i in tokenizer.encode(text, bos=True)][1:1001]  # eval_tokens
+    assert result["bpb"]["train_bytes"] == tokenizer.token_bytes[ids].sum()
     for task in result["offline"]["tasks"].values():
         assert task["items"] == 8 and {"char_5gram", "word_overlap", "chance"} <= task.keys()
     assert [bool(sample["prompt"]) for sample in result["samples"]][-2:] == [False, False]

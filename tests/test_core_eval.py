@@ -38,7 +38,7 @@ class Bytes:
 
 
 class Table(torch.nn.Module):
-    """Logits from the last two tokens through a random table of 1,009 rows: deterministic, uneven, causal."""
+    """Logits from a hash of all tokens so far through a random table of 1,009 rows: deterministic, uneven, causal."""
 
     def __init__(self, sequence_len: int = 4096):
         super().__init__()
@@ -47,8 +47,8 @@ class Table(torch.nn.Module):
         self.rows = torch.randn(1009, 257, generator=torch.Generator().manual_seed(1)) * 3
 
     def forward(self, idx):
-        before = F.pad(idx, (1, 0))[:, :-1]
-        return self.rows[(idx * 31 + before) % 1009]
+        place = torch.arange(1, idx.size(1) + 1)
+        return self.rows[(idx * place).cumsum(1) % 1009]
 
 
 def small_gpt() -> GPT:
@@ -247,11 +247,22 @@ def test_empty_spans_lose():
 
 
 def test_a_broken_model_knows_nothing():
-    """NaN logits give no right answer, not the share of gold = 0. Red without the isfinite check."""
+    """NaN logits give no right answer, not the share of gold = 0."""
     model = Table()
     model.rows[:] = float("nan")
     items = [{"query": "q", "choices": ["a", "b"], "gold": 0}] * 3
     assert evaluate_task(model, Bytes(), Task("t", "multiple_choice", items))["accuracy"] == 0.0
+
+
+def test_an_option_without_a_finite_loss_loses():
+    """Logits after `a` are NaN: `ax` has loss +inf and `bx` wins. Red without the isfinite check."""
+
+    class Partly(Table):
+        def forward(self, idx):
+            return torch.where((idx == ord("a"))[..., None], float("nan"), torch.zeros(257))
+
+    items = [{"query": "q", "choices": ["ax", "bx"], "gold": 1}]
+    assert evaluate_task(Partly(), Bytes(), Task("t", "multiple_choice", items))["accuracy"] == 1.0
 
 
 def test_shots_are_clamped_with_a_warning():

@@ -1,8 +1,11 @@
 """Bits per byte against sums over the stream written out by hand, and the compressor baselines."""
 
+import heapq
 import json
 import lzma
 import math
+import shlex
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,12 +137,14 @@ TRAIN, VAL = ["def f(x): return x\n" * 40, "naïve café\n" * 30], ["def f(y): r
 
 def test_compressors_see_exactly_the_held_out_bytes(tmp_path):
     """xz alone and primed, against lzma on the joined bytes. Red when PRESET_EXTREME is dropped or val comes first."""
-    train, val = "".join(TRAIN).encode(), "".join(VAL).encode()
+    texts = [Path(module.__file__).read_text(encoding="utf-8") for module in (heapq, shlex, textwrap)]
+    train, val = (TRAIN[0] + texts[0]).encode(), (texts[1] + texts[2] + VAL[1]).encode()
 
     def size(raw: bytes) -> int:
         return len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME))
 
-    found = compressor_baselines(Corpus(tmp_path, TRAIN, VAL))
+    assert size(val) != len(lzma.compress(val, preset=9))
+    found = compressor_baselines(Corpus(tmp_path, [TRAIN[0], texts[0]], [texts[1], texts[2], VAL[1]]))
     assert found["xz"] == pytest.approx(8 * size(val) / len(val))
     assert found["xz_primed"] == pytest.approx(8 * (size(train + val) - size(train)) / len(val))
 
