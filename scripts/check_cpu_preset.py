@@ -1,0 +1,82 @@
+"""Choose the cpu preset without looking at the held-out split: each trial trains on nine tenths of the training split
+and is judged on the last tenth.
+
+`python -m scripts.check_cpu_preset [--trial NAME ...] [--results FILE]` appends one JSON line a trial: bits per byte of
+that tenth, steps, seconds of training and compilation, peak. Trials that are in the file are not repeated; without
+--trial it prints the table.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from nanochat.checkpoint_manager import checkpoints_dir
+from nanochat.config_file import render_config
+from nanochat.dataset import prepare
+from nanochat.runtime import UserError, base_dir, run_script, write_atomically
+from nanochat.settings import PRESETS, Settings
+from scripts import base_train
+
+# At most 12: each is the preset with these changes.
+TRIALS: dict[str, dict] = {
+    "d4w256-b4096": dict(num_iterations=400),
+    "d4w256-b2048": dict(num_iterations=700, total_batch_size=2048, device_batch_size=8),
+    "d4w192-b2048": dict(num_iterations=1000, model_dim=192, total_batch_size=2048, device_batch_size=8),
+    "d4w256-b2048-v2048": dict(num_iterations=800, vocab_size=2048, total_batch_size=2048, device_batch_size=8),
+}
+
+
+def training_split() -> Path:
+    """The stdlib training split as one jsonl, a tenth of whose lines the data preparation holds out again."""
+    path = base_dir() / "check_cpu_preset" / "train.jsonl"
+    if not path.exists():
+        lines = (json.dumps({"text": text}) for _, text in prepare("stdlib").documents("train"))
+        write_atomically(path, "\n".join(lines) + "\n")
+    return path
+
+
+def run_trial(name: str) -> dict:
+    """Train one trial and return its line."""
+    values = {**PRESETS["cpu"], **TRIALS[name], "data": str(training_split()), "save_every": None, "eval_every": 100}
+    tag = f"cpu-trial-{name}"
+    config = base_dir() / "check_cpu_preset" / f"{name}.py"
+    write_atomically(config, render_config(Settings(**values, model_tag=tag, overwrite=True)))
+    result = base_train.main([str(config)])
+    lines = [json.loads(line) for line in (checkpoints_dir() / tag / "metrics.jsonl").read_text().splitlines()]
+    curve = [(line["step"], round(line["val_bpb"], 4)) for line in lines if line.get("event") == "eval"]
+    done = lines[-1]
+    return dict(
+        trial=name, changes=TRIALS[name], dev_bpb=result["val_bpb"], curve=curve, steps=result["step"],
+        train_seconds=round(result["train_seconds"], 1), compile_seconds=round(done["compile_seconds"], 1),
+        peak_gflops=round(done["peak_flops"] / 1e9, 1),
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    """Run the named trials that are missing, print the table of all."""
+    parser = argparse.ArgumentParser(prog="scripts.check_cpu_preset", description=__doc__.splitlines()[0])
+    parser.add_argument("--trial", action="append", default=[], help=f"one of {', '.join(TRIALS)}; repeatable")
+    parser.add_argument("--results", type=Path, default=Path("dev/cpu_preset.jsonl"))
+    arguments = parser.parse_args(argv)
+    for name in arguments.trial:
+        if name not in TRIALS:
+            raise UserError(f"unknown trial {name!r}: one of {', '.join(TRIALS)}")
+        if name not in {line["trial"] for line in read(arguments.results)}:
+            line = run_trial(name)
+            with open(arguments.results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+    for line in read(arguments.results):
+        best = min(bpb for _, bpb in line["curve"])
+        print(
+            f"{line['trial']:24s} bpb {line['dev_bpb']:.4f} (best {best:.4f}) {line['steps']} steps "
+            f"{line['train_seconds']:.0f} s + {line['compile_seconds']:.0f} s compile, {line['peak_gflops']} GFLOP/s"
+        )
+    return read(arguments.results)
+
+
+def read(results: Path) -> list[dict]:
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
+
+
+if __name__ == "__main__":
+    run_script(main)
