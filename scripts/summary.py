@@ -217,12 +217,14 @@ def _suite_lines(evaluation: dict) -> list[str]:
 
 def _sample_lines(evaluation: dict, width: int = 300) -> list[str]:
     """One continuation of held-out text and one text from nothing, as far as there are both."""
+    from scripts.base_eval import printable  # as above
+
     lines = []
     for prompted in (True, False):
         sample = next((s for s in evaluation["samples"] if bool(s["prompt"]) == prompted), None)
         if sample is not None:
             lines.append(f"sample      {'continuing a held-out document' if prompted else 'from nothing'}:")
-            text = sample["prompt"] + sample["text"][:width]
+            text = printable(sample["prompt"] + sample["text"][:width])
             lines += [f"            | {line}" for line in text.splitlines()]
     return lines
 

@@ -254,7 +254,7 @@ EVALUATION = {
             "worse": {"accuracy": 0.35, "chance": 0.25, "char_5gram": 0.4, "word_overlap": 0.5, "items": 400},
         },
     },
-    "samples": [{"prompt": "def add(", "text": "a, b):\n    return a"}, {"prompt": "", "text": "import os"}],
+    "samples": [{"prompt": "def add(", "text": "a, b):\n    return a"}, {"prompt": "", "text": "import\x1b[2J os"}],
 }
 
 
@@ -375,7 +375,7 @@ def test_summary_tells_the_files(run_folder, capsys):
         "val bpb     1.3450   train 1.2000",
         "1.6430 is xz -9e: beaten", "1.3000 is xz -9e primed with the training split: not beaten",
         "0.1234", "of 2 tasks it beats chance in 2, 5-gram in 1, overlap in 1",
-        "| def add(a, b):", "| import os", str(path), "--resume --num_iterations=40",
+        "| def add(a, b):", r"| import\x1b[2J os", str(path), "--resume --num_iterations=40",
     ):  # fmt: skip
         assert fact in text, fact
     assert "CORE" not in text
