@@ -55,7 +55,8 @@ def save_checkpoint(
         return None
     final = step_dir(checkpoint_dir, step)
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for stale in final.parent.glob(".step_*"):  # what a killed process left half-written or half-deleted
+        shutil.rmtree(stale, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         _save_tensors(model_state, temporary / "model.safetensors")
@@ -178,9 +179,14 @@ def newest_step(checkpoint_dir: Path) -> int | None:
     return None
 
 
+def _tags(root: Path) -> list[Path]:
+    """Folders of runs; those that --overwrite moved aside begin with a dot and do not count."""
+    return sorted(path for path in root.glob("[!.]*") if path.is_dir())
+
+
 def newest_tag(root: Path) -> str:
     """The tag whose newest step folder is the youngest; UserError when there is no checkpoint at all."""
-    tags = [path for path in root.iterdir() if list_steps(path)] if root.is_dir() else []
+    tags = [path for path in _tags(root) if list_steps(path)]
     if not tags:
         raise UserError(f"no checkpoint in {root}: train one with `python -m scripts.base_train`")
     return max(tags, key=lambda tag: step_dir(tag, list_steps(tag)[-1]).stat().st_mtime).name
@@ -203,14 +209,36 @@ def load_checkpoint(
             f"{folder} is damaged: {reason}. Take another step, or after editing it by hand reseal it with "
             f"`python -m scripts.inspect_checkpoint {folder} --reseal`"
         )
-    metadata = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if not isinstance(metadata, dict):
-        raise UserError(f"{folder / 'state.json'} does not hold a JSON object")
-    model_state = load_file(folder / "model.safetensors", device=str(device))
+    metadata = read_metadata(folder)
+    model_state = read_tensors(folder / "model.safetensors", device)
     optimizer_file = folder / "optimizer.safetensors"
     if load_optimizer and not optimizer_file.exists():
         raise UserError(f"{folder} has no optimizer state: training cannot be resumed from it")
-    return model_state, load_file(optimizer_file) if load_optimizer else None, {**metadata, "step": step}
+    return model_state, read_tensors(optimizer_file) if load_optimizer else None, {**metadata, "step": step}
+
+
+def read_metadata(folder: Path) -> dict:
+    """state.json of a step, null counting as absent; UserError when it is not what we write."""
+    path = folder / "state.json"
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    metadata = {name: value for name, value in metadata.items() if value is not None}
+    for name in ("settings", "model_config", "derived", "data_fingerprint", "loader", "run"):
+        if not isinstance(metadata.get(name, {}), dict):
+            raise UserError(f"{path}: {name} is {metadata[name]!r}, expected a JSON object")
+    return metadata
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file by name; UserError when it is none."""
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, FileNotFoundError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 _said: set[str] = set()
@@ -234,7 +262,16 @@ def model_config(metadata: dict) -> GPTConfig:
         _say_once("model_config has no tie_weights: taken as untied")
     elif saved["tie_weights"] and "use_output_projection" not in saved:
         _say_once("model_config has no use_output_projection: taken as False")
-    return GPTConfig(**saved)
+    for name, value in saved.items():
+        kind = type(getattr(GPTConfig, name))  # of the field's default
+        if type(value) is not kind or (kind is int and value < 1):
+            raise UserError(
+                f"model_config: {name}={value!r} is not {'true or false' if kind is bool else 'a number > 0'}"
+            )
+    try:
+        return GPTConfig(**saved)
+    except AssertionError as error:
+        raise UserError(f"model_config describes no model that can be: {error}") from error
 
 
 def build_model(
@@ -280,6 +317,8 @@ def check_tokenizer(tokenizer: Tokenizer, metadata: dict, where) -> None:
     trained = metadata.get("tokenizer_hash")
     if trained is not None and trained != tokenizer.hash:
         raise UserError(f"{where}: the tokenizer has hash {tokenizer.hash}, the model was trained with {trained}")
+    if tokenizer.vocab_size > (size := model_config(metadata).vocab_size):
+        raise UserError(f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model only {size}")
 
 
 def load_model(
@@ -302,7 +341,7 @@ def find_checkpoint(model_tag: str | None, step: int | None) -> tuple[Path, int]
     tag = model_tag or newest_tag(root)
     checkpoint_dir = root / tag
     if not checkpoint_dir.is_dir():
-        have = ", ".join(sorted(path.name for path in root.iterdir())) if root.is_dir() else ""
+        have = ", ".join(path.name for path in _tags(root))
         raise UserError(f"model_tag={tag!r}: there is no {checkpoint_dir} (tags there: {have or 'none'})")
     if step is None:
         step = newest_step(checkpoint_dir)

@@ -108,7 +108,7 @@ class MuonAdamW(torch.optim.Optimizer):
             prefix = unit.names[0] + "."
             quantities = sorted(key[len(prefix) :] for key in state if key.startswith(prefix))
             if not quantities:
-                raise KeyError(f"optimizer state of {unit.names[0]} is missing")
+                raise KeyError(f"optimizer state of {unit.names[0]}")
             unit.state = {}
             for quantity in quantities:
                 parts = [state[f"{name}.{quantity}"] for name in unit.names]

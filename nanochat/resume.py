@@ -43,26 +43,25 @@ def settle(command: CommandLine, resume: bool) -> tuple[Settings, int | None]:
         return resumed_settings(command, tag_dir, step), step
     if resume:
         print0(f"nothing to resume in {tag_dir}: starting a new run")
-    elif tag_dir.is_dir() and any(tag_dir.iterdir()):
+    elif (rank_from_env() == 0 or not settings.overwrite) and tag_dir.is_dir() and any(tag_dir.iterdir()):
         if not settings.overwrite:
             raise UserError(
                 f"model_tag={settings.tag!r} holds a run already ({tag_dir}): continue it with --resume, take another "
                 f"name with --model_tag=NAME, or start over with --overwrite=True"
             )
-        if rank_from_env() == 0:
-            aside = next(
-                p for n in range(1, 10**6) if not (p := tag_dir.with_name(f".{tag_dir.name}.old-{n}")).exists()
-            )
-            os.rename(tag_dir, aside)
-            print0(f"the earlier run was moved to {aside}")
+        aside = next(p for n in range(1, 10**6) if not (p := tag_dir.with_name(f".{tag_dir.name}.old-{n}")).exists())
+        os.rename(tag_dir, aside)
+        print0(f"the earlier run was moved to {aside}")
     return settings, None
 
 
 def resumed_settings(command: CommandLine, tag_dir: Path, step: int) -> Settings:
     """The checkpoint's settings with what the command line may change; any other difference is refused by name."""
-    _, _, metadata = checkpoints.load_checkpoint(tag_dir, step)
+    metadata = checkpoints.read_metadata(checkpoints.step_dir(tag_dir, step))
     saved = {name: checked(name, value) for name, value in metadata.get("settings", {}).items()}
     merged = dataclasses.replace(command.settings, **saved)
+    if merged.tag != tag_dir.name:  # the folder was renamed or copied: it goes on where it lies
+        merged = dataclasses.replace(merged, model_tag=tag_dir.name)
     given = {name: getattr(command.settings, name) for name in command.origins}
     changed = {name: value for name, value in given.items() if value != getattr(merged, name)}
     if refused := sorted(changed.keys() - CHANGEABLE - {"model_tag"}):
@@ -76,22 +75,36 @@ def resumed_settings(command: CommandLine, tag_dir: Path, step: int) -> Settings
 
 
 def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, dataset) -> RunState:
-    """Load weights, optimizer, loader and generators of a step; returns the run's state at it."""
+    """Load weights, optimizer, loader and generators of a step; returns the run's state at it.
+
+    UserError when a part is missing or of another shape, or belongs to another model, tokenizer or data.
+    """
     model_state, optimizer_state, metadata = checkpoints.load_checkpoint(tag_dir, step, load_optimizer=True)
     where = checkpoints.step_dir(tag_dir, step)
     checkpoints.check_tokenizer(tokenizer, metadata, where)
+    if (saved := checkpoints.model_config(metadata)) != model.config:
+        raise UserError(f"{where} holds another model than the settings describe: {saved}, not {model.config}")
     if metadata.get("data_fingerprint") != dataset.fingerprint:
         print0(f"warning: the data changed since {where} was saved: {metadata.get('data_fingerprint')} then, ")
         print0(f"         {dataset.fingerprint} now; val bpb is not comparable across this point")
-    model.load_state_dict(model_state)
-    optimizer.load_state_dict(optimizer_state)
-    loader.load_state_dict(metadata["loader"])
-    if "rng" in metadata:
-        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(metadata["rng"])), dtype=torch.uint8))
+    known = {field.name for field in dataclasses.fields(RunState)}
+    numbers = {name: value for name, value in metadata.get("run", {}).items() if name in known}
+    try:
+        model.load_state_dict(model_state)
+        optimizer.load_state_dict(optimizer_state)
+        loader.load_state_dict(metadata["loader"])
+        if "rng" in metadata:
+            torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(metadata["rng"])), dtype=torch.uint8))
+        if wrong := [name for name, value in numbers.items() if not isinstance(value, (int, float, type(None)))]:
+            raise TypeError(f"run.{wrong[0]} is not a number")
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{where} cannot be resumed: {what}") from error
     if metadata.get("threads") != torch.get_num_threads():
         print0(
             f"note: {metadata.get('threads')} threads then, {torch.get_num_threads()} now: sums may round differently"
         )
     print0(f"resuming from {where}")
-    known = {field.name for field in dataclasses.fields(RunState)}
-    return RunState(**{k: v for k, v in metadata.get("run", {}).items() if k in known} | {"step": step})
+    return RunState(**numbers | {"step": step})

@@ -21,12 +21,9 @@ def num_iterations(settings: Settings, matmul_parameters: int, flops_per_token: 
 def lr_multiplier(settings: Settings, step: int, steps: int) -> float:
     """Linear warmup, constant, linear warmdown to final_lr_frac: the factor of every rate at `step` of `steps`."""
     warmdown = round(settings.warmdown_ratio * steps)
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    if step < steps - warmdown:
-        return 1.0
-    left = (steps - step) / warmdown
-    return left + (1 - left) * settings.final_lr_frac
+    up = (step + 1) / settings.warmup_steps if step < settings.warmup_steps else 1.0
+    left = (steps - step) / warmdown if step > steps - warmdown else 1.0
+    return min(up, left + (1 - left) * settings.final_lr_frac)  # where the two overlap, the lower one
 
 
 def muon_momentum(step: int) -> float:

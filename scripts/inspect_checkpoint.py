@@ -8,9 +8,15 @@ import argparse
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file
-
-from nanochat.checkpoint_manager import damage, find_checkpoint, seal, step_dir, weights_hash
+from nanochat.checkpoint_manager import (
+    damage,
+    find_checkpoint,
+    read_metadata,
+    read_tensors,
+    seal,
+    step_dir,
+    weights_hash,
+)
 from nanochat.runtime import UserError, run_script
 
 
@@ -24,18 +30,16 @@ def main(argv: list[str] | None = None) -> dict:
     if not (folder / "state.json").is_file():
         raise UserError(f"{folder} is not the folder of a step: it has no state.json")
     if arguments.reseal:
-        try:
-            json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{folder / 'state.json'} is not JSON ({error}): mend it before resealing") from error
+        read_metadata(folder)  # what cannot be loaded is mended before it is sealed
+        read_tensors(folder / "model.safetensors")
         seal(folder)
         print(f"resealed {folder}")
     reason = damage(folder)
     print(f"{folder}: {reason or 'whole'}")
     report = {"folder": str(folder), "damage": reason}
     if reason is None:
-        state = load_file(folder / "model.safetensors")
-        report["metadata"] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        state = read_tensors(folder / "model.safetensors")
+        report["metadata"] = read_metadata(folder)
         report["weights_hash"] = weights_hash(state)
         print(json.dumps({k: v for k, v in report["metadata"].items() if k != "rng"}, indent=1))
         for name, tensor in state.items():
