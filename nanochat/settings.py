@@ -409,7 +409,7 @@ PRESETS: dict[str, dict] = {
     ),
     "8xh100": dict(
         data="climbmix", data_limit=240, vocab_size=65536, depth=20, head_dim=128, max_seq_len=2048, tie_weights=True,
-        target_param_data_ratio=12.0, total_batch_size=524_288, device_batch_size=32, weight_decay=0.1,
+        target_param_data_ratio=12.0, total_batch_size=524_288, device_batch_size=16, weight_decay=0.1,
         eval_tokens=10_485_760, core_metric_every=2000, save_every=1000, keep_last=2,
     ),
 }  # fmt: skip

@@ -4,7 +4,7 @@
 
 # -------------------- run ---------------------------------------------------------------------------------------------
 
-# name of the run for trackers
+# name of the run for trackers; matters only with wandb_mode [run has no effect while wandb_mode='disabled']
 run = "dummy"
 
 # where to compute; None takes the best of this machine; one of cpu, cuda, mps
@@ -96,7 +96,7 @@ target_flops = None
 target_param_data_ratio = 12.0
 
 # rows a device works on at a time; lower it when memory runs out
-device_batch_size = 32
+device_batch_size = 16
 
 # tokens per optimizer step over all devices
 total_batch_size = 524_288
@@ -114,6 +114,9 @@ unembedding_lr = 0.004
 
 # AdamW rate of the tied matrix, before the same scaling; matters only with tie_weights=True
 tied_weights_lr = 0.02
+
+# standard deviation of the tied matrix at the start; matters only with tie_weights=True
+tied_init_std = 0.02
 
 # Muon rate of the weight matrices
 matrix_lr = 0.02

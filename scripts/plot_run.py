@@ -1,0 +1,53 @@
+"""Draw a run from its metrics.jsonl: `python -m scripts.plot_run [--model-tag TAG] [--output run.png]`.
+
+Training loss (nats per token), and val bpb with the compressors that base_eval measured beside it. Needs matplotlib
+(the dev extras).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from nanochat.checkpoint_manager import checkpoints_dir, newest_tag
+from nanochat.runtime import UserError, base_dir, run_script
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Write the picture; returns its path. UserError without a run or without matplotlib."""
+    parser = argparse.ArgumentParser(prog="scripts.plot_run", description=__doc__.splitlines()[0])
+    parser.add_argument("--model-tag", help="default: the newest")
+    parser.add_argument("--output", type=Path, default=Path("run.png"))
+    arguments = parser.parse_args(argv)
+    tag = arguments.model_tag or newest_tag(checkpoints_dir())
+    metrics = checkpoints_dir() / tag / "metrics.jsonl"
+    if not metrics.is_file():
+        raise UserError(f"model_tag={tag!r}: there is no {metrics}")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(f"plotting needs matplotlib ({error}): pip install -c constraints.txt -e '.[dev]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line and "event" not in line]
+    evals = [(line["step"], line["val_bpb"]) for line in lines if line.get("event") == "eval" and "val_bpb" in line]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
+    left.plot(*zip(*losses, strict=True), lw=0.8)
+    left.set(xlabel="step", ylabel="training loss (nats per token)", title=tag)
+    right.plot(*zip(*evals, strict=True), marker="o", ms=3, label="this run")
+    evaluations = sorted((base_dir() / "base_eval").glob(f"{tag}_*.json"))
+    bpb = json.loads(evaluations[-1].read_text(encoding="utf-8")).get("bpb", {}) if evaluations else {}
+    for color, key, name in (("C1", "xz", "xz -9e"), ("C2", "xz_primed", "xz -9e primed with the training split")):
+        if bpb.get(key) is not None:
+            right.axhline(bpb[key], color=color, ls="--", lw=1, label=name)
+    right.set(xlabel="step", ylabel="val bpb (bits per byte)")
+    right.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(arguments.output, dpi=110)
+    print(f"written: {arguments.output}")
+    return arguments.output
+
+
+if __name__ == "__main__":
+    run_script(main)
