@@ -4,7 +4,7 @@ python -m scripts.base_eval [--model-tag d4-tied] [--step 600] [--eval core,bpb,
 torchrun --nproc_per_node=8 -m scripts.base_eval --eval core,bpb
 
 Prints a table and writes base_dir()/base_eval/<tag>_<step>.json and .csv. Results of other parts for the same weights
-and data, written there before, are kept.
+and data, written there before, are kept. With --data the file's name ends in the first digits of that fingerprint.
 """
 
 import argparse
@@ -45,6 +45,7 @@ from nanochat.tokenizer import Tokenizer, find_or_train
 
 PARTS = ("core", "bpb", "offline", "sample")
 SAMPLE_TOKENS = 64
+BARS = {"chance": "chance", "char_5gram": "5-gram", "word_overlap": "overlap"}
 TASK_COLUMNS = ("accuracy", "centered", "chance", "char_5gram", "word_overlap", "items", "truncated", "cut", "seconds")
 
 
@@ -208,8 +209,7 @@ def draw_samples(model, tokenizer: Tokenizer, dataset: Dataset, seed: int) -> li
 def beaten(task: dict) -> list[str]:
     """The bars that an accuracy is above by more than chance would explain: 1.96 standard errors."""
     error = 1.96 * math.sqrt(task["accuracy"] * (1 - task["accuracy"]) / task["items"])
-    bars = {"chance": "chance", "char_5gram": "5-gram", "word_overlap": "overlap"}
-    return [name for key, name in bars.items() if task.get(key) is not None and task["accuracy"] - error > task[key]]
+    return [name for key, name in BARS.items() if task.get(key) is not None and task["accuracy"] - error > task[key]]
 
 
 def report(result: dict) -> None:
@@ -223,57 +223,59 @@ def report(result: dict) -> None:
         show("bits per byte", ["", "bpb", "bytes", "seconds"], rows)
     for part, title in (("core", "CORE"), ("offline", "OFFLINE suite (not comparable with CORE)")):
         if part in result:
-            suite = result[part]
-            rows = [[label, *(_cell(task.get(column)) for column in TASK_COLUMNS), " ".join(beaten(task)) or "-"]
-                    for label, task in suite["tasks"].items()]  # fmt: skip
-            rows.append(["mean", "", _cell(suite["score"]), *[""] * (len(TASK_COLUMNS) - 1)])
-            names = [
-                "task",
-                "accuracy",
-                "centered",
-                "chance",
-                "5-gram",
-                "overlap",
-                "items",
-                "trunc.",
-                "cut",
-                "sec.",
-                "beats",
-            ]
-            show(title, names, rows)
+            report_suite(title, result[part])
     for sample in result.get("samples", ()):
         title = f"continuing {sample['prompt']!r}" if sample["prompt"] else "from nothing"
-        print(f"\n--- {title}:\n{printable(sample['text'])}")
+        print(printable(f"\n--- {title}:\n{sample['text']}"))
+
+
+def report_suite(title: str, suite: dict) -> None:
+    """The table of a suite, at most 80 columns wide; a star marks the bars that a task is above."""
+    bars = {key: name for key, name in BARS.items() if any(key in task for task in suite["tasks"].values())}
+    rows = []
+    for label, task in suite["tasks"].items():
+        won = beaten(task)
+        cells = [f"{task[key]:.3f}{'*' if name in won else ' '}" if key in task else "" for key, name in bars.items()]
+        accuracy, centered = f"{task['accuracy']:.3f}", f"{task['centered']:.3f}"
+        rows.append([label, accuracy, centered, *cells, str(task["items"]), f"{task['seconds']:.1f}"])
+    score = "" if suite["score"] is None else f"{suite['score']:.4f}"
+    rows.append(["mean", "", score, *[""] * (len(bars) + 2)])
+    show(title, ["task", "accur.", "centered", *(f"{name} " for name in bars.values()), "items", "sec."], rows)
+    print("* beaten by more than 1.96 standard errors")
+    shortened = [f"{label} {t['truncated']} ({t['cut']})" for label, t in suite["tasks"].items() if t["truncated"]]
+    if shortened:
+        print(f"items that lost their left end (and part of the scored text: wrong): {', '.join(shortened)}")
 
 
 def printable(text: str) -> str:
-    """The text with control characters escaped: what a model writes must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
-
-
-def _cell(value) -> str:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+    """The text with control characters escaped, and what the terminal's encoding lacks: samples must not steer it."""
+    plain = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return plain.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def show(title: str, names: list[str], rows: list[list[str]]) -> None:
-    """A table: with rich on a terminal, plain aligned text elsewhere."""
+    """A table, numbers to the right: with rich on a terminal, plain aligned text elsewhere."""
+    print(f"\n{title}")
     if sys.stdout.isatty():
         try:
             from rich.console import Console
             from rich.table import Table
+            from rich.text import Text
 
-            table = Table(*names, title=title, title_justify="left")
+            table = Table(box=None, pad_edge=False, padding=(0, 1))
+            for i, name in enumerate(names):
+                table.add_column(name, justify="right" if i else "left", style="" if i else "bold", no_wrap=True)
             for row in rows:
-                table.add_row(*row)
+                table.add_row(*map(Text, row))
             Console().print(table)
             return
         except ImportError as error:
-            print(f"plain table ({error})")
+            print(f"(plain table: {error})")
     widths = [max(len(row[i]) for row in [names, *rows]) for i in range(len(names))]
-    print(f"\n{title}")
-    for row in [names, *rows]:
-        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join([row[0].ljust(len(first)), *others]).rstrip())
+    for first, *others in [names, *rows]:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
 
 
 def as_csv(result: dict) -> str:
@@ -325,10 +327,12 @@ def main(argv: list[str] | None = None) -> dict:
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory: lower --device-batch-size ({str(error).split('.')[0]})") from error
     if compute.rank == 0:
-        path = base_dir() / "base_eval" / f"{checkpoint_dir.name}_{step:06d}.json"
+        other = f"_{result['data_fingerprint']['sha256'][:8]}" if args.data and result["data_fingerprint"] else ""
+        path = base_dir() / "base_eval" / f"{checkpoint_dir.name}_{step:06d}{other}.json"
+        saved = save(result, path)
         report(result)
-        result = save(result, path)
         print(f"\nwritten: {path} and {path.with_suffix('.csv').name}")
+        return saved
     return result
 
 

@@ -161,7 +161,9 @@ def test_other_data_is_warned_about(fresh, tmp_path, capsys):
     result = base_eval.main(["--eval", "bpb", "--data", str(tmp_path)])
     trained = load_checkpoint(checkpoints_dir() / "tiny", 5)[2]["data_fingerprint"]
     said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: trained on"))
-    assert trained["sha256"][:8] in said and result["data_fingerprint"]["sha256"][:8] in said
+    other = result["data_fingerprint"]["sha256"][:8]
+    assert trained["sha256"][:8] in said and other in said
+    assert [path.name for path in (fresh / "base_eval").glob("*.json")] == [f"tiny_000005_{other}.json"]
 
 
 def test_metadata_with_keys_removed(fresh, capsys):
