@@ -1,5 +1,6 @@
 """Schedules and horizons: values by hand, properties over random settings."""
 
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -31,7 +32,7 @@ def test_rates_are_bounded_continuous_and_end_low(steps, warmup, ratio, final):
     warmdown = round(ratio * steps)
     assert all(0 < rate <= 1 for rate in rates)
     largest = max(1 / max(1, warmup), (1 - final) / max(1, warmdown))
-    assert all(abs(a - b) <= largest + 1e-12 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(abs(a - b) <= largest + 1e-12 for a, b in itertools.pairwise(rates))
     assert warmup > 0 or rates[0] == 1
     assert rates[-1] <= final + (1 - final) / max(1, warmdown) + 1e-12
 

@@ -1,0 +1,60 @@
+"""The inspector: what it says of a whole and a damaged step, and resealing after an edit by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_checkpoint_manager import make_model, save, truncate
+
+from nanochat import checkpoint_manager as cm
+from nanochat.runtime import UserError
+from scripts.inspect_checkpoint import main
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    return cm.checkpoints_dir()
+
+
+def test_a_whole_step_is_shown(root, capsys):
+    model = make_model(1)
+    step = save(root / "m", 1, model, rng="long noise")
+    report = main([])
+    assert report["folder"] == str(step)
+    assert report["damage"] is None
+    assert report["weights_hash"] == cm.weights_hash(model.state_dict())
+    assert report["metadata"]["tokenizer_hash"]
+    out = capsys.readouterr().out
+    assert f"{step}: whole" in out
+    assert "transformer.h.0.mlp.c_fc.weight" in out
+    assert report["weights_hash"] in out
+    assert "long noise" not in out
+
+
+def test_damage_is_named_and_an_edit_by_hand_is_resealed(root, capsys):
+    """Red when --reseal seals a file that cannot be loaded."""
+    step = save(root / "m", 1)
+    state = json.loads((step / "state.json").read_text())
+    del state["tokenizer_hash"]
+    (step / "state.json").write_text(json.dumps(state))
+    report = main([str(step)])
+    assert "state.json has" in report["damage"]
+    assert "weights_hash" not in report
+    report = main([str(step), "--reseal"])
+    assert report["damage"] is None
+    assert "tokenizer_hash" not in report["metadata"]
+    cm.load_model("base", "cpu", "eval")
+    for damage, name in ((truncate, "model.safetensors"), (truncate, "state.json")):
+        damage(step / name)
+        manifest = (step / "manifest.json").read_bytes()
+        with pytest.raises(UserError, match=name):
+            main([str(step), "--reseal"])
+        assert (step / "manifest.json").read_bytes() == manifest
+
+
+def test_other_folders_are_refused(root, tmp_path):
+    with pytest.raises(UserError, match="no checkpoint in"):
+        main([])
+    with pytest.raises(UserError, match=r"not the folder of a step: it has no state\.json"):
+        main([str(tmp_path)])
