@@ -18,19 +18,16 @@ import torch.distributed as dist
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import schedule
 from nanochat.config_file import as_dict, differences, from_command_line, render_config
-from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import DataLoader, TokenStore
 from nanochat.dataset import prepare_for
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
-from nanochat.offline_eval import evaluate_offline
 from nanochat.optim import build_optimizer
 from nanochat.progress import Progress, duration
 from nanochat.resume import RunState, restore, settle
 from nanochat.runtime import (
     Compute,
     MetricsLog,
-    base_dir,
     compiler_problem,
     device_name,
     init_compute,
@@ -43,6 +40,7 @@ from nanochat.runtime import (
 )
 from nanochat.settings import Settings
 from nanochat.tokenizer import Tokenizer, find_or_train
+from scripts.base_eval import evaluate_suite
 
 EXIT_NONFINITE = 3
 MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
@@ -204,7 +202,9 @@ def main(argv: list[str] | None = None) -> dict:
                 note_val_bpb(run, measured["bpb"])
                 log.write(run.step, event="eval", val_bpb=run.val_bpb, **weight_norms(model, optimizer))
             if schedule.is_due(settings.core_metric_every, run.step):
-                scores = suite_scores(model, tokenizer, dataset, settings, compute)
+                scores = evaluate_suite(
+                    model, tokenizer, dataset, settings.core_metric_max_per_task, compute.rank, compute.world_size
+                )  # CORE where its bundle is at hand, else the offline suite; empty without any item
                 log.write(run.step, event="eval", **scores)
                 print0(f"step {run.step}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
             if compute.rank == 0 and (last or schedule.is_due(settings.sample_every, run.step)):
@@ -277,19 +277,6 @@ def weight_norms(model: GPT, optimizer) -> dict[str, float]:
     if model.config.use_output_projection:
         norms["norm/output_projection_mean_abs"] = model.output_projection.weight.detach().abs().mean().item()
     return norms
-
-
-def suite_scores(model: GPT, tokenizer: Tokenizer, dataset, settings: Settings, compute: Compute) -> dict[str, float]:
-    """CORE where its bundle is at hand, else the offline suite: {"core": ...} or {"offline": ...}."""
-    ranks = dict(rank=compute.rank, world_size=compute.world_size)
-    limits = dict(
-        max_per_task=settings.core_metric_max_per_task,
-        batch_tokens=settings.device_batch_size * model.config.sequence_len,
-    )
-    bundle = base_dir() / "eval_bundle"
-    if bundle.is_dir():
-        return {"core": evaluate_core(model, tokenizer, bundle, say=print0, **limits, **ranks)["score"]}
-    return {"offline": evaluate_offline(model, tokenizer, dataset, say=print0, **limits, **ranks)["score"]}
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer) -> None:
