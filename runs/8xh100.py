@@ -113,7 +113,7 @@ embedding_lr = 0.2
 unembedding_lr = 0.004
 
 # AdamW rate of the tied matrix, before the same scaling; matters only with tie_weights=True
-tied_weights_lr = 0.02
+tied_weights_lr = 0.005
 
 # standard deviation of the tied matrix at the start; matters only with tie_weights=True
 tied_init_std = 0.02

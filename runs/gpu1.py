@@ -4,7 +4,7 @@
 
 # -------------------- run ---------------------------------------------------------------------------------------------
 
-# name of the run for trackers
+# name of the run for trackers; matters only with wandb_mode [run has no effect while wandb_mode='disabled']
 run = "dummy"
 
 # where to compute; None takes the best of this machine; one of cpu, cuda, mps
@@ -113,7 +113,10 @@ embedding_lr = 0.2
 unembedding_lr = 0.004
 
 # AdamW rate of the tied matrix, before the same scaling; matters only with tie_weights=True
-tied_weights_lr = 0.02
+tied_weights_lr = 0.005
+
+# standard deviation of the tied matrix at the start; matters only with tie_weights=True
+tied_init_std = 0.02
 
 # Muon rate of the weight matrices
 matrix_lr = 0.02

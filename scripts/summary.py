@@ -210,7 +210,7 @@ def _suite_lines(evaluation: dict) -> list[str]:
             tasks = evaluation[key]["tasks"].values()
             ahead = Counter(bar for task in tasks for bar in beaten(task))
             counts = ", ".join(f"{bar} in {n}" for bar, n in ahead.items()) or "nothing"
-            score = evaluation[key]["score"]
+            score = evaluation[key]["score"] or 0.0  # None: the corpus yields no task at all
             lines.append(f"{name:<12}{score:.4f} mean centered accuracy; of {len(tasks)} tasks it beats {counts}")
     return lines
 
