@@ -114,13 +114,14 @@ def score_rows(model, rows: list[Row], pad_id: int, batch_tokens: int) -> tuple[
         for line, i in enumerate(batch):
             ids[line, : len(rows[i].tokens)] = torch.tensor(rows[i].tokens)
         ids = ids.to(model.device)
-        logits = model.forward(ids)  # not model(ids): a compiled model would compile anew for every width
+        features = model.features(ids)
         # Position p predicts token p + 1.
         line, place = zip(
             *((n, p) for n, i in enumerate(batch) for p in range(rows[i].start, rows[i].end)), strict=True
         )
         line, place = torch.tensor(line, device=ids.device), torch.tensor(place, device=ids.device)
-        spans, wanted = logits[line, place - 1].float(), ids[line, place]
+        # Logits only where a span is scored: with a large vocabulary they cost more than the layers.
+        spans, wanted = model.logits(features[line, place - 1]), ids[line, place]
         loss = F.cross_entropy(spans, wanted, reduction="none").cpu()
         right = (spans.argmax(dim=-1) == wanted).cpu()
         lengths = [rows[i].end - rows[i].start for i in batch]
@@ -145,7 +146,7 @@ def evaluate_task(
 ) -> dict:  # fmt: skip
     """Score one task; the ranks share its items and all get the same result.
 
-    model: model(idx [B, T]) -> logits [B, T, V] on model.device. max_len: longest sequence in tokens, None takes
+    model: logits(features(idx [B, T])) -> [B, T, V] on its device. max_len: longest sequence in tokens, None takes
     model.config.sequence_len; longer ones lose their left end. batch_tokens: tokens of one forward.
     Returns accuracy, centered = (accuracy - chance) / (1 - chance), chance, items, seconds, truncated (items with a
     truncated prompt), cut (those whose scored span was hit: they count as wrong) and correct: 0.0 or 1.0 an item, in
@@ -162,8 +163,6 @@ def evaluate_task(
     rows: list[Row] = []
     for i, group in zip(mine, texts, strict=True):
         rows += rows_of(task, i, [[tokenizer.bos_id, *next(encoded)] for _ in group], max_len)
-    # float32 logits of one forward stay below 1 GB whatever the vocabulary.
-    batch_tokens = min(batch_tokens, max(1, 2**28 // tokenizer.vocab_size))
     losses, greedy = score_rows(model, rows, tokenizer.bos_id, batch_tokens)
     by_item: dict[int, list[int]] = {}
     for n, row in enumerate(rows):

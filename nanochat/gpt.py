@@ -192,6 +192,10 @@ class GPT(nn.Module):
             x = x + projected if self.config.output_projection_residual else projected
         return x
 
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """features [..., C] of any positions -> softcapped float32 logits [..., V]."""
+        return softcapped(F.linear(features, self.output_weight.to(features.dtype)).float())
+
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, kv_cache=None, loss_reduction: str = "mean"
     ) -> torch.Tensor:
@@ -201,10 +205,10 @@ class GPT(nn.Module):
         """
         x = self.features(idx, kv_cache)
         if targets is None:
-            return softcapped(F.linear(x, self.output_weight.to(x.dtype)).float())
+            return self.logits(x)
         if loss_reduction == "none" and torch.is_grad_enabled():
-            logits = softcapped(F.linear(x, self.output_weight.to(x.dtype)).float())
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+            logits = self.logits(x).flatten(0, 1)
+            return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
         losses = chunked_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten(), loss_reduction)
         return losses.view_as(targets) if loss_reduction == "none" else losses
 

@@ -144,7 +144,11 @@ class Settings:
         when=("tie_weights", False),
     )
     tied_weights_lr: float = setting(
-        0.005, "AdamW rate of the tied matrix, before the same scaling", "optimizer", above=0, when=("tie_weights", True)
+        0.005,
+        "AdamW rate of the tied matrix, before the same scaling",
+        "optimizer",
+        above=0,
+        when=("tie_weights", True),
     )
     tied_init_std: float = setting(
         0.02, "standard deviation of the tied matrix at the start", "optimizer", above=0, when=("tie_weights", True)

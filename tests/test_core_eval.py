@@ -47,6 +47,12 @@ class Table(torch.nn.Module):
         self.rows = torch.randn(1009, 257, generator=torch.Generator().manual_seed(1)) * 3
 
     def forward(self, idx):
+        return self.logits(self.features(idx))
+
+    def logits(self, features):
+        return features
+
+    def features(self, idx):
         place = torch.arange(1, idx.size(1) + 1)
         return self.rows[(idx * place).cumsum(1) % 1009]
 
@@ -258,7 +264,10 @@ def test_an_option_without_a_finite_loss_loses():
     """Logits after `a` are NaN: `ax` has loss +inf and `bx` wins. Red without the isfinite check."""
 
     class Partly(Table):
-        def forward(self, idx):
+        def logits(self, features):
+            return features
+
+        def features(self, idx):
             return torch.where((idx == ord("a"))[..., None], float("nan"), torch.zeros(257))
 
     items = [{"query": "q", "choices": ["ax", "bx"], "gold": 1}]
@@ -328,7 +337,10 @@ def hand_made(folder: Path) -> Path:
 class LovesA(Table):
     """Always expects the byte 'a'."""
 
-    def forward(self, idx):
+    def logits(self, features):
+        return features
+
+    def features(self, idx):
         return F.one_hot(torch.full_like(idx, ord("a")), 257).float() * 10
 
 

@@ -253,7 +253,10 @@ class Coin(torch.nn.Module):
         super().__init__()
         self.config, self.device = SimpleNamespace(sequence_len=2048), torch.device("cpu")
 
-    def forward(self, idx):
+    def logits(self, features):
+        return features
+
+    def features(self, idx):
         return torch.zeros(*idx.shape, 257)
 
 
