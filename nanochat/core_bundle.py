@@ -21,6 +21,7 @@ from pathlib import Path
 
 from nanochat.runtime import UserError, base_dir, write_atomically
 from nanochat.settings import Say
+from nanochat.sources import looking_up
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 DOWNLOAD_SECONDS = 30
@@ -161,8 +162,10 @@ def find_bundle(path: str | Path | None = None, say: Say = print, download: bool
     that is no bundle and for a bundle that changed since it was downloaded.
     """
     if path is not None:
-        folder = Path(path).expanduser()
-        if not (folder / "core.yaml").is_file():
+        with looking_up("--bundle", path):
+            folder = Path(path).expanduser()
+            there = (folder / "core.yaml").is_file()
+        if not there:
             raise UserError(f"--bundle {path}: no CORE bundle there (looked for {folder / 'core.yaml'})")
         return folder
     folder, record = base_dir() / "eval_bundle", base_dir() / "eval_bundle.json"

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.core_bundle import Task, load_bundle
-from nanochat.core_bundle import find_bundle as find_bundle
 from nanochat.loss_eval import sum_over_ranks
 from nanochat.settings import Say
 

@@ -25,10 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import hub, sources
-from nanochat.hub import Unreachable
 from nanochat.runtime import UserError, base_dir, write_atomically
-from nanochat.settings import Settings
-from nanochat.sources import Corrupt, Say, Source, digest, reading, sha256_of
+from nanochat.settings import Say, Settings
+from nanochat.sources import Corrupt, Source, digest, reading, sha256_of
 
 SPLITS = ("train", "val")
 SHARD_BYTES = 16_000_000  # text of one shard: enough to compress and to shuffle in, small enough to hold in memory
@@ -151,26 +150,17 @@ def read_shard(shard: Path) -> Iterator[tuple[str, str]]:
 # preparing
 
 
-def prepare_for(settings: Settings, *, fallback: bool = False, say: Say = print) -> Dataset:
-    """The dataset that the data* settings name, prepared if need be.
-
-    fallback: a preset, not the user, chose the source, so that climbmix without network becomes `packages`.
-    """
-    options = dict(workers=4, skip_corrupt=settings.skip_corrupt, say=say)
-    try:
-        return prepare(
-            settings.data,
-            column=settings.data_column,
-            split=settings.data_split,
-            config=settings.data_config,
-            limit=settings.data_limit,
-            **options,
-        )
-    except Unreachable as error:
-        if not (fallback and settings.data == "climbmix"):
-            raise
-        say(f"data: {error}; going on with data=packages")
-        return prepare("packages", **options)
+def prepare_for(settings: Settings, *, say: Say = print) -> Dataset:
+    """The dataset that the data* settings name, prepared if need be."""
+    return prepare(
+        settings.data,
+        column=settings.data_column,
+        split=settings.data_split,
+        config=settings.data_config,
+        limit=settings.data_limit,
+        skip_corrupt=settings.skip_corrupt,
+        say=say,
+    )
 
 
 def prepare(
@@ -332,6 +322,17 @@ def _shard_name(number: int) -> str:
     return f"shard_{number:05d}.parquet"
 
 
+def climbmix_is_here(limit: int | None) -> bool:
+    """Whether every shard of prepare("climbmix", limit=limit) was downloaded whole, so that no hub is needed."""
+    directory = base_dir() / "data" / "climbmix"
+    known = {entry["name"] for entry in (_read_manifest(directory) or {"files": []})["files"]}
+    return all(name in known and (directory / name).exists() for name in _climbmix_names(limit or CLIMBMIX_SHARDS))
+
+
+def _climbmix_names(limit: int) -> list[str]:
+    return [_shard_name(number) for number in (*range(limit), CLIMBMIX_LAST)]
+
+
 def _climbmix(limit: int, workers: int, skip_corrupt: bool, say: Say) -> Dataset:
     """The first `limit` training shards and the held-out last one, downloaded where missing.
 
@@ -341,7 +342,7 @@ def _climbmix(limit: int, workers: int, skip_corrupt: bool, say: Say) -> Dataset
     if limit > CLIMBMIX_LAST:
         raise UserError(f"data_limit={limit}: climbmix has {CLIMBMIX_LAST} training shards")
     directory = base_dir() / "data" / "climbmix"
-    names = [_shard_name(number) for number in (*range(limit), CLIMBMIX_LAST)]
+    names = _climbmix_names(limit)
     manifest = _read_manifest(directory) or {
         "name": "climbmix",
         "source": "climbmix",

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nanochat.runtime import UserError
-from nanochat.sources import Corrupt, Say, Source, digest, first_line, sha256_of, slug_of, text_of
+from nanochat.settings import Say
+from nanochat.sources import Corrupt, Source, digest, first_line, looking_up, sha256_of, slug_of, text_of
 
 HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is given
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
@@ -72,7 +73,9 @@ def hub_dataset(name: str, column: str, split: str, config: str | None, limit: i
 def _hub_documents(name: str, options: dict, counts: Counter, say: Say) -> Iterator[tuple[str, str]]:
     """Rows of a streamed hub dataset (or of a local folder that `datasets` reads), called <name>#<row>."""
     column, limit = options["column"], options["limit"]
-    if not Path(name).expanduser().is_dir():
+    with looking_up("data", f"hf:{name}"):
+        local = Path(name).expanduser().is_dir()
+    if not local:
         probe(f"hf:{name}")
     try:
         import datasets  # heavy

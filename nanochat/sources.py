@@ -21,9 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.runtime import UserError
-from nanochat.settings import nearest_name
+from nanochat.settings import Say, nearest_name, shown
 
-Say = Callable[[str], None]
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 ROW_SUFFIXES = (".jsonl", ".parquet")
 BLOCK_BYTES = 4096  # text of one document of a single text file
@@ -167,15 +166,17 @@ def _docstrings(source: bytes) -> list[str]:
 
 
 def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
-    path = Path(source).expanduser()
     suffixes = TEXT_SUFFIXES + ROW_SUFFIXES
     kinds = " ".join(suffixes)
-    if path.is_dir():
+    with looking_up("data", source):
+        path = Path(source).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    if is_folder:
         files = _walk(path, lambda name: name.lower().endswith(suffixes) and not _hidden(Path(name).name), _hidden)
         if not files:
             seen = sum(len(names) for _, _, names in os.walk(path))
             raise UserError(f"data={source}: no text found: {seen} files, none of them {kinds}")
-    elif path.is_file():
+    elif is_file:
         if path.suffix.lower() not in suffixes:
             raise UserError(f"data={source}: cannot read {path.suffix or 'a file without suffix'}: one of {kinds}")
         files = [(_printable(path.name), path)]
@@ -191,8 +192,8 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
         _printable(absolute.name),
         f"column {column}" if any(name.lower().endswith(ROW_SUFFIXES) for name, _ in files) else "text",
         "not known: your own files",
-        [column, skip_corrupt, path.is_dir(), _stat_all(files)],
-        lambda counts: _read_files(files, column, path.is_file(), skip_corrupt, say, counts),
+        [column, skip_corrupt, is_folder, _stat_all(files)],
+        lambda counts: _read_files(files, column, is_file, skip_corrupt, say, counts),
     )
 
 
@@ -323,6 +324,18 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise Corrupt(f"{path} cannot be read ({first_line(error)})") from error
+
+
+@contextmanager
+def looking_up(name: str, value: str | Path) -> Iterator[None]:
+    """Turn what expanduser() and a look at a path raise (no such home, a name too long, no access) into UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{name}={shown(str(value))} cannot be looked up ({reason}): name one that exists") from error
 
 
 def sha256_of(path: Path) -> str:

@@ -21,6 +21,7 @@ import tiktoken
 
 from nanochat.runtime import UserError, base_dir
 from nanochat.settings import Say, Settings
+from nanochat.sources import looking_up
 
 # GPT-4's way of splitting (arXiv 2303.08774 gives no regex; tiktoken's cl100k_base does) with two changes. Digits come
 # in groups of at most 2: small vocabularies have no room for 1000 numbers. Runs of white space are cut at 256
@@ -295,9 +296,10 @@ def _folders(root: Path, name: str) -> list[Path]:
 
 def _named(wish: str, root: Path) -> Path:
     """The folder meant by a path, by a folder's whole name under root, or by its name without the hash."""
-    for path in (Path(wish).expanduser(), root / wish):
-        if (path / "ranks.tiktoken").is_file():
-            return path
+    with looking_up("tokenizer", wish):
+        for path in (Path(wish).expanduser(), root / wish):
+            if (path / "ranks.tiktoken").is_file():
+                return path
     found = _folders(root, wish)
     if len(found) == 1:
         return found[0]

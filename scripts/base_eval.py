@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from nanochat.checkpoint_manager import build_model, check_tokenizer, find_checkpoint, step_dir
-from nanochat.core_eval import evaluate_core, find_bundle
+from nanochat.core_bundle import find_bundle
+from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TokenStore
 from nanochat.dataset import Dataset, prepare_for
 from nanochat.engine import generate

@@ -555,6 +555,9 @@ def test_folders_that_are_there(base, tmp_path):
     assert find_bundle(folder) == folder
     with pytest.raises(UserError, match=r"no CORE bundle there \(looked for .*core\.yaml\)"):
         find_bundle(tmp_path / "nowhere")
+    for wish in ("~nosuchuser/x", "x" * 300):  # red without looking_up
+        with pytest.raises(UserError, match=r"^--bundle='.* cannot be looked up"):
+            find_bundle(wish)
     (base / "eval_bundle").mkdir(parents=True)
     said: list[str] = []
     assert find_bundle(say=said.append) is None and "holds no core.yaml" in said[0]

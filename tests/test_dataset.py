@@ -18,10 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat import dataset, sources
-from nanochat.dataset import Corrupt, Dataset, Unreachable, held_out, prepare, prepare_for
-from nanochat.hub import CLIMBMIX_REPO
+from nanochat.dataset import Corrupt, Dataset, climbmix_is_here, held_out, prepare
+from nanochat.hub import CLIMBMIX_REPO, Unreachable
 from nanochat.runtime import UserError, base_dir
-from nanochat.settings import Settings
 from scripts import data as data_script
 
 
@@ -566,7 +565,8 @@ LAST = "shard_06542.parquet"
 def test_climbmix(hub, lines):
     """Shards are fetched once, the last is held out, more shards are added to those there, fewer need no network.
 
-    Red when _climbmix holds out by name, when the fingerprint covers all downloaded shards, or fetches known ones.
+    Red when _climbmix holds out by name, when the fingerprint covers all downloaded shards, or fetches known ones, and
+    when climbmix_is_here looks at the folder alone, or at the manifest alone.
     """
     two = prepare("climbmix", limit=2, workers=2, say=lines.append)
     assert [path.name for path in two.shards("train")] == ["shard_00000.parquet", "shard_00001.parquet"]
@@ -584,6 +584,9 @@ def test_climbmix(hub, lines):
     requests = len(hub.requests)
     again = prepare("climbmix", limit=2, say=len)
     assert again.fingerprint == two.fingerprint and again.verify() == 3 and len(hub.requests) == requests
+    assert climbmix_is_here(3) and not climbmix_is_here(4)
+    (three.directory / "shard_00001.parquet").unlink()
+    assert not climbmix_is_here(3)
 
 
 def test_climbmix_goes_on_after_a_cut(hub, lines):
@@ -596,6 +599,7 @@ def test_climbmix_goes_on_after_a_cut(hub, lines):
         prepare("climbmix", limit=2, workers=1, say=lines.append)
     done = {entry["name"] for entry in dataset._read_manifest(base_dir() / "data" / "climbmix")["files"]}
     assert "shard_00000.parquet" in done and "shard_00001.parquet" not in done
+    assert not climbmix_is_here(2)
     hub.cut.clear()
     hub.requests.clear()
     data = prepare("climbmix", limit=2, workers=1, say=lines.append)
@@ -640,14 +644,11 @@ def test_no_network_is_one_line(no_hub, source):
     assert not list((base_dir() / "data").glob("[!.]*")) if (base_dir() / "data").exists() else True
 
 
-def test_only_a_presets_climbmix_falls_back(no_hub, lines, monkeypatch):
-    """Red when prepare_for replaces a source that the user named."""
-    monkeypatch.setattr(sources, "packages", sources.stdlib)
-    assert prepare_for(Settings(data="climbmix"), fallback=True, say=lines.append).name == "stdlib"
-    assert sum("going on with data=packages" in line for line in lines) == 1
-    for settings, fallback in ((Settings(data="climbmix"), False), (Settings(data="hf:some/dataset"), True)):
-        with pytest.raises(Unreachable):
-            prepare_for(settings, fallback=fallback, say=lines.append)
+@pytest.mark.parametrize("source", ["~nosuchuser/x", "x" * 300, "hf:~nosuchuser/x", "hf:" + "x" * 300])
+def test_a_path_that_cannot_be_looked_up_is_one_line(source, lines):
+    """Red when looking_up catches no RuntimeError (no such home) or no OSError (a name too long)."""
+    with pytest.raises(UserError, match=r"^data='.* cannot be looked up \(.*\): name one that exists$"):
+        prepare(source, say=lines.append)
 
 
 def test_hub_dataset_through_datasets(tmp_path, lines, monkeypatch):
