@@ -1,7 +1,7 @@
 """config.py and the command line: read, written, and laid over each other.
 
 A config.py is a list of `name = literal` lines. It is parsed, never executed. Precedence: the field's default, then
-config.py, then a flag. --help and the settings table of the README are generated here from the fields of Settings.
+config.py, then a flag. --help is generated here from the fields of Settings.
 """
 
 import ast
@@ -205,7 +205,7 @@ def differences(settings: Settings, origins: dict[str, str]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# writing: config.py, --help, the table of the README
+# writing: config.py, --help
 
 
 def literal(value) -> str:
@@ -263,17 +263,6 @@ def help_text(usage: str, switches: tuple[str, ...] = ()) -> str:
             about = f"{facts(name)} (default {literal(FIELDS[name].default)})"
             lines += textwrap.wrap(about, 79, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
-
-
-def settings_table() -> str:
-    """All settings as a markdown table, for the README."""
-    lines = ["| setting | default | type | what it is |", "| --- | --- | --- | --- |"]
-    for group in GROUPS:
-        lines.append(f"| **{group}** | | | |")
-        for name in names_of(group):
-            about = facts(name).replace("|", "\\|")
-            lines.append(f"| `{name}` | `{literal(FIELDS[name].default)}` | {type_name(name)} | {about} |")
-    return "\n".join(lines) + "\n"
 
 
 def as_dict(settings: Settings) -> dict:

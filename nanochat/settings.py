@@ -1,6 +1,6 @@
 """Every setting of base training, declared once.
 
-Wizard questions, config.py, --flags, --help and the table of the README all come from the fields of `Settings`.
+Wizard questions, config.py, --flags and --help all come from the fields of `Settings`.
 Adding a setting is one line here. Presets are sets of values that differ from the defaults.
 """
 
@@ -208,7 +208,7 @@ class Settings:
     overwrite: bool = setting(
         False, "start over although the model_tag holds a run (the old one is moved aside)", "checkpoints"
     )
-    log_rows: bool = setting(False, "log the documents of every row to rows.jsonl", "checkpoints")
+    log_rows: bool = setting(False, "log the documents of every row to rows_rank<k>.jsonl", "checkpoints")
 
     # -- derived values: the same everywhere, without torch -----------------------------------------------------------
 
@@ -271,15 +271,13 @@ class Settings:
 
     def inert(self, name: str) -> str | None:
         """Why a setting has no effect under the others, or None when it has one."""
-        condition = FIELDS[name].metadata["when"]
-        if condition is None:
-            return None
-        other, wanted = condition
-        value = getattr(self, other)
-        if value in OFF if wanted is ON else value != wanted:
-            return f"{name} has no effect while {other}={value!r}"
-        deeper = self.inert(other)
-        return f"{name} has no effect: {deeper}" if deeper else None
+        other = name
+        while condition := FIELDS[other].metadata["when"]:  # what switches off a switch counts too
+            other, wanted = condition
+            value = getattr(self, other)
+            if value in OFF if wanted is ON else value != wanted:
+                return f"{name} has no effect while {other}={value!r}"
+        return None
 
 
 FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Settings)}

@@ -187,5 +187,5 @@ keep_last = 2
 # start over although the model_tag holds a run (the old one is moved aside)
 overwrite = False
 
-# log the documents of every row to rows.jsonl
+# log the documents of every row to rows_rank<k>.jsonl
 log_rows = False

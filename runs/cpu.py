@@ -95,7 +95,7 @@ num_iterations = 600
 target_flops = None
 
 # train for so many tokens per matmul parameter (Chinchilla: 20); matters only with target_flops=None
-# [target_param_data_ratio has no effect: target_flops has no effect while num_iterations=600]
+# [target_param_data_ratio has no effect while num_iterations=600]
 target_param_data_ratio = None
 
 # rows a device works on at a time; lower it when memory runs out
@@ -192,5 +192,5 @@ keep_last = None
 # start over although the model_tag holds a run (the old one is moved aside)
 overwrite = False
 
-# log the documents of every row to rows.jsonl
+# log the documents of every row to rows_rank<k>.jsonl
 log_rows = False

@@ -1,7 +1,7 @@
 # Sourced by speedrun.sh and tests/run.sh. `set_up` (or `set_up dev`) makes the checkout's own .venv from pyproject.toml
 # and constraints.txt, once: a stamp makes later calls take no time and need no network, an interrupted call starts
-# over (what it downloaded is kept). Writes nothing outside the checkout. Sets $root (the checkout) and $python (the environment's interpreter).
-# Set PYTHON to choose the interpreter that .venv is made from.
+# over (what it downloaded is kept). Writes nothing outside the checkout. Sets $root (the checkout) and $python (the
+# environment's interpreter). Set PYTHON to choose the interpreter that .venv is made from.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$root/.venv/bin/python"
