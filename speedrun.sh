@@ -63,10 +63,21 @@ case "$action" in
     nothing) echo "nothing left to train: $tag is done at step $step" ;;
 esac
 look "$@"
-if [ "$state" != done ]; then # torchrun turns a stop by a signal, or by the non-finite guard, into success
-    echo "training stopped before its end, see the last event in metrics.jsonl of $tag" >&2
-    exit 85
-fi
+case "$state" in # under torchrun a stop by a signal, or by the non-finite guard, looks like success
+    done) ;;
+    preempted)
+        echo "training of $tag was preempted before its end, at step $step, which is saved" >&2
+        exit 85
+        ;;
+    nonfinite)
+        echo "training of $tag was stopped by the non-finite guard: its metrics.jsonl says at which step" >&2
+        exit 3
+        ;;
+    *)
+        echo "training of $tag ended without saying why: its metrics.jsonl ends before done" >&2
+        exit 1
+        ;;
+esac
 
 begin "evaluation"
 if [ "$evaluated" = yes ]; then

@@ -16,10 +16,12 @@ from nanochat.attention import CPU_BLOCK
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_head import CHUNK_ROWS, CHUNK_ROWS_DEFAULT
 from nanochat.optim import build_optimizer
+from nanochat.progress import duration
 from nanochat.runtime import Compute, device_name, gpu_peak_flops, measured_matmul_flops, pick_device_type, pick_dtype
 from nanochat.schedule import num_iterations
 from nanochat.settings import Settings
 
+MEASURE_SECONDS = 4.0
 # The part of the matmul peak that training reaches, where nobody has measured: large models on data-centre GPUs, and
 # small ones on CPUs, where attention and the elementwise work weigh more.
 ASSUMED_MFU = {"cuda": 0.40, "mps": 0.25, "cpu": 0.50}
@@ -186,17 +188,18 @@ def estimate(settings: Settings, hardware: Hardware, flops: float | None = None)
 
 
 def usable_devices(settings: Settings, count: int) -> int:
-    """The largest number of ranks up to `count` among which the rows of a batch divide."""
+    """The largest number of ranks up to `count` among which the rows of a batch divide; 1 without devices."""
     rows, batch = settings.rows, settings.device_batch_size
-    return next(n for n in range(count, 0, -1) if n == 1 or (rows % n == 0 and rows // n % min(batch, rows // n) == 0))
+    legal = (n for n in range(count, 1, -1) if rows % n == 0 and rows // n % min(batch, rows // n) == 0)
+    return next(legal, 1)
 
 
-def measure(settings: Settings, hardware: Hardware, seconds: float = 4.0) -> float:
+def measure(settings: Settings, hardware: Hardware, seconds: float = MEASURE_SECONDS) -> float:
     """FLOP/s that one device reaches over a few real forward and backward passes, for estimate(flops=...).
 
     A run too large for `seconds` is measured in a smaller one: fewer rows, then layers, then a shorter context.
     """
-    settings = _affordable(settings, hardware.peak * ASSUMED_MFU[hardware.device_type] * seconds / 4)
+    settings = _measured(settings, hardware, seconds)
     device = torch.device(hardware.device_type)
     model = GPT(GPTConfig(**settings.model_arguments())).to(device)
     model.init_weights()
@@ -214,6 +217,17 @@ def measure(settings: Settings, hardware: Hardware, seconds: float = 4.0) -> flo
         model.zero_grad(set_to_none=True)
         passes += 1
     return best
+
+
+def measure_bytes(settings: Settings, hardware: Hardware) -> int:
+    """The memory of a device that measure() takes: no optimizer, and the activations of the run that it measures."""
+    parts = memory_parts(_measured(settings, hardware), hardware)
+    return sum(parts[name] for name in ("parameters", "gradients", "activations", "logits", "runtime"))
+
+
+def _measured(settings: Settings, hardware: Hardware, seconds: float = MEASURE_SECONDS) -> Settings:
+    """The run that measure() measures: these settings, or smaller ones of which four passes fit into the time."""
+    return _affordable(settings, hardware.peak * ASSUMED_MFU[hardware.device_type] * seconds / 4)
 
 
 def _affordable(settings: Settings, budget: float) -> Settings:
@@ -284,7 +298,7 @@ def report(settings: Settings, hardware: Hardware, flops: float | None = None) -
         f"steps and tokens  {e.steps:,} steps of {settings.total_batch_size:,} = {e.tokens:,} tokens",
         f"peak memory       {gigabytes(e.peak_memory)} per device, of which",
         *(f"                  {gigabytes(size):>12}  {part}" for part, size in e.memory.items() if size),
-        f"training time     {duration(e.seconds)} on {devices}",
+        f"training time     about {duration(e.seconds)} on {devices}",
         f"                  ({basis}{' ' if flops else ' of a peak of '}{rate} per device)",
         f"disk              {gigabytes(e.kept * e.checkpoint_bytes)}: {e.kept:,} of {e.saves:,} checkpoints "
         f"of {gigabytes(e.checkpoint_bytes)} at a time",
@@ -303,11 +317,3 @@ def millions(count: int) -> str:
 
 def gigabytes(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """'12 s', '4.5 min', '3.2 h', '8.1 days' or '2.4 years'."""
-    for unit, length in (("years", 365 * 86400), ("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"about {seconds / length:,.1f} {unit}"
-    return f"about {math.ceil(seconds)} s"

@@ -7,14 +7,15 @@ Enter keeps the default, ? explains, < goes back. Nothing is written before the 
 
 import argparse
 import os
-import shlex
 import sys
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from nanochat.config_file import FIELDS, facts, literal, names_of, parse_value, read_config, render_config
-from nanochat.estimate import Hardware, find_hardware, measure, meta_model, report, tying_saves, usable_devices
+from nanochat.estimate import Hardware, find_hardware, measure, measure_bytes, report, tying_saves, usable_devices
 from nanochat.runtime import UserError, pick_device_type, run_script, write_atomically
 from nanochat.settings import (
     GROUPS,
@@ -27,6 +28,7 @@ from nanochat.settings import (
     type_name,
     validate,
 )
+from scripts.summary import typed
 
 # What a person decides; everything else is written with its value. A question whose setting has no effect under the
 # earlier answers is not asked, so the three tying questions follow one another and only a tied model gets them all.
@@ -341,14 +343,17 @@ def _show(settings: Settings, hardware: Hardware, flops: float | None = None) ->
 def _consent(settings: Settings, hardware: Hardware, output: str) -> str:
     """'yes', 'no' or '<'."""
     if not _fits(settings, hardware):
-        say("\n(the model does not fit this machine: its speed is not measured)")
+        say("\n(too little memory here for real steps: the speed is not measured)")
     else:
         say()
         answer = _yes_no("measure the speed with a few real steps, about 10 seconds?", default=False)
         if answer == BACK:
             return BACK
         if answer == "yes":
-            _show(settings, hardware, measure(settings, hardware))
+            try:
+                _show(settings, hardware, measure(settings, hardware))
+            except torch.OutOfMemoryError:
+                say("(not measured: the device ran out of memory; a lower device_batch_size needs less)")
             say()
     path = Path(os.path.realpath(output))
     if not path.exists():
@@ -359,9 +364,8 @@ def _consent(settings: Settings, hardware: Hardware, output: str) -> str:
 
 
 def _fits(settings: Settings, hardware: Hardware) -> bool:
-    """Whether weights and gradients leave half of a device's memory to a short measurement."""
-    needed = 2 * 4 * meta_model(settings).num_parameters()["total"]
-    return hardware.memory is None or needed < hardware.memory / 2
+    """Whether a short measurement fits a device, with a tenth of its memory to spare."""
+    return hardware.memory is None or measure_bytes(settings, hardware) < 0.9 * hardware.memory
 
 
 def _yes_no(question: str, default: bool) -> str:
@@ -393,21 +397,23 @@ def _write(settings: Settings, path: Path, args: argparse.Namespace, hardware: H
 
 
 def next_commands(settings: Settings, output: str, hardware: Hardware) -> list[str]:
-    """What to type next: one process, all GPUs of this node, several nodes."""
+    """What to type next: one process, all GPUs of this node, several nodes; no environment needs to be active."""
     devices = usable_devices(settings, hardware.count)
     gpus = hardware.count if hardware.device_type == "cuda" else 0
     idle = f", {gpus - devices} idle: the batch does not divide among all" if gpus > devices else ""
-    train = f"-m scripts.base_train {shlex.quote(output)}"
-    spread = f"--nproc_per_node={devices}"
+    python, config = typed(sys.executable), typed(output)
+    nodes = typed(Path(__file__).resolve().parent.parent / "runs" / "nodes.sh")
     return [
         "",
         "next, one process:",
-        f"  python {train}",
+        f"  {python} -m scripts.base_train {config}",
         f"next, torchrun on this node ({gpus} GPUs found{idle}):",
-        f"  torchrun --standalone {spread} {train}",
-        "next, torchrun on several nodes (on each node, with the first one's address):",
-        f"  torchrun --nnodes=2 {spread} --rdzv_backend=c10d \\",
-        f"    --rdzv_endpoint=HOST:29500 {train}",
+        f"  {python} -m torch.distributed.run \\",
+        f"    --standalone --nproc_per_node={devices} -m scripts.base_train {config}",
+        "next, torchrun on several nodes (the same line on each; HOST is one of them,",
+        "FOLDER a folder that all of them see):",
+        f"  NNODES=2 NPROC={devices} MASTER_ADDR=HOST NANOCHAT_BASE_DIR=FOLDER \\",
+        f"    bash {nodes} {config}",
     ]
 
 

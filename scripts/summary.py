@@ -16,17 +16,17 @@ from pathlib import Path
 
 from nanochat.checkpoint_manager import checkpoints_dir, newest_step, step_dir
 from nanochat.config_file import from_command_line
+from nanochat.estimate import usable_devices
 from nanochat.runtime import UserError, base_dir, pick_device_type, run_script
 from nanochat.settings import PRESETS, Settings, checked, hardware_preset
-
-HUB_DATASET = "karpathy/climbmix-400b-shuffle"
 
 
 @dataclass(frozen=True)
 class Run:
     """The state on disk of one tag's run.
 
-    state: "new" (nothing there), "started" (cut off, or stopped by a signal or the non-finite guard) or "done".
+    state: "new" (nothing there), "done", or unfinished: "preempted" (saved after a signal), "nonfinite" (stopped by the
+    guard) or "started" (cut off).
     step: the newest whole checkpoint, None without. evaluation: base_eval's complete results for that step, else None.
     """
 
@@ -54,8 +54,9 @@ def find_run(tag: str) -> Run:
     turns = [
         line["event"] for line in metrics if line.get("event") in ("start", "resume", "done", "preempted", "nonfinite")
     ]
-    done = step is not None and turns[-1:] == ["done"]
-    run = Run(tag, "done" if done else "started", step, metrics, None)
+    last = turns[-1] if turns else "start"
+    ended = last in ("preempted", "nonfinite") or (last == "done" and step is not None)
+    run = Run(tag, last if ended else "started", step, metrics, None)
     return run if step is None else Run(tag, run.state, step, metrics, read_evaluation(run))
 
 
@@ -101,17 +102,6 @@ def gpus_for(settings: Settings) -> int:
     return torch.cuda.device_count() if pick_device_type(settings.device_type) == "cuda" else 0
 
 
-def ranks(settings: Settings, gpus: int) -> int:
-    """How many processes to start: the most GPUs that share the batch in equal parts; 1 without GPUs."""
-    for world in range(gpus, 1, -1):
-        try:
-            settings.batch_plan(world)
-            return world
-        except UserError:
-            continue
-    return 1
-
-
 def action(run: Run, settings: Settings, given: Iterable[str]) -> str:
     """What training has to do: "start", "resume", or "nothing" when the run is done with the very values given.
 
@@ -119,7 +109,7 @@ def action(run: Run, settings: Settings, given: Iterable[str]) -> str:
     """
     if run.state == "new" or settings.overwrite:
         return "start"
-    if run.state == "started":
+    if run.state != "done":
         return "resume"
     saved = read_state(run).get("settings", {})
     same = (name in saved and checked(name, saved[name]) == getattr(settings, name) for name in given)
@@ -131,7 +121,7 @@ def plan(settings: Settings, given: Iterable[str] = ()) -> str:
     with contextlib.redirect_stdout(sys.stderr):  # what is said about damaged steps is not part of the answer
         run = find_run(settings.tag)
     gpus = gpus_for(settings)
-    world = ranks(settings, gpus)
+    world = usable_devices(settings, gpus)
     if world < gpus:
         print(f"{settings.rows} rows a step do not divide by {gpus} GPUs: using {world}", file=sys.stderr)
     step = "-" if run.step is None else run.step
@@ -143,22 +133,18 @@ def wizard_arguments(settings: Settings, names_data: bool, gpus: int) -> str:
     """The preset of this machine, and packages as its data where climbmix is wished by no one and out of reach."""
     name = hardware_preset(pick_device_type(settings.device_type), gpus)
     arguments = f"--preset {name}"
-    wished = names_data or PRESETS[name]["data"] != "climbmix" or (base_dir() / "data" / "climbmix").is_dir()
-    if wished or not (problem := hub_problem()):
+    if names_data or PRESETS[name]["data"] != "climbmix":
         return arguments
-    print(f"climbmix is out of reach ({problem}): this config trains on packages instead", file=sys.stderr)
-    return f"{arguments} --set data=packages"
-
-
-def hub_problem() -> str | None:
-    """Why the hub's climbmix cannot be had now, in a few words, or None when it can."""
-    from huggingface_hub import HfApi  # heavy, and only GPU presets ask
+    from nanochat.dataset import climbmix_is_here  # with pyarrow, which only GPU presets need here
+    from nanochat.hub import Unreachable, probe
 
     try:
-        HfApi().dataset_info(HUB_DATASET, timeout=20)
-    except Exception as error:  # whatever it is, the hub did not answer: the preset's second choice needs no network
-        return type(error).__name__
-    return None
+        if not climbmix_is_here(PRESETS[name].get("data_limit")):
+            probe("climbmix")
+    except Unreachable as error:
+        print(f"{error}: this config trains on packages instead", file=sys.stderr)
+        return f"{arguments} --set data=packages"
+    return arguments
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,8 +216,7 @@ def _sample_lines(evaluation: dict, width: int = 300) -> list[str]:
 
 
 def _next_commands(run: Run) -> list[str]:
-    here = Path(sys.executable)
-    python = shlex.quote(str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here))
+    python = typed(sys.executable)
     config = shlex.quote(str(run.folder / "config.py"))  # the run's own settings, flags included
     return [
         f"{python} -m scripts.base_eval --model-tag {shlex.quote(run.tag)} --eval sample",
@@ -239,6 +224,12 @@ def _next_commands(run: Run) -> list[str]:
         f"{python} -m scripts.base_train {config} --data=FOLDER --model_tag=mine",
         f"{python} -m scripts.configure",
     ]
+
+
+def typed(path: str | Path) -> str:
+    """A path as one types it into a shell here: quoted, relative when it lies below this folder."""
+    path, here = Path(path), Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def main(argv: list[str] | None = None) -> Run | None:

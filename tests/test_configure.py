@@ -67,9 +67,13 @@ def test_every_preset_s_config_round_trips(name):
     """Red when render_config and read_config disagree, or --preset is ignored."""
     run = wizard([], "--defaults", "--preset", name)
     assert run.result == preset(name) == Settings(**read_config("config.py"))
-    assert "python -m scripts.base_train config.py" in run.text
-    assert "torchrun --standalone --nproc_per_node=1 -m scripts.base_train config.py" in run.text
-    assert "--nnodes=2" in run.text
+    # Red with a bare `python` or `torchrun`: neither is on PATH without an activated environment.
+    assert f"  {sys.executable} -m scripts.base_train config.py\n" in run.text
+    launcher = (
+        f"  {sys.executable} -m torch.distributed.run \\\n    --standalone --nproc_per_node=1 -m scripts.base_train"
+    )
+    assert launcher in run.text
+    assert f"NANOCHAT_BASE_DIR=FOLDER \\\n    bash {ROOT / 'runs' / 'nodes.sh'} config.py" in run.text
 
 
 def test_defaults_take_the_preset_of_the_hardware_and_set_wins():
@@ -151,7 +155,7 @@ def test_the_tying_questions_in_order():
     """Red when the saving is not computed for the vocabulary and width just given."""
     text = wizard(ENTERS, "--set", "vocab_size=24576", "--set", "model_dim=512").text
     questions = ["tie embedding weights? [yes]:", "add an output projection before the logits? [no]:"]
-    places = [text.index(q) for q in (*questions, "tied learning rate [0.02]:")]
+    places = [text.index(q) for q in (*questions, f"tied learning rate [{FIELDS['tied_weights_lr'].default}]:")]
     assert places == sorted(places)
     assert "24,576 x 512 = 12.58M of 37.75M parameters (33%)" in " ".join(text.split())
     assert "unembedding_lr [" not in text
@@ -287,11 +291,27 @@ def test_measured_speed_is_shown_when_agreed():
     assert "(measured 0.01 TFLOP/s per device)" in run.text and run.result == preset("cpu")
 
 
+def test_a_measurement_that_runs_out_of_memory_is_said(monkeypatch):
+    """Red when torch.OutOfMemoryError leaves the wizard, or when its memory is not looked at before."""
+
+    def runs_out(settings, hardware):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(configure, "measure", runs_out)
+    run = wizard({"measure": ["y"]})
+    assert "not measured: the device ran out of memory" in run.text and run.result == preset("cpu")
+    # the weights would fit twenty times over, the activations of a micro-batch do not
+    small = Hardware("cpu", "a processor", 1, 700 << 20, 1e14, torch.float32)
+    monkeypatch.setattr(configure, "find_hardware", lambda device_type=None: small)
+    run = wizard(ENTERS, "--output=small.py")
+    assert "too little memory here" in run.text and "measure the speed" not in run.text
+
+
 def test_several_gpus_are_put_into_the_commands(monkeypatch):
     node = Hardware("cuda", "NVIDIA H100 80GB HBM3", 8, 80 << 30, 989e12, torch.bfloat16)
     monkeypatch.setattr(configure, "find_hardware", lambda device_type=None: node)
     text = wizard([], "--defaults", "--output", "my config.py").text
-    assert "torchrun --standalone --nproc_per_node=8 -m scripts.base_train 'my config.py'" in text
+    assert "--standalone --nproc_per_node=8 -m scripts.base_train 'my config.py'" in text
     assert "8 x NVIDIA H100" in text
     odd = wizard([], "--defaults", "--output=odd.py", "--set=total_batch_size=12288", "--set=device_batch_size=1").text
     assert "--nproc_per_node=6" in odd and "2 idle" in odd
@@ -368,7 +388,7 @@ def test_terminal_enter_to_the_end(tmp_path):
     terminal.answer("[cpu]: ")
     terminal.enter_until("write config.py", "yes")
     code, text = terminal.finish()
-    assert code == 0 and "wrote config.py" in text and "python -m scripts.base_train config.py" in text
+    assert code == 0 and "wrote config.py" in text and f"{sys.executable} -m scripts.base_train config.py" in text
     assert Settings(**read_config(tmp_path / "config.py")) == preset("cpu")
 
 

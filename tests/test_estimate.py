@@ -10,10 +10,10 @@ import torch
 from nanochat.estimate import (
     Hardware,
     checkpoint_bytes,
-    duration,
     estimate,
     find_hardware,
     measure,
+    measure_bytes,
     memory_parts,
     meta_model,
     parameter_table,
@@ -102,7 +102,7 @@ def test_steps_tokens_and_flops_by_hand():
 
 def test_time_divides_among_the_devices_that_the_batch_allows():
     s = Settings(max_seq_len=512, total_batch_size=512 * 12, device_batch_size=2)
-    assert [usable_devices(s, n) for n in (1, 2, 3, 4, 5, 8)] == [1, 2, 3, 3, 3, 6]
+    assert [usable_devices(s, n) for n in (0, 1, 2, 3, 4, 5, 8)] == [1, 1, 2, 3, 3, 3, 6]
     for n in range(1, 9):
         s.batch_plan(usable_devices(s, n))
     one, six = (estimate(s, dataclasses.replace(H100, count=n)).seconds for n in (1, 8))
@@ -211,12 +211,17 @@ def test_measuring_takes_seconds_even_for_a_model_far_too_large():
     assert 1e6 < measure(large, slow, seconds=0.2) < 1e14
 
 
+def test_a_measurement_counts_the_activations_of_what_it_measures():
+    """Red when measure_bytes leaves out the activations, or counts those of the whole batch on a slow device."""
+    small, large = (preset("gpu1", device_batch_size=rows) for rows in (2, 64))
+    parts = memory_parts(large, H100)
+    assert measure_bytes(large, H100) > parts["activations"] > 10 * parts["parameters"]
+    assert measure_bytes(large, H100) > 5 * measure_bytes(small, H100)
+    slow = dataclasses.replace(H100, peak=1e11)
+    assert measure_bytes(large, slow) == measure_bytes(small, slow)
+
+
 def test_the_hardware_found_is_this_one():
     hardware = find_hardware("cpu")
     assert hardware.device_type == "cpu" and hardware.count == 1
     assert 1e8 < hardware.peak < 1e14 and hardware.memory > 1 << 28
-
-
-def test_durations_in_words():
-    shown = [duration(s) for s in (0.2, 59, 61, 7200, 200_000, 4e8)]
-    assert shown == ["about 1 s", "about 59 s", "about 1.0 min", "about 2.0 h", "about 2.3 days", "about 12.7 years"]

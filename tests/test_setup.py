@@ -209,10 +209,15 @@ def test_speedrun_leaves_a_mistake_at_one_line(checkout):
     assert rc == 2 and text.endswith("error: x\n") and calls == []
 
 
-def test_speedrun_does_not_evaluate_a_run_that_was_stopped(checkout):
-    """torchrun ends with 0 after a preemption: dropping the second look at the state turns this red."""
-    rc, text, calls = speedrun(checkout, plans="2 start new - no d4\n2 resume started 10 no d4\n")
-    assert rc == 85 and "stopped before its end" in text and "base_eval" not in calls[-1]
+@pytest.mark.parametrize(("state", "code", "line"), [
+    ("preempted", 85, "training of d4 was preempted before its end, at step 10"),
+    ("nonfinite", 3, "training of d4 was stopped by the non-finite guard"),
+    ("started", 1, "training of d4 ended without saying why"),
+])  # fmt: skip
+def test_speedrun_does_not_evaluate_a_run_that_was_stopped(checkout, state, code, line):
+    """torchrun ends with 0 after a stop: dropping the second look at the state, or one code for all, turns this red."""
+    rc, text, calls = speedrun(checkout, plans=f"2 start new - no d4\n2 resume {state} 10 no d4\n")
+    assert rc == code and line in text and "base_eval" not in calls[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,7 +296,10 @@ def test_state_of_a_run(run_folder):
     assert (summary.find_run("t").state, summary.find_run("t").step) == ("done", 20)
     events(run_folder, "start", "done", "resume", "eval")  # a longer horizon was begun
     assert summary.find_run("t").state == "started"
-    events(run_folder, "start", "preempted")
+    for stop in ("preempted", "nonfinite"):
+        events(run_folder, "start", stop)
+        assert summary.find_run("t").state == stop
+    events(run_folder, "start", "nonfinite", "resume")
     assert summary.find_run("t").state == "started"
     events(run_folder, "start", "done", torn='{"step": 21, "eve')
     assert summary.find_run("t").state == "done"
@@ -323,8 +331,9 @@ def test_action(run_folder):
     assert summary.action(run, replace(same, num_iterations=30), {"num_iterations"}) == "resume"
     assert summary.action(run, replace(same, num_iterations=30), {"depth"}) == "nothing"  # a default was not asked for
     assert summary.action(run, replace(same, overwrite=True), {"overwrite"}) == "start"
-    events(run_folder, "start", "preempted")
-    assert summary.action(summary.find_run("t"), same, {}) == "resume"
+    for last in ("preempted", "nonfinite", "eval"):
+        events(run_folder, "start", last)
+        assert summary.action(summary.find_run("t"), same, {}) == "resume"
     assert summary.action(summary.find_run("other"), same, {}) == "start"
 
 
@@ -339,20 +348,30 @@ def test_plan_line(run_folder, capsys):
     assert summary.plan(Settings(model_tag="other")) == "1 start new - no other"
 
 
-@pytest.mark.parametrize(("rows", "gpus", "expected"), [(256, 8, 8), (256, 6, 4), (256, 3, 2), (7, 4, 1), (16, 0, 1)])
-def test_ranks_share_the_batch(rows, gpus, expected):
-    """Using every GPU whatever the batch turns this red: base_train would refuse 256 rows on 6 ranks."""
-    settings = Settings(max_seq_len=64, total_batch_size=64 * rows, device_batch_size=1)
-    assert summary.ranks(settings, gpus) == expected
+def test_wizard_arguments(monkeypatch, tmp_path, capsys):
+    """Replacing a source that the user named, or asking the hub for a CPU preset, turns this red.
 
-
-def test_wizard_arguments(monkeypatch):
-    """Replacing a source that the user named, or asking the hub for a CPU preset, turns this red."""
+    So does taking the folder of a cut download for the shards that the preset wants.
+    """
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(summary, "pick_device_type", lambda name: name or "cuda")
     assert summary.wizard_arguments(Settings(device_type="cpu"), False, 0) == "--preset cpu"
     assert summary.wizard_arguments(Settings(), False, 1) == "--preset gpu1 --set data=packages"  # tests are offline
     assert summary.wizard_arguments(Settings(data="climbmix"), True, 8) == "--preset 8xh100"
-    monkeypatch.setattr(summary, "hub_problem", lambda: None)
+    folder = tmp_path / "data" / "climbmix"
+    folder.mkdir(parents=True)
+    entries = [{"name": f"shard_{number:05d}.parquet"} for number in (*range(24), 6542)]  # as gpu1 wants them
+    for count in (3, len(entries)):
+        for entry in entries[:count]:
+            (folder / entry["name"]).touch()
+        (folder / "manifest.json").write_text(json.dumps({"files": entries[:count]}))
+        capsys.readouterr()
+        whole = count == len(entries)
+        assert summary.wizard_arguments(Settings(), False, 1) == "--preset gpu1" + " --set data=packages" * (not whole)
+        assert ("climbmix is not here and" in capsys.readouterr().err) != whole
+    assert summary.wizard_arguments(Settings(), False, 8).endswith("data=packages")  # 240 shards
+    monkeypatch.setattr("nanochat.hub.probe", lambda what: None)
     assert summary.wizard_arguments(Settings(), False, 8) == "--preset 8xh100"
 
 
