@@ -4,6 +4,7 @@ A step is written under a temporary name: every file, then manifest.json with si
 folder. Renaming the folder is the commit, after which the parent is fsynced. Loading checks the manifest.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -71,7 +72,9 @@ def save_checkpoint(
         os.rename(temporary, final)
         _fsync(final.parent)
     except SafetensorError as error:  # the library wraps a full disk in its own type
-        raise OSError(28, f"cannot write {error}", str(temporary)) from error
+        if "os error 28" not in str(error).lower() and "no space" not in str(error).lower():
+            raise
+        raise OSError(errno.ENOSPC, f"cannot write {error}", str(temporary)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final

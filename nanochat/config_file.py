@@ -186,7 +186,9 @@ def from_command_line(
     origins = {name: f"{config}:{line}" for name, (_, line) in lines.items()}
     origins |= {name: "command line" for name in flags}
     settings = Settings(**{**{name: value for name, (value, _) in lines.items()}, **flags})
-    return CommandLine(validate(settings, world_size_from_env()), origins, on, config)
+    if "resume" not in on:  # else the checkpoint's settings join in first, and resume.py validates
+        validate(settings, world_size_from_env())
+    return CommandLine(settings, origins, on, config)
 
 
 def differences(settings: Settings, origins: dict[str, str]) -> list[str]:

@@ -6,9 +6,11 @@ dropped. Rows are handed out in an order drawn within blocks of 8192, so that a 
 The cursor counts rows over all ranks since the start of training, and is all that a resume needs.
 """
 
+import io
 import itertools
 import json
 import os
+import platform
 import threading
 import time
 from bisect import bisect_right
@@ -213,10 +215,13 @@ class TokenStore:
                 if not self._running():
                     raise RuntimeError("tokenising was stopped")
                 documents = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(texts, self.workers)]
-                np.fromiter(itertools.chain.from_iterable(documents), self.dtype).tofile(file)
+                # not tofile(): it says nothing of a full disk
+                file.write(np.fromiter(itertools.chain.from_iterable(documents), self.dtype).tobytes())
                 lengths.extend(map(len, documents))
         with _replacing(self._file(shard, ".npy")) as file:
-            np.save(file, np.cumsum(lengths, dtype=np.int64))
+            offsets = io.BytesIO()
+            np.save(offsets, np.cumsum(lengths, dtype=np.int64))
+            file.write(offsets.getvalue())
         skipped = self.dataset.skipped.get(path.name)
         index = {
             "shard": self._stamp(shard, skipped),
@@ -244,7 +249,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the path's place when all went well, and leaves nothing behind otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

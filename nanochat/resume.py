@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import math
 import os
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def settle(command: CommandLine, resume: bool) -> tuple[Settings, int | None]:
             raise UserError(f"{tag_dir} holds no whole step to resume from; --overwrite=True starts over beside it")
         return resumed_settings(command, tag_dir, step), step
     if resume:
+        validate(settings, world_size_from_env())
         print0(f"nothing to resume in {tag_dir}: starting a new run")
     elif (rank_from_env() == 0 or not settings.overwrite) and tag_dir.is_dir() and any(tag_dir.iterdir()):
         if not settings.overwrite:
@@ -56,19 +58,26 @@ def settle(command: CommandLine, resume: bool) -> tuple[Settings, int | None]:
 
 
 def resumed_settings(command: CommandLine, tag_dir: Path, step: int) -> Settings:
-    """The checkpoint's settings with what the command line may change; any other difference is refused by name."""
+    """The checkpoint's settings with what the flags may change; any other flag that differs is refused by name.
+
+    A config.py has no say here, and what it says otherwise is told: the run is what its checkpoint says.
+    """
     metadata = checkpoints.read_metadata(checkpoints.step_dir(tag_dir, step))
     saved = {name: checked(name, value) for name, value in metadata.get("settings", {}).items()}
     merged = dataclasses.replace(command.settings, **saved)
     if merged.tag != tag_dir.name:  # the folder was renamed or copied: it goes on where it lies
         merged = dataclasses.replace(merged, model_tag=tag_dir.name)
-    given = {name: getattr(command.settings, name) for name in command.origins}
-    changed = {name: value for name, value in given.items() if value != getattr(merged, name)}
+    differing = {name: getattr(command.settings, name) for name in command.origins}
+    differing = {name: value for name, value in differing.items() if value != getattr(merged, name)}
+    changed = {name: value for name, value in differing.items() if command.origins[name] == "command line"}
+    for name in sorted(differing.keys() - changed.keys() - {"model_tag"}):
+        told = f"{name}={getattr(merged, name)!r} counts, not {differing[name]!r} of {command.origins[name]}"
+        print0(f"resuming: {told}" + (f"; change it with --{name}=..." if name in CHANGEABLE else ""))
     if refused := sorted(changed.keys() - CHANGEABLE - {"model_tag"}):
         told = ", ".join(f"{n}={changed[n]!r} (the run has {getattr(merged, n)!r})" for n in refused)
         raise UserError(f"--resume cannot change {told}: leave it out, or start a new run with --model_tag=NAME")
     horizon = [name for name in ("num_iterations", "target_flops", "target_param_data_ratio") if name in changed]
-    if horizon:
+    if horizon and (changed.get("num_iterations") or math.inf) > step:
         print0(f"new horizon ({', '.join(horizon)}): the warmdown is recomputed for it")
     merged = dataclasses.replace(merged, **{name: changed[name] for name in changed.keys() & CHANGEABLE})
     return validate(merged, world_size_from_env())
@@ -84,9 +93,11 @@ def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, datas
     checkpoints.check_tokenizer(tokenizer, metadata, where)
     if (saved := checkpoints.model_config(metadata)) != model.config:
         raise UserError(f"{where} holds another model than the settings describe: {saved}, not {model.config}")
-    if metadata.get("data_fingerprint") != dataset.fingerprint:
-        print0(f"warning: the data changed since {where} was saved: {metadata.get('data_fingerprint')} then, ")
-        print0(f"         {dataset.fingerprint} now; val bpb is not comparable across this point")
+    if metadata.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint:
+        raise UserError(
+            f"{where} was trained on {metadata.get('data_fingerprint')}, the data is {dataset.fingerprint} now: "
+            "bring the old data back, or start a new run with --model_tag=NAME"
+        )
     known = {field.name for field in dataclasses.fields(RunState)}
     numbers = {name: value for name, value in metadata.get("run", {}).items() if name in known}
     try:

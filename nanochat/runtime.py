@@ -5,10 +5,12 @@ import json
 import os
 import platform
 import random
+import re
 import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +51,11 @@ def run_script(main) -> None:
 
 
 def fail(message: str) -> None:
-    """Print one line on standard error (rank 0 only) and leave with the exit code of a user's mistake."""
-    if rank_from_env() == 0:
+    """Print one line on standard error and leave with the exit code of a user's mistake.
+
+    Before the ranks have met they all see the same mistake, and rank 0 tells it; later it may be one rank's own.
+    """
+    if rank_from_env() == 0 or dist.is_initialized():
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(EXIT_USER_ERROR)
 
@@ -138,8 +143,9 @@ def init_compute(device_type: str | None, dtype: str | None, seed: int) -> Compu
     rank, world = rank_from_env(), world_size_from_env()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(f"local rank {local} has no GPU: --nproc_per_node is at most {torch.cuda.device_count()}")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if here > torch.cuda.device_count():
+            raise UserError(f"{here} processes for {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
     elif kind == "cpu":
@@ -150,7 +156,12 @@ def init_compute(device_type: str | None, dtype: str | None, seed: int) -> Compu
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", device_id=device if kind == "cuda" else None)
+        # The others wait while the first rank downloads data and trains a tokenizer: longer than NCCL's ten minutes.
+        dist.init_process_group(
+            "nccl" if kind == "cuda" else "gloo",
+            timeout=timedelta(hours=3),
+            device_id=device if kind == "cuda" else None,
+        )
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -172,19 +183,23 @@ GPU_PEAK_TFLOPS = (
 
 def gpu_peak_flops(name: str) -> float | None:
     """Peak dense bf16 FLOP/s of a GPU by its marketing name, or None for one that the table does not know."""
-    return next((tflops * 1e12 for key, tflops in GPU_PEAK_TFLOPS if key in name.upper()), None)
+    words = f" {re.sub(r'[^A-Z0-9]+', ' ', name.upper())} "  # whole words: an RTX A4000 is no A40
+    return next((tflops * 1e12 for key, tflops in GPU_PEAK_TFLOPS if f" {key} " in words), None)
 
 
-def measured_matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+def measured_matmul_flops(
+    device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.3
+) -> float:
     """The best rate of a few square matmuls on this very device, in FLOP/s: the peak that MFU is measured against."""
+    size = size or (1024 if device.type == "cpu" else 8192)
     a = torch.randn(size, size, device=device, dtype=dtype)
-    best, deadline = 0.0, time.perf_counter() + seconds
-    rounds = 0
+    compute = Compute(device, dtype)
+    best, rounds, deadline = 0.0, 0, time.perf_counter() + seconds
     while rounds < 3 or time.perf_counter() < deadline:
+        compute.synchronize()
         start = time.perf_counter()
         torch.mm(a, a)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        compute.synchronize()
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
         rounds += 1
     return best

@@ -19,7 +19,7 @@ from nanochat import checkpoint_manager as checkpoints
 from nanochat import schedule
 from nanochat.config_file import as_dict, differences, from_command_line, render_config
 from nanochat.dataloader import DataLoader, TokenStore
-from nanochat.dataset import prepare_for
+from nanochat.dataset import Dataset, prepare_for
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
 from nanochat.optim import build_optimizer
@@ -28,6 +28,7 @@ from nanochat.resume import RunState, restore, settle
 from nanochat.runtime import (
     Compute,
     MetricsLog,
+    UserError,
     compiler_problem,
     device_name,
     init_compute,
@@ -55,8 +56,21 @@ def main(argv: list[str] | None = None) -> dict:
     for line in differences(settings, command.origins):
         print0(f"  {line}")
 
-    # -- device, data, tokenizer --------------------------------------------------------------------------------------
+    settings = dataclasses.replace(settings, overwrite=False)  # meant this once, not for who copies the config
+
     compute = init_compute(settings.device_type, settings.dtype, settings.seed)
+    try:
+        return train(settings, resume_step, compute)
+    except torch.OutOfMemoryError as error:
+        rows, _ = settings.batch_plan(compute.world_size)
+        raise UserError(
+            f"out of memory with device_batch_size={rows}: lower it ({str(error).split('.')[0]})"
+        ) from error
+
+
+def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict:
+    """The run itself; see main()."""
+    # -- data and tokenizer -------------------------------------------------------------------------------------------
     print0(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
     dataset, tokenizer = prepare_data(settings, compute)
     store = TokenStore(dataset, tokenizer, "train", say=print0)
@@ -80,9 +94,8 @@ def main(argv: list[str] | None = None) -> dict:
     if resume_step is not None:
         run = restore(tag_dir, resume_step, model, optimizer, loader, tokenizer, dataset)
     peak = peak_flops(compute) * compute.world_size
-    compile_seconds = 0.0
-    if settings.compile:
-        compile_seconds = compile_model(model, micro_rows)
+    model.uncompile()  # the compiled loss would outlive an earlier run in this process
+    compile_seconds = compile_model(model, micro_rows) if settings.compile else 0.0
 
     # -- logs ---------------------------------------------------------------------------------------------------------
     counts = model.num_parameters()
@@ -91,6 +104,11 @@ def main(argv: list[str] | None = None) -> dict:
         f"{steps} steps of {settings.total_batch_size:,} tokens ({micro_rows} rows x {accumulation} micro-batches x "
         f"{compute.world_size} ranks), {model.flops_per_token():,} FLOPs a token, peak {peak / 1e12:.3f} TFLOP/s"
     )
+    if run.step >= steps:
+        print0(f"{settings.tag} is finished: step {run.step} of {steps}; a larger --num_iterations goes on from there")
+        log = MetricsLog(tag_dir / "metrics.jsonl" if compute.rank == 0 else None)
+        log.write(run.step, event="done", train_seconds=run.train_seconds, val_bpb=run.val_bpb)  # or a kill hid it
+        return finish(settings, run, log, log)
     log = rows_log = MetricsLog(None)
     if compute.rank == 0:
         write_atomically(tag_dir / "config.py", render_config(settings))
@@ -103,8 +121,6 @@ def main(argv: list[str] | None = None) -> dict:
         dtype=str(compute.dtype)[6:], world_size=compute.world_size, peak_flops=peak, parameters=counts["total"],
         data=dataset.fingerprint,
     )  # fmt: skip
-    if run.step >= steps:
-        print0(f"{settings.tag} is finished: step {run.step} of {steps}; a larger --num_iterations goes on from there")
 
     # -- the loop -----------------------------------------------------------------------------------------------------
     def save() -> None:
@@ -172,7 +188,7 @@ def main(argv: list[str] | None = None) -> dict:
                 print0(f"step {run.step}: loss {loss_value}, gradient norm {grad_norm}: step left out")
                 if bad_steps == MAX_BAD_STEPS:
                     log.write(run.step, event="nonfinite", loss=loss_value, grad_norm=grad_norm)
-                    print0(f"stopped: {MAX_BAD_STEPS} non-finite steps in a row; the last checkpoint is good")
+                    print0(f"stopped: {MAX_BAD_STEPS} non-finite steps in a row; earlier checkpoints are as they were")
                     return finish(settings, run, log, rows_log, stopped="nonfinite")
             else:
                 run.smooth_loss = loss_value if run.smooth_loss is None else 0.9 * run.smooth_loss + 0.1 * loss_value
@@ -182,8 +198,9 @@ def main(argv: list[str] | None = None) -> dict:
             tok_per_sec = settings.total_batch_size / seconds
             mfu = tok_per_sec * model.flops_per_token() / peak
             log.write(
-                run.step, tokens=run.step * settings.total_batch_size, loss=loss_value, lr=multiplier,
-                grad_norm=grad_norm, tok_per_sec=tok_per_sec, mfu=mfu, mem_mb=memory_mb(compute), epoch=loader.epoch,
+                run.step, tokens=run.step * settings.total_batch_size, loss=loss_value,
+                lr=multiplier * settings.matrix_lr, lr_multiplier=multiplier, grad_norm=grad_norm,
+                tok_per_sec=tok_per_sec, mfu=mfu, mem_mb=memory_mb(compute), epoch=loader.epoch,
                 **{f"norm/grad_{name}": value for name, value in group_norms.items()},
             )  # fmt: skip
             progress.update(
@@ -212,6 +229,7 @@ def main(argv: list[str] | None = None) -> dict:
             if last or schedule.is_due(settings.save_every, run.step):
                 save()
     if step_times:
+        peak = max(peak, peak_flops(compute) * compute.world_size)  # the first measurement may have had company
         pace = settings.total_batch_size / statistics.median(step_times)
         first = run.train_seconds - before - sum(step_times)
         mfu = pace * model.flops_per_token() / peak
@@ -225,15 +243,13 @@ def main(argv: list[str] | None = None) -> dict:
     return finish(settings, run, log, rows_log)
 
 
-def prepare_data(settings: Settings, compute: Compute) -> tuple[object, Tokenizer]:
-    """Dataset and tokenizer, made now if they are missing: by the first rank of each node, then found by the others."""
-    if compute.local_rank == 0:
-        dataset = prepare_for(settings, say=print0)
-        tokenizer = find_or_train(settings, dataset, say=print0)
-    compute.barrier()
-    if compute.local_rank != 0:
-        dataset = prepare_for(settings, say=print0)
-        tokenizer = find_or_train(settings, dataset, say=print0)
+def prepare_data(settings: Settings, compute: Compute) -> tuple[Dataset, Tokenizer]:
+    """Dataset and tokenizer; what is missing is made by rank 0, then found by all, or made once on nodes apart."""
+    for turn in (compute.rank == 0, compute.local_rank == 0 and compute.rank != 0, compute.local_rank != 0):
+        if turn:
+            dataset = prepare_for(settings, say=print0)
+            tokenizer = find_or_train(settings, dataset, say=print0)
+        compute.barrier()
     return dataset, tokenizer
 
 
@@ -246,6 +262,8 @@ def compile_model(model: GPT, rows: int) -> float:
         ids = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=model.device)
         try:
             model(ids, ids, loss_reduction="sum").backward()
+        except torch.OutOfMemoryError:
+            raise  # eager would need more, not less
         except Exception as error:  # any failure inside the compiler: eager computes the same
             problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         else:

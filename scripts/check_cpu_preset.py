@@ -18,11 +18,15 @@ from nanochat.settings import PRESETS, Settings
 from scripts import base_train
 
 # At most 12: each is the preset with these changes.
+SMALL = dict(num_iterations=1000, model_dim=192, total_batch_size=2048, device_batch_size=8)
 TRIALS: dict[str, dict] = {
-    "d4w256-b4096": dict(num_iterations=400),
-    "d4w256-b2048": dict(num_iterations=700, total_batch_size=2048, device_batch_size=8),
-    "d4w192-b2048": dict(num_iterations=1000, model_dim=192, total_batch_size=2048, device_batch_size=8),
-    "d4w256-b2048-v2048": dict(num_iterations=800, vocab_size=2048, total_batch_size=2048, device_batch_size=8),
+    "d4w192": SMALL,
+    "d4w192-lr01": {**SMALL, "matrix_lr": 0.01},
+    "d4w192-warmdown": {**SMALL, "warmdown_ratio": 0.7},
+    "d4w192-tied-lr": {**SMALL, "tied_weights_lr": 0.01},
+    "d6w192": {**SMALL, "depth": 6, "num_iterations": 700},
+    "d4w256": {**SMALL, "model_dim": 256, "num_iterations": 580},
+    "d3w256": {**SMALL, "depth": 3, "model_dim": 256, "num_iterations": 750},
 }
 
 

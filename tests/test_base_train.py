@@ -479,3 +479,19 @@ def rows_of(tag: str, ranks: int) -> list[list]:
         assert len(set(rows)) == 12
         steps.append(rows)
     return steps
+
+
+def test_a_resume_judges_flags_together_with_the_run_and_not_with_the_defaults(tiny_corpus):
+    """6 rows a micro-batch divide this run's 12 rows, not the default's 16; a config.py has no say.
+
+    Red when from_command_line validates despite --resume, or when `changed` takes the values of config.py too.
+    """
+    flags = [
+        f"--data={tiny_corpus}", "--vocab_size=300", "--depth=1", "--model_dim=32", "--head_dim=16", "--max_seq_len=32",
+        "--total_batch_size=384", "--device_batch_size=12", "--compile=False", "--eval_tokens=256", "--model_tag=judge",
+    ]  # fmt: skip
+    base_train.main([*flags, "--num_iterations=2"])
+    Path("other.py").write_text("depth = 3\nnum_iterations = 1\n", encoding="utf-8")
+    line = ["other.py", "--model_tag=judge", "--resume", "--device_batch_size=6", "--num_iterations=3"]
+    assert base_train.main(line)["step"] == 3
+    assert base_train.main(["other.py", "--model_tag=judge", "--resume"])["step"] == 3
