@@ -13,7 +13,8 @@ stage="set-up"
 again=$(printf ' %q' bash "$0" "$@")
 on_exit() {
     if [ "$1" != 0 ] && [ "$1" != 2 ]; then # 2 is the user's mistake: its one line has said the way out
-        printf '\nstopped in stage: %s (exit code %s). The same command goes on from there:\n %s\n' "$stage" "$1" "$again" >&2
+        printf '\nstopped in stage: %s (exit code %s). The same command goes on from there:\n %s\n' \
+            "$stage" "$1" "$again" >&2
     fi
 }
 trap 'on_exit $?' EXIT

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train over several nodes. Run the same line on every node, in checkouts of the same commit:
-#   NNODES=2 MASTER_ADDR=first-node NANOCHAT_BASE_DIR=/shared/nanochat bash runs/nodes.sh runs/8xh100.py [--key=value ...]
+#   NNODES=2 MASTER_ADDR=first-node NANOCHAT_BASE_DIR=/shared/nanochat bash runs/nodes.sh runs/8xh100.py [--key=value]
 # NANOCHAT_BASE_DIR must be one folder that all nodes see: data, tokenizer and checkpoints are made there once.
-# NPROC is the number of ranks of this node (all its GPUs by default, 1 without), MASTER_PORT a free port of MASTER_ADDR.
+# NPROC is the number of ranks of this node (all its GPUs by default, 1 without), MASTER_PORT a free port there.
 # A node that dies restarts the run from the newest checkpoint, up to 3 times. Slurm: srun --ntasks-per-node=1 bash ...
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
