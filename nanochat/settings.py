@@ -400,9 +400,9 @@ def validate(settings: Settings, world_size: int = 1) -> Settings:
 
 PRESETS: dict[str, dict] = {
     "cpu": dict(
-        data="stdlib", vocab_size=4096, depth=4, model_dim=256, head_dim=64, max_seq_len=256, tie_weights=True,
-        num_iterations=600, total_batch_size=4096, device_batch_size=16, eval_every=100, eval_tokens=None,
-        sample_every=None, save_every=200, target_param_data_ratio=None,
+        data="stdlib", vocab_size=4096, depth=4, model_dim=192, head_dim=64, max_seq_len=256, tie_weights=True,
+        num_iterations=1000, total_batch_size=2048, device_batch_size=8, eval_every=200, eval_tokens=None,
+        sample_every=None, save_every=500, target_param_data_ratio=None,
     ),
     "gpu1": dict(
         data="climbmix", data_limit=24, vocab_size=32768, depth=12, head_dim=128, max_seq_len=2048, tie_weights=True,

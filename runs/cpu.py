@@ -59,11 +59,11 @@ vocab_size = 4096
 depth = 4
 
 # width per layer: model_dim = depth * aspect_ratio, rounded up to head_dim; matters only with model_dim=None
-# [aspect_ratio has no effect while model_dim=256]
+# [aspect_ratio has no effect while model_dim=192]
 aspect_ratio = 64
 
 # width of the residual stream; None takes depth * aspect_ratio
-model_dim = 256
+model_dim = 192
 
 # width of one attention head (even)
 head_dim = 64
@@ -88,21 +88,21 @@ output_projection_residual = False
 # -------------------- horizon -----------------------------------------------------------------------------------------
 
 # optimizer steps; takes precedence over the other two horizons
-num_iterations = 600
+num_iterations = 1000
 
 # train for so many FLOPs; takes precedence over the ratio; matters only with num_iterations=None [target_flops has no
-# effect while num_iterations=600]
+# effect while num_iterations=1000]
 target_flops = None
 
 # train for so many tokens per matmul parameter (Chinchilla: 20); matters only with target_flops=None
-# [target_param_data_ratio has no effect while num_iterations=600]
+# [target_param_data_ratio has no effect while num_iterations=1000]
 target_param_data_ratio = None
 
 # rows a device works on at a time; lower it when memory runs out
-device_batch_size = 16
+device_batch_size = 8
 
 # tokens per optimizer step over all devices
-total_batch_size = 4096
+total_batch_size = 2048
 
 
 # -------------------- optimizer ---------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ final_lr_frac = 0.0
 # -------------------- evaluation --------------------------------------------------------------------------------------
 
 # steps between measurements of val bpb; None only at the end
-eval_every = 100
+eval_every = 200
 
 # held-out tokens of each measurement; None takes all
 eval_tokens = None
@@ -184,7 +184,7 @@ sample_every = None
 # -------------------- checkpoints -------------------------------------------------------------------------------------
 
 # steps between checkpoints; None only at the end
-save_every = 200
+save_every = 500
 
 # keep only the newest so many checkpoints; None keeps all; matters only with save_every
 keep_last = None
