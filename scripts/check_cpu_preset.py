@@ -18,15 +18,16 @@ from nanochat.settings import PRESETS, Settings
 from scripts import base_train
 
 # At most 12: each is the preset with these changes.
-SMALL = dict(num_iterations=1000, model_dim=192, total_batch_size=2048, device_batch_size=8)
+COMMON = dict(depth=4, model_dim=192, total_batch_size=2048, tied_weights_lr=0.005, matrix_lr=0.02)
+SHORT = {**COMMON, "max_seq_len": 256, "device_batch_size": 8, "vocab_size": 4096, "num_iterations": 1000}
+LONG = {**COMMON, "max_seq_len": 512, "device_batch_size": 4, "warmdown_ratio": 0.7}
 TRIALS: dict[str, dict] = {
-    "d4w192": SMALL,
-    "d4w192-lr01": {**SMALL, "matrix_lr": 0.01},
-    "d4w192-warmdown": {**SMALL, "warmdown_ratio": 0.7},
-    "d4w192-tied-lr": {**SMALL, "tied_weights_lr": 0.01},
-    "d6w192": {**SMALL, "depth": 6, "num_iterations": 700},
-    "d4w256": {**SMALL, "model_dim": 256, "num_iterations": 580},
-    "d3w256": {**SMALL, "depth": 3, "model_dim": 256, "num_iterations": 750},
+    "t256": {**SHORT, "warmdown_ratio": 0.4},
+    "t256-warmdown": {**SHORT, "warmdown_ratio": 0.7},
+    "t512": {**LONG, "vocab_size": 4096, "num_iterations": 900},
+    "t512-v2048": {**LONG, "vocab_size": 2048, "num_iterations": 1000},
+    "t512-v2048-d6": {**LONG, "vocab_size": 2048, "num_iterations": 720, "depth": 6},
+    "t512-v2048-w256": {**LONG, "vocab_size": 2048, "num_iterations": 620, "model_dim": 256},
 }
 
 
