@@ -423,7 +423,9 @@ def test_every_preset_trains_a_step(name, train, tiny_corpus, tmp_path):
     assert result["val_bpb"] > 0
     model, _, _ = cm.load_model("base", "cpu", "eval", f"preset-{name}")
     assert model.config.tie_weights
-    assert (model.config.n_layer, model.config.n_embd) == ((4, 256) if name == "cpu" else (2, 128))
+    assert (model.config.n_layer, model.config.n_embd) == (
+        (preset("cpu").depth, preset("cpu").n_embd) if name == "cpu" else (2, 128)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -214,11 +214,14 @@ def test_wrong_answers_are_asked_again_with_the_reason():
 
 def test_an_illegal_combination_offers_the_nearest_legal_value():
     """Red when a problem of the question itself is deferred like one that a later answer can mend."""
-    run = wizard({"head_dim": ["96"], "max_seq_len": ["384"]})
+    cpu = preset("cpu")
+    width, batch = round(cpu.n_embd / 80) * 80, round(cpu.total_batch_size / 384) * 384
+    assert (width, batch) != (cpu.n_embd, cpu.total_batch_size)
+    run = wizard({"head_dim": ["80"], "max_seq_len": ["384"]})
     text = " ".join(run.text.split())
-    assert "model_dim=256 is not a multiple of head_dim (96): nearest legal value 288" in text
-    assert "model_dim [288]:" in text and "total_batch_size [4224]:" in text
-    expected = dict(head_dim=96, model_dim=288, max_seq_len=384, total_batch_size=4224)
+    assert f"model_dim={cpu.n_embd} is not a multiple of head_dim (80): nearest legal value {width}" in text
+    assert f"model_dim [{width}]:" in text and f"total_batch_size [{batch}]:" in text
+    expected = dict(head_dim=80, model_dim=width, max_seq_len=384, total_batch_size=batch)
     assert run.result == preset("cpu", **expected)
 
 
