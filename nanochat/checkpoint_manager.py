@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import UserError, base_dir, print0
+from nanochat.runtime import UserError, base_dir, fsync, print0, sha256_of
 from nanochat.tokenizer import Tokenizer
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -70,7 +70,7 @@ def save_checkpoint(
         if final.exists():
             _move_aside(final)
         os.rename(temporary, final)
-        _fsync(final.parent)
+        fsync(final.parent)
     except SafetensorError as error:  # the library wraps a full disk in its own type
         if "os error 28" not in str(error).lower() and "no space" not in str(error).lower():
             raise
@@ -88,30 +88,17 @@ def seal(folder: Path) -> None:
     """Write manifest.json over all files of a step folder; everything is on the disk when this returns."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "manifest.json")
     for path in files:
-        _fsync(path)
+        fsync(path)
     manifest = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in files
     }
     target = folder / "manifest.json"
     temporary = folder / ".manifest.tmp"
     temporary.write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
-    _fsync(temporary)
+    fsync(temporary)
     os.replace(temporary, target)
     for sub in {path.parent for path in files} | {folder}:
-        _fsync(sub)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        fsync(sub)
 
 
 def _move_aside(folder: Path) -> Path:
@@ -159,7 +146,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != facts["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
-            if _sha256(path) != facts["sha256"]:
+            if sha256_of(path) != facts["sha256"]:
                 return f"{name} does not have the recorded sha256"
         return (
             None

@@ -5,7 +5,6 @@ eval_meta_data.csv ("Eval Task", "Random baseline" in percent) and eval_data/<da
 """
 
 import csv
-import hashlib
 import http.client
 import json
 import os
@@ -19,7 +18,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.runtime import UserError, base_dir, write_atomically
+from nanochat.runtime import UserError, base_dir, sha256_of, write_atomically
 from nanochat.settings import Say
 from nanochat.sources import looking_up
 
@@ -186,7 +185,7 @@ def _verify(folder: Path, record: Path) -> None:
     """UserError when a recorded file is gone or changed. A folder without a record was put there by hand: trusted."""
     for name, known in _recorded(record).get("files", {}).items():
         path = folder / name
-        if not path.is_file() or [path.stat().st_size, _sha256(path)] != known:
+        if not path.is_file() or [path.stat().st_size, sha256_of(path)] != known:
             raise UserError(
                 f"CORE bundle: {path} is not the file that was downloaded (size or sha256 differs): "
                 f"delete {folder} to download it again"
@@ -202,11 +201,6 @@ def _recorded(record: Path) -> dict:
         raise UserError(f"{record} is damaged ({error}): delete it together with eval_bundle to start over") from error
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _download(url: str, folder: Path, record: Path, say: Say) -> None:
     """Fetch, verify and unpack the zip, then rename it into place; _NotAvailable with the reason otherwise."""
     if folder.exists():
@@ -218,7 +212,7 @@ def _download(url: str, folder: Path, record: Path, say: Say) -> None:
     try:
         archive = temporary / "eval_bundle.zip"
         _fetch(url, archive)
-        facts = {"url": url, "size": archive.stat().st_size, "sha256": _sha256(archive)}
+        facts = {"url": url, "size": archive.stat().st_size, "sha256": sha256_of(archive)}
         known = _recorded(record)
         if known.get("url") == url and known.get("sha256") != facts["sha256"]:
             raise _NotAvailable(
@@ -230,7 +224,7 @@ def _download(url: str, folder: Path, record: Path, say: Say) -> None:
             raise _NotAvailable("the downloaded zip holds no core.yaml")
         root = found[0].parent
         files = {
-            p.relative_to(root).as_posix(): [p.stat().st_size, _sha256(p)]
+            p.relative_to(root).as_posix(): [p.stat().st_size, sha256_of(p)]
             for p in sorted(root.rglob("*"))
             if p.is_file()
         }

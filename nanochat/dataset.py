@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import hub, sources
-from nanochat.runtime import UserError, base_dir, write_atomically
+from nanochat.runtime import UserError, base_dir, fsync, sha256_of, write_atomically
 from nanochat.settings import Say, Settings
-from nanochat.sources import Corrupt, Source, digest, reading, sha256_of
+from nanochat.sources import Corrupt, Source, digest, reading
 
 SPLITS = ("train", "val")
 SHARD_BYTES = 16_000_000  # text of one shard: enough to compress and to shuffle in, small enough to hold in memory
@@ -415,18 +415,10 @@ def _scratch(data: Path, name: str) -> Iterator[Path]:
 def _commit(scratch: Path, target: Path) -> None:
     """Make the finished folder count: everything on disk first, then the rename, then the parent."""
     for path in (*scratch.iterdir(), scratch):
-        _fsync(path)
+        fsync(path)
     try:
         os.rename(scratch, target)
     except OSError:
         if _read_manifest(target) is None:  # otherwise another process was faster, with the same documents
             raise
-    _fsync(target.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    fsync(target.parent)

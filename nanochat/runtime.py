@@ -1,6 +1,7 @@
 """The machine under a run: device, dtype, seeds, process group, printing, the metrics log and trackers."""
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -240,6 +241,21 @@ def compiler_problem() -> str | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:

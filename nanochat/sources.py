@@ -338,11 +338,6 @@ def looking_up(name: str, value: str | Path) -> Iterator[None]:
         raise UserError(f"{name}={shown(str(value))} cannot be looked up ({reason}): name one that exists") from error
 
 
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
