@@ -10,22 +10,20 @@ import io
 import itertools
 import json
 import os
-import platform
 import threading
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from nanochat.dataset import Dataset
-from nanochat.runtime import UserError, write_atomically
+from nanochat.runtime import UserError, replacing, write_atomically
 from nanochat.settings import Say
 from nanochat.tokenizer import Tokenizer
 
@@ -210,7 +208,7 @@ class TokenStore:
         path = self.paths[shard]
         self._file(shard, ".json").unlink(missing_ok=True)  # from here on the old files do not count
         lengths = [0]
-        with _replacing(self._file(shard, ".bin")) as file:
+        with replacing(self._file(shard, ".bin")) as file:
             for texts in _chunks(text for _, text in self.dataset.read(path)):
                 if not self._running():
                     raise RuntimeError("tokenising was stopped")
@@ -218,7 +216,7 @@ class TokenStore:
                 # not tofile(): it says nothing of a full disk
                 file.write(np.fromiter(itertools.chain.from_iterable(documents), self.dtype).tobytes())
                 lengths.extend(map(len, documents))
-        with _replacing(self._file(shard, ".npy")) as file:
+        with replacing(self._file(shard, ".npy")) as file:
             offsets = io.BytesIO()
             np.save(offsets, np.cumsum(lengths, dtype=np.int64))
             file.write(offsets.getvalue())
@@ -244,20 +242,6 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
             chunk, size = [], 0
     if chunk:
         yield chunk
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the path's place when all went well, and leaves nothing behind otherwise."""
-    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
