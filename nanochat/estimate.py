@@ -102,8 +102,9 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     optimizer               float32, each rank its shard: Muon momentum plus one variance a neuron, AdamW two moments
     activations             n tokens of a micro-batch, L layers, width C, k = n_kv_head / n_head:
                             float32 n L C 4 (17.5 + k), bfloat16 n L C 2 (21.2 + 2 k) as torch saves them in eager mode
-                            (compiled runs save less), plus the bfloat16 copies of the matrices; the blocked attention
-                            of the CPU also keeps its weights, H (T + 128) / 2 a token in float32 (and bfloat16)
+                            (compiled runs save less), plus the bfloat16 copies of the matrices; residual scalars keep
+                            one more array a layer, value embeddings k of one in every other layer; blocked
+                            attention (CPU) also keeps its weights, H (T + 128) / 2 a token in float32 (and bfloat16)
     logits                  one chunk of the loss head: 5 arrays rows x V in float32, the cast output matrix, gradients
                             to features and to that matrix
     step                    what an update holds for a while: the reduced gradients of the matrices, and 6 copies of
@@ -129,10 +130,12 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     tokens = settings.batch_plan(world_size)[0] * settings.max_seq_len
     kv = config.n_kv_head / config.n_head
     per_token = config.n_embd * (4 * (17.5 + kv) if wide else 2 * (21.2 + 2 * kv))
+    per_token += config.n_embd * size * (config.residual_scalars + config.value_embeddings * kv / 2)
     if kind == "cpu":
         T = settings.max_seq_len
         per_token += config.n_head * ((T + CPU_BLOCK) / 2 if T > CPU_BLOCK else T) * (4 if wide else 6)
-    matrices = parameters - model.num_parameters()["wte"] - model.num_parameters()["lm_head"]
+    count = model.num_parameters()
+    matrices = count["transformer"] + count["output_projection"]
     activations = tokens * config.n_layer * per_token + (0 if wide else 2 * matrices)
 
     rows = min(tokens, CHUNK_ROWS.get(kind, CHUNK_ROWS_DEFAULT))
@@ -271,12 +274,14 @@ def tying_saves(settings: Settings) -> str:
 
 
 def parameter_table(settings: Settings) -> list[str]:
-    """Lines `label  count  millions` with a header: wte, lm_head, output projection, transformer, total."""
+    """Lines `label  count  millions` with a header: one line a group of GPT.num_parameters, and the total."""
     count = meta_model(settings).num_parameters()
+    optional = {"value embeddings": "value_embeds", "gates and scalars": "scalars"}
     labels = {
         "wte (tied with lm_head)" if settings.tie_weights else "wte": "wte",
         "lm_head": "lm_head",
         "output projection": "output_projection",
+        **{label: key for label, key in optional.items() if count[key]},
         "transformer": "transformer",
         "total": "total",
     }

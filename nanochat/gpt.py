@@ -30,6 +30,15 @@ class GPTConfig:
     tie_weights: bool = False  # logits come from wte; there is no lm_head
     use_output_projection: bool = False  # tied only: logits = wte (P x) with P of n_embd x n_embd
     output_projection_residual: bool = False  # with it: wte (x + P x), P starting at zero
+    rope_base: float = 10000.0
+    qk_scale: float = 1.0  # queries and keys are multiplied by it after QK norm
+    # The next four come from modded-nanogpt by way of nanochat. With lambdas and gates that are learned:
+    value_embeddings: bool = False  # every other layer, the last included, adds gate * embedding of the token to v
+    value_gate_channels: int = 12  # the gate, one number a KV head, reads the first channels of attention's input
+    value_gate_range: float = 3.0  # and is this times a sigmoid
+    smear: bool = False  # each token's embedding adds lambda * gate * that of the token before
+    residual_scalars: bool = False  # before each block x becomes lambda x + lambda0 x0, x0 being the embedding
+    backout: bool = False  # lambda * the output of the middle block is taken off before the last norm
 
     def __post_init__(self):
         assert self.n_embd % self.n_head == 0 and self.n_head % self.n_kv_head == 0, self
@@ -38,6 +47,9 @@ class GPTConfig:
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
+
+    def has_value_embedding(self, layer: int) -> bool:
+        return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -74,16 +86,23 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.qk_scale, self.gate_range = config.qk_scale, config.value_gate_range
         kv_width = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, kv_width)
         self.c_v = Linear(config.n_embd, kv_width)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+        if config.has_value_embedding(layer):
+            self.ve_gate = Linear(min(config.value_gate_channels, config.n_embd), config.n_kv_head)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv_cache=None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None) -> torch.Tensor:
+        """x [B, T, C], ve the tokens' value embeddings [B, T, H_kv D] or None -> [B, T, C]."""
         B, T, C = x.shape
         q, k, v = (project(x).view(B, T, -1, self.head_dim) for project in (self.c_q, self.c_k, self.c_v))
-        q, k = (norm(rotate(z, cos, sin)).to(x.dtype) for z in (q, k))
+        if ve is not None:
+            gate = self.gate_range * self.ve_gate(x[..., : self.ve_gate.in_features]).sigmoid()
+            v = v + gate[..., None] * ve.view(v.shape)
+        q, k = ((norm(rotate(z, cos, sin)) * self.qk_scale).to(x.dtype) for z in (q, k))
         if kv_cache is not None:  # keys and values of the whole past, this step's included
             k, v = kv_cache.insert(self.layer, k, v)
         return self.c_proj(causal_attention(q, k, v).reshape(B, T, C))
@@ -107,9 +126,18 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv_cache=None) -> torch.Tensor:
-        x = x + self.attn(norm(x), cos, sin, kv_cache)
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None) -> torch.Tensor:
+        x = x + self.attn(norm(x), cos, sin, ve, kv_cache)
         return x + self.mlp(norm(x))
+
+
+SMEAR_CHANNELS = 24  # that the smear gate reads
+LAMBDAS = {"smear_lambda": 0.0, "resid_lambdas": 1.0, "x0_lambdas": 0.1, "backout_lambda": 0.2}  # at the start
+
+
+def is_scalar(name: str) -> bool:
+    """Lambdas and gates: parameters of a few numbers, trained by AdamW and not counted in the FLOPs."""
+    return name in LAMBDAS or name.endswith("gate.weight")
 
 
 class GPT(nn.Module):
@@ -130,8 +158,20 @@ class GPT(nn.Module):
             self.lm_head = Linear(config.n_embd, config.vocab_size)
         if config.use_output_projection:
             self.output_projection = Linear(config.n_embd, config.n_embd)
+        kv_width = config.n_kv_head * config.head_dim
+        layers = [layer for layer in range(config.n_layer) if config.has_value_embedding(layer)]
+        if layers:
+            self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, kv_width) for i in layers})
+        if config.smear:
+            self.smear_gate = Linear(min(SMEAR_CHANNELS, config.n_embd), 1)
+            self.smear_lambda = nn.Parameter(torch.empty(1))
+        if config.residual_scalars:
+            self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.empty(1))
         self.rotary_length = 10 * config.sequence_len  # generation may run past the training context
-        cos, sin = rotary_tables(self.rotary_length, config.head_dim, self.device)
+        cos, sin = rotary_tables(self.rotary_length, config.head_dim, self.device, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -145,6 +185,9 @@ class GPT(nn.Module):
         | lm_head | N(0, 0.001): a nearly uniform first prediction |
         | matrices that read the stream | U(-s, s) with s = sqrt(3 / C), standard deviation 1 / sqrt(C) |
         | c_proj of attention and MLP, residual projection | 0: every block starts as the identity |
+        | value embeddings | like the values that they are added to |
+        | gates | 0: half open |
+        | lambdas | smear 0, residual 1 and 0.1 of x0, backout 0.2, as in nanochat |
         """
         C = self.config.n_embd
         nn.init.normal_(self.transformer.wte.weight, std=tied_std if self.config.tie_weights else 1.0)
@@ -159,7 +202,12 @@ class GPT(nn.Module):
         if self.config.use_output_projection:
             bound = 0.0 if self.config.output_projection_residual else bound
             nn.init.uniform_(self.output_projection.weight, -bound, bound)
-        cos, sin = rotary_tables(self.rotary_length, self.config.head_dim, self.device)
+        for name, parameter in self.named_parameters():
+            if name.startswith("value_embeds."):
+                nn.init.uniform_(parameter, -((3 / C) ** 0.5), (3 / C) ** 0.5)
+            elif is_scalar(name):
+                nn.init.constant_(parameter, LAMBDAS.get(name, 0.0))
+        cos, sin = rotary_tables(self.rotary_length, self.config.head_dim, self.device, self.config.rope_base)
         self.cos, self.sin = cos, sin
 
     @property
@@ -171,6 +219,17 @@ class GPT(nn.Module):
         """The matrix [V, C] that makes the logits."""
         return self.transformer.wte.weight if self.config.tie_weights else self.lm_head.weight
 
+    def embed(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor:
+        """idx int64 [B, T] -> normalised embeddings [B, T, C], smeared over the token before if the model does that."""
+        x = norm(self.transformer.wte(idx).to(self.compute_dtype))
+        if not self.config.smear:
+            return x
+        past = torch.zeros_like(x[:, :1]) if kv_cache is None or kv_cache.last is None else kv_cache.last
+        if kv_cache is not None:
+            kv_cache.last = x[:, -1:]
+        gate = self.smear_gate(x[..., : self.smear_gate.in_features]).sigmoid()
+        return x + self.smear_lambda.to(x.dtype) * gate * torch.cat([past, x[:, :-1]], dim=1)
+
     def features(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor:
         """idx int64 [B, T] -> what the output matrix is multiplied with, [B, T, C]."""
         start = 0 if kv_cache is None else kv_cache.position
@@ -179,13 +238,22 @@ class GPT(nn.Module):
             f"position {start + T} is beyond the rotary table of {self.rotary_length}"
         )
         cos, sin = self.cos[:, start : start + T], self.sin[:, start : start + T]
-        x = norm(self.transformer.wte(idx).to(self.compute_dtype))
+        x = x0 = self.embed(idx, kv_cache)
         # Only training runs compiled: evaluation and generation come in too many shapes.
         run = self.block_forward if torch.is_grad_enabled() else Block.forward
-        for block in self.transformer.h:
-            x = run(block, x, cos, sin, kv_cache)
+        for layer, block in enumerate(self.transformer.h):
+            ve = None
+            if self.config.has_value_embedding(layer):
+                ve = self.value_embeds[str(layer)](idx).to(x.dtype)
+            if self.config.residual_scalars:
+                x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
+            x = run(block, x, cos, sin, ve, kv_cache)
+            if layer == self.config.n_layer // 2:
+                middle = x
         if kv_cache is not None:
             kv_cache.position += T
+        if self.config.backout:
+            x = x - self.backout_lambda.to(x.dtype) * middle
         x = norm(x)
         if self.config.use_output_projection:
             projected = self.output_projection(x)
@@ -225,16 +293,21 @@ class GPT(nn.Module):
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters by group; every parameter is in exactly one (lm_head is 0 when tied)."""
-        count = {"wte": 0, "lm_head": 0, "output_projection": 0, "transformer": 0}
+        count = {"wte": 0, "lm_head": 0, "output_projection": 0, "value_embeds": 0, "transformer": 0, "scalars": 0}
         for name, parameter in self.named_parameters():
-            group = next((g for g in ("wte", "lm_head", "output_projection") if g in name), "transformer")
+            if is_scalar(name):
+                group = "scalars"
+            else:
+                tables = ("wte", "lm_head", "output_projection", "value_embeds")
+                group = next((table for table in tables if table in name), "transformer")
             count[group] += parameter.numel()
         return {**count, "total": sum(count.values())}
 
     def num_matmul_parameters(self) -> int:
-        """Parameters that every token is multiplied with: all but an embedding that is only looked up."""
+        """Parameters that every token is multiplied with: all but embeddings that are only looked up, and scalars."""
         count = self.num_parameters()
-        return count["total"] - (0 if self.config.tie_weights else count["wte"])
+        looked_up = count["value_embeds"] + (0 if self.config.tie_weights else count["wte"])
+        return count["total"] - looked_up - count["scalars"]
 
     def flops_per_token(self) -> int:
         """Training FLOPs a token, forward and backward: 6 N_matmul + 12 L C T (arXiv 2204.02311, appendix B).

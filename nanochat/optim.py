@@ -8,6 +8,9 @@ tensors under parameter names, so it loads at any number of ranks.
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.optim.adamw import adamw
+
+from nanochat.gpt import is_scalar
 
 # Newer releases of torch rename these collectives; the arguments are the same.
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -186,17 +189,17 @@ def _units(group: dict, rank: int, world_size: int) -> list[_Unit]:
 
 
 def _adamw_step(p: torch.Tensor, g: torch.Tensor, state: dict, group: dict) -> None:
-    """AdamW with decoupled decay (arXiv 1711.05101), in place on the flat shard p [n]."""
-    beta1, beta2 = group["betas"]
+    """AdamW with decoupled decay (arXiv 1711.05101), in place on the flat shard p [n], in one pass over memory."""
     if not state:
         state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    beta1, beta2 = group["betas"]
+    adamw(
+        [p], [g], [state["exp_avg"]], [state["exp_avg_sq"]], [],
+        [torch.tensor(float(state["step"]), device=p.device)],
+        fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
+        lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+    )  # fmt: skip
     state["step"] += 1
-    state["exp_avg"].lerp_(g, 1 - beta1)
-    state["exp_avg_sq"].lerp_(g.square(), 1 - beta2)
-    if group["weight_decay"]:
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-    denominator = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
-    p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
 
 NEURON_BETA = 0.95  # decay of the running per-neuron variance
@@ -241,15 +244,19 @@ def build_optimizer(model: nn.Module, settings, dtype: torch.dtype, rank: int = 
     AdamW's rates are for width 768 and scale with (width / 768)^-0.5, as in nanochat.
     """
     tied = model.config.tie_weights
-    groups: dict[str, list[str]] = {"embedding": [], "tied": [], "unembedding": [], "matrix": [], "scalar": []}
+    groups: dict[str, list[str]] = {
+        "embedding": [], "tied": [], "unembedding": [], "value_embedding": [], "matrix": [], "scalar": []
+    }  # fmt: skip
     named = dict(model.named_parameters())
     for name, parameter in named.items():
         if name == "transformer.wte.weight":
             groups["tied" if tied else "embedding"].append(name)
         elif name == "lm_head.weight":
             groups["unembedding"].append(name)
+        elif name.startswith("value_embeds."):
+            groups["value_embedding"].append(name)
         else:
-            groups["matrix" if parameter.ndim == 2 else "scalar"].append(name)
+            groups["scalar" if is_scalar(name) or parameter.ndim < 2 else "matrix"].append(name)
     assert sorted(name for names in groups.values() for name in names) == sorted(named), (
         "every parameter belongs to exactly one group"
     )
@@ -258,6 +265,7 @@ def build_optimizer(model: nn.Module, settings, dtype: torch.dtype, rank: int = 
         "embedding": settings.embedding_lr * scale,
         "tied": settings.tied_weights_lr * scale,
         "unembedding": settings.unembedding_lr * scale,
+        "value_embedding": settings.value_embedding_lr * scale,
         "matrix": settings.matrix_lr,
         "scalar": settings.scalar_lr,
     }

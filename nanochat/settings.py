@@ -104,6 +104,18 @@ class Settings:
     output_projection_residual: bool = setting(
         False, "add the projection to its input instead of replacing it", "model", when=("use_output_projection", True)
     )
+    rope_base: float = setting(10000.0, "base of the rotary frequencies; nanochat now uses 100000", "model", above=1)
+    qk_scale: float = setting(
+        1.0, "factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2", "model", above=0
+    )
+    value_embeddings: bool = setting(
+        False, "every other layer adds a gated embedding of the token to its values: memory, hardly any time", "model"
+    )
+    smear: bool = setting(False, "mix a gated part of the previous token's embedding into each token's", "model")
+    residual_scalars: bool = setting(
+        False, "learn how much of the stream and of the first embedding goes into each block", "model"
+    )
+    backout: bool = setting(False, "take a learned part of the middle block's output off the last one's", "model")
 
     num_iterations: int | None = setting(
         None, "optimizer steps; takes precedence over the other two horizons", "horizon", at_least=1
@@ -153,8 +165,15 @@ class Settings:
     tied_init_std: float = setting(
         0.02, "standard deviation of the tied matrix at the start", "optimizer", above=0, when=("tie_weights", True)
     )
+    value_embedding_lr: float = setting(
+        0.2,
+        "AdamW rate of value embeddings, before the same scaling",
+        "optimizer",
+        above=0,
+        when=("value_embeddings", True),
+    )
     matrix_lr: float = setting(0.02, "Muon rate of the weight matrices", "optimizer", above=0)
-    scalar_lr: float = setting(0.5, "AdamW rate of scalars and vectors", "optimizer", above=0)
+    scalar_lr: float = setting(0.01, "AdamW rate of lambdas and gates", "optimizer", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", "optimizer", at_least=0)
     cautious_weight_decay: bool = setting(
         True, "decay only where update and weight point the same way", "optimizer", when=("weight_decay", ON)
@@ -249,6 +268,12 @@ class Settings:
             output_projection_residual=self.tie_weights
             and self.use_output_projection
             and self.output_projection_residual,
+            rope_base=self.rope_base,
+            qk_scale=self.qk_scale,
+            value_embeddings=self.value_embeddings,
+            smear=self.smear,
+            residual_scalars=self.residual_scalars,
+            backout=self.backout,
         )
 
     def batch_plan(self, world_size: int = 1) -> tuple[int, int]:
@@ -401,8 +426,9 @@ def validate(settings: Settings, world_size: int = 1) -> Settings:
 PRESETS: dict[str, dict] = {
     "cpu": dict(
         data="stdlib", vocab_size=4096, depth=4, model_dim=192, head_dim=64, max_seq_len=256, tie_weights=True,
-        num_iterations=1000, total_batch_size=2048, device_batch_size=8, eval_every=200, eval_tokens=None,
-        sample_every=None, save_every=500, target_param_data_ratio=None,
+        value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0,
+        num_iterations=800, total_batch_size=2048, device_batch_size=8, eval_every=200, eval_tokens=None,
+        sample_every=None, save_every=400, target_param_data_ratio=None,
     ),
     "gpu1": dict(
         data="climbmix", data_limit=24, vocab_size=32768, depth=12, head_dim=128, max_seq_len=2048, tie_weights=True,

@@ -84,18 +84,36 @@ use_output_projection = False
 # [output_projection_residual has no effect while use_output_projection=False]
 output_projection_residual = False
 
+# base of the rotary frequencies; nanochat now uses 100000
+rope_base = 100000.0
+
+# factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2
+qk_scale = 1.2
+
+# every other layer adds a gated embedding of the token to its values: memory, hardly any time
+value_embeddings = True
+
+# mix a gated part of the previous token's embedding into each token's
+smear = True
+
+# learn how much of the stream and of the first embedding goes into each block
+residual_scalars = True
+
+# take a learned part of the middle block's output off the last one's
+backout = True
+
 
 # -------------------- horizon -----------------------------------------------------------------------------------------
 
 # optimizer steps; takes precedence over the other two horizons
-num_iterations = 1000
+num_iterations = 800
 
 # train for so many FLOPs; takes precedence over the ratio; matters only with num_iterations=None [target_flops has no
-# effect while num_iterations=1000]
+# effect while num_iterations=800]
 target_flops = None
 
 # train for so many tokens per matmul parameter (Chinchilla: 20); matters only with target_flops=None
-# [target_param_data_ratio has no effect while num_iterations=1000]
+# [target_param_data_ratio has no effect while num_iterations=800]
 target_param_data_ratio = None
 
 # rows a device works on at a time; lower it when memory runs out
@@ -121,11 +139,14 @@ tied_weights_lr = 0.005
 # standard deviation of the tied matrix at the start; matters only with tie_weights=True
 tied_init_std = 0.02
 
+# AdamW rate of value embeddings, before the same scaling; matters only with value_embeddings=True
+value_embedding_lr = 0.2
+
 # Muon rate of the weight matrices
 matrix_lr = 0.02
 
-# AdamW rate of scalars and vectors
-scalar_lr = 0.5
+# AdamW rate of lambdas and gates
+scalar_lr = 0.01
 
 # decoupled weight decay of the Muon matrices
 weight_decay = 0.0
@@ -184,7 +205,7 @@ sample_every = None
 # -------------------- checkpoints -------------------------------------------------------------------------------------
 
 # steps between checkpoints; None only at the end
-save_every = 500
+save_every = 400
 
 # keep only the newest so many checkpoints; None keeps all; matters only with save_every
 keep_last = None

@@ -83,6 +83,24 @@ use_output_projection = False
 # [output_projection_residual has no effect while use_output_projection=False]
 output_projection_residual = False
 
+# base of the rotary frequencies; nanochat now uses 100000
+rope_base = 10000.0
+
+# factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2
+qk_scale = 1.0
+
+# every other layer adds a gated embedding of the token to its values: memory, hardly any time
+value_embeddings = False
+
+# mix a gated part of the previous token's embedding into each token's
+smear = False
+
+# learn how much of the stream and of the first embedding goes into each block
+residual_scalars = False
+
+# take a learned part of the middle block's output off the last one's
+backout = False
+
 
 # -------------------- horizon -----------------------------------------------------------------------------------------
 
@@ -118,11 +136,15 @@ tied_weights_lr = 0.005
 # standard deviation of the tied matrix at the start; matters only with tie_weights=True
 tied_init_std = 0.02
 
+# AdamW rate of value embeddings, before the same scaling; matters only with value_embeddings=True [value_embedding_lr
+# has no effect while value_embeddings=False]
+value_embedding_lr = 0.2
+
 # Muon rate of the weight matrices
 matrix_lr = 0.02
 
-# AdamW rate of scalars and vectors
-scalar_lr = 0.5
+# AdamW rate of lambdas and gates
+scalar_lr = 0.01
 
 # decoupled weight decay of the Muon matrices
 weight_decay = 0.1

@@ -14,20 +14,28 @@ from nanochat.checkpoint_manager import checkpoints_dir
 from nanochat.config_file import render_config
 from nanochat.dataset import prepare
 from nanochat.runtime import UserError, base_dir, run_script, write_atomically
-from nanochat.settings import PRESETS, Settings
+from nanochat.settings import FIELDS, PRESETS, Settings
 from scripts import base_train
 
 # At most 12: each is the preset with these changes.
+MODERN = dict(
+    value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0
+)  # fmt: skip
+CLASSIC = {name: FIELDS[name].default for name in MODERN}
 COMMON = dict(depth=4, model_dim=192, total_batch_size=2048, tied_weights_lr=0.005, matrix_lr=0.02)
-SHORT = {**COMMON, "max_seq_len": 256, "device_batch_size": 8, "vocab_size": 4096, "num_iterations": 1000}
+SHORT = {
+    **COMMON, "max_seq_len": 256, "device_batch_size": 8, "vocab_size": 4096, "num_iterations": 1000,
+    "warmdown_ratio": 0.4,
+}  # fmt: skip
 LONG = {**COMMON, "max_seq_len": 512, "device_batch_size": 4, "warmdown_ratio": 0.7}
 TRIALS: dict[str, dict] = {
-    "t256": {**SHORT, "warmdown_ratio": 0.4},
-    "t256-warmdown": {**SHORT, "warmdown_ratio": 0.7},
-    "t512": {**LONG, "vocab_size": 4096, "num_iterations": 900},
-    "t512-v2048": {**LONG, "vocab_size": 2048, "num_iterations": 1000},
-    "t512-v2048-d6": {**LONG, "vocab_size": 2048, "num_iterations": 720, "depth": 6},
-    "t512-v2048-w256": {**LONG, "vocab_size": 2048, "num_iterations": 620, "model_dim": 256},
+    "t256": {**SHORT, **CLASSIC},
+    "t256-warmdown": {**SHORT, **CLASSIC, "warmdown_ratio": 0.7},
+    "t512": {**LONG, **CLASSIC, "vocab_size": 4096, "num_iterations": 900},
+    "t512-v2048": {**LONG, **CLASSIC, "vocab_size": 2048, "num_iterations": 1000},
+    "t256-ve-smear": {**SHORT, **CLASSIC, "value_embeddings": True, "smear": True},
+    "t256-modern": {**SHORT, **MODERN},
+    "t256-modern-800": {**SHORT, **MODERN, "num_iterations": 800},
 }
 
 

@@ -155,13 +155,16 @@ def draw(final: dict[str, list[dict]], plot: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for number, (name, runs) in enumerate(final.items()):
-        for index, run in enumerate(runs):
-            steps = [10 * (i + 1) for i in range(len(run["losses"]))]
-            axes.plot(steps, run["losses"], color=f"C{number}", alpha=0.6, lw=0.9, label=name if index == 0 else None)
-    axes.set(xlabel="step of 4,096 tokens", ylabel="training loss (nats per token)", ylim=(None, 5.0))
-    axes.legend()
+    figure, panels = pyplot.subplots(1, len(SEEDS), figsize=(11, 4), sharey=True)
+    window = 8  # recorded losses, one every 10 steps
+    for index, (seed, axes) in enumerate(zip(SEEDS, panels, strict=True)):
+        for name, runs in final.items():
+            losses = runs[index]["losses"]
+            smooth = [statistics.fmean(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
+            axes.plot([10 * (i + 1) for i in range(len(losses))], smooth, lw=1.2, label=name)
+        axes.set(title=f"seed {seed}", xlabel="step of 4,096 tokens", ylim=(2.2, 4.5))
+    panels[0].set_ylabel(f"training loss (nats per token, mean of {10 * window} steps)")
+    panels[0].legend()
     figure.tight_layout()
     figure.savefig(plot, dpi=120)
 

@@ -31,6 +31,9 @@ TINY = dict(
     num_iterations=4, compile=False, device_type="cpu", dtype="float32", eval_every=None, eval_tokens=256,
 )  # fmt: skip
 TIED = dict(tie_weights=True, use_output_projection=True)
+MODERN = dict(
+    value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +164,7 @@ def test_cadences_of_samples_suites_and_pruning(train, monkeypatch, capsys):
 # resume
 
 
-@pytest.mark.parametrize("variant", [{}, TIED], ids=["untied", "tied-proj"])
+@pytest.mark.parametrize("variant", [{}, TIED, MODERN], ids=["untied", "tied-proj", "modern"])
 def test_stopped_and_resumed_is_the_same_run_to_the_bit(train, variant):
     """3 micro-batches a step, across the end of an epoch, momentum and warmdown at work.
 
@@ -180,7 +183,7 @@ def test_stopped_and_resumed_is_the_same_run_to_the_bit(train, variant):
 
 def test_compiled_runs_resume_to_the_bit_and_agree_with_eager(train, monkeypatch, capsys):
     monkeypatch.setattr(inductor, "compile_threads", 1)  # a pool of compilers takes longer to start than to use
-    small = dict(depth=1, device_batch_size=12, num_iterations=6, save_every=3)
+    small = dict(depth=2, device_batch_size=12, num_iterations=6, save_every=3, **MODERN)  # two kinds of blocks
     train("eager", **small)
     train("compiled", **small, compile=True)
     assert ("compiled in" in capsys.readouterr().out) == (compiler_problem() is None)
@@ -451,7 +454,8 @@ def test_two_and_three_ranks_are_one(train, base, tiny_corpus):
     """
     # Text with some variety: on the small corpus gradients become so poor in rank that rounding alone grows to 2e-5.
     shape = dict(
-        data=tiny_corpus, num_iterations=20, device_batch_size=2, log_rows=True, muon_dtype="float32", **TIED
+        data=tiny_corpus, num_iterations=20, device_batch_size=2, log_rows=True, muon_dtype="float32", **TIED,
+        value_embeddings=True, smear=True,
     )  # fmt: skip
     train("ranks1", **shape)  # first: the ranks find data, tokenizer and tokens ready
     shared = flags({**TINY, **shape})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_gpt import VARIANTS, build, random_ids
+from test_gpt import MODERN, VARIANTS_AND_FEATURES, build, random_ids
 
 from nanochat.engine import KVCache, generate
 from nanochat.gpt import sample
@@ -10,19 +10,25 @@ from nanochat.gpt import sample
 PROMPT = [3, 14, 15, 9, 26]
 
 
-@pytest.mark.parametrize(("variant", "kv_heads"), [*((name, 4) for name in VARIANTS), ("untied", 1), ("tied", 2)])
+@pytest.mark.parametrize(
+    ("variant", "kv_heads"), [*((n, 4) for n in VARIANTS_AND_FEATURES), ("untied", 1), ("tied", 2), ("modern", 2)]
+)
 def test_cached_is_uncached(variant, kv_heads):
     """Greedy and drawn, past the training context. Red when the cached step takes the rotation of position 0."""
-    model = build(n_kv_head=kv_heads, **VARIANTS[variant])
+    model = build(n_kv_head=kv_heads, **VARIANTS_AND_FEATURES[variant])
     for how in (dict(temperature=0.0), dict(temperature=0.8, top_k=7, seed=5), dict(temperature=1.3, seed=6)):
         plain = list(model.generate(PROMPT, 16, **how))
         assert generate(model, PROMPT, 16, **how) == [plain], how
     assert len(set(plain)) > 3  # a constant answer would prove nothing
 
 
-def test_logits_of_a_prompt_read_in_pieces():
-    """A prompt in one piece, or 4 + 1 + 6 tokens behind a growing cache: the same logits."""
-    model, ids = build(n_kv_head=2), random_ids(2, 11)
+@pytest.mark.parametrize("features", [{}, MODERN])
+def test_logits_of_a_prompt_read_in_pieces(features):
+    """A prompt in one piece, or 4 + 1 + 6 tokens behind a growing cache: the same logits.
+
+    Red when the smear gate forgets the last token of the piece before.
+    """
+    model, ids = build(n_kv_head=2, **features), random_ids(2, 11)
     with torch.inference_mode():
         cache = KVCache(model, 2, 11)
         pieces = [model(part, kv_cache=cache) for part in ids.split([4, 1, 6], dim=1)]

@@ -33,7 +33,7 @@ H100 = Hardware("cuda", "NVIDIA H100 80GB HBM3", 8, 80 << 30, 989e12, torch.bflo
 def parsed(lines: list[str]) -> dict[str, tuple[int, float]]:
     """The printed table -> {label: (count, millions)}."""
     found = {}
-    for line in lines[1:6]:
+    for line in lines[1 : 1 + next(i for i, line in enumerate(lines) if line.startswith("total"))]:
         label, count, millions = line.rsplit(maxsplit=2)
         found[label.strip()] = int(count.replace(",", "")), float(millions.rstrip("M").replace(",", ""))
     return found
@@ -54,6 +54,8 @@ def random_settings(random_: random.Random) -> Settings:
             tie_weights=tied,
             use_output_projection=tied and random_.random() < 0.5,
             output_projection_residual=random_.random() < 0.5,
+            value_embeddings=random_.random() < 0.5,
+            residual_scalars=random_.random() < 0.5,
         )
     )
 
@@ -70,6 +72,13 @@ def test_the_printed_table_equals_a_closed_formula(seed):
         "output projection": width**2 if s.use_output_projection else 0,
         "transformer": s.depth * (2 * width**2 + 2 * width * key_value + 8 * width**2),
     }
+    layers = (s.depth + 1) // 2 if s.value_embeddings else 0
+    gates = layers * min(12, width) * (key_value // s.head_dim)
+    optional = {
+        "value embeddings": layers * s.vocab_size * key_value,
+        "gates and scalars": gates + (2 * s.depth if s.residual_scalars else 0),
+    }
+    expected |= {label: count for label, count in optional.items() if count}  # no row of zeros
     expected["total"] = sum(expected.values())
     for lines in (parameter_table(s), report(s, CPU)):
         table = parsed(lines)
@@ -138,13 +147,15 @@ def test_optimizer_state_is_shared_by_the_ranks():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("modern", [False, True])
 @pytest.mark.parametrize(("depth", "heads", "kv", "length"), [(4, 4, 4, 256), (2, 8, 2, 128), (3, 4, 1, 512)])
-def test_predicted_activations_are_what_torch_saves_for_backward(dtype, depth, heads, kv, length):
+def test_predicted_activations_are_what_torch_saves_for_backward(dtype, depth, heads, kv, length, modern):
     """Within 15%. Red when a term of the formula is dropped (attention weights, k, or the bfloat16 copies)."""
     name = str(dtype).removeprefix("torch.")
     s = Settings(
         depth=depth, head_dim=64, model_dim=64 * heads, n_kv_head=kv, max_seq_len=length, dtype=name, vocab_size=500,
         total_batch_size=1024, device_batch_size=1024, tie_weights=True,
+        value_embeddings=modern, smear=modern, residual_scalars=modern, backout=modern,
     )  # fmt: skip
     model = GPT(GPTConfig(**s.model_arguments()))
     model.init_weights()

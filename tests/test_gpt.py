@@ -19,6 +19,17 @@ VARIANTS = {
     "tied-proj": dict(tie_weights=True, use_output_projection=True),
     "tied-proj-res": dict(tie_weights=True, use_output_projection=True, output_projection_residual=True),
 }
+FEATURES = {
+    "rope_base": dict(rope_base=100_000.0),
+    "qk_scale": dict(qk_scale=1.2),
+    "value_embeddings": dict(value_embeddings=True),
+    "value_embeddings-2026-01": dict(value_embeddings=True, value_gate_channels=32, value_gate_range=2.0),
+    "smear": dict(smear=True),
+    "residual_scalars": dict(residual_scalars=True),
+    "backout": dict(backout=True),
+}
+MODERN = {name: value for changes in FEATURES.values() for name, value in changes.items()}
+VARIANTS_AND_FEATURES = {**VARIANTS, **FEATURES, "modern": {**MODERN, "tie_weights": True}}
 
 
 def build(seed: int = 0, **changes) -> GPT:
@@ -50,30 +61,47 @@ def reference_logits(weights: dict[str, torch.Tensor], ids: list[int], config: G
     def rotated(x: torch.Tensor, position: int) -> torch.Tensor:
         half = len(x) // 2
         turned = [
-            complex(x[d], x[d + half]) * cmath.exp(-1j * position * 10000.0 ** (-2 * d / len(x))) for d in range(half)
+            complex(x[d], x[d + half]) * cmath.exp(-1j * position * config.rope_base ** (-2 * d / len(x)))
+            for d in range(half)
         ]
         return torch.tensor([z.real for z in turned] + [z.imag for z in turned], dtype=torch.float64)
 
     T, D = len(ids), config.n_embd // config.n_head
-    x = rms(w["transformer.wte.weight"][ids])
+    embedded = rms(w["transformer.wte.weight"][ids])
+    x = embedded.clone()
+    if config.smear:
+        for t in range(1, T):
+            gate = 1 / (1 + (-embedded[t, :24] @ w["smear_gate.weight"][0]).exp())
+            x[t] = embedded[t] + w["smear_lambda"] * gate * embedded[t - 1]
+    x0, after = x, []
     for layer in range(config.n_layer):
         block = f"transformer.h.{layer}."
+        if config.residual_scalars:
+            x = w["resid_lambdas"][layer] * x + w["x0_lambdas"][layer] * x0
         h = rms(x)
         q = (h @ w[block + "attn.c_q.weight"].T).view(T, config.n_head, D)
         k = (h @ w[block + "attn.c_k.weight"].T).view(T, config.n_kv_head, D)
         v = (h @ w[block + "attn.c_v.weight"].T).view(T, config.n_kv_head, D)
+        if config.value_embeddings and layer in range(config.n_layer - 1, -1, -2):
+            gate = config.value_gate_range / (
+                1 + (-h[:, : config.value_gate_channels] @ w[block + "attn.ve_gate.weight"].T).exp()
+            )
+            v = v + gate[:, :, None] * w[f"value_embeds.{layer}.weight"][ids].view(v.shape)
         heads = torch.zeros(T, config.n_head, D, dtype=torch.float64)
         for head in range(config.n_head):
             shared = head * config.n_kv_head // config.n_head
             keys = [rms(rotated(k[t, shared], t)) for t in range(T)]
             for t in range(T):
-                query = rms(rotated(q[t, head], t))
+                query = rms(rotated(q[t, head], t)) * config.qk_scale**2
                 scores = torch.tensor([query @ keys[s] / math.sqrt(D) for s in range(t + 1)], dtype=torch.float64)
                 weight = scores.exp() / scores.exp().sum()
                 heads[t, head] = sum(weight[s] * v[s, shared] for s in range(t + 1))
         x = x + heads.view(T, -1) @ w[block + "attn.c_proj.weight"].T
         inner = (rms(x) @ w[block + "mlp.c_fc.weight"].T).clamp(min=0) ** 2
         x = x + inner @ w[block + "mlp.c_proj.weight"].T
+        after.append(x)
+    if config.backout:
+        x = x - w["backout_lambda"] * after[config.n_layer // 2]
     x = rms(x)
     if config.use_output_projection:
         projected = x @ w["output_projection.weight"].T
@@ -83,10 +111,10 @@ def reference_logits(weights: dict[str, torch.Tensor], ids: list[int], config: G
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS_AND_FEATURES)
 def test_forward_is_the_reference(variant, kv_heads):
     """Red when `rotate` turns the other way, a norm is left out, or a head reads the wrong key head."""
-    model = build(n_kv_head=kv_heads, **VARIANTS[variant])
+    model = build(n_kv_head=kv_heads, **VARIANTS_AND_FEATURES[variant])
     ids = random_ids(2, 11)
     expected = torch.stack([reference_logits(model.state_dict(), row.tolist(), model.config) for row in ids])
     for context in (torch.enable_grad(), torch.no_grad()):  # training and evaluation take different attention kernels
@@ -105,21 +133,23 @@ def test_forward_is_the_reference(variant, kv_heads):
     vocab=st.integers(2, 40),
     layers=st.integers(1, 3),
     variant=st.sampled_from(sorted(VARIANTS)),
+    features=st.lists(st.sampled_from(sorted(FEATURES)), max_size=3),
 )
-def test_any_shape_is_the_reference(heads, half, length, vocab, layers, variant):
+def test_any_shape_is_the_reference(heads, half, length, vocab, layers, variant, features):
     shape = dict(
         n_head=heads[0], n_kv_head=heads[1], n_embd=2 * half * heads[0], vocab_size=vocab, n_layer=layers,
         sequence_len=length,
     )  # fmt: skip
-    model = build(**shape, **VARIANTS[variant])
+    model = build(**shape, **{**VARIANTS[variant], **{k: v for name in features for k, v in FEATURES[name].items()}})
     ids = random_ids(1, length, vocab=vocab)
     expected = reference_logits(model.state_dict(), ids[0].tolist(), model.config)
     torch.testing.assert_close(model(ids)[0].double(), expected, rtol=1e-5, atol=3e-5)
 
 
-def test_the_future_does_not_matter():
+@pytest.mark.parametrize("features", [{}, MODERN])
+def test_the_future_does_not_matter(features):
     """Red when the attention mask lets a query see one position ahead."""
-    model = build()
+    model = build(**features)
     ids = random_ids(1, 12)
     changed = ids.clone()
     changed[0, 7:] = (changed[0, 7:] + 1) % 50
@@ -128,8 +158,9 @@ def test_the_future_does_not_matter():
     assert not torch.equal(model(ids)[:, 7:], model(changed)[:, 7:])
 
 
-def test_compute_dtype_bfloat16_is_close_and_parameters_stay_float32():
-    model = build(n_layer=3)
+@pytest.mark.parametrize("features", [{}, MODERN])
+def test_compute_dtype_bfloat16_is_close_and_parameters_stay_float32(features):
+    model = build(n_layer=3, **features)
     ids, targets = random_ids(2, 16), random_ids(2, 16, seed=2)
     exact = model(ids, targets)
     model.compute_dtype = torch.bfloat16
@@ -174,9 +205,9 @@ def test_a_wholly_masked_batch_costs_nothing_and_moves_nothing():
     assert all(p.grad.eq(0).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "modern"])
 def test_gradients_are_those_of_plain_cross_entropy(variant):
-    model, plain = build(**VARIANTS[variant]), build(**VARIANTS[variant])
+    model, plain = (build(**VARIANTS_AND_FEATURES[variant]) for _ in range(2))
     ids, targets = random_ids(2, 16), random_ids(2, 16, seed=2)
     targets[1, 3:9] = -100
     model(ids, targets).backward()
@@ -231,7 +262,9 @@ def test_counts_are_the_closed_formula(variant, kv_heads):
         "wte": V * C,
         "lm_head": V * C if variant == "untied" else 0,
         "output_projection": C * C if "proj" in variant else 0,
+        "value_embeds": 0,
         "transformer": L * block,
+        "scalars": 0,
     }
     expected["total"] = sum(expected.values())
     assert model.num_parameters() == expected
@@ -239,6 +272,23 @@ def test_counts_are_the_closed_formula(variant, kv_heads):
     matmul = V * C + expected["output_projection"] + L * block
     assert model.num_matmul_parameters() == matmul
     assert model.flops_per_token() == 6 * matmul + 12 * L * C * T
+    with torch.device("meta"):
+        modern = GPT(GPTConfig(**{**changes, **MODERN, "n_layer": 5}))
+    counts = modern.num_parameters()
+    assert counts["value_embeds"] == 3 * V * C * kv_heads // 4  # layers 4, 2, 0
+    assert counts["scalars"] == 3 * 32 * kv_heads + 24 + 1 + 5 + 5 + 1
+    assert counts["total"] == sum(p.numel() for p in modern.parameters())
+    matmul += 3 * block  # neither what is looked up nor what is a few numbers
+    assert modern.flops_per_token() == 6 * matmul + 12 * 5 * C * T
+
+
+def test_feature_keys_are_nanochats():
+    extra = set(GPT(GPTConfig(**{**SMALL, **MODERN, "n_layer": 4})).state_dict()) - set(nanochat_keys(4))
+    assert extra == {
+        "lm_head.weight", "resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda",
+        "value_embeds.1.weight", "value_embeds.3.weight",
+        "transformer.h.1.attn.ve_gate.weight", "transformer.h.3.attn.ve_gate.weight",
+    }  # fmt: skip
 
 
 def test_the_issues_example_counts():
@@ -247,17 +297,19 @@ def test_the_issues_example_counts():
     with torch.device("meta"):
         counts = [GPT(GPTConfig(**shape, **VARIANTS[v])).num_parameters() for v in ("untied", "tied-proj")]
     assert counts[0] == dict(
-        wte=12_582_912, lm_head=12_582_912, output_projection=0, transformer=12_582_912, total=37_748_736
-    )
+        wte=12_582_912, lm_head=12_582_912, output_projection=0, value_embeds=0, transformer=12_582_912, scalars=0,
+        total=37_748_736,
+    )  # fmt: skip
     assert counts[1] == dict(
-        wte=12_582_912, lm_head=0, output_projection=262_144, transformer=12_582_912, total=25_427_968
-    )
+        wte=12_582_912, lm_head=0, output_projection=262_144, value_embeds=0, transformer=12_582_912, scalars=0,
+        total=25_427_968,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "modern"])
 def test_initialisation_is_the_table(variant):
     """From garbage memory (to_empty) every tensor gets its start. Red when init_weights forgets one."""
-    config = GPTConfig(**{**SMALL, "n_embd": 128, "vocab_size": 400}, **VARIANTS[variant])
+    config = GPTConfig(**{**SMALL, "n_embd": 128, "vocab_size": 400}, **VARIANTS_AND_FEATURES[variant])
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device="cpu")
@@ -269,7 +321,11 @@ def test_initialisation_is_the_table(variant):
     stds = {"transformer.wte.weight": 1.0 if variant == "untied" else 0.07, "lm_head.weight": 0.001}
     if variant == "tied-proj-res":
         stds["output_projection.weight"] = 0.0
+    starts = {"smear_lambda": 0.0, "resid_lambdas": 1.0, "x0_lambdas": 0.1, "backout_lambda": 0.2}
     for name, tensor in state.items():
+        if name in starts or name.endswith("gate.weight"):
+            assert tensor.eq(starts.get(name, 0.0)).all(), name
+            continue
         std = stds.get(name, 0.0 if "c_proj" in name else 128**-0.5)
         assert tensor.std().item() == pytest.approx(std, rel=0.03), name
         assert abs(tensor.mean().item()) <= 0.03 * std, name
@@ -286,7 +342,9 @@ def test_initialisation_is_the_table(variant):
 def test_config_refuses_what_cannot_be_and_its_defaults_are_the_classic_model():
     assert dataclasses.asdict(GPTConfig()) == dict(
         sequence_len=1024, vocab_size=50304, n_layer=12, n_head=6, n_kv_head=6, n_embd=768, tie_weights=False,
-        use_output_projection=False, output_projection_residual=False,
+        use_output_projection=False, output_projection_residual=False, rope_base=10_000.0, qk_scale=1.0,
+        value_embeddings=False, value_gate_channels=12, value_gate_range=3.0, smear=False, residual_scalars=False,
+        backout=False,
     )  # fmt: skip
     for wrong in (dict(n_head=5), dict(n_kv_head=4), dict(use_output_projection=True)):
         with pytest.raises(AssertionError):

@@ -216,6 +216,20 @@ def test_every_parameter_is_in_exactly_one_group(variant):
     assert by_name["matrix"]["weight_decay"] == 0.2
 
 
+def test_gates_lambdas_and_value_embeddings_have_their_own_rates():
+    """Red when a gate of one row goes to Muon, which would push every update of it to full size."""
+    model = tiny_model(value_embeddings=True, smear=True, residual_scalars=True, backout=True)
+    optimizer = build_optimizer(model, Settings(value_embedding_lr=0.3, scalar_lr=0.02), torch.float32)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    lambdas = {"smear_lambda", "resid_lambdas", "x0_lambdas", "backout_lambda"}
+    gates = {"smear_gate.weight", "transformer.h.1.attn.ve_gate.weight"}
+    assert set(groups["scalar"]["param_names"]) == lambdas | gates
+    assert groups["value_embedding"]["param_names"] == ["value_embeds.1.weight"]
+    assert (groups["scalar"]["kind"], groups["value_embedding"]["kind"]) == ("adamw", "adamw")
+    assert groups["scalar"]["lr"] == 0.02
+    assert groups["value_embedding"]["lr"] == pytest.approx(0.3 * (8 / 768) ** -0.5)
+
+
 def test_parameters_of_a_new_kind_are_not_forgotten():
     """A matrix and a vector that no rule names: Muon and the scalars take them. Red when a rule lists known names."""
     model = tiny_model()
