@@ -103,7 +103,8 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     activations             n tokens of a micro-batch, L layers, width C, k = n_kv_head / n_head:
                             float32 n L C 4 (17.5 + k), bfloat16 n L C 2 (21.2 + 2 k) as torch saves them in eager mode
                             (compiled runs save less), plus the bfloat16 copies of the matrices; residual scalars keep
-                            one more array a layer, value embeddings k of one in every other layer; blocked
+                            one more array a layer, value embeddings k of one in every other layer, smear two and
+                            backout one in all; blocked
                             attention (CPU) also keeps its weights, H (T + 128) / 2 a token in float32 (and bfloat16)
     logits                  one chunk of the loss head: 5 arrays rows x V in float32, the cast output matrix, gradients
                             to features and to that matrix
@@ -136,7 +137,8 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
         per_token += config.n_head * ((T + CPU_BLOCK) / 2 if T > CPU_BLOCK else T) * (4 if wide else 6)
     count = model.num_parameters()
     matrices = count["transformer"] + count["output_projection"]
-    activations = tokens * config.n_layer * per_token + (0 if wide else 2 * matrices)
+    once = config.n_embd * size * (2 * config.smear + config.backout)
+    activations = tokens * (config.n_layer * per_token + once) + (0 if wide else 2 * matrices)
 
     rows = min(tokens, CHUNK_ROWS.get(kind, CHUNK_ROWS_DEFAULT))
     table = config.vocab_size * config.n_embd

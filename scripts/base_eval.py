@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import build_model, check_tokenizer, find_checkpoint, step_dir
+from nanochat.checkpoint_manager import build_model, check_tokenizer, find_checkpoint, step_dir, weights_hash
 from nanochat.core_bundle import find_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TokenStore
@@ -304,7 +304,7 @@ def save(result: dict, path: Path) -> dict:
             earlier = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             print0(f"{path} is not readable ({error}): written anew")
-    same = ("weights_sha256", "data_fingerprint")
+    same = ("model_file_sha256", "data_fingerprint")
     if isinstance(earlier, dict) and all(earlier.get(key) == result[key] for key in same):
         result = earlier | result
     write_atomically(path, json.dumps(result, indent=1) + "\n")
@@ -367,7 +367,8 @@ def evaluate(
     result = {
         "model_tag": checkpoint_dir.name,
         "step": step,
-        "weights_sha256": manifest["files"]["model.safetensors"]["sha256"],
+        "weights_hash": weights_hash(model.state_dict()),
+        "model_file_sha256": manifest["files"]["model.safetensors"]["sha256"],
         "data_fingerprint": dataset.fingerprint if dataset else trained_on,
     }
     rows = args.device_batch_size or settings.device_batch_size

@@ -14,7 +14,15 @@ import pytest
 import torch
 
 import scripts.base_eval as base_eval
-from nanochat.checkpoint_manager import checkpoints_dir, load_checkpoint, load_model, save_checkpoint, seal, step_dir
+from nanochat.checkpoint_manager import (
+    checkpoints_dir,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    seal,
+    step_dir,
+    weights_hash,
+)
 from nanochat.core_bundle import Task, write_bundle
 from nanochat.dataset import prepare_for
 from nanochat.gpt import GPT, GPTConfig
@@ -114,7 +122,9 @@ def test_results_of_the_same_weights_are_kept(fresh):
     base_eval.main(["--eval", "bpb"])
     assert {"bpb", "samples"} <= base_eval.main(["--eval", "sample"]).keys()
     path = fresh / "base_eval" / "tiny_000005.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"weights_sha256": "of another run"}))
+    state = load_checkpoint(checkpoints_dir() / "tiny", 5)[0]
+    assert json.loads(path.read_text())["weights_hash"] == weights_hash(state)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_file_sha256": "of another run"}))
     assert "bpb" not in base_eval.main(["--eval", "sample"])
     path.write_text("{")
     assert "bpb" not in base_eval.main(["--eval", "sample"])

@@ -38,6 +38,18 @@ def test_logits_of_a_prompt_read_in_pieces(features):
             model(ids[:, :1], kv_cache=cache)
 
 
+def test_a_repeated_cache_goes_on_for_every_row():
+    """Red when the smeared embedding of the prompt's last token is not repeated."""
+    model, ids = build(**MODERN), random_ids(3, 9)
+    ids[:, :5] = ids[0, :5]
+    with torch.inference_mode():
+        cache = KVCache(model, 1, 9)
+        model(ids[:1, :5], kv_cache=cache)
+        torch.testing.assert_close(
+            model(ids[:, 5:], kv_cache=cache.repeated(3)), model(ids)[:, 5:], rtol=1e-5, atol=1e-5
+        )
+
+
 def test_several_samples_differ_and_are_repeatable():
     model = build()
     samples = generate(model, PROMPT, 12, num_samples=5, seed=3)

@@ -250,7 +250,7 @@ def test_pins_fit_any_machine():
 
 
 EVALUATION = {
-    "weights_sha256": hashlib.sha256(b"weights").hexdigest(),
+    "model_file_sha256": hashlib.sha256(b"weights").hexdigest(),
     "bpb": {"train": 1.2, "val": 1.345, "val_bytes": 890_000, "xz": 1.643, "xz_primed": 1.3},
     "offline": {
         "score": 0.1234,
@@ -319,7 +319,7 @@ def test_evaluation_of_other_weights_is_repeated(run_folder):
     """A model trained anew under the same tag and step: dropping the comparison of hashes turns this red."""
     evaluate(EVALUATION)
     assert summary.find_run("t").evaluation == EVALUATION
-    evaluate({**EVALUATION, "weights_sha256": hashlib.sha256(b"others").hexdigest()})
+    evaluate({**EVALUATION, "model_file_sha256": hashlib.sha256(b"others").hexdigest()})
     assert summary.find_run("t").evaluation is None
 
 
