@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import random
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -23,6 +24,9 @@ os.environ.update(
 
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True, database=None)
 hypothesis.settings.load_profile("suite")
+
+# A shell starts background jobs with SIGINT ignored, and children inherit that: Ctrl-C could not be tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:
