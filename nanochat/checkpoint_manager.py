@@ -7,6 +7,7 @@ folder. Renaming the folder is the commit, after which the parent is fsynced. Lo
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -254,7 +255,7 @@ def model_config(metadata: dict) -> GPTConfig:
         _say_once("model_config has no use_output_projection: taken as False")
     for name, value in saved.items():
         kind = type(getattr(GPTConfig, name))  # of the field's default
-        if type(value) is not kind or (kind is int and value < 1):
+        if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
             raise UserError(
                 f"model_config: {name}={value!r} is not {'true or false' if kind is bool else 'a number > 0'}"
             )

@@ -32,7 +32,7 @@ class GPTConfig:
     output_projection_residual: bool = False  # with it: wte (x + P x), P starting at zero
     rope_base: float = 10000.0
     qk_scale: float = 1.0  # queries and keys are multiplied by it after QK norm
-    # The next four come from modded-nanogpt by way of nanochat. With lambdas and gates that are learned:
+    # The rest comes from modded-nanogpt by way of nanochat; lambdas and gates are learned.
     value_embeddings: bool = False  # every other layer, the last included, adds gate * embedding of the token to v
     value_gate_channels: int = 12  # the gate, one number a KV head, reads the first channels of attention's input
     value_gate_range: float = 3.0  # and is this times a sigmoid

@@ -195,7 +195,7 @@ def _adamw_step(p: torch.Tensor, g: torch.Tensor, state: dict, group: dict) -> N
     beta1, beta2 = group["betas"]
     adamw(
         [p], [g], [state["exp_avg"]], [state["exp_avg_sq"]], [],
-        [torch.tensor(float(state["step"]), device=p.device)],
+        [torch.full((), float(state["step"]), device=p.device)],
         fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
         lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.config_file import CommandLine
 from nanochat.runtime import UserError, print0, rank_from_env, world_size_from_env
-from nanochat.settings import Settings, checked, validate
+from nanochat.settings import FIELDS, Settings, checked, validate
 
 # What a resumed run may change; everything else would make it another run.
 CHANGEABLE = {
@@ -64,6 +64,8 @@ def resumed_settings(command: CommandLine, tag_dir: Path, step: int) -> Settings
     """
     metadata = checkpoints.read_metadata(checkpoints.step_dir(tag_dir, step))
     saved = {name: checked(name, value) for name, value in metadata.get("settings", {}).items()}
+    if saved:  # a setting that the checkpoint is too old to know was at its default, whatever a config.py says
+        saved = {name: field.default for name, field in FIELDS.items() if name not in CHANGEABLE} | saved
     merged = dataclasses.replace(command.settings, **saved)
     if merged.tag != tag_dir.name:  # the folder was renamed or copied: it goes on where it lies
         merged = dataclasses.replace(merged, model_tag=tag_dir.name)

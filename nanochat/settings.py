@@ -115,7 +115,9 @@ class Settings:
     residual_scalars: bool = setting(
         False, "learn how much of the stream and of the first embedding goes into each block", "model"
     )
-    backout: bool = setting(False, "take a learned part of the middle block's output off the last one's", "model")
+    backout: bool = setting(
+        False, "take a learned part of the middle block's output off the last one's (from depth 3 on)", "model"
+    )
 
     num_iterations: int | None = setting(
         None, "optimizer steps; takes precedence over the other two horizons", "horizon", at_least=1
@@ -173,7 +175,7 @@ class Settings:
         when=("value_embeddings", True),
     )
     matrix_lr: float = setting(0.02, "Muon rate of the weight matrices", "optimizer", above=0)
-    scalar_lr: float = setting(0.01, "AdamW rate of lambdas and gates", "optimizer", above=0)
+    scalar_lr: float = setting(0.01, "AdamW rate of the lambdas and gates of the newer features", "optimizer", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", "optimizer", at_least=0)
     cautious_weight_decay: bool = setting(
         True, "decay only where update and weight point the same way", "optimizer", when=("weight_decay", ON)
@@ -273,7 +275,7 @@ class Settings:
             value_embeddings=self.value_embeddings,
             smear=self.smear,
             residual_scalars=self.residual_scalars,
-            backout=self.backout,
+            backout=self.backout and self.depth > 2,  # else the middle block is the last: lambda would have no effect
         )
 
     def batch_plan(self, world_size: int = 1) -> tuple[int, int]:

@@ -98,7 +98,7 @@ smear = False
 # learn how much of the stream and of the first embedding goes into each block
 residual_scalars = False
 
-# take a learned part of the middle block's output off the last one's
+# take a learned part of the middle block's output off the last one's (from depth 3 on)
 backout = False
 
 
@@ -143,7 +143,7 @@ value_embedding_lr = 0.2
 # Muon rate of the weight matrices
 matrix_lr = 0.02
 
-# AdamW rate of lambdas and gates
+# AdamW rate of the lambdas and gates of the newer features
 scalar_lr = 0.01
 
 # decoupled weight decay of the Muon matrices

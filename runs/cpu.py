@@ -99,7 +99,7 @@ smear = True
 # learn how much of the stream and of the first embedding goes into each block
 residual_scalars = True
 
-# take a learned part of the middle block's output off the last one's
+# take a learned part of the middle block's output off the last one's (from depth 3 on)
 backout = True
 
 
@@ -145,7 +145,7 @@ value_embedding_lr = 0.2
 # Muon rate of the weight matrices
 matrix_lr = 0.02
 
-# AdamW rate of lambdas and gates
+# AdamW rate of the lambdas and gates of the newer features
 scalar_lr = 0.01
 
 # decoupled weight decay of the Muon matrices

@@ -305,6 +305,8 @@ def save(result: dict, path: Path) -> dict:
         except ValueError as error:
             print0(f"{path} is not readable ({error}): written anew")
     same = ("model_file_sha256", "data_fingerprint")
+    if isinstance(earlier, dict):
+        earlier.setdefault("model_file_sha256", earlier.pop("weights_sha256", None))  # its earlier name
     if isinstance(earlier, dict) and all(earlier.get(key) == result[key] for key in same):
         result = earlier | result
     write_atomically(path, json.dumps(result, indent=1) + "\n")

@@ -80,7 +80,11 @@ def main(argv: list[str] | None = None) -> dict[str, list[list[float]]]:
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
         raise UserError(f"--rounds {arguments.rounds} is too small: at least 1")
-    named = dict(parse_variant(text) for text in arguments.variant or DEFAULT)
+    pairs = [parse_variant(text) for text in arguments.variant or DEFAULT]
+    named = dict(pairs)
+    if len(named) < len(pairs) or "control" in named:
+        raise UserError("--variant: names must differ, and 'control' is taken")
+    torch._dynamo.config.recompile_limit = max(8, 2 * len(named) + 1)  # all variants share one compiled block
     variants = {name: Variant(arguments.preset, changes) for name, changes in named.items()}
     baseline = next(iter(variants))
     variants["control"] = variants[baseline]

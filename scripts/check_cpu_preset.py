@@ -17,7 +17,6 @@ from nanochat.runtime import UserError, base_dir, run_script, write_atomically
 from nanochat.settings import FIELDS, PRESETS, Settings
 from scripts import base_train
 
-# At most 12: each is the preset with these changes.
 MODERN = dict(
     value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0
 )  # fmt: skip
@@ -28,6 +27,7 @@ SHORT = {
     "warmdown_ratio": 0.4,
 }  # fmt: skip
 LONG = {**COMMON, "max_seq_len": 512, "device_batch_size": 4, "warmdown_ratio": 0.7}
+# At most 12: each is the preset with these changes.
 TRIALS: dict[str, dict] = {
     "t256": {**SHORT, **CLASSIC},
     "t256-warmdown": {**SHORT, **CLASSIC, "warmdown_ratio": 0.7},

@@ -160,10 +160,10 @@ def draw(final: dict[str, list[dict]], plot: Path) -> None:
     for index, (seed, axes) in enumerate(zip(SEEDS, panels, strict=True)):
         for name, runs in final.items():
             losses = runs[index]["losses"]
-            smooth = [statistics.fmean(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
+            smooth = [statistics.fmean(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
             axes.plot([10 * (i + 1) for i in range(len(losses))], smooth, lw=1.2, label=name)
         axes.set(title=f"seed {seed}", xlabel="step of 4,096 tokens", ylim=(2.2, 4.5))
-    panels[0].set_ylabel(f"training loss (nats per token, mean of {10 * window} steps)")
+    panels[0].set_ylabel(f"training loss (nats per token, mean of {window}, one every 10 steps)")
     panels[0].legend()
     figure.tight_layout()
     figure.savefig(plot, dpi=120)

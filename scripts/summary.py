@@ -87,7 +87,9 @@ def read_evaluation(run: Run) -> dict | None:
         return None
     if not isinstance(found, dict) or not ({"bpb", "samples"} <= found.keys() and found.keys() & {"offline", "core"}):
         return None
-    same = found.get("model_file_sha256") == manifest["files"]["model.safetensors"]["sha256"]
+    same = (
+        found.get("model_file_sha256", found.get("weights_sha256")) == manifest["files"]["model.safetensors"]["sha256"]
+    )
     return found if same else None
 
 

@@ -183,7 +183,7 @@ def test_stopped_and_resumed_is_the_same_run_to_the_bit(train, variant):
 
 def test_compiled_runs_resume_to_the_bit_and_agree_with_eager(train, monkeypatch, capsys):
     monkeypatch.setattr(inductor, "compile_threads", 1)  # a pool of compilers takes longer to start than to use
-    small = dict(depth=2, device_batch_size=12, num_iterations=6, save_every=3, **MODERN)  # two kinds of blocks
+    small = dict(depth=3, device_batch_size=12, num_iterations=6, save_every=3, **MODERN)  # two kinds of blocks
     train("eager", **small)
     train("compiled", **small, compile=True)
     assert ("compiled in" in capsys.readouterr().out) == (compiler_problem() is None)
@@ -501,3 +501,9 @@ def test_a_resume_judges_flags_together_with_the_run_and_not_with_the_defaults(t
     line = ["other.py", "--model_tag=judge", "--resume", "--device_batch_size=6", "--num_iterations=3"]
     assert base_train.main(line)["step"] == 3
     assert base_train.main(["other.py", "--model_tag=judge", "--resume"])["step"] == 3
+
+    # a checkpoint from before a setting existed: it was off, though the config.py at hand switches it on
+    step = cm.step_dir(tag_dir("judge"), 3)
+    reseal_with(step, lambda state: state["settings"].pop("value_embeddings"))
+    Path("modern.py").write_text("value_embeddings = True\n", encoding="utf-8")
+    assert base_train.main(["modern.py", "--model_tag=judge", "--resume", "--num_iterations=4"])["step"] == 4

@@ -19,6 +19,11 @@ def test_every_variant_trains_and_the_baseline_is_its_own_control(monkeypatch, c
     finally:
         compile_loss_head(False)
     assert list(times) == ["old", "new", "control"]
+    old, new = (bench_step.Variant("cpu", bench_step.parse_variant(f"x:{TINY},smear={s}")[1]) for s in (False, True))
+    assert ("smear_lambda" in old.model.state_dict(), "smear_lambda" in new.model.state_dict()) == (False, True)
+    before = old.model.transformer.wte.weight.clone()
+    old.step()
+    assert not torch.equal(before, old.model.transformer.wte.weight)
     assert all(len(steps) == 3 and all(len(step) == 4 and min(step) > 0 for step in steps) for steps in times.values())
     table = capsys.readouterr().out.splitlines()
     assert table[1].split() == ["variant", "forward", "backward", "reduce", "step", "sum", "min", "max", "ratio"]
@@ -29,7 +34,7 @@ def test_every_variant_trains_and_the_baseline_is_its_own_control(monkeypatch, c
 @pytest.mark.parametrize(
     ("flag", "said"),
     [("--variant=a:smaer=True", "did you mean 'smear'"), ("--variant=a:smear", "not a setting=value"),
-     ("--rounds=0", "at least 1"), ("--variant=a:depth=0", "too small")],
+     ("--variant=control:", "taken"), ("--rounds=0", "at least 1"), ("--variant=a:depth=0", "too small")],
 )  # fmt: skip
 def test_bad_input_is_refused(flag, said):
     with pytest.raises(UserError, match=said):

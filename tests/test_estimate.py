@@ -149,7 +149,7 @@ def test_optimizer_state_is_shared_by_the_ranks():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("depth", "heads", "kv", "length"), [(4, 4, 4, 256), (2, 8, 2, 128), (3, 4, 1, 512)])
 def test_predicted_activations_are_what_torch_saves_for_backward(dtype, depth, heads, kv, length):
-    """Within 15%, and the newer features' share within 50%. Red when a term of the formula is dropped."""
+    """Within 15%, and the newer features' share within 25%. Red when a term of the formula is dropped."""
     saved = {}
     for modern in (False, True):
         s, saved[modern] = saved_activations(dtype, depth, heads, kv, length, modern)
@@ -157,7 +157,7 @@ def test_predicted_activations_are_what_torch_saves_for_backward(dtype, depth, h
         assert predicted == pytest.approx(saved[modern], rel=0.15)
     classic = dataclasses.replace(s, value_embeddings=False, smear=False, residual_scalars=False, backout=False)
     share = predicted - memory_parts(classic, CPU)["activations"]
-    assert share == pytest.approx(saved[True] - saved[False], rel=0.5)
+    assert share == pytest.approx(saved[True] - saved[False], rel=0.25)
 
 
 def saved_activations(dtype, depth, heads, kv, length, modern) -> tuple[Settings, int]:

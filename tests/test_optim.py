@@ -41,7 +41,7 @@ def take_step(optimizer: MuonAdamW, scale: float = 1.0) -> float:
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adamw_is_torchs(decay):
-    """60 steps of changing rate. Red when a bias correction is left out, or the decay is not multiplied by the rate."""
+    """60 steps of changing rate. Red when the step counter starts at 1, or the betas are swapped."""
     ours = [nn.Parameter(randn(7, 5, seed=1)), nn.Parameter(randn(3, seed=2))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     facts = dict(lr=0.03, betas=(0.8, 0.95), eps=1e-10, weight_decay=decay)
