@@ -27,13 +27,11 @@ from nanochat.progress import Progress, duration
 from nanochat.resume import RunState, restore, settle
 from nanochat.runtime import (
     Compute,
-    MetricsLog,
     UserError,
     compiler_problem,
     device_name,
     init_compute,
     memory_mb,
-    open_tracker,
     peak_flops,
     print0,
     run_script,
@@ -41,6 +39,7 @@ from nanochat.runtime import (
 )
 from nanochat.settings import Settings
 from nanochat.tokenizer import Tokenizer, find_or_train
+from nanochat.tracker import MetricsLog, open_tracker
 from scripts.base_eval import evaluate_suite
 
 EXIT_NONFINITE = 3
