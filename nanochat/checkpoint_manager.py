@@ -34,6 +34,11 @@ def step_dir(checkpoint_dir: Path, step: int) -> Path:
     return Path(checkpoint_dir) / f"step_{step:06d}"
 
 
+def step_of(folder: Path) -> int:
+    """The inverse of step_dir."""
+    return int(STEP_NAME.fullmatch(folder.name)[1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # saving
 
@@ -113,11 +118,18 @@ def _move_aside(folder: Path) -> Path:
 
 
 def prune(checkpoint_dir: Path, keep_last: int | None) -> list[Path]:
-    """Delete all but the newest `keep_last` steps, only after the newest verified; returns what was deleted."""
-    steps = list_steps(checkpoint_dir)
-    if keep_last is None or len(steps) <= keep_last or damage(step_dir(checkpoint_dir, steps[-1])):
+    """Delete all but the newest `keep_last` whole steps, only after the newest verified; returns what was deleted.
+
+    Damaged steps neither count nor go: whoever wants them gone may say so. Of the older ones sizes are compared, not
+    hashes, so that pruning does not read everything again.
+    """
+    folders = [step_dir(checkpoint_dir, step) for step in list_steps(checkpoint_dir)]
+    if keep_last is None or len(folders) <= keep_last:
         return []
-    old = [step_dir(checkpoint_dir, step) for step in steps[:-keep_last]]
+    whole = [folder for folder in folders if damage(folder, hashes=False) is None]
+    while whole and damage(whole[-1]):
+        whole.pop()
+    old = whole[:-keep_last]
     for folder in old:
         doomed = folder.with_name(f".{folder.name}.pruned")  # a half-deleted step must not look like a damaged one
         os.rename(folder, doomed)
@@ -137,8 +149,10 @@ def list_steps(checkpoint_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def damage(folder: Path) -> str | None:
-    """Why a step folder does not count, or None when its manifest holds for every file."""
+def damage(folder: Path, hashes: bool = True) -> str | None:
+    """Why a step folder does not count, or None when its manifest holds for every file.
+
+    hashes=False: by the files' names and sizes alone."""
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         for name, facts in files.items():
@@ -147,7 +161,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != facts["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
-            if sha256_of(path) != facts["sha256"]:
+            if hashes and sha256_of(path) != facts["sha256"]:
                 return f"{name} does not have the recorded sha256"
         return (
             None

@@ -10,7 +10,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.core_bundle import Task, load_bundle
-from nanochat.loss_eval import sum_over_ranks
+from nanochat.loss_eval import never, sum_over_ranks
 from nanochat.settings import Say
 
 CORE_TASKS = 22
@@ -95,17 +95,20 @@ def _common(sequences: Iterable[list[int]]) -> int:
 
 
 @torch.no_grad()
-def score_rows(model, rows: list[Row], pad_id: int, batch_tokens: int) -> tuple[list[float], list[bool]]:
+def score_rows(
+    model, rows: list[Row], pad_id: int, batch_tokens: int, stop: Callable[[], bool] = never
+) -> tuple[list[float], list[bool]]:
     """(mean loss in nats over the span, whether every token of the span is the greedy one) of each row.
 
     Rows of similar length share a forward of at most batch_tokens tokens (one row at least), padded on the right,
     which a causal model does not see: the same as row by row up to rounding. An empty or cut span has loss +inf.
+    stop: asked before every forward; the rows left then have no result.
     """
     losses, greedy = [math.inf] * len(rows), [False] * len(rows)
     order = sorted((i for i, r in enumerate(rows) if r.start < r.end and not r.cut), key=lambda i: -len(rows[i].tokens))
     was_training = model.training
     model.eval()
-    while order:
+    while order and not stop():
         width = len(rows[order[0]].tokens)
         count = max(1, batch_tokens // width)
         batch, order = order[:count], order[count:]
@@ -142,11 +145,13 @@ def is_correct(task: Task, item: dict, losses: list[float], greedy: list[bool]) 
 def evaluate_task(
     model, tokenizer, task: Task, *, max_items: int | None = None, max_len: int | None = None,
     batch_tokens: int = 8192, rank: int = 0, world_size: int = 1, say: Say = print,
+    stop: Callable[[], bool] = never,
 ) -> dict:  # fmt: skip
     """Score one task; the ranks share its items and all get the same result.
 
     model: logits(features(idx [B, T])) -> [B, T, V] on its device. max_len: longest sequence in tokens, None takes
     model.config.sequence_len; longer ones lose their left end. batch_tokens: tokens of one forward.
+    stop: asked before every forward; when it says yes on any rank, CutShort is raised on all.
     Returns accuracy, centered = (accuracy - chance) / (1 - chance), chance, items, seconds, truncated (items with a
     truncated prompt), cut (those whose scored span was hit: they count as wrong) and correct: 0.0 or 1.0 an item, in
     the order of select_items.
@@ -162,7 +167,7 @@ def evaluate_task(
     rows: list[Row] = []
     for i, group in zip(mine, texts, strict=True):
         rows += rows_of(task, i, [[tokenizer.bos_id, *next(encoded)] for _ in group], max_len)
-    losses, greedy = score_rows(model, rows, tokenizer.bos_id, batch_tokens)
+    losses, greedy = score_rows(model, rows, tokenizer.bos_id, batch_tokens, stop)
     by_item: dict[int, list[int]] = {}
     for n, row in enumerate(rows):
         by_item.setdefault(row.item, []).append(n)
@@ -174,7 +179,7 @@ def evaluate_task(
         correct[i] = float(
             not hit and is_correct(task, items[i], [losses[n] for n in lines], [greedy[n] for n in lines])
         )
-    truncated, cut, *correct = sum_over_ranks([truncated, cut, *correct], model.device, world_size)
+    truncated, cut, *correct = sum_over_ranks([truncated, cut, *correct], model.device, world_size, stop())
     accuracy = sum(correct) / len(items)
     return dict(
         accuracy=accuracy,

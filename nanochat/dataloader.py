@@ -289,13 +289,14 @@ class DataLoader:
         self._ahead = self._start(self.cursor)
         return inputs, targets
 
-    def last_rows(self) -> list[dict]:
+    def last_rows(self, whole: bool = False) -> list[dict]:
         """For each row of this rank's last batch: its epoch, its row of the stream, and the documents it shows.
 
+        whole: the rows of all ranks.
         A document is "shard:row of the shard". Equal (epoch, row) mean the same tokens under the same seed.
         """
         assert self.cursor, "next() comes first"
-        places = [self._place(self.cursor - self.rows + i) for i in self.mine]
+        places = [self._place(self.cursor - self.rows + i) for i in (range(self.rows) if whole else self.mine)]
         return [{"epoch": e, "row": r, "documents": list(self._documents(e, r))} for e, r in places]
 
     def state_dict(self) -> dict:

@@ -6,7 +6,7 @@ Bits per byte (bpb) does not depend on the tokenizer: nats over the bytes that t
 import json
 import lzma
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -21,10 +21,14 @@ IGNORED = -100
 LARGEST_COMPRESSED = 200_000_000  # bytes; xz -9e takes about a second for each megabyte
 
 
+def never() -> bool:
+    return False
+
+
 @torch.no_grad()
 def bits_per_byte(
     model, stream, token_bytes: np.ndarray, *, rows: int, seq_len: int, max_tokens: int | None = None,
-    rank: int = 0, world_size: int = 1,
+    rank: int = 0, world_size: int = 1, stop: Callable[[], bool] = never,
 ) -> dict:  # fmt: skip
     """Score one stream (BOS + document, BOS + document, ...) so that every byte counts exactly once.
 
@@ -34,6 +38,7 @@ def bits_per_byte(
     token_bytes: bytes of each id [V]. rows: windows in one forward. max_tokens: score at most so many targets from
     the start. Ranks take windows round-robin; each gets the sums over all of them, added in float64.
     Returns bpb, nats, bytes, tokens (scored ones). UserError when there is not one byte to score.
+    stop: asked before every forward; when it says yes on any rank, CutShort is raised on all.
     """
     targets = max(0, len(stream) - 1)
     targets = targets if max_tokens is None else min(targets, max_tokens)
@@ -43,13 +48,15 @@ def bits_per_byte(
     was_training = model.training
     model.eval()
     for first in range(0, len(windows), rows):
+        if stop():
+            break
         inputs = np.full((rows, seq_len), int(stream[0]), dtype=np.int64)
         labels = np.full((rows, seq_len), IGNORED, dtype=np.int64)  # one shape always: a compiled model compiles once
         for row, window in enumerate(windows[first : first + rows]):
             start = window * seq_len
-            stop = min(start + seq_len, targets)
-            inputs[row, : stop - start] = stream[start:stop]
-            labels[row, : stop - start] = stream[start + 1 : stop + 1]
+            end = min(start + seq_len, targets)
+            inputs[row, : end - start] = stream[start:end]
+            labels[row, : end - start] = stream[start + 1 : end + 1]
         lengths = np.where(labels >= 0, byte_table[labels.clip(min=0)], 0)
         labels[lengths == 0] = IGNORED
         device = model.device
@@ -58,19 +65,26 @@ def bits_per_byte(
         num_bytes += int(lengths.sum())
         num_tokens += int((lengths > 0).sum())
     model.train(was_training)
-    nats, num_bytes, num_tokens = sum_over_ranks([nats, num_bytes, num_tokens], model.device, world_size)
+    nats, num_bytes, num_tokens = sum_over_ranks([nats, num_bytes, num_tokens], model.device, world_size, stop())
     if num_bytes == 0:
         raise UserError(f"nothing to score: {len(stream)} tokens hold no byte of text")
     return dict(bpb=nats / (math.log(2) * num_bytes), nats=nats, bytes=int(num_bytes), tokens=int(num_tokens))
 
 
-def sum_over_ranks(values: Iterable[float], device, world_size: int) -> list[float]:
-    """Element-wise float64 sums over all ranks; the values themselves for one rank."""
-    total = torch.tensor(list(values), dtype=torch.float64)
+class CutShort(Exception):
+    """An evaluation was asked to stop before its end, on any rank; raised on all, after the same collectives."""
+
+
+def sum_over_ranks(values: Iterable[float], device, world_size: int, cut: bool = False) -> list[float]:
+    """Element-wise float64 sums over all ranks; the values themselves for one rank. CutShort when any rank is cut."""
+    total = torch.tensor([float(cut), *values], dtype=torch.float64)
     if world_size > 1:
         total = total.to(device)
         dist.all_reduce(total)
-    return total.tolist()
+    cuts, *sums = total.tolist()
+    if cuts:
+        raise CutShort
+    return sums
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ shard it owns and keeps optimizer state only for it, all-gather brings the param
 tensors under parameter names, so it loads at any number of ranks.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -92,18 +94,22 @@ class MuonAdamW(torch.optim.Optimizer):
 
     # -- state under parameter names ----------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Whole tensors under '<parameter>.<quantity>'; a collective: every rank has to call it."""
-        out = {}
+    def state_items(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole tensors under '<parameter>.<quantity>', one unit at a time; collectives: every rank has to take all.
+
+        They may share memory with the optimizer: copy what has to last beyond the next step.
+        """
         for unit in self.units:
             for quantity, value in unit.state.items():
                 if quantity == "step":
-                    out.update({f"{name}.step": torch.tensor(value) for name in unit.names})
+                    yield from ((f"{name}.step", torch.tensor(value)) for name in unit.names)
                 else:
-                    whole = unit.all_gather(value)
-                    for name, tensor in zip(unit.names, unit.split(whole), strict=True):
-                        out[f"{name}.{quantity}"] = tensor.clone()
-        return out
+                    parts = unit.split(unit.all_gather(value))
+                    yield from ((f"{name}.{quantity}", part) for name, part in zip(unit.names, parts, strict=True))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Copies of all state_items()."""
+        return {name: tensor.clone() for name, tensor in self.state_items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take this rank's shards from whole tensors; raises KeyError with the name of a missing one."""

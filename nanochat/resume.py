@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.config_file import CommandLine
+from nanochat.config_file import CommandLine, read_config
 from nanochat.runtime import UserError, print0, rank_from_env, world_size_from_env
 from nanochat.settings import FIELDS, Settings, checked, validate
 
@@ -17,7 +17,8 @@ from nanochat.settings import FIELDS, Settings, checked, validate
 CHANGEABLE = {
     "num_iterations", "target_flops", "target_param_data_ratio", "eval_every", "eval_tokens", "core_metric_every",
     "core_metric_max_per_task", "sample_every", "save_every", "keep_last", "log_rows", "device_type", "dtype",
-    "compile", "device_batch_size", "wandb_mode", "run", "overwrite", "skip_corrupt",
+    "compile", "device_batch_size", "wandb_mode", "run", "overwrite", "skip_corrupt", "ignore_lock", "deterministic",
+    "rank_timeout",
 }  # fmt: skip
 
 
@@ -31,6 +32,23 @@ class RunState:
     val_bpb: float | None = None
     smooth_loss_at_eval: float | None = None
     overfit_warned: bool = False
+    skipped: int = 0  # non-finite steps that were left out
+    evaluated: int = 0  # the last step of which all evaluation that was due is done
+
+    def note_loss(self, loss: float) -> None:
+        self.smooth_loss = loss if self.smooth_loss is None else 0.9 * self.smooth_loss + 0.1 * loss
+
+    def note_val_bpb(self, bpb: float) -> None:
+        """Keep val bpb; warn once when it rises while the training loss falls: the model learns the text by heart."""
+        print0(f"step {self.step}: val bpb {bpb:.4f}")
+        rising = self.val_bpb is not None and bpb > self.val_bpb
+        falling = self.smooth_loss_at_eval is not None and self.smooth_loss < self.smooth_loss_at_eval
+        if rising and falling and not self.overfit_warned:
+            self.overfit_warned = True
+            print0(
+                f"warning: val bpb rises ({self.val_bpb:.4f} -> {bpb:.4f}) while the training loss falls: over-fitting"
+            )
+        self.val_bpb, self.smooth_loss_at_eval = bpb, self.smooth_loss
 
 
 def settle(command: CommandLine, resume: bool) -> tuple[Settings, int | None]:
@@ -41,7 +59,11 @@ def settle(command: CommandLine, resume: bool) -> tuple[Settings, int | None]:
         step = checkpoints.newest_step(tag_dir)
         if step is None:
             raise UserError(f"{tag_dir} holds no whole step to resume from; --overwrite=True starts over beside it")
-        return resumed_settings(command, tag_dir, step), step
+        metadata = checkpoints.read_metadata(checkpoints.step_dir(tag_dir, step))
+        return resumed_settings(command, tag_dir, metadata.get("settings", {}), step), step
+    if resume and (tag_dir / "config.py").is_file():
+        print0(f"{tag_dir} holds no step yet: starting its run again")
+        return resumed_settings(command, tag_dir, read_config(tag_dir / "config.py"), 0), None
     if resume:
         validate(settings, world_size_from_env())
         print0(f"nothing to resume in {tag_dir}: starting a new run")
@@ -57,13 +79,13 @@ def settle(command: CommandLine, resume: bool) -> tuple[Settings, int | None]:
     return settings, None
 
 
-def resumed_settings(command: CommandLine, tag_dir: Path, step: int) -> Settings:
-    """The checkpoint's settings with what the flags may change; any other flag that differs is refused by name.
+def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: int) -> Settings:
+    """The run's own settings with what the flags may change; any other flag that differs is refused by name.
 
-    A config.py has no say here, and what it says otherwise is told: the run is what its checkpoint says.
+    settings: as the checkpoint has them, or the tag's config.py when the run ended before its first one. The config.py
+    of the command line has no say here, and what it says otherwise is told: the run is what its checkpoint says.
     """
-    metadata = checkpoints.read_metadata(checkpoints.step_dir(tag_dir, step))
-    saved = {name: checked(name, value) for name, value in metadata.get("settings", {}).items()}
+    saved = {name: checked(name, value) for name, value in settings.items()}
     if saved:  # a setting that the checkpoint is too old to know was at its default, whatever a config.py says
         saved = {name: field.default for name, field in FIELDS.items() if name not in CHANGEABLE} | saved
     merged = dataclasses.replace(command.settings, **saved)
@@ -120,4 +142,4 @@ def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, datas
             f"note: {metadata.get('threads')} threads then, {torch.get_num_threads()} now: sums may round differently"
         )
     print0(f"resuming from {where}")
-    return RunState(**numbers | {"step": step})
+    return RunState(**{"evaluated": step} | numbers | {"step": step})

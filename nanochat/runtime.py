@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 EXIT_USER_ERROR = 2
+PATIENCE = timedelta(hours=3)  # for what one rank does alone: downloads, a tokenizer, compressor baselines
 
 
 class UserError(ValueError):
@@ -40,6 +41,13 @@ def run_script(main) -> None:
         fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except RuntimeError as error:
+        lost = lost_ranks()
+        if not lost:
+            raise
+        # A collective failed because its peer is gone: the launcher's own report calls that our failure as well.
+        print(f"error: {lost}: rank {rank_from_env()} cannot go on ({first_line(error)})", file=sys.stderr, flush=True)
+        os._exit(1)  # the process group waits for the dead when it is taken down
     except BrokenPipeError:  # the reader, such as `| head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
@@ -103,9 +111,23 @@ class Compute:
         elif self.device_type == "mps":
             torch.mps.synchronize()
 
-    def barrier(self) -> None:
+    def free_memory(self) -> None:
+        """Give memory that nothing uses any more back to the GPU."""
+        if self.device_type == "cuda":
+            torch.cuda.empty_cache()
+
+    def barrier(self, patient: bool = False) -> None:
+        """Wait for all ranks; patiently where one of them works alone for long."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=_patient_group if patient else None)
+
+    def agreed(self, flag: bool) -> bool:
+        """True on every rank when it is true on any; a collective."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(votes)
+        return votes.item() > 0
 
 
 def pick_device_type(name: str | None) -> str:
@@ -140,8 +162,23 @@ def pick_dtype(name: str | None, device_type: str) -> torch.dtype:
     return torch.bfloat16 if device_type == "cpu" and cpu_has_bf16() else torch.float32
 
 
-def init_compute(device_type: str | None, dtype: str | None, seed: int) -> Compute:
-    """Choose device and dtype, seed every generator, and join the process group when torchrun started us."""
+_patient_group = None
+_places: list[tuple[str, int, str | None]] = []  # host, process and its start time of every rank
+
+
+def init_compute(
+    device_type: str | None,
+    dtype: str | None,
+    seed: int,
+    deterministic: bool = False,
+    rank_timeout: float | None = None,
+) -> Compute:
+    """Choose device and dtype, seed every generator, and join the process group when torchrun started us.
+
+    deterministic: bit-equal results on a GPU too. rank_timeout: seconds that a rank waits in a collective for the
+    others; None is PATIENCE.
+    """
+    global _patient_group
     kind = pick_device_type(device_type)
     rank, world = rank_from_env(), world_size_from_env()
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -149,6 +186,9 @@ def init_compute(device_type: str | None, dtype: str | None, seed: int) -> Compu
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if here > torch.cuda.device_count():
             raise UserError(f"{here} processes for {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+            torch.use_deterministic_algorithms(True)
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
     elif kind == "cpu":
@@ -159,16 +199,58 @@ def init_compute(device_type: str | None, dtype: str | None, seed: int) -> Compu
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if world > 1 and not dist.is_initialized():
-        # The others wait while the first rank downloads data and trains a tokenizer: longer than NCCL's ten minutes.
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
-            timeout=timedelta(hours=3),
+            timeout=timedelta(seconds=rank_timeout) if rank_timeout else PATIENCE,
             device_id=device if kind == "cuda" else None,
         )
+        _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _places[:] = [None] * world
+        dist.all_gather_object(_places, (platform.node(), os.getpid(), process_state(os.getpid())[1]), _patient_group)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return Compute(device, pick_dtype(dtype, kind), rank, local, world)
+
+
+def process_state(pid: int) -> tuple[str | None, str | None]:
+    """(state, start time) of a process here: the letters of ps, None when it is gone; the start time tells namesakes
+    apart and is None where there is no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (None if fields[0] in "ZX" else fields[0]), fields[19]  # a zombie waits only to be noticed
+    except FileNotFoundError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None, None
+    except PermissionError:
+        pass  # somebody else's, so it is there
+    return (None, None) if Path("/proc/self/stat").exists() else ("?", None)
+
+
+def lost_ranks() -> str:
+    """Which ranks on this host are gone or stopped, in words; empty when all are there."""
+    deadline = time.monotonic() + 2  # a dying process closes its sockets a moment before it is gone
+    while _places:
+        lost = []
+        for rank, (host, pid, started) in enumerate(_places):
+            if host == platform.node() and rank != rank_from_env():
+                state, begun = process_state(pid)
+                if state is None or begun != started:
+                    lost.append(f"rank {rank} (process {pid} on {host}) died")
+                elif state in "Tt":
+                    lost.append(f"rank {rank} (process {pid} on {host}) is stopped")
+        if lost or time.monotonic() > deadline:
+            return ", ".join(lost)
+        time.sleep(0.05)
+    return ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type when it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

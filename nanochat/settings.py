@@ -53,6 +53,12 @@ class Settings:
         True, "compile the model with torch.compile; falls back to eager with a printed reason", "run"
     )
     seed: int = setting(42, "seed of initialisation, data order and samples", "run", at_least=0, at_most=2**63 - 1)
+    deterministic: bool = setting(
+        False, "bit-equal runs on a GPU too, at the price of speed (a CPU's always are)", "run"
+    )
+    rank_timeout: int = setting(
+        600, "seconds that a rank waits for the others in a step before the run ends", "run", at_least=1
+    )
     model_tag: str | None = setting(
         None, "name of the checkpoint folder; None says depth and variant, as in d4-tied", "run"
     )
@@ -228,6 +234,9 @@ class Settings:
     )
     overwrite: bool = setting(
         False, "start over although the model_tag holds a run (the old one is moved aside)", "checkpoints"
+    )
+    ignore_lock: bool = setting(
+        False, "train although another process seems to be training this model_tag", "checkpoints"
     )
     log_rows: bool = setting(False, "log the documents of every row to rows_rank<k>.jsonl", "checkpoints")
 

@@ -19,6 +19,12 @@ compile = True
 # seed of initialisation, data order and samples
 seed = 42
 
+# bit-equal runs on a GPU too, at the price of speed (a CPU's always are)
+deterministic = False
+
+# seconds that a rank waits for the others in a step before the run ends
+rank_timeout = 600
+
 # name of the checkpoint folder; None says depth and variant, as in d4-tied
 model_tag = None
 
@@ -208,6 +214,9 @@ keep_last = 2
 
 # start over although the model_tag holds a run (the old one is moved aside)
 overwrite = False
+
+# train although another process seems to be training this model_tag
+ignore_lock = False
 
 # log the documents of every row to rows_rank<k>.jsonl
 log_rows = False

@@ -27,7 +27,7 @@ from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TokenStore
 from nanochat.dataset import Dataset, prepare_for
 from nanochat.engine import generate
-from nanochat.loss_eval import bits_per_byte, compressor_baselines
+from nanochat.loss_eval import bits_per_byte, compressor_baselines, never
 from nanochat.offline_eval import evaluate_offline
 from nanochat.runtime import (
     Compute,
@@ -171,13 +171,15 @@ def evaluate_bpb(
 
 
 def evaluate_suite(
-    model, tokenizer: Tokenizer, dataset: Dataset, max_per_task: int | None = None, rank: int = 0, world_size: int = 1
-) -> dict[str, float]:
+    model, tokenizer: Tokenizer, dataset: Dataset, max_per_task: int | None = None, *, rank: int = 0,
+    world_size: int = 1, stop: Callable[[], bool] = never,
+) -> dict[str, float]:  # fmt: skip
     """{"core": score} where the CORE bundle lies in the base folder, else {"offline": score}; {} without any task.
 
     For use during training: nothing is downloaded, the cheap baselines are left out. All ranks call it together.
+    stop: asked before every forward; when it says yes on any rank, CutShort is raised on all.
     """
-    options = dict(max_per_task=max_per_task, rank=rank, world_size=world_size, say=print0)
+    options = dict(max_per_task=max_per_task, rank=rank, world_size=world_size, stop=stop, say=print0)
     bundle = from_rank0(lambda: find_bundle(download=False), rank, world_size, model.device)
     if bundle is not None:
         return {"core": evaluate_core(model, tokenizer, bundle, **options)["score"]}

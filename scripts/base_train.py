@@ -4,8 +4,8 @@ Read from top to bottom: settings, data, model, optimizer, then the loop with it
 """
 
 import base64
+import contextlib
 import dataclasses
-import math
 import os
 import platform
 import statistics
@@ -21,29 +21,34 @@ from nanochat.config_file import as_dict, differences, from_command_line, render
 from nanochat.dataloader import DataLoader, TokenStore
 from nanochat.dataset import Dataset, prepare_for
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import bits_per_byte
+from nanochat.guard import MAX_BAD_STEPS, StepGuard
+from nanochat.loss_eval import CutShort, bits_per_byte
+from nanochat.micro_batches import accumulate, is_out_of_memory, naming_the_batch_that_fits, smaller
 from nanochat.optim import build_optimizer
 from nanochat.progress import Progress, duration
 from nanochat.resume import RunState, restore, settle
+from nanochat.run_lock import run_lock
 from nanochat.runtime import (
     Compute,
-    UserError,
     compiler_problem,
     device_name,
+    first_line,
     init_compute,
     memory_mb,
     peak_flops,
     print0,
+    rank_from_env,
     run_script,
     write_atomically,
 )
+from nanochat.saver import BackgroundSaver
 from nanochat.settings import Settings
+from nanochat.stop_signals import StopSignals
 from nanochat.tokenizer import Tokenizer, find_or_train
 from nanochat.tracker import MetricsLog, open_tracker
 from scripts.base_eval import evaluate_suite
 
-EXIT_NONFINITE = 3
-MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
+EXIT_CODES = {"done": 0, "nonfinite": 3, "preempted": 85}
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -51,20 +56,18 @@ def main(argv: list[str] | None = None) -> dict:
     command = from_command_line(argv, usage="python -m scripts.base_train [config.py]")
     # A launcher that restarts a failed worker means: go on.
     resume = "resume" in command.switches or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    settings, resume_step = settle(command, resume)
-    for line in differences(settings, command.origins):
-        print0(f"  {line}")
-
-    settings = dataclasses.replace(settings, overwrite=False)  # meant this once, not for who copies the config
-
-    compute = init_compute(settings.device_type, settings.dtype, settings.seed)
-    try:
-        return train(settings, resume_step, compute)
-    except torch.OutOfMemoryError as error:
-        rows, _ = settings.batch_plan(compute.world_size)
-        raise UserError(
-            f"out of memory with device_batch_size={rows}: lower it ({str(error).split('.')[0]})"
-        ) from error
+    folder = checkpoints.checkpoints_dir() / command.settings.tag
+    with run_lock(folder, command.settings.ignore_lock) if rank_from_env() == 0 else contextlib.nullcontext():
+        settings, resume_step = settle(command, resume)
+        for line in differences(settings, command.origins):
+            print0(f"  {line}")
+        # Meant this once, not for who copies the config.
+        settings = dataclasses.replace(settings, overwrite=False, ignore_lock=False)
+        compute = init_compute(
+            settings.device_type, settings.dtype, settings.seed, settings.deterministic, settings.rank_timeout
+        )
+        with naming_the_batch_that_fits(settings, compute.world_size):
+            return train(settings, resume_step, compute)
 
 
 def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict:
@@ -103,7 +106,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         f"{steps} steps of {settings.total_batch_size:,} tokens ({micro_rows} rows x {accumulation} micro-batches x "
         f"{compute.world_size} ranks), {model.flops_per_token():,} FLOPs a token, peak {peak / 1e12:.3f} TFLOP/s"
     )
-    if run.step >= steps:
+    if run.step >= steps and run.evaluated in (None, run.step):
         print0(f"{settings.tag} is finished: step {run.step} of {steps}; a larger --num_iterations goes on from there")
         log = MetricsLog(tag_dir / "metrics.jsonl" if compute.rank == 0 else None)
         log.write(run.step, event="done", train_seconds=run.train_seconds, val_bpb=run.val_bpb)  # or a kill hid it
@@ -113,8 +116,11 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         write_atomically(tag_dir / "config.py", render_config(settings))
         tracker = open_tracker(settings.wandb_mode, settings.run, as_dict(settings), tag_dir)
         log = MetricsLog(tag_dir / "metrics.jsonl", tracker, keep_below=run.step)
+        for path in tag_dir.glob("rows_rank*.jsonl"):  # also of ranks that this run no longer has
+            MetricsLog(path, keep_below=run.step).close()
+    compute.barrier()
     if settings.log_rows:
-        rows_log = MetricsLog(tag_dir / f"rows_rank{compute.rank}.jsonl", keep_below=run.step)
+        rows_log = MetricsLog(tag_dir / f"rows_rank{compute.rank}.jsonl")
     log.write(
         run.step, event="start" if resume_step is None else "resume", steps=steps, device=device_name(compute),
         dtype=str(compute.dtype)[6:], world_size=compute.world_size, peak_flops=peak, parameters=counts["total"],
@@ -122,8 +128,9 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     )  # fmt: skip
 
     # -- the loop -----------------------------------------------------------------------------------------------------
+    saver = BackgroundSaver(tag_dir, settings.keep_last, tokenizer, compute.rank)
+
     def save() -> None:
-        optimizer_state = optimizer.state_dict()  # a collective: all ranks
         metadata = dict(
             settings=as_dict(settings),
             model_config=dataclasses.asdict(config),
@@ -136,97 +143,125 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             threads=torch.get_num_threads(),
             versions=dict(torch=torch.__version__, python=platform.python_version()),
         )
-        folder = checkpoints.save_checkpoint(
-            tag_dir, run.step, model.state_dict(), optimizer_state, metadata, compute.rank, tokenizer
-        )
+        note_saved(saver.save(run.step, model.state_dict().items(), optimizer.state_items(), metadata))
+
+    def note_saved(folder) -> None:
         if folder is not None:
-            checkpoints.prune(tag_dir, settings.keep_last)
-            log.write(run.step, event="save", folder=folder.name)
-        compute.barrier()
+            log.write(checkpoints.step_of(folder), event="save", folder=folder.name)
+
+    def evaluate(last: bool) -> None:
+        ranks = dict(rank=compute.rank, world_size=compute.world_size, stop=lambda: signals.requested is not None)
+        if last or schedule.is_due(settings.eval_every, run.step):
+            measured = bits_per_byte(
+                model, held_out, tokenizer.token_bytes, rows=settings.device_batch_size, seq_len=settings.max_seq_len,
+                max_tokens=settings.eval_tokens, **ranks,
+            )  # fmt: skip
+            run.note_val_bpb(measured["bpb"])
+            log.write(run.step, event="eval", val_bpb=run.val_bpb, **weight_norms(model, optimizer))
+        if schedule.is_due(settings.core_metric_every, run.step):
+            # CORE where its bundle is at hand, else the offline suite; empty without any item
+            scores = evaluate_suite(model, tokenizer, dataset, settings.core_metric_max_per_task, **ranks)
+            log.write(run.step, event="eval", **scores)
+            print0(f"step {run.step}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
+        if compute.rank == 0 and (last or schedule.is_due(settings.sample_every, run.step)):
+            print_samples(model, tokenizer)
+        run.evaluated = run.step
 
     step_times: list[float] = []
-    bad_steps = 0
+    guard = StepGuard()
     started, before = run.step, run.train_seconds
-    with Progress(steps) as progress:
-        while run.step < steps:
+    save_due, stopped = False, None
+    with Progress(steps) as progress, StopSignals() as signals, saver:
+        while True:
+            # -- what is due at this step, and at the end: evaluation, samples, checkpoint
+            last = run.step >= steps
+            stopping = compute.agreed(signals.requested is not None)  # asked of any rank: all leave at this step
+            if run.evaluated != run.step and not stopping:
+                try:
+                    evaluate(last)
+                except CutShort:
+                    stopping = True
+            if run.step > started:  # else it was loaded from there
+                save_due = save_due or last or stopping or schedule.is_due(settings.save_every, run.step)
+            if save_due and (last or stopping or not guard.bad):
+                if any(not p.isfinite().all() for p in model.parameters()):  # the last update was too large
+                    stopped = "nonfinite"
+                    guard.leave_out(loader.last_rows(whole=True))
+                    print0(f"stopped: the update of step {run.step} left weights that are not finite; not saved")
+                    break
+                save()
+                save_due = False
+            if last or stopping:
+                stopped = "done" if last and run.evaluated == run.step else "preempted"
+                break
+
+            # -- one step: loss and gradients of the global batch, their sum over the ranks, the update
             start = time.perf_counter()
             inputs, targets = loader.next()  # this rank's rows of the global batch, [rows / ranks, T]
             valid = (targets != -100).sum()
             if compute.world_size > 1:
                 dist.all_reduce(valid)
-            loss = torch.zeros((), device=compute.device)
-            for x, y in zip(inputs.split(micro_rows), targets.split(micro_rows), strict=True):
-                micro_loss = model(x, y, loss_reduction="sum") / valid.clamp(min=1)
-                micro_loss.backward()
-                loss += micro_loss.detach()
+            loss = accumulate(model, inputs, targets, micro_rows, valid)
+            while compute.agreed(loss is None):  # no memory on some rank: all try the same batch in smaller parts
+                model.zero_grad(set_to_none=True)
+                compute.free_memory()
+                settings = smaller(settings, compute.world_size)
+                micro_rows, accumulation = settings.batch_plan(compute.world_size)
+                log.write(run.step, event="oom", device_batch_size=micro_rows)
+                print0(f"out of memory: going on with {micro_rows} rows x {accumulation} micro-batches")
+                loss = accumulate(model, inputs, targets, micro_rows, valid)
             if compute.world_size > 1:
                 dist.all_reduce(loss)
-            grad_norm, group_norms = optimizer.reduce_gradients()
+            loss_value = loss.item()
             multiplier = schedule.lr_multiplier(settings, run.step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * multiplier
                 if group["kind"] == "muon":
                     group["momentum"] = schedule.muon_momentum(run.step)
                     group["weight_decay"] = schedule.weight_decay(settings, run.step, steps)
-            loss_value = loss.item()
-            good = math.isfinite(loss_value) and math.isfinite(grad_norm)  # the same sums on every rank: all agree
-            if good:
-                optimizer.step(schedule.clip_scale(grad_norm, settings.grad_clip))
+            with naming_the_batch_that_fits(settings, compute.world_size):
+                grad_norm, group_norms = optimizer.reduce_gradients()
+                good = guard.look(run.step + 1, loss_value, grad_norm, group_norms)  # the same sums on all ranks
+                if good:
+                    optimizer.step(schedule.clip_scale(grad_norm, settings.grad_clip))
             model.zero_grad(set_to_none=True)
             compute.synchronize()
             seconds = time.perf_counter() - start
-            if settings.log_rows:
-                rows_log.write(run.step + 1, rows=loader.last_rows())
 
-            # -- after the step: numbers
+            # -- after the step: numbers, and what they tell
             run.step += 1
             run.train_seconds += seconds
-            bad_steps = 0 if good else bad_steps + 1
-            if not good:
-                log.write(run.step, event="skip", loss=loss_value, grad_norm=grad_norm)
-                print0(f"step {run.step}: loss {loss_value}, gradient norm {grad_norm}: step left out")
-                if bad_steps == MAX_BAD_STEPS:
-                    log.write(run.step, event="nonfinite", loss=loss_value, grad_norm=grad_norm)
-                    print0(f"stopped: {MAX_BAD_STEPS} non-finite steps in a row; earlier checkpoints are as they were")
-                    return finish(settings, run, log, rows_log, stopped="nonfinite")
+            note_saved(saver.poll())
+            if settings.log_rows:
+                rows_log.write(run.step, rows=loader.last_rows())
+            if good:
+                run.note_loss(loss_value)
+                if spikes := guard.spikes():
+                    log.write(run.step, event="spike", loss=loss_value, grad_norm=grad_norm, usual=spikes)
             else:
-                run.smooth_loss = loss_value if run.smooth_loss is None else 0.9 * run.smooth_loss + 0.1 * loss_value
+                run.skipped += 1
+                log.write(run.step, event="skip", loss=loss_value, grad_norm=grad_norm, skipped=run.skipped)
+                print0(f"step {run.step}: loss {loss_value}, gradient norm {grad_norm}: step left out")
+                if guard.leave_out(loader.last_rows(whole=True)):
+                    stopped = "nonfinite"
+                    print0(f"stopped: {MAX_BAD_STEPS} non-finite steps in a row; earlier checkpoints are as they were")
             if run.step > started + 1:  # the first step compiles
                 step_times.append(seconds)
             pace = statistics.median(step_times[-50:]) if step_times else seconds
             tok_per_sec = settings.total_batch_size / seconds
-            mfu = tok_per_sec * model.flops_per_token() / peak
             log.write(
                 run.step, tokens=run.step * settings.total_batch_size, loss=loss_value,
                 lr=multiplier * settings.matrix_lr, lr_multiplier=multiplier, grad_norm=grad_norm,
-                tok_per_sec=tok_per_sec, mfu=mfu, mem_mb=memory_mb(compute), epoch=loader.epoch,
-                **{f"norm/grad_{name}": value for name, value in group_norms.items()},
+                tok_per_sec=tok_per_sec, mfu=tok_per_sec * model.flops_per_token() / peak, mem_mb=memory_mb(compute),
+                epoch=loader.epoch, **{f"norm/grad_{name}": value for name, value in group_norms.items()},
             )  # fmt: skip
             progress.update(
                 run.step, run.smooth_loss or loss_value, run.val_bpb, settings.total_batch_size / pace,
                 settings.total_batch_size / pace * model.flops_per_token() / peak, pace * (steps - run.step),
             )  # fmt: skip
-
-            # -- after the step: evaluation, samples, checkpoint, each on its cadence and at the end
-            last = run.step == steps
-            if last or schedule.is_due(settings.eval_every, run.step):
-                measured = bits_per_byte(
-                    model, held_out, tokenizer.token_bytes, rows=settings.device_batch_size,
-                    seq_len=settings.max_seq_len, max_tokens=settings.eval_tokens, rank=compute.rank,
-                    world_size=compute.world_size,
-                )  # fmt: skip
-                note_val_bpb(run, measured["bpb"])
-                log.write(run.step, event="eval", val_bpb=run.val_bpb, **weight_norms(model, optimizer))
-            if schedule.is_due(settings.core_metric_every, run.step):
-                scores = evaluate_suite(
-                    model, tokenizer, dataset, settings.core_metric_max_per_task, compute.rank, compute.world_size
-                )  # CORE where its bundle is at hand, else the offline suite; empty without any item
-                log.write(run.step, event="eval", **scores)
-                print0(f"step {run.step}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
-            if compute.rank == 0 and (last or schedule.is_due(settings.sample_every, run.step)):
-                print_samples(model, tokenizer)
-            if last or schedule.is_due(settings.save_every, run.step):
-                save()
+            if stopped:
+                break
+        note_saved(saver.wait())
     if step_times:
         peak = max(peak, peak_flops(compute) * compute.world_size)  # the first measurement may have had company
         pace = settings.total_batch_size / statistics.median(step_times)
@@ -235,11 +270,15 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         print0(
             f"median step: {pace:,.0f} tok/s, MFU {100 * mfu:.1f}% of {peak / 1e12:.3f} TFLOP/s; first {first:.1f} s"
         )
+    if stopped == "preempted":
+        print0(f"stopped by {signals.requested or 'a signal to another rank'} at step {run.step}: --resume goes on")
+    if stopped == "nonfinite" and compute.rank == 0:
+        guard.write_report(tag_dir / "bad_batch.json")
     log.write(
-        run.step, event="done", train_seconds=run.train_seconds, compile_seconds=compile_seconds, val_bpb=run.val_bpb,
+        run.step, event=stopped, train_seconds=run.train_seconds, compile_seconds=compile_seconds, val_bpb=run.val_bpb,
         peak_flops=peak,
     )  # fmt: skip
-    return finish(settings, run, log, rows_log)
+    return finish(settings, run, log, rows_log, stopped)
 
 
 def prepare_data(settings: Settings, compute: Compute) -> tuple[Dataset, Tokenizer]:
@@ -248,7 +287,7 @@ def prepare_data(settings: Settings, compute: Compute) -> tuple[Dataset, Tokeniz
         if turn:
             dataset = prepare_for(settings, say=print0)
             tokenizer = find_or_train(settings, dataset, say=print0)
-        compute.barrier()
+        compute.barrier(patient=True)
     return dataset, tokenizer
 
 
@@ -261,10 +300,9 @@ def compile_model(model: GPT, rows: int) -> float:
         ids = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=model.device)
         try:
             model(ids, ids, loss_reduction="sum").backward()
-        except torch.OutOfMemoryError:
-            raise  # eager would need more, not less
         except Exception as error:  # any failure inside the compiler: eager computes the same
-            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            if not is_out_of_memory(error):  # eager would need more, not less; the first step takes smaller parts
+                problem = f"{type(error).__name__}: {first_line(error)}"
         else:
             print0(f"compiled in {duration(time.perf_counter() - start)}")
         model.zero_grad(set_to_none=True)
@@ -272,17 +310,6 @@ def compile_model(model: GPT, rows: int) -> float:
         model.uncompile()
         print0(f"running without torch.compile ({problem})")
     return time.perf_counter() - start
-
-
-def note_val_bpb(run: RunState, bpb: float) -> None:
-    """Keep val bpb, and warn once when it rises while the training loss falls: the model learns the text by heart."""
-    print0(f"step {run.step}: val bpb {bpb:.4f}")
-    rising = run.val_bpb is not None and bpb > run.val_bpb
-    falling = run.smooth_loss_at_eval is not None and run.smooth_loss < run.smooth_loss_at_eval
-    if rising and falling and not run.overfit_warned:
-        run.overfit_warned = True
-        print0(f"warning: val bpb rises ({run.val_bpb:.4f} -> {bpb:.4f}) while the training loss falls: over-fitting")
-    run.val_bpb, run.smooth_loss_at_eval = bpb, run.smooth_loss
 
 
 def weight_norms(model: GPT, optimizer) -> dict[str, float]:
@@ -307,8 +334,8 @@ def finish(settings: Settings, run: RunState, log: MetricsLog, rows_log: Metrics
     """Close the logs, say where the model lies, and return the result of main()."""
     log.close()
     rows_log.close()
-    if stopped == "nonfinite" and "TORCHELASTIC_RUN_ID" not in os.environ:
-        sys.exit(EXIT_NONFINITE)  # under torchrun any code but 0 would start the same step again
+    if EXIT_CODES[stopped] and "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(EXIT_CODES[stopped])  # under torchrun any code but 0 would start the same step again
     print0(f"{settings.tag}: {duration(run.train_seconds)} of training, {checkpoints.checkpoints_dir() / settings.tag}")
     return dict(
         model_tag=settings.tag, step=run.step, val_bpb=run.val_bpb, train_seconds=run.train_seconds, stopped=stopped

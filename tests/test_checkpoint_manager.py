@@ -257,17 +257,22 @@ def test_the_newest_tag_is_the_last_saved_and_moved_runs_do_not_count(root):
     assert cm.newest_tag(root) == "c"
 
 
-def test_pruning_keeps_the_newest_and_waits_for_a_whole_one(root):
-    """Red when pruning trusts a newest step that is damaged."""
+def test_prune_safety(root):
+    """keep_last=k leaves k whole steps and every damaged one, wherever it stands.
+
+    Red when pruning trusts a damaged newest step, counts damaged ones, or deletes them.
+    """
     tag = root / "m"
     for step in (1, 2, 3, 10):
         save(tag, step)
     assert cm.prune(tag, None) == cm.prune(tag, 4) == []
+    flip_a_bit(cm.step_dir(tag, 10) / "model.safetensors")
+    assert cm.prune(tag, 3) == []
     truncate(cm.step_dir(tag, 10) / "model.safetensors")
-    assert cm.prune(tag, 1) == []
+    (cm.step_dir(tag, 2) / "manifest.json").unlink()
     save(tag, 11)
-    assert [path.name for path in cm.prune(tag, 2)] == ["step_000001", "step_000002", "step_000003"]
-    assert cm.list_steps(tag) == [10, 11]
+    assert [path.name for path in cm.prune(tag, 2)] == ["step_000001"]
+    assert cm.list_steps(tag) == [2, 3, 10, 11]
     assert cm.newest_step(tag) == 11
 
 

@@ -1,0 +1,68 @@
+"""Loss and gradients of a step, micro-batch by micro-batch, and what happens when memory runs out."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from nanochat.runtime import UserError, first_line
+from nanochat.settings import Settings
+
+
+def accumulate(
+    model, inputs: torch.Tensor, targets: torch.Tensor, rows: int, valid: torch.Tensor
+) -> torch.Tensor | None:
+    """Forward and backward of `rows` rows at a time; the summed loss over `valid` targets, or None without memory.
+
+    inputs, targets int64 [rows of this rank, T]; valid: targets that count in the global batch, a scalar tensor.
+    Gradients are left in the parameters; after None they are not of use.
+    """
+    loss = torch.zeros((), device=inputs.device)
+    try:
+        for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+            micro_loss = model(x, y, loss_reduction="sum") / valid.clamp(min=1)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    return loss
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA's own error; the CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+    )
+
+
+def smaller(settings: Settings, world_size: int) -> Settings:
+    """The settings with at most half as many rows a micro-batch; UserError when one row was too much already."""
+    micro, accumulation = settings.batch_plan(world_size)
+    if micro == 1:
+        raise UserError(
+            f"out of memory with a single row of max_seq_len={settings.max_seq_len}: a shorter max_seq_len or a "
+            "smaller depth fits"
+        )
+    rows = micro * accumulation
+    half = next(n for n in range(micro // 2, 0, -1) if rows % n == 0)
+    return dataclasses.replace(settings, device_batch_size=half)
+
+
+@contextlib.contextmanager
+def naming_the_batch_that_fits(settings: Settings, world_size: int) -> Iterator[None]:
+    """Turn running out of memory, where ranks exchange gradients and a step cannot start over, into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        micro, _ = settings.batch_plan(world_size)
+        fits = smaller(settings, world_size).device_batch_size
+        raise UserError(
+            f"out of memory with device_batch_size={micro}, outside of a step's forward and backward, which would be "
+            f"tried again in smaller parts: go on with --resume --device_batch_size={fits} ({first_line(error)})"
+        ) from error

@@ -1,0 +1,53 @@
+"""Signals that ask a run to stop: a scheduler's preemption (SIGTERM, SIGUSR1) or Ctrl-C (SIGINT).
+
+The first one is noted, and the loop saves and leaves at the end of its step; the second one ends the process at once.
+"""
+
+import os
+import signal
+import threading
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopSignals:
+    """Context manager: inside it `requested` is None until a signal comes, then its name.
+
+    A thread reads the signals: the main thread may sit for long in a matmul, or for ever in a collective whose peer
+    is gone, and Python runs handlers only there. Signals that the parent had us ignore (nohup) stay ignored. Outside
+    of the main thread, where Python sets no handlers, nothing is noted.
+    """
+
+    def __init__(self):
+        self.requested: str | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._before: dict = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        # Python's own C handler writes each signal's number there, whatever the threads are doing.
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(self._reader,), name="signals", daemon=True).start()
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, lambda *_: None)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._writer)  # the thread reads the end of the pipe
+
+    def _watch(self, reader: int) -> None:
+        with open(reader, "rb", buffering=0) as pipe:
+            while number := pipe.read(1):
+                if number[0] not in SIGNALS:
+                    continue
+                if self.requested is not None:
+                    os._exit(128 + number[0])  # what is half-written is under a temporary name
+                self.requested = signal.Signals(number[0]).name
