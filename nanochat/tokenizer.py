@@ -129,9 +129,11 @@ class Tokenizer:
     def save(self, directory: Path | str) -> Path:
         """Write the three files. A new folder appears whole or not at all; in an existing one each file does.
 
-        UserError when the folder already holds another tokenizer; the same one is left as it is.
+        UserError when the folder already holds another tokenizer, or nanochat's; the same one is left as it is.
         """
         directory = Path(directory)
+        if (directory / "tokenizer.pkl").exists():
+            raise UserError(f"{directory} holds nanochat's own tokenizer.pkl and is only read: choose another folder")
         if (directory / "ranks.tiktoken").exists():
             present = Tokenizer.load(directory)
             if present.hash != self.hash:
@@ -260,12 +262,19 @@ def _spell(token: bytes, characters: list[str]) -> str:
 def find_or_train(settings: Settings, dataset, say: Say = print) -> Tokenizer:
     """The tokenizer that the settings name (a folder, or a name under tokenizers/), else one trained on this data.
 
+    A named folder may also hold nanochat's own tokenizer.pkl, which is read where there is no ranks.tiktoken.
+
     dataset: nanochat.dataset.Dataset; only its train split is learnt from. The same data and vocab_size
     find the tokenizer of an earlier run. UserError: nothing of that name (saying what exists), or too little text.
     """
     root = base_dir() / "tokenizers"
     if settings.tokenizer is not None:
-        return Tokenizer.load(_named(settings.tokenizer, root))
+        directory = _named(settings.tokenizer, root)
+        if (directory / "ranks.tiktoken").is_file():
+            return Tokenizer.load(directory)
+        from nanochat.upstream import read_tokenizer_pickle  # which builds on this module
+
+        return read_tokenizer_pickle(directory / "tokenizer.pkl")
     source = re.sub(r"[^A-Za-z0-9._]+", "-", dataset.name).strip("-.") or "data"
     name = f"{source}-{settings.vocab_size}-{dataset.fingerprint['sha256'][:8]}"
     for directory in _folders(root, name):
@@ -298,7 +307,7 @@ def _named(wish: str, root: Path) -> Path:
     """The folder meant by a path, by a folder's whole name under root, or by its name without the hash."""
     with looking_up("tokenizer", wish):
         for path in (Path(wish).expanduser(), root / wish):
-            if (path / "ranks.tiktoken").is_file():
+            if any((path / name).is_file() for name in ("ranks.tiktoken", "tokenizer.pkl")):
                 return path
     found = _folders(root, wish)
     if len(found) == 1:
@@ -307,6 +316,6 @@ def _named(wish: str, root: Path) -> Path:
     if found:
         raise UserError(f"tokenizer={wish!r} is ambiguous: {', '.join(path.name for path in found)}")
     raise UserError(
-        f"tokenizer={wish!r} is neither a folder with ranks.tiktoken nor one of {root} "
+        f"tokenizer={wish!r} is neither a folder with ranks.tiktoken or tokenizer.pkl nor one of {root} "
         f"({', '.join(present) or 'which has none yet'}): name one of these, or leave it None to train one"
     )
