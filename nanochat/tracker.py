@@ -1,80 +1,192 @@
-"""The metrics log, always written, and the tracker beside it, which may fail without the run noticing."""
+"""The metrics log, always written, and the tracker, which reads it in a process of its own and can stop nothing.
+
+wandb leaves exit hooks behind that wait for its service for ever, and its start can wait minutes for a network: no
+thread inside the training process could be rid of it. A process can be killed.
+"""
 
 import json
+import math
+import os
+import re
+import secrets
+import subprocess
+import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 from nanochat.runtime import print0, rank_from_env, write_atomically
+
+FINISH_SECONDS = 30  # how long the end of a run waits for the tracker
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object a line, always written; the same numbers go to wandb when it is switched on.
+    """metrics.jsonl, one JSON object a line, always written; a tracker may follow the file. Main thread only.
 
-    path: the file, appended to. keep_below: on resume, lines with a larger step are dropped, so that the
-    file tells one run. tracker: object with log(dict, step=int) and finish(), or None. Its errors never stop a run.
+    path: the file, appended to. tracker: what open_tracker() gave. keep_below: on resume, lines with a larger step are
+    dropped, so that the file tells one run. A line that a kill tore is dropped in any case.
     """
 
-    def __init__(self, path: Path | None, tracker=None, keep_below: int | None = None):
+    def __init__(self, path: Path | None, tracker: "Tracker | None" = None, keep_below: int | None = None):
         self.path, self.tracker = path, tracker
         self.file = None
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        if keep_below is not None and path.exists():
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= keep_below]
-            write_atomically(path, "".join(line + "\n" for line in lines))
-        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  (lives as long as the run)
+        if path.exists():
+            before = path.read_bytes()
+            last = math.inf if keep_below is None else keep_below
+            after = b"".join(line + b"\n" for line in before.split(b"\n") if _step_of(line) <= last)
+            if after != before:
+                write_atomically(path, after.decode())
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115  (lives as long as the run)
+        if tracker is not None:
+            tracker.follow(path)
 
     def write(self, step: int, **values) -> None:
         """Append one line: {"step": step, "time": seconds since the epoch, ...}; NaN and infinities become strings."""
         if self.file is None:
             return
         line = {"step": step, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps({k: _plain(v) for k, v in line.items()}) + "\n")
+        rest = f"{json.dumps({k: _plain(v) for k, v in line.items()})}\n".encode()
+        while rest:  # one system call for the whole line, so that a kill leaves at most the last one torn
+            rest = rest[self.file.write(rest) :]
         if self.tracker is not None:
-            numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-            try:
-                self.tracker.log(numbers, step=step)
-            except Exception as error:  # whatever a tracker throws, the run goes on without it
-                print0(f"tracker stopped working ({type(error).__name__}: {error}); metrics.jsonl goes on")
-                self.tracker = None
+            self.tracker.check()
 
     def close(self) -> None:
         if self.file is not None:
             self.file.close()
             self.file = None
-        if self.tracker is not None:
-            try:
+            if self.tracker is not None:
                 self.tracker.finish()
-            except Exception as error:  # as above
-                print0(f"tracker did not finish ({type(error).__name__}: {error})")
-            self.tracker = None
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a torn last line: drop it
+        return math.nan  # torn, or none of ours: not below any step
 
 
 def _plain(value):
-    if isinstance(value, float) and not np.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return round(value, 7) if isinstance(value, float) and abs(value) > 1e-3 else value
 
 
-def open_tracker(mode: str, run: str, config: dict, directory: Path):
-    """A wandb run ('online' or 'offline') or None ('disabled'); a failing wandb is said once and left out."""
+class Tracker:
+    """wandb in a child process (nanochat/wandb_process.py) that follows metrics.jsonl until we close its input.
+
+    Nothing here blocks, but finish() for FINISH_SECONDS. Whatever fails gives one warning and ends the tracker. When
+    the training process is killed, the child sees its input end, sends what it has and leaves.
+    """
+
+    def __init__(self, directory: Path, init: dict):
+        self.directory, self.init = directory, init
+        self.process: subprocess.Popen | None = None
+
+    def follow(self, path: Path) -> None:
+        """Start the child; it sends the lines that are appended to the file from now on."""
+        facts = dict(init=self.init, path=str(path), offset=path.stat().st_size)
+        try:
+            with open(self.directory / "tracker.log", "ab") as messages:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", str(Path(__file__).with_name("wandb_process.py")), json.dumps(facts)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=messages,
+                    bufsize=0,
+                    start_new_session=True,  # Ctrl-C is the run's: the child ends when its input does
+                    env=_environment(self.directory),
+                )
+        except OSError as error:
+            self._give_up(str(error))
+            return
+        os.set_blocking(self.process.stdout.fileno(), False)
+
+    def check(self) -> None:
+        """Print what the child has to say; when it has failed, warn once and go on without it."""
+        if self.process is not None and self._listen() == b"":
+            self._give_up("its process ended")
+
+    def finish(self) -> None:
+        """Let the child send the rest; after FINISH_SECONDS it is killed."""
+        if self.process is None:
+            return
+        self.process.stdin.close()
+        try:
+            code = self.process.wait(FINISH_SECONDS)
+        except subprocess.TimeoutExpired:
+            return self._give_up(f"it did not finish within {FINISH_SECONDS} s")
+        self._listen()
+        if self.process is not None and code != 0:
+            self._give_up(f"exit code {code}")
+        self._let_go()
+
+    def _listen(self) -> bytes | None:
+        """Print or act on the child's words; returns them, None for nothing new, b"" when it has ended."""
+        words = self.process.stdout.read()
+        for line in (words or b"").decode(errors="replace").splitlines():
+            if line.startswith("error: "):
+                self._give_up(line.removeprefix("error: "))
+                break
+            print0(f"wandb: {line}")
+        return words
+
+    def _give_up(self, reason: str) -> None:
+        print0(
+            f"warning: wandb stopped ({reason}): the run goes on without it and metrics.jsonl is complete; "
+            f"see {self.directory / 'tracker.log'}"
+        )
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process = None
+
+
+def _environment(directory: Path) -> dict[str, str]:
+    """Ours, and folders for what wandb would put into the home directory; those that the user named stay.
+
+    Its settings and the API key are only read, and stay where `wandb login` put them.
+    """
+    folders = {"WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data", "WANDB_ARTIFACT_DIR": "artifacts"}
+    return {
+        **{name: str(directory / "wandb" / folder) for name, folder in folders.items()},
+        "WANDB_PROGRAM": sys.argv[0],
+        "WANDB_X_STATS_PID": str(os.getpid()),  # system metrics of the training process, not of the child
+        **os.environ,
+    }
+
+
+def open_tracker(mode: str, run: str, config: dict, directory: Path) -> Tracker | None:
+    """A wandb run ('online' or 'offline') for MetricsLog, or None ('disabled', or any rank but the first).
+
+    directory: the run's own folder. It takes all that wandb writes, and keeps the run's id, so that a resumed run goes
+    on under the same name; offline runs of one id can be sent later with `wandb sync --append`.
+    """
     if mode == "disabled" or rank_from_env() != 0:
         return None
     try:
-        import wandb  # heavy: only when asked for
-
         directory.mkdir(parents=True, exist_ok=True)
-        return wandb.init(project="nanochat", name=run, config=config, mode=mode, dir=str(directory))
-    except Exception as error:  # no account, no network, broken install: training does not depend on it
-        print0(f"wandb is not available ({type(error).__name__}: {error}); metrics.jsonl is written as always")
+        run_id = _run_id(directory)
+    except OSError as error:
+        print0(f"warning: no tracker ({error}); metrics.jsonl is written as always")
         return None
+    where = dict(mode=mode, dir=str(directory), id=run_id, resume="allow")
+    return Tracker(directory, dict(project="nanochat", name=run, config=config, **where))
+
+
+def _run_id(directory: Path) -> str:
+    """The id of this run at wandb: the one in the folder, or a new one that is written there."""
+    path = directory / "wandb_run_id"
+    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    if re.fullmatch("[0-9a-f]{16}", known):
+        return known
+    new = secrets.token_hex(8)  # not from the run's seed: two runs must differ
+    write_atomically(path, f"{new}\n")
+    return new
