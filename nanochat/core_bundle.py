@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import ssl
+import stat
 import time
 import urllib.error
 import urllib.request
@@ -19,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.runtime import UserError, base_dir, sha256_of, write_atomically
-from nanochat.settings import Say
+from nanochat.settings import Say, shown
 from nanochat.sources import looking_up
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 DOWNLOAD_SECONDS = 30
 LARGEST_DOWNLOAD = 2 * 2**30  # bytes of the zip
 LARGEST_BUNDLE = 8 * 2**30  # bytes unpacked
+LARGEST_RATIO = 100  # bytes unpacked per byte of the zip: text has 3 to 10, a bomb 1000
 MOST_FILES = 10_000
 KEYS = {
     "multiple_choice": ("query", "choices", "gold"),
@@ -75,7 +77,7 @@ def load_bundle(directory: Path) -> list[Task]:
                 raise UserError(f"{chances}: the random baseline of {label} is not a percentage below 100")
             shots, delimiter = entry["num_fewshot"][0], entry.get("continuation_delimiter", " ")
             tasks.append(Task(label, kind, read_items(path, kind), shots, delimiter, baselines[label]))
-    except (yaml.YAMLError, KeyError, TypeError, IndexError, ValueError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, IndexError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"CORE bundle {directory} is damaged: {type(error).__name__}: {error}") from error
@@ -114,7 +116,7 @@ def read_items(path: Path, kind: str) -> list[dict]:
         try:
             item = json.loads(line)
             problem = None if isinstance(item, dict) else "not an object"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problem = str(error)
         if problem := problem or _problem(item, kind):
             raise UserError(f"{path}, line {number}: not a {kind} item: {problem}")
@@ -255,24 +257,38 @@ def _fetch(url: str, path: Path) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip that may be hostile: nothing outside folder, no links, no more bytes or files than allowed."""
-    written = 0
+    """Unpack a zip that may be hostile: plain files inside folder only, no more bytes or files than allowed."""
+    room = min(LARGEST_BUNDLE, LARGEST_RATIO * archive.stat().st_size)
     try:
+        with open(archive, "rb") as file:  # zipfile would hold all entries in memory before it says how many there are
+            entries = sum(block.count(b"PK\1\2") for block in iter(lambda: file.read(2**20), b""))
+        if entries > 2 * MOST_FILES:
+            raise _NotAvailable(f"the zip holds {entries} files: more than {MOST_FILES}")
         with zipfile.ZipFile(archive) as bundle:
             members = [m for m in bundle.infolist() if not m.is_dir()]
             if len(members) > MOST_FILES:
                 raise _NotAvailable(f"the zip holds {len(members)} files: more than {MOST_FILES}")
             for member in members:
                 target = folder / member.filename
-                link = member.external_attr >> 28 == 0o12
-                if link or "\\" in member.filename or not target.resolve().is_relative_to(folder.resolve()):
-                    raise _NotAvailable(f"the zip holds an unsafe name: {member.filename!r}")
+                if not _is_safe(member):
+                    raise _NotAvailable(f"the zip holds an unsafe name: {shown(member.filename)}")
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with bundle.open(member) as source, open(target, "wb") as file:
+                with bundle.open(member) as source, open(target, "xb") as file:
                     while block := source.read(2**20):  # counted while unpacking: headers can lie
-                        written += len(block)
-                        if written > LARGEST_BUNDLE:
-                            raise _NotAvailable(f"the zip unpacks to more than {LARGEST_BUNDLE / 2**30:g} GB")
+                        room -= len(block)
+                        if room < 0:
+                            most = f"{LARGEST_BUNDLE / 2**30:g} GB or {LARGEST_RATIO} times its size"
+                            raise _NotAvailable(f"the zip unpacks to more than {most}")
                         file.write(block)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, FileExistsError) as error:
+    except (FileExistsError, NotADirectoryError) as error:
+        raise _NotAvailable(f"the zip holds a name twice: {shown(Path(error.filename).name)}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise _NotAvailable(f"the downloaded zip is damaged: {error}") from error
+
+
+def _is_safe(member: zipfile.ZipInfo) -> bool:
+    """A plain file, stored or deflated, whose name means the same on every system."""
+    kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the zip was not made on Unix
+    plain = kind in (0, stat.S_IFREG) and member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    parts = member.filename.split("/")
+    return plain and not any(part in ("", ".", "..") or len(part) > 200 or set(part) & set("\\:\0") for part in parts)

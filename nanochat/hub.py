@@ -13,12 +13,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanochat.runtime import UserError, sha256_of
+from nanochat.runtime import UserError, base_dir, sha256_of
 from nanochat.settings import Say
 from nanochat.sources import Corrupt, Source, digest, first_line, looking_up, slug_of, text_of
 
 HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is given
+LARGEST_MEAN = 1_000_000  # characters that a hub dataset may have per document of its limit
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
+LARGEST_SHARD = 1 << 30  # bytes; climbmix's have about 90 MB
 
 
 class Unreachable(UserError):
@@ -43,6 +45,17 @@ def probe(what: str) -> None:
     except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors; an endpoint that is no URL
         reason = getattr(error, "reason", error)
         raise Unreachable(f"{what} is not here and {endpoint()} cannot be reached ({reason})") from error
+
+
+def _keep_caches() -> None:
+    """Before the hub's clients are imported: their caches belong below base_dir(), unless the user has placed them.
+
+    A token that `hf auth login` has stored is read from where it lies.
+    """
+    if "HF_HOME" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        os.environ.setdefault("HF_TOKEN_PATH", str(Path(home, "huggingface", "token")))
+        os.environ["HF_HOME"] = str(base_dir() / "huggingface")
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
@@ -77,13 +90,14 @@ def _hub_documents(name: str, options: dict, counts: Counter, say: Say) -> Itera
         local = Path(name).expanduser().is_dir()
     if not local:
         probe(f"hf:{name}")
+    _keep_caches()
     try:
         import datasets  # heavy
     except ImportError as error:
         raise UserError(f"data=hf:{name} needs the datasets package: pip install datasets ({error})") from error
     datasets.config.STREAMING_READ_MAX_RETRIES = 3  # 20 by default: minutes of silence on a dead network
     say(f"data: streaming hf:{name}, at most {limit} documents")
-    row = -1
+    row, room = -1, limit * LARGEST_MEAN
     try:
         stream = datasets.load_dataset(name, options["config"], split=options["split"], streaming=True)
         if column in (stream.column_names or ()):
@@ -93,7 +107,12 @@ def _hub_documents(name: str, options: dict, counts: Counter, say: Say) -> Itera
                 say(f"data: stopped after {limit} documents of hf:{name} (--data_limit takes more)")
                 return
             counts["files"] += 1
-            yield f"{name}#{row}", text_of(record, column, f"hf:{name}")
+            text = text_of(record, column, f"hf:{name}")
+            room -= len(text)
+            if room < 0:
+                most = f"{limit * LARGEST_MEAN:,} characters in {row + 1} documents"
+                raise UserError(f"data=hf:{name} has over {most}: lower --data_limit")
+            yield f"{name}#{row}", text
     except UserError:
         raise
     except _hub_errors() as error:
@@ -110,6 +129,7 @@ def download_climbmix(
     Raises Unreachable when the hub does not answer or the connection ends, Corrupt for other bytes than announced.
     """
     probe("climbmix")
+    _keep_caches()
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -120,6 +140,8 @@ def download_climbmix(
         url = hf_hub_url(CLIMBMIX_REPO, name, repo_type="dataset", endpoint=endpoint())
         announced = get_hf_file_metadata(url, timeout=10)
         path = directory / name
+        if announced.size is not None and announced.size > LARGEST_SHARD:
+            raise Corrupt(f"{name}: the hub announces {announced.size:,} bytes, more than any shard of climbmix has")
         if not (path.exists() and path.stat().st_size == announced.size):
             _fetch(url, path, announced.size, stop, moved)
         sha256, etag = sha256_of(path), announced.etag or ""
@@ -151,7 +173,8 @@ def download_climbmix(
 def _fetch(url: str, path: Path, size: int | None, stop: threading.Event, moved: Callable[[float], None]) -> None:
     """Download into a hidden partial file, which a cut or killed download leaves to go on from, then rename it.
 
-    huggingface_hub throws partial files away. A cut connection is taken up again as long as bytes arrive.
+    huggingface_hub throws partial files away. A cut connection is taken up again as long as bytes arrive. A server
+    that sends more than it announced is Corrupt as soon as it does.
     """
     from urllib.request import Request, urlopen
 
@@ -163,6 +186,9 @@ def _fetch(url: str, path: Path, size: int | None, stop: threading.Event, moved:
         request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
         with urlopen(request, timeout=20) as response, open(partial, "ab" if response.status == 206 else "wb") as file:
             while not stop.is_set() and (chunk := response.read(1 << 20)):
+                if file.tell() + len(chunk) > (LARGEST_SHARD if size is None else size):
+                    partial.unlink()
+                    raise Corrupt(f"{path.name}: the hub sends more than the {size or LARGEST_SHARD:,} bytes allowed")
                 file.write(chunk)
                 moved(len(chunk) / (size or math.inf))
         now = partial.stat().st_size

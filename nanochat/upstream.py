@@ -159,5 +159,5 @@ def _reason(error: Exception) -> str:
         return f"it asks for {shown(asked[1])}, and only tensors are admitted"
     if isinstance(error, pickle.UnpicklingError):
         told = re.search(r"WeightsUnpickler error: (.*)", text)
-        text = told[1] if told else "weights_only refuses it"
+        text = (told and told[1].strip()) or "weights_only refuses it"
     return f"it is damaged ({type(error).__name__}: {text.strip().partition(chr(10))[0][:300]})"

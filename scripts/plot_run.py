@@ -6,6 +6,7 @@ Training loss (nats per token), and val bpb with the compressors that base_eval 
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from nanochat.checkpoint_manager import checkpoints_dir, newest_tag
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> Path:
     metrics = checkpoints_dir() / tag / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"model_tag={tag!r}: there is no {metrics}")
+    os.environ.setdefault("MPLCONFIGDIR", str(base_dir() / "matplotlib"))  # its cache of fonts
     try:
         import matplotlib
     except ImportError as error:

@@ -533,20 +533,79 @@ def test_slow_and_huge_answers(base, server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["../../outside", "/tmp/nanochat-outside", "a/../../../outside", "..\\outside", "link"]
+    ("name", "mode"),
+    [
+        *((name, stat.S_IFREG) for name in ("../../outside", "/tmp/nanochat-outside", "a/../../../outside", "a/./b")),
+        *((name, 0) for name in ("..\\outside", "C:outside", "C:/outside", "//host/outside", "x" * 300)),
+        *(("odd", kind) for kind in (stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR, stat.S_IFSOCK)),
+    ],
 )
-def test_a_zip_cannot_write_elsewhere(base, server, tmp_path, name):
-    """Red without the is_relative_to check (parents, absolute names) or without the check for links."""
+def test_a_zip_cannot_write_elsewhere(base, server, tmp_path, name, mode):
+    """Red when _is_safe looks only at the names, or only at the kind of file."""
     folder = hand_made(tmp_path / "b")
     buffer = io.BytesIO(zipped(folder))
     with zipfile.ZipFile(buffer, "a") as archive:
         info = zipfile.ZipInfo(name)
-        if name == "link":
-            info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+        info.create_system, info.external_attr = 3, (mode | 0o777) << 16
         archive.writestr(info, "../../outside")
     server.body = buffer.getvalue()
     assert "unsafe name" in refusal(base)
     assert not (tmp_path / "outside").exists() and not Path("/tmp/nanochat-outside").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("names", [["eval_bundle/core.yaml"], ["a", "a/b"], ["a/b", "a"], ["a", "a/b/c"]])
+def test_a_zip_holds_a_name_once(base, server, tmp_path, names):
+    """Which of two would be read is up to the reader. Red with open(target, "wb") (the first), else without an error
+    of the except line."""
+    buffer = io.BytesIO(zipped(hand_made(tmp_path / "b")))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        for name in names:
+            archive.writestr(name, "icl_tasks: []")
+    server.body = buffer.getvalue()
+    assert "a name twice" in refusal(base)
+
+
+def test_zip_bombs(base, server, tmp_path, monkeypatch):
+    """Zeros that deflate to a thousandth, compressors with dictionaries of gigabytes, entries without end.
+
+    Red without LARGEST_RATIO, without the check of compress_type, or without the count before zipfile reads them.
+    """
+    folder = hand_made(tmp_path / "b")
+    whole = zipped(folder)
+    for compression, reason in (
+        (zipfile.ZIP_DEFLATED, "unpacks to more than"),
+        (zipfile.ZIP_LZMA, "unsafe name"),
+        (zipfile.ZIP_BZIP2, "unsafe name"),
+    ):
+        buffer = io.BytesIO(whole)
+        with zipfile.ZipFile(buffer, "a", compression) as archive:
+            archive.writestr("bomb", bytes(3_000_000))
+        server.body = buffer.getvalue()
+        assert reason in refusal(base)
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as archive:  # a zip in the zip is one more file, which nobody unpacks
+        archive.writestr("../../outside", "x")
+    (folder / "inner.zip").write_bytes(inner.getvalue())
+    server.body = zipped(folder)
+    found = find_bundle(say=lambda line: None)
+    assert (found / "inner.zip").read_bytes() == inner.getvalue() and not (tmp_path / "outside").exists()
+    core_bundle.shutil.rmtree(base)
+    monkeypatch.setattr(core_bundle, "MOST_FILES", 10)
+    monkeypatch.setattr(core_bundle.zipfile, "ZipFile", None)  # not even asked
+    server.body = whole + b"PK\1\2" * 21
+    assert "files: more than 10" in refusal(base)
+
+
+def test_deep_nesting_is_damage(tmp_path):
+    """Red without RecursionError in load_bundle or read_items."""
+    folder = hand_made(tmp_path / "b")
+    (folder / "eval_data" / "say.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"say\.jsonl, line 1: not a language_modeling item"):
+        load_bundle(folder)
+    (folder / "core.yaml").write_text("icl_tasks: " + "[" * 1_500)
+    with pytest.raises(UserError, match="is damaged: RecursionError"):
+        load_bundle(folder)
 
 
 def test_folders_that_are_there(base, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import pytest
 
 from nanochat import dataset, sources
 from nanochat.dataset import Corrupt, Dataset, climbmix_is_here, held_out, prepare
-from nanochat.hub import CLIMBMIX_REPO, Unreachable
+from nanochat.hub import CLIMBMIX_REPO, Unreachable, _keep_caches
 from nanochat.runtime import UserError, base_dir
 from scripts import data as data_script
 
@@ -494,7 +495,10 @@ class Hub:
         self.requests: list[tuple[str, str, str | None]] = []  # method, file, range
         self.cut: dict[str, int] = {}  # file -> bytes after which its connections die
         self.altered: set[str] = set()  # files whose bytes do not have the announced sha256
+        self.longer: dict[str, int] = {}  # file -> MB that follow its bytes, without a Content-Length
+        self.announced: dict[str, int] = {}  # file -> size that the answer to HEAD tells
         self.files: dict[str, bytes] = {}
+        self.surplus = 0  # MB sent beyond the files
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -521,13 +525,19 @@ class Hub:
                 self.send_header("ETag", f'"{etag}"')
                 self.send_header("X-Repo-Commit", "0" * 40)
                 self.send_header("Accept-Ranges", "bytes")
-                self.send_header("Content-Length", str(len(content) - start))
+                size = len(content) if send else hub.announced.get(name, len(content))
+                if not (send and name in hub.longer):
+                    self.send_header("Content-Length", str(size - start))
                 if start:
                     self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
                 self.end_headers()
                 if send:
                     self.wfile.write(content[start : hub.cut.get(name)])
-                    self.close_connection = name in hub.cut
+                    with suppress(ConnectionError):  # the client gave up
+                        for _ in range(hub.longer.get(name, 0)):
+                            self.wfile.write(bytes(1_000_000))
+                            hub.surplus += 1
+                    self.close_connection = name in hub.cut or name in hub.longer
 
             def log_message(self, *args):
                 pass
@@ -552,6 +562,7 @@ class Hub:
 def hub(monkeypatch):
     served = Hub()
     monkeypatch.setenv("HF_ENDPOINT", served.url)
+    monkeypatch.setenv("HF_HOME", str(base_dir() / "huggingface"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     yield served
@@ -624,6 +635,42 @@ def test_climbmix_with_other_bytes_than_announced(hub):
         prepare("climbmix", limit=1, say=len)
 
 
+def test_climbmix_sends_more_than_it_may(hub, monkeypatch):
+    """An endless answer without a length is cut off at the announced size, an announced terabyte is not asked for.
+
+    Red without the comparison in _fetch (the surplus is read to its end), or the one of announced.size.
+    """
+    hub.longer[LAST] = 300
+    with pytest.raises(Corrupt, match=rf"{LAST}: the hub sends more than the [\d,]+ bytes allowed"):
+        prepare("climbmix", limit=1, workers=1, say=len)
+    assert hub.surplus < 100 and LAST not in {path.name for path in (base_dir() / "data" / "climbmix").iterdir()}
+    assert not (base_dir() / "data" / "climbmix" / f".{LAST}.partial").exists()
+    hub.requests.clear()
+    hub.announced[LAST] = 10**12
+    with pytest.raises(Corrupt, match=r"announces 1,000,000,000,000 bytes"):
+        prepare("climbmix", limit=1, workers=1, say=len)
+    assert LAST not in hub.fetched()
+    hub.announced.clear()
+    hub.longer.clear()
+    monkeypatch.setattr("nanochat.hub.LARGEST_SHARD", 10)
+    with pytest.raises(Corrupt, match="more than any shard"):
+        prepare("climbmix", limit=1, workers=1, say=len)
+
+
+def test_the_hubs_caches_lie_in_the_base_folder(monkeypatch, tmp_path):
+    """Unless the user placed them; a stored token is still found. Red without HF_TOKEN_PATH, or without the if."""
+    for name in ("HF_HOME", "HF_TOKEN_PATH", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "put back in the end")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _keep_caches()
+    assert os.environ["HF_HOME"] == str(tmp_path / "base" / "huggingface")
+    assert os.environ.pop("HF_TOKEN_PATH") == str(tmp_path / ".cache" / "huggingface" / "token")
+    monkeypatch.setenv("HF_HOME", "elsewhere")
+    _keep_caches()
+    assert os.environ["HF_HOME"] == "elsewhere" and "HF_TOKEN_PATH" not in os.environ
+
+
 def test_climbmix_has_an_end():
     with pytest.raises(UserError, match="6542 training shards"):
         prepare("climbmix", limit=7000)
@@ -669,6 +716,17 @@ def test_hub_dataset_through_datasets(tmp_path, lines, monkeypatch):
     assert any("stopped after 50 documents" in line for line in lines)
     (folder / "train.jsonl").unlink()
     assert prepare(source, column="body", limit=50, say=pytest.fail).fingerprint == data.fingerprint
+
+
+def test_a_hub_dataset_has_a_limit_of_text(tmp_path, monkeypatch):
+    """Red without the comparison of room."""
+    folder = tmp_path / "hubset"
+    folder.mkdir()
+    row_file(folder / "train.jsonl", [{"text": "long " * 1000} for _ in range(20)])
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("nanochat.hub.LARGEST_MEAN", 1000)
+    with pytest.raises(UserError, match=r"over 30,000 characters in 7 documents: lower --data_limit"):
+        prepare(f"hf:{folder}", limit=30, say=len)
 
 
 @pytest.mark.parametrize(
