@@ -4,21 +4,19 @@ import io
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
 import pexpect
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nanochat.config_file import read_config, render_config
 from nanochat.estimate import Hardware
 from nanochat.runtime import UserError
-from nanochat.settings import FIELDS, PRESETS, Settings, preset, validate
-from scripts import configure
+from nanochat.settings import FIELDS, PRESETS, Settings, preset
+from scripts import check_dialogues, configure
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Hardware("cpu", "a processor", 1, 16 << 30, 1e11, torch.float32)
@@ -324,32 +322,26 @@ def test_several_gpus_are_put_into_the_commands(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # random answers
 
-WORDS = ["yes", "no", "y", "n", "None", "cpu", "gpu1", "keep", "stdlib", "abc", "/", "..", "ключ", "\t", "x" * 300]
-NUMBERS = ["1", "2", "3", "64", "128", "256", "1000", "4096", "0.5", "1e4", "1e30", "-1", "0", "nan", "inf"]
-NOISE = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\n\r"), max_size=8)
-ANSWER = st.one_of(st.sampled_from(["", "", "?", "<"]), st.sampled_from(WORDS), st.sampled_from(NUMBERS), NOISE)
 
-
-@settings(max_examples=1000, deadline=None)
-@given(st.lists(ANSWER, max_size=50), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
-def test_random_answers_end_in_a_valid_config_or_a_clean_refusal(tmp_path_factory, answers, finish, exists, random_):
+def test_random_dialogues_end_in_a_valid_config_or_a_clean_refusal(tmp_path, monkeypatch, capsys):
     """Red when any answer raises another error than UserError, or a refusal touches the disk."""
-    folder = tmp_path_factory.getbasetemp() / "random"
-    folder.mkdir(exist_ok=True)
-    path = folder / "config.py"
-    with suppress(FileNotFoundError):
-        path.unlink()
-    before = None
-    if exists:
-        before = render_config(preset(random_.choice(list(PRESETS)), seed=random_.randrange(100))).encode()
-        path.write_bytes(before)
-    run = wizard(answers + (["", "", ""] * 30 + ["yes"] * 3 if finish else []), "--output", str(path))
-    assert [p.name for p in folder.iterdir()] == (["config.py"] if path.exists() else [])
-    if run.result is None:
-        assert "nothing was written" in (run.error or run.text)
-        assert (path.read_bytes() if path.exists() else None) == before
-    else:
-        assert Settings(**read_config(path)) == validate(run.result)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    counts = check_dialogues.main(["--dialogues=80", "--seed=1"])  # the script itself holds 10,000
+    ends = {"written", "already so", "declined", "refused", "end of input", "Ctrl-C"}
+    assert set(counts) == ends and sum(counts.values()) == 80
+    assert "tracebacks: 0\nhalf-written files: 0\n" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_random_dialogues_notice_what_they_look_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(configure, "write_atomically", lambda path, text: path.write_text(text[:99]))
+    monkeypatch.setattr(configure, "next_commands", lambda settings, output, hardware: 1 / (settings.depth - 12))
+    with pytest.raises(SystemExit) as caught:
+        check_dialogues.main(["--dialogues=30"])
+    assert caught.value.code == 1
+    out = capsys.readouterr().out
+    assert "ZeroDivisionError" in out and "changed without consent" in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
