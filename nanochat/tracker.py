@@ -12,6 +12,7 @@ import secrets
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from nanochat.runtime import print0, rank_from_env, write_atomically
@@ -143,23 +144,27 @@ class Tracker:
     def _let_go(self) -> None:
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
+            with suppress(subprocess.TimeoutExpired):  # a process that waits for a lost disk dies later
+                self.process.wait(1)
             self.process.stdin.close()
             self.process.stdout.close()
             self.process = None
 
 
 def _environment(directory: Path) -> dict[str, str]:
-    """Ours, and folders for what wandb would put into the home directory; those that the user named stay.
+    """Ours, and folders for what wandb would put into the home directory (those that the user named stay) and /tmp.
 
     Its settings and the API key are only read, and stay where `wandb login` put them.
     """
     folders = {"WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data", "WANDB_ARTIFACT_DIR": "artifacts"}
+    scratch = (directory / "wandb" / "tmp").absolute()
+    scratch.mkdir(parents=True, exist_ok=True)
     return {
-        **{name: str(directory / "wandb" / folder) for name, folder in folders.items()},
+        **{name: str(directory.absolute() / "wandb" / folder) for name, folder in folders.items()},
         "WANDB_PROGRAM": sys.argv[0],
         "WANDB_X_STATS_PID": str(os.getpid()),  # system metrics of the training process, not of the child
         **os.environ,
+        "TMPDIR": str(scratch),  # what a killed child leaves behind
     }
 
 
@@ -167,7 +172,7 @@ def open_tracker(mode: str, run: str, config: dict, directory: Path) -> Tracker 
     """A wandb run ('online' or 'offline') for MetricsLog, or None ('disabled', or any rank but the first).
 
     directory: the run's own folder. It takes all that wandb writes, and keeps the run's id, so that a resumed run goes
-    on under the same name; offline runs of one id can be sent later with `wandb sync --append`.
+    on there; `wandb sync` sends the offline runs later, several of one id in their order.
     """
     if mode == "disabled" or rank_from_env() != 0:
         return None

@@ -59,7 +59,7 @@ def fake(tmp_path, monkeypatch):
     calls.touch()
 
     def behave(how: str):
-        monkeypatch.setenv("PYTHONPATH", str(calls.parent))
+        monkeypatch.setenv("PYTHONPATH", str(calls.parent), prepend=os.pathsep)
         monkeypatch.setenv("FAKE_WANDB", how)
         monkeypatch.setenv("FAKE_WANDB_CALLS", str(calls))
         monkeypatch.setattr(tracker, "FINISH_SECONDS", LIMIT)
@@ -242,12 +242,13 @@ def records(path: Path):
 
 
 def test_offline_runs_are_whole_and_can_be_sent_later(tmp_path, monkeypatch):
-    """Red when the environment's WANDB_MODE=disabled wins, the child is killed before it is done, or wandb's cache
-    goes to the home directory."""
-    home, folder = tmp_path / "home", tmp_path / "tag"
-    home.mkdir()
+    """Red when the environment's WANDB_MODE=disabled wins, the child is killed before it is done, or wandb's
+    cache goes to the home directory."""
+    folder = tmp_path / "tag"
     folder.mkdir()
-    monkeypatch.setenv("HOME", str(home))
+    for name in ("HOME", "TMPDIR"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
     for start in (1, 401):
         log = MetricsLog(folder / "metrics.jsonl", open_tracker("offline", "name", {"depth": 4}, folder), start - 1)
         for step in range(start, start + 400):
@@ -266,7 +267,7 @@ def test_offline_runs_are_whole_and_can_be_sent_later(tmp_path, monkeypatch):
         assert found[-1].WhichOneof("record_type") in ("exit", "footer", "final", "request")
     assert steps == list(range(1, 801))
     assert ids == {(folder / "wandb_run_id").read_text().strip()}
-    assert not any(home.iterdir())
+    assert not any((tmp_path / "HOME").iterdir()) and not any((tmp_path / "TMPDIR").iterdir())
 
 
 def test_tracker_failure(fake, tmp_path, monkeypatch, capsys):
