@@ -185,7 +185,7 @@ def test_no_tokenizer_at_all(encoding, tmp_path, changes, reason):
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
 def test_damaged_and_oversized_pickles(encoding, tmp_path, monkeypatch):
-    """Cut, empty or flipped: one line or the tokenizer. Red without the limit of the size, or one error of DAMAGE."""
+    """Cut, empty or flipped: one line or the tokenizer. Red without the limit of the size, or ValueError in DAMAGE."""
     whole, path = pickle.dumps(encoding), tmp_path / "tokenizer.pkl"
     for size in (0, 1, 2, 12, 40, 200, len(whole) // 2, len(whole) - 1):
         assert "damaged" in refused(read_tokenizer_pickle, path, whole[:size])
@@ -300,7 +300,7 @@ def test_tensors_that_claim_too_much(tmp_path):
 
 
 def test_damaged_pt_files(tmp_path):
-    """Cut anywhere, or with other bytes in the pickle: one line. Red without one of the errors of DAMAGE."""
+    """Cut anywhere, or with other bytes in the pickle: one line. Red without RuntimeError in DAMAGE."""
     whole, path = saved({f"w{i}": torch.ones(i, 3) for i in range(1, 5)}), tmp_path / "model_000001.pt"
     for size in (0, 3, 100, len(whole) // 2, len(whole) - 1):
         refused(read_pt, path, whole[:size])
