@@ -645,13 +645,13 @@ def test_climbmix_sends_more_than_it_may(hub, monkeypatch):
         prepare("climbmix", limit=1, workers=1, say=len)
     assert hub.surplus < 100 and LAST not in {path.name for path in (base_dir() / "data" / "climbmix").iterdir()}
     assert not (base_dir() / "data" / "climbmix" / f".{LAST}.partial").exists()
+    hub.longer.clear()  # else trying the second breakage fills the disk
     hub.requests.clear()
     hub.announced[LAST] = 10**12
     with pytest.raises(Corrupt, match=r"announces 1,000,000,000,000 bytes"):
         prepare("climbmix", limit=1, workers=1, say=len)
     assert LAST not in hub.fetched()
     hub.announced.clear()
-    hub.longer.clear()
     monkeypatch.setattr("nanochat.hub.LARGEST_SHARD", 10)
     with pytest.raises(Corrupt, match="more than any shard"):
         prepare("climbmix", limit=1, workers=1, say=len)
