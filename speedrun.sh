@@ -58,14 +58,17 @@ launch=("$python" -m)
 if [ "$ranks" -gt 1 ]; then
     launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$ranks" -m)
 fi
+forward_signals
+code=0
 case "$action" in
-    start) "${launch[@]}" scripts.base_train "$@" ;;
-    resume) "${launch[@]}" scripts.base_train "$@" --resume ;;
+    start) "${launch[@]}" scripts.base_train "$@" || code=$? ;;
+    resume) "${launch[@]}" scripts.base_train "$@" --resume || code=$? ;;
     nothing) echo "nothing left to train: $tag is done at step $step" ;;
 esac
+[ "$code" = 2 ] && exit 2
 look "$@"
-case "$state" in # under torchrun a stop by a signal, or by the non-finite guard, looks like success
-    done) ;;
+case "$state" in # under torchrun codes are lost: a stop by the guard looks like success, one by a signal like a failure
+    done) [ "$code" = 0 ] || exit "$code" ;;
     preempted)
         echo "training of $tag was preempted before its end, at step $step, which is saved" >&2
         exit 85
@@ -75,6 +78,7 @@ case "$state" in # under torchrun a stop by a signal, or by the non-finite guard
         exit 3
         ;;
     *)
+        [ "$code" = 0 ] || exit "$code"
         echo "training of $tag ended without saying why: its metrics.jsonl ends before done" >&2
         exit 1
         ;;

@@ -1,5 +1,6 @@
 """The step guard: non-finite steps are left out and counted, spikes are noticed."""
 
+import itertools
 import json
 import math
 import statistics
@@ -44,8 +45,9 @@ class StepGuard:
             value = self.last[name]
             if len(recent) >= WINDOW // 2:
                 median = statistics.median(recent)
-                deviation = 1.4826 * statistics.median(abs(x - median) for x in recent)  # sigma of a normal
-                if value > max(median + SPIKE_DEVIATIONS * deviation, median * SPIKE_RATIO):
+                # From step to step, so that the fall of the loss does not count; sigma of a normal distribution.
+                noise = 1.4826 / 2**0.5 * statistics.median(abs(b - a) for a, b in itertools.pairwise(recent))
+                if value > max(median + SPIKE_DEVIATIONS * noise, median * SPIKE_RATIO):
                     found[name] = median
             recent.append(value)
         return found

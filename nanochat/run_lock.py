@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.runtime import UserError, print0, process_state
+from nanochat.runtime import UserError, print0, process_state, restarts_from_env
 
 BEAT = 30.0  # seconds between two touches of the file by its owner
 STALE = 600.0  # seconds without one after which the owner on another host counts as gone
@@ -39,7 +39,7 @@ def run_lock(folder: Path, ignore: bool = False) -> Iterator[None]:
         elif owner is not None and not ignore:
             raise UserError(
                 f"model_tag={folder.name!r} is being trained by {_spelled(owner)}: stop it, or take another name with "
-                f"--model_tag=NAME; if it is gone for sure, --ignore_lock takes over ({path})"
+                f"--model_tag=NAME; if it is gone for sure, --ignore_lock=True takes over ({path})"
             )
         if handle is None:  # somebody's orphan still holds it, or the user knows better: a new file
             path.unlink(missing_ok=True)
@@ -96,8 +96,7 @@ def _owner(path: Path) -> dict | None:
 
 def _gone(owner: dict, path: Path, held: bool) -> str | None:
     """Why the owner is no longer at work, or None when it may well be."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if restarted and owner.get("launch") == os.environ.get("TORCHELASTIC_RUN_ID"):
+    if restarts_from_env() and owner.get("launch") == os.environ.get("TORCHELASTIC_RUN_ID"):
         return "its launcher has started it anew"
     if owner.get("host") == platform.node():
         state, started = process_state(owner["pid"])

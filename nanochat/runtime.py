@@ -85,6 +85,11 @@ def world_size_from_env() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def restarts_from_env() -> int:
+    """How often torchrun has started the ranks anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 def print0(*args, **kwargs) -> None:
     """Print on rank 0 only, at once."""
     if rank_from_env() == 0:
@@ -201,6 +206,7 @@ def init_compute(
     if world > 1 and not dist.is_initialized():
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
+            **_meeting_place(),
             timeout=timedelta(seconds=rank_timeout) if rank_timeout else PATIENCE,
             device_id=device if kind == "cuda" else None,
         )
@@ -211,6 +217,19 @@ def init_compute(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return Compute(device, pick_dtype(dtype, kind), rank, local, world)
+
+
+def _meeting_place() -> dict:
+    """Where the ranks find each other, free of what those before a restart left there.
+
+    torchrun serves all attempts from one store, and the new ranks would now and then connect to the addresses of the
+    dead (seen with torch 2.13). Over several nodes the attempts are counted apart: there the environment variable of
+    runs/nodes.sh makes torchrun open a new store.
+    """
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
+        return {}
+    store, rank, world = next(dist.rendezvous("env://"))
+    return dict(store=dist.PrefixStore(f"attempt_{restarts_from_env()}", store), rank=rank, world_size=world)
 
 
 def process_state(pid: int) -> tuple[str | None, str | None]:

@@ -10,6 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 : "${NANOCHAT_BASE_DIR:?a folder that all nodes see}"
 set_up
 nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a new store after each failure: else ranks look for the dead ones
+forward_signals
 exec "$python" -m torch.distributed.run --nnodes="$NNODES" --nproc_per_node="$nproc" --max_restarts=3 \
     --rdzv_backend=c10d --rdzv_id=nanochat --rdzv_endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}" \
     -m scripts.base_train "$@"

@@ -9,6 +9,13 @@ export PYTHONSAFEPATH=1 # a stray random.py or scripts/ in the caller's folder m
 
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
+# torchrun passes on only the signals it is told to; Slurm and others announce the end of a job with SIGUSR1. Newer
+# releases of torch read the first variable, older ones the second.
+forward_signals() {
+    export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+    export TORCHELASTIC_SIGNALS_TO_HANDLE=$PET_SIGNALS_TO_HANDLE
+}
+
 find_python() {
     local candidate candidates="python3 python3.14 python3.13 python3.12 python3.11 python"
     if [ -n "${PYTHON:-}" ]; then

@@ -38,6 +38,7 @@ from nanochat.runtime import (
     peak_flops,
     print0,
     rank_from_env,
+    restarts_from_env,
     run_script,
     write_atomically,
 )
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Train as the settings say; returns {"model_tag", "step", "val_bpb", "train_seconds", "stopped"}."""
     command = from_command_line(argv, usage="python -m scripts.base_train [config.py]")
     # A launcher that restarts a failed worker means: go on.
-    resume = "resume" in command.switches or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = "resume" in command.switches or restarts_from_env() > 0
     folder = checkpoints.checkpoints_dir() / command.settings.tag
     with run_lock(folder, command.settings.ignore_lock) if rank_from_env() == 0 else contextlib.nullcontext():
         settings, resume_step = settle(command, resume)

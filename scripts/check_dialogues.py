@@ -53,7 +53,9 @@ HARDWARE = [
     Hardware("cpu", "a small processor", 1, 700 << 20, 1e14, torch.float32),
     Hardware("cuda", "NVIDIA H100 80GB HBM3", 8, 80 << 30, 989e12, torch.bfloat16),
 ]
-DESTINATIONS = ["new"] * 4 + ["config"] * 2 + ["same", "damaged", "folder", "under a file", "deep", "link", "read-only"]
+DESTINATIONS = (
+    ["new"] * 4 + ["config"] * 2 + ["same", "damaged", "folder", "under a file", "long", "deep", "link", "read-only"]
+)
 BAD_BYTES = b"\xff\xfe"
 
 
@@ -103,6 +105,8 @@ def destination(kind: str, folder: Path, rng: random.Random) -> Path:
     elif kind == "under a file":
         path.write_text("")
         return path / "config.py"
+    elif kind == "long":
+        return folder / ("x" * 300 + ".py")
     elif kind == "deep":
         return folder / "a" / "b" / "\u540d .py"
     elif kind == "link":

@@ -158,6 +158,12 @@ def _check_writable(path: Path, given: str) -> None:
     folder = path.parent
     while not os.path.exists(folder):
         folder = folder.parent
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # the folder decides
+    except OSError as error:  # a name too long, a folder that cannot be searched, a link to itself
+        raise UserError(f"--output {given[:99]!r} cannot be written: {error.strerror}") from None
     if path.is_dir() or (path.exists() and not path.is_file()):
         raise UserError(f"--output {given!r} is not a file: name one, such as {path / 'config.py'}")
     if not folder.is_dir() or not os.access(folder, os.W_OK):

@@ -124,3 +124,37 @@ def tiny_corpus(tmp_path_factory) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(_module_text(rng, functions=rng.randrange(8, 20)), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """24 small documents: an epoch of 12 rows of 64 tokens a step is over after about 13 steps."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    words = "the a cat dog tree house runs sleeps under over behind quickly and then never 1 22 333".split()
+    for number in range(24):
+        text = "\n".join(" ".join(rng.choices(words, k=9)) for _ in range(24))
+        (folder / f"story {number}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """One base folder for all runs of a file, so that data and tokenizer are made once."""
+    return tmp_path_factory.mktemp("base")
+
+
+@pytest.fixture
+def train(base, corpus, monkeypatch):
+    """train(tag, *switches, **settings): base_train's main() on the tiny model; the peak is not measured."""
+    from tiny_run import TINY, flags
+
+    from scripts import base_train
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setattr(base_train, "peak_flops", lambda compute: 1e12)
+
+    def run(tag: str, *words: str, **settings) -> dict:
+        return base_train.main(flags({"data": corpus, **TINY, **settings, "model_tag": tag}) + list(words))
+
+    return run

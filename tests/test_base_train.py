@@ -3,94 +3,24 @@
 import json
 import math
 import os
-import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tiny_run import MODERN, TIED, TINY, flags, metrics, rows_of, start, state_hashes, tag_dir
 from torch._inductor import config as inductor
 
-import nanochat.gpt
 from nanochat import checkpoint_manager as cm
 from nanochat.config_file import read_config, render_config
 from nanochat.dataset import prepare
 from nanochat.resume import RunState
-from nanochat.runtime import UserError, compiler_problem, run_script
+from nanochat.runtime import UserError, compiler_problem
 from nanochat.settings import PRESETS, preset
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train
 from scripts.base_train import main
-
-TINY = dict(
-    vocab_size=300, depth=2, model_dim=64, head_dim=32, max_seq_len=64, total_batch_size=768, device_batch_size=4,
-    num_iterations=4, compile=False, device_type="cpu", dtype="float32", eval_every=None, eval_tokens=256,
-)  # fmt: skip
-TIED = dict(tie_weights=True, use_output_projection=True)
-MODERN = dict(
-    value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """24 small documents: an epoch of 12 rows a step is over after about 13 steps."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = random.Random(0)
-    words = "the a cat dog tree house runs sleeps under over behind quickly and then never 1 22 333".split()
-    for number in range(24):
-        text = "\n".join(" ".join(rng.choices(words, k=9)) for _ in range(24))
-        (folder / f"story {number}.txt").write_text(text)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """One base folder for all runs of this file, so that data and tokenizer are made once."""
-    return tmp_path_factory.mktemp("base")
-
-
-@pytest.fixture
-def train(base, corpus, monkeypatch):
-    """train(tag, *switches, **settings): main() on the tiny model; the peak is not measured."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    monkeypatch.setattr(base_train, "peak_flops", lambda compute: 1e12)
-
-    def run(tag: str, *words: str, **settings) -> dict:
-        return main(flags({"data": corpus, **TINY, **settings, "model_tag": tag}) + list(words))
-
-    return run
-
-
-def flags(settings: dict) -> list[str]:
-    return [f"--{name}={value}" for name, value in settings.items()]
-
-
-def tag_dir(tag: str) -> Path:
-    return cm.checkpoints_dir() / tag
-
-
-def metrics(tag: str, key: str | None = None) -> list:
-    """The lines of metrics.jsonl, or the values of one key in their order."""
-    lines = [json.loads(line) for line in (tag_dir(tag) / "metrics.jsonl").read_text().splitlines()]
-    return lines if key is None else [line[key] for line in lines if key in line]
-
-
-def state_hashes(tag: str, step: int) -> list[str]:
-    """Of the weights and of the optimizer's state."""
-    folder = cm.step_dir(tag_dir(tag), step)
-    return [cm.weights_hash(load_file(folder / f"{name}.safetensors")) for name in ("model", "optimizer")]
-
-
-def exit_code(run) -> int:
-    with pytest.raises(SystemExit) as caught:
-        run_script(run)
-    return caught.value.code
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one run
@@ -162,23 +92,6 @@ def test_cadences_of_samples_suites_and_pruning(train, monkeypatch, capsys):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # resume
-
-
-@pytest.mark.parametrize("variant", [{}, TIED, MODERN], ids=["untied", "tied-proj", "modern"])
-def test_stopped_and_resumed_is_the_same_run_to_the_bit(train, variant):
-    """3 micro-batches a step, across the end of an epoch, momentum and warmdown at work.
-
-    Red when restore() leaves out the loader's cursor or the optimizer's state, or when the schedule restarts at 0.
-    """
-    train("bits", num_iterations=16, save_every=8, weight_decay=0.1, overwrite=True, **variant)
-    whole, losses, epochs = state_hashes("bits", 16), metrics("bits", "loss"), metrics("bits", "epoch")
-    assert epochs[7] == 0
-    assert epochs[15] == 1
-    shutil.rmtree(tag_dir("bits") / "step_000016")
-    main(["--model_tag=bits", "--resume"])
-    assert metrics("bits", "loss") == losses
-    assert state_hashes("bits", 16) == whole
-    assert metrics("bits", "event") == ["start", "save", "resume", "eval", "save", "done"]
 
 
 def test_compiled_runs_resume_to_the_bit_and_agree_with_eager(train, monkeypatch, capsys):
@@ -335,66 +248,6 @@ def test_another_tokenizer_of_the_same_size_is_refused_with_both_hashes(train, t
         main(["--model_tag=swap", "--resume", "--num_iterations=2"])
 
 
-def test_a_full_disk_leaves_the_earlier_step(train, monkeypatch, capsys):
-    """Red when the failed save leaves its folder, or the run goes on without saving."""
-    real, calls = cm.save_file, []
-
-    def full_at_the_second_save(tensors, path):
-        calls.append(path)
-        if len(calls) > 2:
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
-        real(tensors, path)
-
-    monkeypatch.setattr(cm, "save_file", full_at_the_second_save)
-    assert exit_code(lambda: train("full", save_every=2)) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "No space left on device" in err
-    assert [path.name for path in tag_dir("full").iterdir() if path.is_dir()] == ["step_000002"]
-    monkeypatch.undo()
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(cm.base_dir()))
-
-
-@pytest.fixture
-def nan_steps(monkeypatch):
-    """nan_steps(set of steps): their training losses are NaN."""
-    real = nanochat.gpt.chunked_cross_entropy
-
-    def at(steps: set[int]) -> None:
-        calls = iter(range(3 * 10**6))  # 3 micro-batches a step
-
-        def loss(x, weight, targets, reduction):
-            value = real(x, weight, targets, reduction)
-            return value * math.nan if torch.is_grad_enabled() and next(calls) // 3 + 1 in steps else value
-
-        monkeypatch.setattr(nanochat.gpt, "chunked_cross_entropy", loss)
-
-    return at
-
-
-def test_a_non_finite_step_is_left_out(train, nan_steps, capsys):
-    """Red when the guard lets the update through: one NaN would spoil every weight."""
-    nan_steps({2, 4})
-    train("skip", num_iterations=5, save_every=1)
-    assert [line["step"] for line in metrics("skip") if line.get("event") == "skip"] == [2, 4]
-    assert metrics("skip", "loss")[1] == "nan"
-    assert cm.list_steps(tag_dir("skip")) == [1, 3, 5]  # nothing unproven is saved
-    assert cm.load_model("base", "cpu", "eval", "skip")[2]["run"]["skipped"] == 2
-    assert "step 2: loss nan, gradient norm nan: step left out" in capsys.readouterr().out
-
-
-def test_ten_non_finite_steps_in_a_row_end_the_run(train, nan_steps, monkeypatch):
-    """Code 3, or under a launcher, which would restart it, a quiet end. Red when the count is never reset."""
-    nan_steps(set(range(1, 10)) | set(range(11, 99)))
-    assert exit_code(lambda: train("nan", num_iterations=99, save_every=10)) == 3
-    events = [(line["step"], line["event"]) for line in metrics("nan") if line.get("event") not in (None, "skip")]
-    assert events == [(0, "start"), (10, "save"), (20, "nonfinite")]
-    assert cm.load_model("base", "cpu", "eval", "nan")[2]["step"] == 10
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "here")
-    nan_steps(set(range(1, 99)))
-    assert train("nan2", num_iterations=99)["stopped"] == "nonfinite"
-
-
 def test_over_fitting_is_warned_about_once(capsys):
     """Red when the warning also comes while the training loss rises, or comes twice."""
     run = RunState(smooth_loss=3.0)
@@ -436,17 +289,6 @@ def test_every_preset_trains_a_step(name, train, tiny_corpus, tmp_path):
 # several ranks
 
 
-def start_ranks(base: Path, ranks: int, *words: str) -> subprocess.Popen:
-    """The same command under torchrun, with gloo and one thread a rank."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
-    environment |= dict(NANOCHAT_BASE_DIR=str(base), PYTHONPATH=str(Path(base_train.__file__).parents[1]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return subprocess.Popen(
-        [*command, "-m", "scripts.base_train", *words], env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
 def test_two_and_three_ranks_are_one(train, base, tiny_corpus):
     """20 steps of 12 rows with float32 orthogonalisation: the one-rank losses to 1e-5, the same rows, shared out.
 
@@ -460,7 +302,7 @@ def test_two_and_three_ranks_are_one(train, base, tiny_corpus):
     )  # fmt: skip
     train("ranks1", **shape)  # first: the ranks find data, tokenizer and tokens ready
     shared = flags({**TINY, **shape})
-    running = {n: start_ranks(base, n, *shared, f"--model_tag=ranks{n}") for n in (2, 3)}
+    running = {n: start(base, *shared, f"--model_tag=ranks{n}", ranks=n) for n in (2, 3)}
     for n, process in running.items():
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 0, output
@@ -469,23 +311,11 @@ def test_two_and_three_ranks_are_one(train, base, tiny_corpus):
         assert metrics(f"ranks{n}", "loss") == pytest.approx(metrics("ranks1", "loss"), rel=1e-5)
         assert metrics(f"ranks{n}", "val_bpb") == pytest.approx(metrics("ranks1", "val_bpb"), rel=1e-5)
         assert rows_of(f"ranks{n}", n) == rows_of("ranks1", 1)
+        assert {len(set(rows)) for rows in rows_of(f"ranks{n}", n).values()} == {12}  # disjoint shares
     # what three ranks saved, one continues as the one-rank run would
     for n in (1, 3):
         main([f"--model_tag=ranks{n}", "--resume", "--num_iterations=22"])
     assert metrics("ranks3", "loss") == pytest.approx(metrics("ranks1", "loss"), rel=1e-5)
-
-
-def rows_of(tag: str, ranks: int) -> list[list]:
-    """The rows of each step, the ranks' equal and disjoint shares one behind the other."""
-    logs = [(tag_dir(tag) / f"rows_rank{rank}.jsonl").read_text().splitlines() for rank in range(ranks)]
-    steps = []
-    for lines in zip(*logs, strict=True):
-        shares = [[(row["epoch"], row["row"]) for row in json.loads(line)["rows"]] for line in lines]
-        assert {len(share) for share in shares} == {12 // ranks}
-        rows = [row for share in shares for row in share]
-        assert len(set(rows)) == 12
-        steps.append(rows)
-    return steps
 
 
 def test_a_resume_judges_flags_together_with_the_run_and_not_with_the_defaults(tiny_corpus):

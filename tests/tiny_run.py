@@ -1,0 +1,84 @@
+"""A run of a tiny model, and looks at what it left: for the tests of the training script."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from nanochat import checkpoint_manager as cm
+from nanochat.runtime import run_script
+from scripts import base_train
+
+TINY = dict(
+    vocab_size=300, depth=2, model_dim=64, head_dim=32, max_seq_len=64, total_batch_size=768, device_batch_size=4,
+    num_iterations=4, compile=False, device_type="cpu", dtype="float32", eval_every=None, eval_tokens=256,
+)  # fmt: skip
+TIED = dict(tie_weights=True, use_output_projection=True)
+MODERN = dict(
+    value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0
+)  # fmt: skip
+CHECKOUT = Path(base_train.__file__).parents[1]
+
+
+def flags(settings: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def tag_dir(tag: str) -> Path:
+    return cm.checkpoints_dir() / tag
+
+
+def metrics(tag: str, key: str | None = None) -> list:
+    """The lines of metrics.jsonl, or the values of one key in their order."""
+    lines = [json.loads(line) for line in (tag_dir(tag) / "metrics.jsonl").read_text().splitlines()]
+    return lines if key is None else [line[key] for line in lines if key in line]
+
+
+def losses(tag: str) -> list[float]:
+    """Of every step, in order; the events repeat some of them."""
+    return [line["loss"] for line in metrics(tag) if "tokens" in line]
+
+
+def state_hashes(tag: str, step: int) -> list[str]:
+    """Of the weights and of the optimizer's state."""
+    folder = cm.step_dir(tag_dir(tag), step)
+    return [cm.weights_hash(load_file(folder / f"{name}.safetensors")) for name in ("model", "optimizer")]
+
+
+def exit_code(run) -> int:
+    with pytest.raises(SystemExit) as caught:
+        run_script(run)
+    return caught.value.code
+
+
+def rows_of(tag: str, ranks: int) -> dict[int, list]:
+    """The rows of each step, the ranks' shares one behind the other."""
+    steps: dict[int, list] = {}
+    for rank in range(ranks):
+        for line in (tag_dir(tag) / f"rows_rank{rank}.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            steps.setdefault(record["step"], []).append([(row["epoch"], row["row"]) for row in record["rows"]])
+    for shares in steps.values():
+        assert len({len(share) for share in shares}) == 1
+    return {step: [row for share in shares for row in share] for step, shares in sorted(steps.items())}
+
+
+def start(
+    base: Path, *words: str, ranks: int = 1, restarts: int = 0, script: Path | None = None, **environment: str
+) -> subprocess.Popen:
+    """The training script (or another) in a process of its own; with ranks under torchrun, gloo, one thread a rank."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    inherited |= dict(NANOCHAT_BASE_DIR=str(base), PYTHONPATH=str(CHECKOUT), OMP_NUM_THREADS="1")
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
+    command += [str(script)] if script else ["-m", "scripts.base_train"]
+    return subprocess.Popen(
+        [*command, *words], env=inherited | environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
