@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import UserError, base_dir, fsync, print0, sha256_of
+from nanochat.runtime import UserError, base_dir, first_line, fsync, print0, sha256_of
 from nanochat.tokenizer import Tokenizer
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -242,8 +242,8 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, to
     """The tensors of a safetensors file by name; UserError when it is none."""
     try:
         return load_file(path, device=str(device))
-    except (SafetensorError, FileNotFoundError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a size that no machine has
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 _said: set[str] = set()

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanochat.runtime import UserError, base_dir, sha256_of
+from nanochat.runtime import UserError, base_dir, first_line, sha256_of
 from nanochat.settings import Say
-from nanochat.sources import Corrupt, Source, digest, first_line, looking_up, slug_of, text_of
+from nanochat.sources import Corrupt, Source, digest, looking_up, slug_of, text_of
 
 HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is given
 LARGEST_MEAN = 1_000_000  # characters that a hub dataset may have per document of its limit

@@ -55,6 +55,11 @@ def settle(command: CommandLine, resume: bool) -> tuple[Settings, int | None]:
     """The settings that count and the step to resume from (None: a new run). All checks that need no device."""
     settings = command.settings
     tag_dir = checkpoints.checkpoints_dir() / settings.tag
+    if foreign := sorted(tag_dir.glob("model_*.pt")):
+        raise UserError(
+            f"{tag_dir} holds nanochat's own checkpoints ({foreign[0].name}), which are only read: "
+            "train under another name with --model_tag=NAME"
+        )
     if resume and checkpoints.list_steps(tag_dir):
         step = checkpoints.newest_step(tag_dir)
         if step is None:

@@ -7,6 +7,7 @@ import platform
 import random
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -33,8 +34,27 @@ def base_dir() -> Path:
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
 
 
+def keep_caches() -> None:
+    """Let compilers keep what they make below base_dir() instead of the temporary and the home folder.
+
+    To be called before torch._dynamo is imported, which fixes the place.
+    """
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "PYTORCH_KERNEL_CACHE_PATH"):
+        os.environ.setdefault(name, str(base_dir() / "compiled" / name.split("_")[0].lower()))
+
+
+def import_compiler() -> None:
+    """Import torch's compiler, which asks for the temporary folder only now, so that its headers lie in the caches."""
+    before, tempfile.tempdir = tempfile.tempdir, os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    try:
+        import torch._inductor.codecache  # noqa: F401
+    finally:
+        tempfile.tempdir = before
+
+
 def run_script(main) -> None:
     """Call a script's main() and end the process as the contract says: 2 with one line for a user's mistake."""
+    keep_caches()
     try:
         main()
     except UserError as error:
@@ -268,8 +288,8 @@ def lost_ranks() -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type when it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, or its type when it has none; at most 300 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

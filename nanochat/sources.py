@@ -20,7 +20,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.runtime import UserError
+from nanochat.runtime import UserError, first_line
 from nanochat.settings import Say, nearest_name, shown
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -354,7 +354,3 @@ def _printable(path: str) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(map(str, names))[:20]) or "it has none"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from nanochat.runtime import UserError
+from nanochat.runtime import UserError, first_line
 from nanochat.settings import shown
-from nanochat.sources import first_line
 from nanochat.tokenizer import BOS, Tokenizer
 
 LARGEST_TOKENIZER = 64 * 2**20  # bytes; 65,536 ids take about 1 MB, 200,000 take 4 MB

@@ -33,6 +33,7 @@ from nanochat.runtime import (
     compiler_problem,
     device_name,
     first_line,
+    import_compiler,
     init_compute,
     memory_mb,
     peak_flops,
@@ -297,6 +298,7 @@ def compile_model(model: GPT, rows: int) -> float:
     start = time.perf_counter()
     problem = compiler_problem() if model.device.type == "cpu" else None
     if problem is None:
+        import_compiler()
         model.compile()
         ids = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=model.device)
         try:

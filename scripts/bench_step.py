@@ -14,7 +14,7 @@ import torch
 from nanochat.config_file import parse_value
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import build_optimizer
-from nanochat.runtime import UserError, pick_device_type, pick_dtype, run_script
+from nanochat.runtime import UserError, import_compiler, pick_device_type, pick_dtype, run_script
 from nanochat.settings import FIELDS, checked, nearest_name, preset, validate
 
 FEATURES = ("value_embeddings", "smear", "residual_scalars", "backout")
@@ -48,6 +48,7 @@ class Variant:
         shape = (settings.batch_plan()[0], settings.max_seq_len + 1)
         tokens = torch.randint(settings.vocab_size, shape, device=device)
         self.ids, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        import_compiler()
         self.model.compile()
         self.step()
 

@@ -1,12 +1,13 @@
 """Bytes per token on held-out and on mixed text, beside GPT-2's and GPT-4's tokenizers where their files are to be had:
 python -m scripts.tok_eval [config.py] [--key=value ...]"""
 
+import os
 import threading
 from collections.abc import Callable
 
 from nanochat.config_file import from_command_line
 from nanochat.dataset import Dataset, prepare_for
-from nanochat.runtime import print0, run_script
+from nanochat.runtime import base_dir, print0, run_script
 from nanochat.tokenizer import find_or_train
 
 HELD_OUT_CHARACTERS = 10_000_000  # of the val split: plenty for three digits
@@ -82,6 +83,8 @@ def fetch_rivals(seconds: float = FETCH_SECONDS) -> dict[str, Callable[[list[str
 
     def fetch():
         import tiktoken
+
+        os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(base_dir() / "tiktoken"))
 
         for name, title in RIVALS.items():
             try:

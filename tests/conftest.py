@@ -1,5 +1,6 @@
 """The suite's surroundings: a throw-away base folder, no network, few threads, the same random cases every time."""
 
+import getpass
 import ipaddress
 import os
 import random
@@ -20,7 +21,10 @@ os.environ.update(
     WANDB_MODE="disabled",
     WANDB_SILENT="true",
     MPLBACKEND="agg",
+    HF_HOME=f"{_SCRATCH.name}/huggingface",
 )
+# torch's own place for what it compiled: the scripts would choose one in the base folder, and compile anew each time.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
 
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True, database=None)
 hypothesis.settings.load_profile("suite")

@@ -382,3 +382,67 @@ def test_sealing_again_covers_edited_and_added_files(root):
     assert cm.damage(step) is None
     assert cm.weights_hash(cm.load_checkpoint(root / "m", 1)[0]) == cm.weights_hash(state)
     assert not (step / ".manifest.tmp").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the order of what reaches the disk, which no kill can show
+
+
+def test_fsync_order(root, monkeypatch):
+    """Every file is written, then synced, then the manifest, then all folders, then the rename, then the parent.
+
+    Red when any fsync() in seal() or save_checkpoint() is left out or moved.
+    """
+    calls, names = [], {}
+    real_open, real_fsync, real_rename, real_replace, real_save = os.open, os.fsync, os.rename, os.replace, cm.save_file
+
+    def note(what, path):
+        calls.append((what, Path(path).relative_to(root / "m").as_posix().replace(f".tmp-{os.getpid()}", "")))
+
+    def opened(path, *args, **kwargs):
+        handle = real_open(path, *args, **kwargs)
+        names[handle] = path
+        return handle
+
+    def synced(handle):
+        note("fsync", names[handle])
+        real_fsync(handle)
+
+    def renamed(real):
+        def rename(source, target):
+            real(source, target)
+            note("rename", target)
+
+        return rename
+
+    def saved(tensors, path):
+        real_save(tensors, path)
+        note("write", path)
+
+    def written(self, *args, **kwargs):
+        real_write(self, *args, **kwargs)
+        if self.is_relative_to(root / "m"):
+            note("write", self)
+
+    real_write = Path.write_text
+    with monkeypatch.context() as patch:
+        for owner, name, fake in (
+            (os, "open", opened), (os, "fsync", synced), (os, "rename", renamed(real_rename)),
+            (os, "replace", renamed(real_replace)), (cm, "save_file", saved), (Path, "write_text", written),
+        ):  # fmt: skip
+            patch.setattr(owner, name, fake)
+        folder = cm.save_checkpoint(root / "m", 1, {"w": torch.ones(2)}, {"m": torch.ones(2)}, {"settings": {}})
+    files = {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert files == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    step = ".step_000001"
+    for name in files:
+        assert calls.index(("write", f"{step}/{name}")) < calls.index(("fsync", f"{step}/{name}"))
+        assert calls.index(("fsync", f"{step}/{name}")) < calls.index(("write", f"{step}/.manifest.tmp"))
+    assert calls[-6:] == [
+        ("write", f"{step}/.manifest.tmp"),
+        ("fsync", f"{step}/.manifest.tmp"),
+        ("rename", f"{step}/manifest.json"),
+        ("fsync", step),
+        ("rename", "step_000001"),
+        ("fsync", "."),
+    ]
