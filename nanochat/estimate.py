@@ -110,6 +110,7 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
                             to features and to that matrix
     step                    what an update holds for a while: the reduced gradients of the matrices, and 6 copies of
                             their largest stack
+    saving                  the copy that is written in the background, where it shares the device's memory (CPU)
     runtime                 the process itself, where memory is counted by resident set
     """
     model, dtype, kind = meta_model(settings), hardware.activation_dtype(settings), hardware.device_type
@@ -150,6 +151,7 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
         "activations": int(activations),
         "logits": logits,
         "step": step + 6 * largest,
+        **({"saving": checkpoint_bytes(settings)} if kind == "cpu" else {}),
         "runtime": RUNTIME_BYTES[kind],
     }
 

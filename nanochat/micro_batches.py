@@ -32,10 +32,10 @@ def accumulate(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA's own error; the CPU's allocator raises a plain RuntimeError."""
+    """The CUDA allocator's own error; the driver, cuBLAS and the CPU's allocator raise others, known by their words."""
+    words = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(words in str(error) for words in ("can't allocate memory", "not enough memory"))
+        isinstance(error, RuntimeError) and any(said in str(error) for said in words)
     )
 
 

@@ -405,7 +405,10 @@ def beginnings(folder: Path) -> list[tuple[str, int]]:
 
 
 def story(folder: Path, step: int) -> dict:
-    """All of a finished run that must not depend on kills: each value by a name for messages."""
+    """All of a finished run that must not depend on kills: each value by a name for messages.
+
+    Torch's generator is left out: each start draws from it to measure the machine's peak, and nothing does later.
+    """
     lines = [line for line in lines_of(folder / "metrics.jsonl") if line]
     keys = ("step", "loss", "grad_norm", "lr", "tokens", "epoch")
     metadata = checkpoints.read_metadata(checkpoints.step_dir(folder, step))

@@ -370,3 +370,26 @@ def test_our_source_runs_no_strangers_code():
     found = {path.name: dangers(path.read_text(encoding="utf-8")) for path in files}
     # The one unpickler: it imports pickle and pickletools, and derives from pickle.Unpickler.
     assert {name: what for name, what in found.items() if what} == {"upstream.py": ["pickle"]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table of the README
+
+PROMISES = (
+    "bit_exact_resume", "second_resume", "reshard_1_2_3_1", "kill9", "fsync_order", "enospc", "bitflip", "truncation",
+    "prune_safety", "sigterm_save", "nan_guard", "oom_halving", "rank_death", "tracker_failure", "double_start",
+    "malicious_pickle", "malicious_config", "offline_only",
+)  # fmt: skip
+
+
+def test_every_promise_of_the_readme_has_its_test():
+    """Red when a test of the table is renamed or deleted, or a promise loses its line."""
+    lines = (CHECKOUT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    table = {row[0]: row[2] for row in rows if len(row) == 3 and "::test_" in row[2]}
+    assert tuple(table) == PROMISES
+    for promise, where in table.items():
+        path, _, name = where.split("`")[-2].partition("::")
+        assert name == f"test_{promise}"
+        tree = ast.parse((CHECKOUT / path).read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
