@@ -158,6 +158,7 @@ def test_plans_come_from_the_seed_and_most_strike_inside_a_save_or_prune():
     hands = dealt([*plans, clearing], 12)
     assert [plan for hand in hands for plan in hand] == [*plans, Plan(BEFORE_RENAME), clearing]
     assert max(map(len, hands)) <= 13
+    assert dealt([plans[0], Plan("main rename metrics.jsonl before")], 12, again=True)[0][-2] == Plan(BEFORE_RENAME)
 
 
 def test_the_table_counts_by_phase_and_kind():
