@@ -151,7 +151,7 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture
 def train(base, corpus, monkeypatch):
     """train(tag, *switches, **settings): base_train's main() on the tiny model; the peak is not measured."""
-    from tiny_run import TINY, flags
+    from tiny_run import TINY, flags, started
 
     from scripts import base_train
 
@@ -161,4 +161,8 @@ def train(base, corpus, monkeypatch):
     def run(tag: str, *words: str, **settings) -> dict:
         return base_train.main(flags({"data": corpus, **TINY, **settings, "model_tag": tag}) + list(words))
 
-    return run
+    yield run
+    while started:
+        if (process := started.pop()).poll() is None:
+            process.terminate()  # a launcher passes it on to its ranks, which save and leave
+            process.wait(timeout=60)

@@ -23,6 +23,7 @@ from nanochat import core_bundle
 from nanochat.core_bundle import Task, find_bundle, load_bundle, write_bundle
 from nanochat.core_eval import Row, evaluate_core, evaluate_task, prompts, rows_of, score_rows
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import CutShort
 from nanochat.runtime import UserError
 
 BOS = 256
@@ -293,6 +294,16 @@ def test_spans(sequences):
     assert len(tails) == 1 and next(iter(tails))[-1] == 7
     before = {tuple(row.tokens[row.start - 1 : row.start]) for row in rows}
     assert len(before) > 1 or any(row.start == 1 for row in rows)
+
+
+def test_a_task_stops_before_its_next_forward(monkeypatch):
+    """Red when score_rows does not ask, or when the rows without a result count as wrong answers."""
+    model, forwards = Table(), []
+    monkeypatch.setattr(model, "features", lambda ids, real=model.features: (forwards.append(1), real(ids))[1])
+    answers = iter([False, True, True])
+    with pytest.raises(CutShort):
+        evaluate_task(model, Bytes(), make_task("schema", 40, 0), batch_tokens=50, stop=lambda: next(answers))
+    assert len(forwards) == 1
 
 
 def _rank(rank: int, world_size: int, folder: str) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat import loss_eval
-from nanochat.loss_eval import bits_per_byte, compressor_baselines
+from nanochat.loss_eval import CutShort, bits_per_byte, compressor_baselines
 from nanochat.runtime import UserError
 
 VOCAB = 7
@@ -99,9 +99,25 @@ def test_the_stream_may_be_a_memory_map_and_the_mode_is_restored(tmp_path):
     assert model.training
 
 
+def test_an_evaluation_stops_before_its_next_forward():
+    """Red when the loop does not ask, or when half of the sums are returned."""
+    model, answers = Bigram(), iter([False, False, True, True])
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
+    stream = np.random.default_rng(0).integers(0, VOCAB, 101)
+    with pytest.raises(CutShort):
+        bits_per_byte(model.train(), stream, BYTES, rows=2, seq_len=8, stop=lambda: next(answers))
+    assert len(forwards) == 2
+    assert model.training
+
+
 def _rank(rank: int, world_size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     stream = np.random.default_rng(0).integers(0, VOCAB, 101)
+    with pytest.raises(CutShort):  # on both, though only one was asked to
+        bits_per_byte(
+            Bigram(), stream, BYTES, rows=2, seq_len=8, rank=rank, world_size=world_size, stop=lambda: rank == 1
+        )
     found = bits_per_byte(Bigram(), stream, BYTES, rows=2, seq_len=8, rank=rank, world_size=world_size)
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

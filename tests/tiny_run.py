@@ -22,6 +22,7 @@ MODERN = dict(
     value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0
 )  # fmt: skip
 CHECKOUT = Path(base_train.__file__).parents[1]
+started: list[subprocess.Popen] = []  # by start(); the `train` fixture ends what a failed test leaves running
 
 
 def flags(settings: dict) -> list[str]:
@@ -78,7 +79,9 @@ def start(
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
     command += [str(script)] if script else ["-m", "scripts.base_train"]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, *words], env=inherited | environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )  # fmt: skip
+    started.append(process)
+    return process
