@@ -12,9 +12,11 @@ import pytest
 
 from scripts.check_kills import BEFORE_RENAME, Bench, Plan, PromiseBroken, Tally, dealt, planned, steps_in, table
 
-HARMED = """
+CHILD = """
 import sys
 from nanochat import checkpoint_manager as checkpoints
+from scripts import base_train
+base_train.peak_flops = lambda compute: 1e12  # not measured: 0.6 s of each start
 {harm}
 from scripts.check_kills import child
 child(sys.argv[1:])
@@ -33,10 +35,17 @@ checkpoints.save_checkpoint = save_checkpoint
 """
 
 
+def child(path: Path, harm: str = "") -> tuple[str, ...]:
+    """The command of a watched start, of code that was harmed."""
+    path.write_text(CHILD.format(harm=harm))
+    return sys.executable, str(path)
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Bench:
     """12 steps, a save every 2: the reference has run, undisturbed."""
-    return Bench(tmp_path_factory.mktemp("kills").resolve(), steps=12, save_every=2)
+    folder = tmp_path_factory.mktemp("kills").resolve()
+    return Bench(folder, steps=12, save_every=2, child=child(folder / "child.py"))
 
 
 @pytest.fixture
@@ -74,10 +83,8 @@ def test_a_checkpoint_manager_that_breaks_the_promise_is_seen(bench, tmp_path):
     }
 
     def run(number: int, harm: str, plan: Plan) -> Tally:
-        script = tmp_path / f"child{number}.py"
-        script.write_text(HARMED.format(harm=harm))
         harmed = copy.copy(bench)
-        harmed.child = (sys.executable, str(script))
+        harmed.child = child(tmp_path / f"child{number}.py", harm)
         return harmed.run(f"harmed{number}", [plan])
 
     with ThreadPoolExecutor(2) as pool:
