@@ -21,6 +21,23 @@ trap 'on_exit $?' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
+# Run a command that gets the signals sent to this script, once each, and return its exit code. It has a process group
+# of its own, so that Ctrl-C does not reach it a second time from the terminal.
+with_signals() {
+    local child code=0
+    set -m
+    "$@" &
+    child=$!
+    set +m
+    trap 'kill -TERM "$child" 2>/dev/null' INT TERM HUP USR1
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+    wait "$child" || code=$?
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    trap - HUP USR1
+    return "$code"
+}
+
 begin() {
     stage=$1
     printf '\n=== %s\n' "$stage"
@@ -59,13 +76,17 @@ if [ "$ranks" -gt 1 ]; then
     launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$ranks" -m)
 fi
 forward_signals
+metrics="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/base_checkpoints/$tag/metrics.jsonl"
+before=$(cksum "$metrics" 2>/dev/null || true)
 code=0
 case "$action" in
-    start) "${launch[@]}" scripts.base_train "$@" || code=$? ;;
-    resume) "${launch[@]}" scripts.base_train "$@" --resume || code=$? ;;
+    start) with_signals "${launch[@]}" scripts.base_train "$@" || code=$? ;;
+    resume) with_signals "${launch[@]}" scripts.base_train "$@" --resume || code=$? ;;
     nothing) echo "nothing left to train: $tag is done at step $step" ;;
 esac
-[ "$code" = 2 ] && exit 2
+if [ "$code" != 0 ] && [ "$(cksum "$metrics" 2>/dev/null || true)" = "$before" ]; then
+    exit "$code" # it did not come to train: what the log tells is older
+fi
 look "$@"
 case "$state" in # under torchrun codes are lost: a stop by the guard looks like success, one by a signal like a failure
     done) [ "$code" = 0 ] || exit "$code" ;;

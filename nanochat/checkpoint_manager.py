@@ -77,6 +77,7 @@ def save_checkpoint(
             _move_aside(final)
         os.rename(temporary, final)
         fsync(final.parent)
+        fsync(final.parent.parent)  # which learnt of the tag's folder with its first step
     except SafetensorError as error:  # the library wraps a full disk in its own type
         if "os error 28" not in str(error).lower() and "no space" not in str(error).lower():
             raise
@@ -86,8 +87,15 @@ def save_checkpoint(
     return final
 
 
+def clear_litter(checkpoint_dir: Path) -> None:
+    """Before a run: delete the files that a killed one left half-written, under temporary names of ours."""
+    for stale in Path(checkpoint_dir).glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
+
+
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors keeps them to their owner, unlike the files beside
 
 
 def seal(folder: Path) -> None:
@@ -120,16 +128,12 @@ def _move_aside(folder: Path) -> Path:
 def prune(checkpoint_dir: Path, keep_last: int | None) -> list[Path]:
     """Delete all but the newest `keep_last` whole steps, only after the newest verified; returns what was deleted.
 
-    Damaged steps neither count nor go: whoever wants them gone may say so. Of the older ones sizes are compared, not
-    hashes, so that pruning does not read everything again.
+    Damaged steps neither count nor go: whoever wants them gone may say so.
     """
     folders = [step_dir(checkpoint_dir, step) for step in list_steps(checkpoint_dir)]
     if keep_last is None or len(folders) <= keep_last:
         return []
-    whole = [folder for folder in folders if damage(folder, hashes=False) is None]
-    while whole and damage(whole[-1]):
-        whole.pop()
-    old = whole[:-keep_last]
+    old = [folder for folder in folders if damage(folder) is None][:-keep_last]
     for folder in old:
         doomed = folder.with_name(f".{folder.name}.pruned")  # a half-deleted step must not look like a damaged one
         os.rename(folder, doomed)
@@ -149,10 +153,8 @@ def list_steps(checkpoint_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def damage(folder: Path, hashes: bool = True) -> str | None:
-    """Why a step folder does not count, or None when its manifest holds for every file.
-
-    hashes=False: by the files' names and sizes alone."""
+def damage(folder: Path) -> str | None:
+    """Why a step folder does not count, or None when its manifest holds for every file."""
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         for name, facts in files.items():
@@ -161,7 +163,7 @@ def damage(folder: Path, hashes: bool = True) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != facts["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
-            if hashes and sha256_of(path) != facts["sha256"]:
+            if sha256_of(path) != facts["sha256"]:
                 return f"{name} does not have the recorded sha256"
         return (
             None

@@ -21,7 +21,9 @@ class StepGuard:
     Use: look() at each step; then spikes() after a good one, leave_out() instead of a bad one.
     """
 
-    def __init__(self):
+    def __init__(self, bad_before: int = 0):
+        """bad_before: bad steps in a row that ended the run's last stretch, before it was resumed."""
+        self.bad_before = bad_before
         self.recent = {"loss": deque(maxlen=WINDOW), "grad_norm": deque(maxlen=WINDOW)}
         self.last: dict = {}  # what look() saw
         self.bad: list[dict] = []  # the non-finite steps since the last good one
@@ -35,11 +37,12 @@ class StepGuard:
         """Remember the last step as bad, with the rows of its whole batch; True when the run has to end."""
         self.bad.append({**self.last, "rows": rows})
         del self.bad[:-MAX_BAD_STEPS]
-        return len(self.bad) >= MAX_BAD_STEPS
+        return self.bad_before + len(self.bad) >= MAX_BAD_STEPS
 
     def spikes(self) -> dict[str, float]:
         """What of the last step, a good one, stands out: {"loss" or "grad_norm": median of the steps before}."""
         self.bad.clear()
+        self.bad_before = 0
         found = {}
         for name, recent in self.recent.items():
             value = self.last[name]

@@ -56,7 +56,7 @@ class MuonAdamW(torch.optim.Optimizer):
     Each group is a dict: kind, name, params, param_names, lr, weight_decay; AdamW's has betas and eps, Muon's has
     momentum, nesterov, normalize (per-neuron variance, NorMuon, arXiv 2510.05491), cautious (decay only where update
     and weight agree in sign, arXiv 2510.12402), method and dtype of the orthogonalisation.
-    Use: `norm = optimizer.reduce_gradients()`, then `optimizer.step(scale)`, or neither to skip a bad step.
+    Use: `norm = optimizer.reduce_gradients()`, then `optimizer.step(scale)`, or drop_gradients() to skip a bad step.
     """
 
     def __init__(self, groups: list[dict], rank: int = 0, world_size: int = 1):
@@ -80,6 +80,11 @@ class MuonAdamW(torch.optim.Optimizer):
             dist.all_reduce(squares)
         norms = squares.sqrt().tolist()
         return squares.sum().sqrt().item(), {g["name"]: n for g, n in zip(self.param_groups, norms, strict=True)}
+
+    def drop_gradients(self) -> None:
+        """Instead of step(): forget the reduced gradients, which would hold memory through the next backward pass."""
+        for unit in self.units:
+            unit.grad = None
 
     @torch.no_grad()
     def step(self, scale: float = 1.0) -> None:
@@ -299,3 +304,14 @@ def build_optimizer(model: nn.Module, settings, dtype: torch.dtype, rank: int = 
         if names
     ]
     return MuonAdamW(param_groups, rank, world_size)
+
+
+def weight_norms(model: nn.Module, optimizer: MuonAdamW) -> dict[str, float]:
+    """Weight norm of each group and the mean size of the output projection's entries, for diagnosis."""
+    norms = {
+        f"norm/weight_{group['name']}": torch.stack([p.detach().norm() for p in group["params"]]).norm().item()
+        for group in optimizer.param_groups
+    }
+    if model.config.use_output_projection:
+        norms["norm/output_projection_mean_abs"] = model.output_projection.weight.detach().abs().mean().item()
+    return norms

@@ -2,15 +2,25 @@
 
 import base64
 import dataclasses
+import json
 import math
 import os
+import platform
 from pathlib import Path
 
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.config_file import CommandLine, read_config
-from nanochat.runtime import UserError, print0, rank_from_env, world_size_from_env
+from nanochat.runtime import (
+    UserError,
+    launched,
+    print0,
+    process_state,
+    rank_from_env,
+    world_size_from_env,
+    write_atomically,
+)
 from nanochat.settings import FIELDS, Settings, checked, validate
 
 # What a resumed run may change; everything else would make it another run.
@@ -33,6 +43,7 @@ class RunState:
     smooth_loss_at_eval: float | None = None
     overfit_warned: bool = False
     skipped: int = 0  # non-finite steps that were left out
+    bad_in_a_row: int = 0  # of them, those since the last good step
     evaluated: int = 0  # the last step of which all evaluation that was due is done
 
     def note_loss(self, loss: float) -> None:
@@ -82,6 +93,35 @@ def settle(command: CommandLine, resume: bool) -> tuple[Settings, int | None]:
         os.rename(tag_dir, aside)
         print0(f"the earlier run was moved to {aside}")
     return settings, None
+
+
+def _launcher() -> dict:
+    """What tells this torchrun from any other: its process, and its id where that is one."""
+    parent = os.getppid()
+    return dict(
+        host=platform.node(), pid=parent, started=process_state(parent)[1], id=os.environ["TORCHELASTIC_RUN_ID"]
+    )
+
+
+def note_launcher(tag_dir: Path) -> None:
+    """Under torchrun, leave in launcher.json whose run this is."""
+    if launched():
+        write_atomically(tag_dir / "launcher.json", json.dumps(_launcher()))
+
+
+def begun_by_this_launcher(tag_dir: Path) -> bool:
+    """Whether the run in the folder was begun by the torchrun that started this process, perhaps from another host.
+
+    A start that was refused, because the folder holds somebody else's run, must not turn into a resume when torchrun
+    tries it again.
+    """
+    try:
+        noted = json.loads((tag_dir / "launcher.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    mine = _launcher()
+    elsewhere = noted.get("host") != mine["host"] and mine["id"] not in ("", "none") and noted.get("id") == mine["id"]
+    return noted == mine or elsewhere
 
 
 def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: int) -> Settings:

@@ -1,7 +1,7 @@
 """One run at a time for each model_tag: a lock file beside the tag's folder, with process and host.
 
-The operating system's lock (flock) ends with its process, whatever kills it. Some shared file systems do not pass it
-on to other hosts, and a child that outlives its parent keeps it: the file tells process, host and, by its age, whether
+The operating system's lock (flock) ends with its process, whatever kills it; whoever finds it held is refused. Some
+shared file systems do not pass it on to other hosts: there the file tells process, host and, by its age, whether
 somebody is still at work.
 """
 
@@ -32,20 +32,17 @@ def run_lock(folder: Path, ignore: bool = False) -> Iterator[None]:
     handle = _open_locked(path)
     try:
         owner = _owner(path)
-        if handle is None and owner is None:
-            raise UserError(f"{folder.name} is just being taken by another process ({path}): try again")
-        if owner is not None and (reason := _gone(owner, path, held=handle is None)):
+        if handle is not None and owner is not None and (reason := _gone(owner, path)):
             print0(f"{_spelled(owner)} left its lock on {folder.name} behind ({reason}): taken over")
-        elif owner is not None and not ignore:
+        elif (handle is None or owner is not None) and not ignore:
             raise UserError(
                 f"model_tag={folder.name!r} is being trained by {_spelled(owner)}: stop it, or take another name with "
                 f"--model_tag=NAME; if it is gone for sure, --ignore_lock=True takes over ({path})"
             )
-        if handle is None:  # somebody's orphan still holds it, or the user knows better: a new file
+        if handle is None:  # the user knows better: a file of our own
             path.unlink(missing_ok=True)
-            handle = _open_locked(path)
-            if handle is None:
-                raise UserError(f"{folder.name} is just being taken by another process ({path}): try again")
+            if (handle := _open_locked(path)) is None:
+                raise UserError(f"model_tag={folder.name!r} is just being taken by another process ({path}): try again")
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(_myself()).encode(), 0)
         done = threading.Event()
@@ -67,11 +64,13 @@ def _open_locked(path: Path) -> int | None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.exists(path) and os.stat(path).st_ino == os.fstat(handle).st_ino:
-                return handle
         except BlockingIOError:
             os.close(handle)
             return None
+        except OSError as error:  # a file system without locks: what the file says has to do
+            print0(f"note: {path.parent} knows no locks ({error.strerror}); two starts in one moment would both get in")
+        if os.path.exists(path) and os.stat(path).st_ino == os.fstat(handle).st_ino:
+            return handle
         os.close(handle)  # its owner removed it between our open and our lock
 
 
@@ -94,20 +93,22 @@ def _owner(path: Path) -> dict | None:
         return None
 
 
-def _gone(owner: dict, path: Path, held: bool) -> str | None:
-    """Why the owner is no longer at work, or None when it may well be."""
-    if restarts_from_env() and owner.get("launch") == os.environ.get("TORCHELASTIC_RUN_ID"):
-        return "its launcher has started it anew"
+def _gone(owner: dict, path: Path) -> str | None:
+    """Why the owner, whose file is not locked, is no longer at work, or None when it may well be."""
     if owner.get("host") == platform.node():
         state, started = process_state(owner["pid"])
         if state is None:
             return "that process is gone"
         return "the number belongs to another process now" if started != owner.get("started") else None
+    if restarts_from_env() and owner.get("launch") == os.environ.get("TORCHELASTIC_RUN_ID"):
+        return "its launcher has started the ranks anew, the first one on another host"
     age = time.time() - path.stat().st_mtime
-    return f"no sign of life for {age:.0f} s" if age > STALE and not held else None
+    return f"no sign of life for {age:.0f} s" if age > STALE else None
 
 
-def _spelled(owner: dict) -> str:
+def _spelled(owner: dict | None) -> str:
+    if owner is None:
+        return "another process, which has just begun"
     return f"process {owner['pid']} on {owner.get('host')} (since {owner.get('since')})"
 
 

@@ -64,6 +64,8 @@ def run_script(main) -> None:
     except RuntimeError as error:
         lost = lost_ranks()
         if not lost:
+            if others := sorted({host for host, _, _ in _places if host != platform.node()}):
+                print(f"ranks on other hosts cannot be seen from here: {', '.join(others)}", file=sys.stderr)
             raise
         # A collective failed because its peer is gone: the launcher's own report calls that our failure as well.
         print(f"error: {lost}: rank {rank_from_env()} cannot go on ({first_line(error)})", file=sys.stderr, flush=True)
@@ -103,6 +105,11 @@ def rank_from_env() -> int:
 def world_size_from_env() -> int:
     """The number of processes that torchrun started; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def restarts_from_env() -> int:
@@ -316,7 +323,8 @@ def measured_matmul_flops(
 ) -> float:
     """The best rate of a few square matmuls on this very device, in FLOP/s: the peak that MFU is measured against."""
     size = size or (1024 if device.type == "cpu" else 8192)
-    a = torch.randn(size, size, device=device, dtype=dtype)
+    own = torch.Generator(device).manual_seed(0)  # a run's random numbers are not ours to draw
+    a = torch.randn(size, size, device=device, dtype=dtype, generator=own)
     compute = Compute(device, dtype)
     best, rounds, deadline = 0.0, 0, time.perf_counter() + seconds
     while rounds < 3 or time.perf_counter() < deadline:
@@ -391,6 +399,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat.runtime import print0
 from nanochat.tokenizer import Tokenizer
 
 Named = Iterable[tuple[str, torch.Tensor]]
@@ -35,6 +36,8 @@ class BackgroundSaver:
     def __exit__(self, *_) -> None:
         if self._thread is not None:
             self._thread.join()
+            if self._error is not None:
+                print0(f"the save that was under way failed too: {self._error}")
 
     def save(self, step: int, model_items: Named, optimizer_items: Named, metadata: dict) -> Path | None:
         """Copy, and begin to write; first waits for the save before, whose result is returned as by wait()."""

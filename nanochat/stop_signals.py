@@ -6,7 +6,11 @@ The first one is noted, and the loop saves and leaves at the end of its step; th
 import os
 import signal
 import threading
+import time
 
+from nanochat.runtime import launched
+
+ECHO = 2.0  # seconds: a scheduler signals the whole job, and torchrun passes its own copy on to its workers
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -44,10 +48,12 @@ class StopSignals:
         os.close(self._writer)  # the thread reads the end of the pipe
 
     def _watch(self, reader: int) -> None:
+        first = 0.0
         with open(reader, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
                 if number[0] not in SIGNALS:
                     continue
-                if self.requested is not None:
+                if self.requested is None:
+                    self.requested, first = signal.Signals(number[0]).name, time.monotonic()
+                elif not (launched() and time.monotonic() - first < ECHO):
                     os._exit(128 + number[0])  # what is half-written is under a temporary name
-                self.requested = signal.Signals(number[0]).name

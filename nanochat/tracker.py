@@ -18,6 +18,7 @@ from pathlib import Path
 from nanochat.runtime import print0, rank_from_env, write_atomically
 
 FINISH_SECONDS = 30  # how long the end of a run waits for the tracker
+HURRIED_SECONDS = 5  # and that of a preempted one, whose scheduler gives it about half a minute in all
 
 
 class MetricsLog:
@@ -54,12 +55,21 @@ class MetricsLog:
         if self.tracker is not None:
             self.tracker.check()
 
-    def close(self) -> None:
+    def close(self, hurry: bool = False) -> None:
+        """hurry: somebody waits for the end of this process, and will kill it soon."""
         if self.file is not None:
             self.file.close()
             self.file = None
             if self.tracker is not None:
-                self.tracker.finish()
+                self.tracker.finish(HURRIED_SECONDS if hurry else FINISH_SECONDS)
+
+
+def last_event(path: Path) -> tuple[int, str] | None:
+    """(step, event) of the last line of a metrics.jsonl that has an event; None without."""
+    for line in reversed(path.read_bytes().split(b"\n") if path.is_file() else []):
+        if not math.isnan(_step_of(line)) and "event" in (found := json.loads(line)):
+            return found["step"], found["event"]
+    return None
 
 
 def _step_of(line: bytes) -> float:
@@ -78,7 +88,7 @@ def _plain(value):
 class Tracker:
     """wandb in a child process (nanochat/wandb_process.py) that follows metrics.jsonl until we close its input.
 
-    Nothing here blocks, but finish() for FINISH_SECONDS. Whatever fails gives one warning and ends the tracker. When
+    Nothing here blocks, but finish() for its seconds. Whatever fails gives one warning and ends the tracker. When
     the training process is killed, the child sees its input end, sends what it has and leaves.
     """
 
@@ -110,15 +120,15 @@ class Tracker:
         if self.process is not None and self._listen() == b"":
             self._give_up("its process ended")
 
-    def finish(self) -> None:
-        """Let the child send the rest; after FINISH_SECONDS it is killed."""
+    def finish(self, seconds: float) -> None:
+        """Let the child send the rest; after so many seconds it is killed."""
         if self.process is None:
             return
         self.process.stdin.close()
         try:
-            code = self.process.wait(FINISH_SECONDS)
+            code = self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            return self._give_up(f"it did not finish within {FINISH_SECONDS} s")
+            return self._give_up(f"it did not finish within {seconds} s")
         self._listen()
         if self.process is not None and code != 0:
             self._give_up(f"exit code {code}")

@@ -8,6 +8,7 @@ one line `error: ...`; wandb's own messages go to standard error.
 import json
 import os
 import select
+import signal
 import sys
 import traceback
 from contextlib import suppress
@@ -38,6 +39,8 @@ def follow(path: str, offset: int, run) -> None:
 
 
 def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # they are for the run, which ends us by ending our input
     # Ours alone: wandb's service inherits what is called 1, and would keep the pipe open when we are gone.
     out = os.dup(1)
     os.dup2(2, 1)

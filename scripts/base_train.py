@@ -6,7 +6,6 @@ Read from top to bottom: settings, data, model, optimizer, then the loop with it
 import base64
 import contextlib
 import dataclasses
-import os
 import platform
 import statistics
 import sys
@@ -24,9 +23,9 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.guard import MAX_BAD_STEPS, StepGuard
 from nanochat.loss_eval import CutShort, bits_per_byte
 from nanochat.micro_batches import accumulate, is_out_of_memory, naming_the_batch_that_fits, smaller
-from nanochat.optim import build_optimizer
+from nanochat.optim import build_optimizer, weight_norms
 from nanochat.progress import Progress, duration
-from nanochat.resume import RunState, restore, settle
+from nanochat.resume import RunState, begun_by_this_launcher, note_launcher, restore, settle
 from nanochat.run_lock import run_lock
 from nanochat.runtime import (
     Compute,
@@ -35,6 +34,7 @@ from nanochat.runtime import (
     first_line,
     import_compiler,
     init_compute,
+    launched,
     memory_mb,
     peak_flops,
     print0,
@@ -47,7 +47,7 @@ from nanochat.saver import BackgroundSaver
 from nanochat.settings import Settings
 from nanochat.stop_signals import StopSignals
 from nanochat.tokenizer import Tokenizer, find_or_train
-from nanochat.tracker import MetricsLog, open_tracker
+from nanochat.tracker import MetricsLog, last_event, open_tracker
 from scripts.base_eval import evaluate_suite
 
 EXIT_CODES = {"done": 0, "nonfinite": 3, "preempted": 85}
@@ -56,9 +56,9 @@ EXIT_CODES = {"done": 0, "nonfinite": 3, "preempted": 85}
 def main(argv: list[str] | None = None) -> dict:
     """Train as the settings say; returns {"model_tag", "step", "val_bpb", "train_seconds", "stopped"}."""
     command = from_command_line(argv, usage="python -m scripts.base_train [config.py]")
-    # A launcher that restarts a failed worker means: go on.
-    resume = "resume" in command.switches or restarts_from_env() > 0
     folder = checkpoints.checkpoints_dir() / command.settings.tag
+    # A launcher that starts the ranks of this very run anew means: go on.
+    resume = "resume" in command.switches or (restarts_from_env() > 0 and begun_by_this_launcher(folder))
     with run_lock(folder, command.settings.ignore_lock) if rank_from_env() == 0 else contextlib.nullcontext():
         settings, resume_step = settle(command, resume)
         for line in differences(settings, command.origins):
@@ -68,8 +68,7 @@ def main(argv: list[str] | None = None) -> dict:
         compute = init_compute(
             settings.device_type, settings.dtype, settings.seed, settings.deterministic, settings.rank_timeout
         )
-        with naming_the_batch_that_fits(settings, compute.world_size):
-            return train(settings, resume_step, compute)
+        return train(settings, resume_step, compute)
 
 
 def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict:
@@ -108,14 +107,18 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         f"{steps} steps of {settings.total_batch_size:,} tokens ({micro_rows} rows x {accumulation} micro-batches x "
         f"{compute.world_size} ranks), {model.flops_per_token():,} FLOPs a token, peak {peak / 1e12:.3f} TFLOP/s"
     )
-    if run.step >= steps and run.evaluated in (None, run.step):
-        print0(f"{settings.tag} is finished: step {run.step} of {steps}; a larger --num_iterations goes on from there")
-        log = MetricsLog(tag_dir / "metrics.jsonl" if compute.rank == 0 else None)
-        log.write(run.step, event="done", train_seconds=run.train_seconds, val_bpb=run.val_bpb)  # or a kill hid it
-        return finish(settings, run, log, log)
     log = rows_log = MetricsLog(None)
+    ended = compute.rank == 0 and last_event(tag_dir / "metrics.jsonl") == (run.step, "done")
+    if run.step >= steps and (compute.agreed(ended) or run.evaluated == run.step):
+        print0(f"{settings.tag} is finished: step {run.step} of {steps}; a larger --num_iterations goes on from there")
+        if compute.rank == 0 and not ended:  # a kill hid it
+            log = MetricsLog(tag_dir / "metrics.jsonl", keep_below=run.step)
+            log.write(run.step, event="done", train_seconds=run.train_seconds, val_bpb=run.val_bpb)
+        return finish(settings, run, log, rows_log)
     if compute.rank == 0:
+        checkpoints.clear_litter(tag_dir)
         write_atomically(tag_dir / "config.py", render_config(settings))
+        note_launcher(tag_dir)
         tracker = open_tracker(settings.wandb_mode, settings.run, as_dict(settings), tag_dir)
         log = MetricsLog(tag_dir / "metrics.jsonl", tracker, keep_below=run.step)
         for path in tag_dir.glob("rows_rank*.jsonl"):  # also of ranks that this run no longer has
@@ -170,7 +173,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         run.evaluated = run.step
 
     step_times: list[float] = []
-    guard = StepGuard()
+    guard = StepGuard(run.bad_in_a_row)
     started, before = run.step, run.train_seconds
     save_due, stopped = False, None
     with Progress(steps) as progress, StopSignals() as signals, saver:
@@ -180,7 +183,8 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             stopping = compute.agreed(signals.requested is not None)  # asked of any rank: all leave at this step
             if run.evaluated != run.step and not stopping:
                 try:
-                    evaluate(last)
+                    with naming_the_batch_that_fits(settings, compute.world_size):
+                        evaluate(last)
                 except CutShort:
                     stopping = True
             if run.step > started:  # else it was loaded from there
@@ -226,6 +230,8 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
                 good = guard.look(run.step + 1, loss_value, grad_norm, group_norms)  # the same sums on all ranks
                 if good:
                     optimizer.step(schedule.clip_scale(grad_norm, settings.grad_clip))
+                else:
+                    optimizer.drop_gradients()
             model.zero_grad(set_to_none=True)
             compute.synchronize()
             seconds = time.perf_counter() - start
@@ -238,10 +244,11 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
                 rows_log.write(run.step, rows=loader.last_rows())
             if good:
                 run.note_loss(loss_value)
+                run.bad_in_a_row = 0
                 if spikes := guard.spikes():
                     log.write(run.step, event="spike", loss=loss_value, grad_norm=grad_norm, usual=spikes)
             else:
-                run.skipped += 1
+                run.skipped, run.bad_in_a_row = run.skipped + 1, run.bad_in_a_row + 1
                 log.write(run.step, event="skip", loss=loss_value, grad_norm=grad_norm, skipped=run.skipped)
                 print0(f"step {run.step}: loss {loss_value}, gradient norm {grad_norm}: step left out")
                 if guard.leave_out(loader.last_rows(whole=True)):
@@ -315,17 +322,6 @@ def compile_model(model: GPT, rows: int) -> float:
     return time.perf_counter() - start
 
 
-def weight_norms(model: GPT, optimizer) -> dict[str, float]:
-    """Weight norm of each group and the mean size of the output projection's entries, for diagnosis."""
-    norms = {
-        f"norm/weight_{group['name']}": torch.stack([p.detach().norm() for p in group["params"]]).norm().item()
-        for group in optimizer.param_groups
-    }
-    if model.config.use_output_projection:
-        norms["norm/output_projection_mean_abs"] = model.output_projection.weight.detach().abs().mean().item()
-    return norms
-
-
 def print_samples(model: GPT, tokenizer: Tokenizer) -> None:
     from nanochat.engine import generate
 
@@ -335,9 +331,9 @@ def print_samples(model: GPT, tokenizer: Tokenizer) -> None:
 
 def finish(settings: Settings, run: RunState, log: MetricsLog, rows_log: MetricsLog, stopped: str = "done") -> dict:
     """Close the logs, say where the model lies, and return the result of main()."""
-    log.close()
+    log.close(hurry=stopped == "preempted")
     rows_log.close()
-    if EXIT_CODES[stopped] and "TORCHELASTIC_RUN_ID" not in os.environ:
+    if EXIT_CODES[stopped] and not launched():
         sys.exit(EXIT_CODES[stopped])  # under torchrun any code but 0 would start the same step again
     print0(f"{settings.tag}: {duration(run.train_seconds)} of training, {checkpoints.checkpoints_dir() / settings.tag}")
     return dict(

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from nanochat.runtime import UserError, print0, run_script
+from nanochat.runtime import UserError, base_dir, print0, run_script
 from nanochat.saver import BackgroundSaver
 from scripts.bench_step import Variant
 
@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     variant = Variant(arguments.preset, {})
     variant.step()
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    with tempfile.TemporaryDirectory() as folder:
+    base_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=base_dir()) as folder:  # on the disk that real runs save to
         saver = BackgroundSaver(Path(folder), KEEP_LAST, None)
         waited = []
         for number in range(1, 4):  # the first has memory and files to make

@@ -405,10 +405,7 @@ def beginnings(folder: Path) -> list[tuple[str, int]]:
 
 
 def story(folder: Path, step: int) -> dict:
-    """All of a finished run that must not depend on kills: each value by a name for messages.
-
-    Torch's generator is left out: each start draws from it to measure the machine's peak, and nothing does later.
-    """
+    """All of a finished run that must not depend on kills: each value by a name for messages."""
     lines = [line for line in lines_of(folder / "metrics.jsonl") if line]
     keys = ("step", "loss", "grad_norm", "lr", "tokens", "epoch")
     metadata = checkpoints.read_metadata(checkpoints.step_dir(folder, step))
@@ -419,6 +416,7 @@ def story(folder: Path, step: int) -> dict:
         "rows": [(line["step"], line["rows"]) for line in lines_of(folder / "rows_rank0.jsonl")],
         "weights and optimizer": hashes(folder, step),
         "loader states": metadata["loader"],
+        "random states": metadata["rng"],
         "run states": {**metadata["run"], "train_seconds": None},
     }
 
@@ -561,14 +559,18 @@ def main(argv: list[str] | None = None) -> list[Tally]:
     arguments = parser.parse_args(argv)
     shape = MODES[arguments.mode]
     began = time.monotonic()
-    work = Path(tempfile.mkdtemp(prefix="nanochat-kills-")).resolve()
+    base_dir().mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="kills-", dir=base_dir())).resolve()
     bench = Bench(work, arguments.steps or shape["steps"], shape["save_every"])
     tallies, points = kill_all(bench, arguments.mode, arguments.kills, arguments.seed, arguments.workers)
     lines = table(tallies, points)
     lines.append(f"{len(tallies)} runs of {bench.steps} steps, seed {arguments.seed}, {time.monotonic() - began:.0f} s")
     failures = [tally.failure for tally in tallies if tally.failure]
-    if tallies[-1].unused and not failures:
-        failures = [f"never struck: {'; '.join(map(str, tallies[-1].unused))}"]
+    struck = [phase for tally in tallies for phase, _ in tally.kills]
+    if len(struck) < arguments.kills:
+        failures.append(f"only {len(struck)} of {arguments.kills} kills struck")
+    if arguments.mode == "phases" and 2 * sum(phase in ("save", "prune") for phase in struck) < len(struck):
+        failures.append("less than half of the kills struck inside a save or prune")
     print("\n".join(lines))
     if failures:
         print("\n".join([f"FAILED with seed {arguments.seed} (files in {work}):", *failures]))

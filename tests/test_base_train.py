@@ -163,9 +163,21 @@ def test_resuming_with_other_settings_is_refused_by_name(train):
 def test_resume_without_a_run_starts_one_and_a_launchers_restart_resumes(train, monkeypatch, capsys):
     train("restarted", "--resume", num_iterations=2)
     assert "nothing to resume" in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert train("restarted", num_iterations=3)["step"] == 3
-    assert len(metrics("restarted", "loss")) == 3
+    with pytest.raises(UserError, match="holds a run already"):  # refused by this launcher before: so it stays
+        train("restarted", num_iterations=3)
+    train("restarted", "--resume", num_iterations=3)
+    assert train("restarted", num_iterations=4)["step"] == 4
+    assert len(metrics("restarted", "loss")) == 4
+    noted = json.loads((tag_dir("restarted") / "launcher.json").read_text())
+    for other in ({"pid": 1}, {"host": "elsewhere"}, {"host": "elsewhere", "id": "none"}):
+        (tag_dir("restarted") / "launcher.json").write_text(json.dumps(noted | other))
+        if other == {"host": "elsewhere"}:  # the same job, its first rank on another host now
+            assert train("restarted", num_iterations=5)["step"] == 5
+        else:
+            with pytest.raises(UserError, match="holds a run already"):
+                train("restarted", num_iterations=5)
 
 
 def test_a_renamed_run_resumes_where_it_lies(train):

@@ -38,6 +38,19 @@ def test_only_bad_steps_in_a_row_end_the_run_and_the_report_is_json(tmp_path):
     assert [earlier["step"] for earlier in report["earlier"]] == list(range(11, 20))
 
 
+def test_bad_steps_before_a_resume_count():
+    """Red when a run that is preempted often never reaches the end of its patience."""
+    guard = StepGuard(MAX_BAD_STEPS - 2)
+    look(guard, 9, math.nan)
+    assert not guard.leave_out([])
+    look(guard, 10, math.nan)
+    assert guard.leave_out([])
+    look(guard, 11, 1.0)
+    guard.spikes()
+    look(guard, 12, math.nan)
+    assert not guard.leave_out([])
+
+
 def test_a_spike_stands_out_of_a_falling_and_of_a_noisy_curve():
     """Red when the spread is taken around the median of a falling curve, or when any rise counts."""
     for curve in (lambda i: 8 * 0.97**i, lambda i: 3 + 0.1 * math.sin(7.3 * i), lambda i: 2.0):

@@ -1,5 +1,6 @@
 """The lock of a model_tag: who holds it is told, who is gone does not count."""
 
+import errno
 import json
 import os
 import platform
@@ -20,6 +21,24 @@ from nanochat.run_lock import run_lock
 with run_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(100)
+"""
+
+
+# All wait for the gate; the one that gets in stays there.
+STARTS = """
+import os, sys, time
+from pathlib import Path
+from nanochat.run_lock import run_lock
+from nanochat.runtime import UserError
+print("ready", flush=True)
+while not os.path.exists(sys.argv[1]):
+    pass
+try:
+    with run_lock(Path(FOLDER)):
+        os.write(1, b"in\\n")
+        time.sleep(100)
+except UserError:
+    os.write(1, b"out\\n")
 """
 
 
@@ -65,6 +84,11 @@ def test_another_process_holds_it_until_it_is_killed(folder, holder, capsys):
     """Red when the lock is only a file, or a dead process's file counts as held."""
     with pytest.raises(UserError, match=f"process {holder.pid} on "), run_lock(folder):
         pass
+    facts = folder.with_name(".tag.lock").read_text()
+    folder.with_name(".tag.lock").write_text(owner(pid=2**22 + 1))  # as seen from another container: no such process
+    with pytest.raises(UserError, match="is being trained by"), run_lock(folder):
+        pass
+    folder.with_name(".tag.lock").write_text(facts)
     with run_lock(folder, ignore=True):  # told to; the other one's lock is no longer ours to remove
         assert json.loads(folder.with_name(".tag.lock").read_text())["pid"] == os.getpid()
     holder.kill()
@@ -104,7 +128,10 @@ def test_stale_locks_are_recognised(folder, how):
 
 
 def test_a_launchers_restart_takes_its_own_lock_over(folder, monkeypatch):
-    """The first rank may have moved to another host. Red when the host alone decides."""
+    """The first rank may have moved to another host, which the lock of a living one has not.
+
+    Red when the host alone decides, or when a second job of the same id gets in at its restart.
+    """
     folder.parent.mkdir()
     folder.with_name(".tag.lock").write_text(owner(host="elsewhere", launch="job-7"))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
@@ -113,6 +140,41 @@ def test_a_launchers_restart_takes_its_own_lock_over(folder, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with run_lock(folder):
         pass
+    folder.with_name(".tag.lock").write_text(owner(launch="job-7"))
+    with pytest.raises(UserError), run_lock(folder):
+        pass
+
+
+def test_two_starts_at_a_stale_lock(folder):
+    """4 processes at once: one gets in. Red when a held lock is taken over because its file is old."""
+    script = STARTS.replace("FOLDER", repr(str(folder)))
+    folder.parent.mkdir(exist_ok=True)
+    folder.with_name(".tag.lock").write_text(owner(pid=2**22 + 1))
+    gate = folder.with_name("gate")
+    racers = [
+        subprocess.Popen([sys.executable, "-c", script, str(gate)], stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    gate.touch()
+    answers = [racer.stdout.readline() for racer in racers]
+    for racer in racers:
+        racer.kill()
+        racer.wait()
+    assert answers.count("out\n") == 3, answers  # the fourth tells that it takes the lock over
+
+
+def test_a_file_system_without_locks_still_trains(folder, monkeypatch, capsys):
+    """Red when any OSError of flock goes through."""
+
+    def unknown(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(module.fcntl, "flock", unknown)
+    with run_lock(folder):
+        assert "knows no locks (Function not implemented)" in capsys.readouterr().out
+        with pytest.raises(UserError, match=f"trained by process {os.getpid()}"), run_lock(folder):
+            pass
 
 
 def test_the_holder_shows_that_it_lives(folder, monkeypatch):

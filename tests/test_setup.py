@@ -220,6 +220,36 @@ def test_speedrun_does_not_evaluate_a_run_that_was_stopped(checkout, state, code
     assert rc == code and line in text and "base_eval" not in calls[-1]
 
 
+TRAINING = """    "-m scripts.base_train"*)
+        trap 'echo saved >>"$LOG"; exit 85' TERM
+        mkdir -p "$NANOCHAT_BASE_DIR/base_checkpoints/d4"
+        echo line >>"$NANOCHAT_BASE_DIR/base_checkpoints/d4/metrics.jsonl"
+        kill -SIGNAL "$PPID"
+        for _ in $(seq 200); do sleep 0.05; done ;;
+    -c*) ;;"""
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "USR1"])
+def test_speedrun_passes_a_signal_on_to_the_training_and_waits_for_its_save(checkout, name, tmp_path):
+    """Red when the training runs in the foreground: bash would wait until it ends, or die and leave it behind."""
+    checkout.python.write_text(FAKE_PYTHON.replace("    -c*) ;;", TRAINING.replace("SIGNAL", name), 1))
+    (checkout.folder / "PLANS").write_text("1 start new - no d4\n1 resume preempted 10 no d4\n")
+    checkout.set_up()
+    checkout.calls()
+    rc, text = checkout.run(str(checkout.root / "speedrun.sh"), NANOCHAT_BASE_DIR=str(tmp_path / "base"))
+    assert checkout.calls()[-2:] == ["saved", "plan"]
+    assert rc == 85 and "was preempted before its end, at step 10" in text
+
+
+@pytest.mark.parametrize("state", ["preempted", "nonfinite"])
+def test_speedrun_does_not_take_an_old_stop_for_the_end_of_a_start_that_failed(checkout, state):
+    """A scheduler would queue it again for ever. Red when the state counts though metrics.jsonl is as it was."""
+    failing = '    "-m scripts.base_train"*) exit 1 ;;\n    -c*) ;;'
+    checkout.python.write_text(FAKE_PYTHON.replace("    -c*) ;;", failing, 1))
+    rc, text, _ = speedrun(checkout, plans=f"1 resume {state} 10 no d4\n1 resume {state} 10 no d4\n")
+    assert rc == 1 and "stopped in stage: training (exit code 1)" in text
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # recipes
 

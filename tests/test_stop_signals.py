@@ -56,6 +56,15 @@ def test_a_second_signal_ends_the_process_at_once(busy):
     assert busy.wait(timeout=5) == 128 + signal.SIGTERM
 
 
+def test_a_launchers_copy_of_the_first_signal_does_not_count_as_a_second(monkeypatch):
+    """Schedulers signal the whole job. Red without ECHO: one signal would end the process before it has saved."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    with StopSignals() as signals:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)  # this process is still there to say so
+        assert signals.requested == "SIGTERM"
+
+
 def test_an_ignored_signal_stays_ignored(monkeypatch):
     """nohup and shells' background jobs ignore Ctrl-C. Red when every signal gets a handler."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
