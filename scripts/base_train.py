@@ -117,8 +117,8 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         return finish(settings, run, log, rows_log)
     if compute.rank == 0:
         checkpoints.clear_litter(tag_dir)
-        write_atomically(tag_dir / "config.py", render_config(settings))
         note_launcher(tag_dir)
+        write_atomically(tag_dir / "config.py", render_config(settings))
         tracker = open_tracker(settings.wandb_mode, settings.run, as_dict(settings), tag_dir)
         log = MetricsLog(tag_dir / "metrics.jsonl", tracker, keep_below=run.step)
         for path in tag_dir.glob("rows_rank*.jsonl"):  # also of ranks that this run no longer has
@@ -218,7 +218,6 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
                 loss = accumulate(model, inputs, targets, micro_rows, valid)
             if compute.world_size > 1:
                 dist.all_reduce(loss)
-            loss_value = loss.item()
             multiplier = schedule.lr_multiplier(settings, run.step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * multiplier
@@ -227,6 +226,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
                     group["weight_decay"] = schedule.weight_decay(settings, run.step, steps)
             with naming_the_batch_that_fits(settings, compute.world_size):
                 grad_norm, group_norms = optimizer.reduce_gradients()
+                loss_value = loss.item()
                 good = guard.look(run.step + 1, loss_value, grad_norm, group_norms)  # the same sums on all ranks
                 if good:
                     optimizer.step(schedule.clip_scale(grad_norm, settings.grad_clip))
