@@ -310,3 +310,16 @@ def test_three_ranks_are_one(tmp_path):
     train(model, optimizer, range(2, 3))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(out["model"][name], value, rtol=1e-4, atol=2e-6, msg=name)
+
+
+def test_a_step_that_is_left_out_leaves_nothing_behind():
+    """Red without drop_gradients: the gradients of a bad step would be held through the next backward pass."""
+    matrix = torch.nn.Parameter(torch.ones(4, 4))
+    groups = [dict(name="m", kind="muon", params=[matrix], param_names=["m"], lr=0.1, initial_lr=0.1, weight_decay=0.0)]
+    groups[0] |= dict(momentum=0.95, nesterov=True, normalize=True, cautious=True, method="polar_express")
+    optimizer = MuonAdamW([groups[0] | dict(dtype=torch.float32)])
+    matrix.grad = torch.full((4, 4), torch.nan)
+    optimizer.reduce_gradients()
+    optimizer.drop_gradients()
+    assert all(unit.grad is None for unit in optimizer.units)
+    assert matrix.eq(1).all() and optimizer.state_dict() == {}
