@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from nanochat import runtime
 from nanochat.runtime import UserError, base_dir, init_compute, run_script, write_atomically
@@ -122,3 +123,19 @@ def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-c++")
     assert runtime.compiler_problem() == "no C++ compiler (no-such-c++) on PATH"
+
+
+def test_ranks_that_were_started_anew_do_not_see_what_the_dead_left(monkeypatch):
+    """torchrun keeps one store for all attempts. Red without the prefix: gloo would call the addresses of the dead."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    names = dict(MASTER_ADDR="localhost", MASTER_PORT=server.port, RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)
+    for name, value in {**names, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    first = runtime._meeting_place()
+    assert (first["rank"], first["world_size"]) == (0, 1)
+    first["store"].set("address", "of a process that dies")
+    assert runtime._meeting_place()["store"].check(["address"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not runtime._meeting_place()["store"].check(["address"])
+    monkeypatch.setenv("WORLD_SIZE", "2")  # another node counts its own attempts
+    assert runtime._meeting_place() == {}
