@@ -13,5 +13,6 @@ nproc=${NPROC:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_coun
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a new store after each failure: else ranks look for the dead ones
 forward_signals
 exec "$python" -m torch.distributed.run --nnodes="$NNODES" --nproc_per_node="$nproc" --max_restarts=3 \
-    --rdzv_backend=c10d --rdzv_id="nanochat-${SLURM_JOB_ID:-$MASTER_ADDR-${MASTER_PORT:-29500}}" --rdzv_endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}" \
+    --rdzv_backend=c10d --rdzv_id="nanochat-${SLURM_JOB_ID:-$MASTER_ADDR-${MASTER_PORT:-29500}}" \
+    --rdzv_endpoint="$MASTER_ADDR:${MASTER_PORT:-29500}" \
     -m scripts.base_train "$@"

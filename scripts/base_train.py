@@ -29,6 +29,7 @@ from nanochat.resume import RunState, begun_by_this_launcher, note_launcher, res
 from nanochat.run_lock import run_lock
 from nanochat.runtime import (
     Compute,
+    UserError,
     compiler_problem,
     device_name,
     first_line,
@@ -68,7 +69,10 @@ def main(argv: list[str] | None = None) -> dict:
         compute = init_compute(
             settings.device_type, settings.dtype, settings.seed, settings.deterministic, settings.rank_timeout
         )
-        return train(settings, resume_step, compute)
+        try:
+            return train(settings, resume_step, compute)
+        except torch.OutOfMemoryError as error:  # before the first step, or in a save
+            raise UserError(f"out of memory: a smaller depth or model_dim fits ({first_line(error)})") from error
 
 
 def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict:
@@ -271,23 +275,23 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             if stopped:
                 break
         note_saved(saver.wait())
-    if step_times:
-        peak = max(peak, peak_flops(compute) * compute.world_size)  # the first measurement may have had company
-        pace = settings.total_batch_size / statistics.median(step_times)
-        first = run.train_seconds - before - sum(step_times)
-        mfu = pace * model.flops_per_token() / peak
-        print0(
-            f"median step: {pace:,.0f} tok/s, MFU {100 * mfu:.1f}% of {peak / 1e12:.3f} TFLOP/s; first {first:.1f} s"
-        )
-    if stopped == "preempted":
-        print0(f"stopped by {signals.requested or 'a signal to another rank'} at step {run.step}: --resume goes on")
-    if stopped == "nonfinite" and compute.rank == 0:
-        guard.write_report(tag_dir / "bad_batch.json")
-    log.write(
-        run.step, event=stopped, train_seconds=run.train_seconds, compile_seconds=compile_seconds, val_bpb=run.val_bpb,
-        peak_flops=peak,
-    )  # fmt: skip
-    return finish(settings, run, log, rows_log, stopped)
+
+        # -- the end: what it was, still with an ear for signals, whose copies must not cut the last lines off
+        if step_times:
+            peak = max(peak, peak_flops(compute) * compute.world_size)  # the first measurement may have had company
+            pace = settings.total_batch_size / statistics.median(step_times)
+            first = run.train_seconds - before - sum(step_times)
+            mfu = f"MFU {100 * pace * model.flops_per_token() / peak:.1f}% of {peak / 1e12:.3f} TFLOP/s"
+            print0(f"median step: {pace:,.0f} tok/s, {mfu}; first {first:.1f} s")
+        if stopped == "preempted":
+            print0(f"stopped by {signals.requested or 'a signal to another rank'} at step {run.step}: --resume goes on")
+        if stopped == "nonfinite" and compute.rank == 0:
+            guard.write_report(tag_dir / "bad_batch.json")
+        log.write(
+            run.step, event=stopped, train_seconds=run.train_seconds, compile_seconds=compile_seconds,
+            val_bpb=run.val_bpb, peak_flops=peak,
+        )  # fmt: skip
+        return finish(settings, run, log, rows_log, stopped)
 
 
 def prepare_data(settings: Settings, compute: Compute) -> tuple[Dataset, Tokenizer]:

@@ -527,3 +527,35 @@ def test_double_start(train, base, corpus):
     step = cm.newest_step(tag_dir("twice"))
     assert main(["--model_tag=twice", "--resume", f"--num_iterations={step + 2}"])["step"] == step + 2
     assert not list(cm.checkpoints_dir().glob(".twice.lock"))
+
+
+def test_a_model_that_does_not_fit_is_one_line(train, monkeypatch, capsys):
+    """Red when an OutOfMemoryError before the first step leaves main() as a traceback."""
+
+    def starved(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90 GiB")
+
+    monkeypatch.setattr(base_train, "build_optimizer", starved)
+    assert exit_code(lambda: train("large")) == 2
+    assert "smaller depth or model_dim fits (CUDA out of memory" in capsys.readouterr().err
+
+
+def test_a_second_copy_of_a_signal_does_not_cut_the_end_off(train, stop_after, monkeypatch):
+    """The launcher's copy comes after the save. Red when the signals' handlers go before the last line is written."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    stop_after(2)
+    real, sent = base_train.peak_flops, []
+
+    def late(compute):
+        if sent or metrics("late-copy"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            sent.append(1)
+        return real(compute)
+
+    train("late-copy-warm", num_iterations=1)
+    (tag_dir("late-copy")).mkdir(parents=True)
+    (tag_dir("late-copy") / "metrics.jsonl").touch()
+    monkeypatch.setattr(base_train, "peak_flops", late)
+    assert train("late-copy", "--resume", num_iterations=4)["stopped"] == "preempted"
+    assert sent
+    assert metrics("late-copy", "event")[-1] == "preempted"
