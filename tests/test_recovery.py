@@ -230,7 +230,8 @@ def test_enospc(train, monkeypatch, code, capsys):
     assert err.count("\n") == 1
     assert os.strerror(code) in err
     assert [path.name for path in tag_dir("full").iterdir() if path.is_dir()] == ["step_000002"]
-    assert 4 <= metrics("full", "step")[-1] <= 6  # it surfaced at a step after the save, or at the next save
+    # It surfaced at a step after the save, or at the next one. The last line may be step 2's "save", noted late.
+    assert 4 <= max(metrics("full", "step")) <= 6
     monkeypatch.setattr(cm, "save_file", real)
     main(["--model_tag=full", "--resume"])
     assert state_hashes("full", 6) == state_hashes("roomy", 6)
