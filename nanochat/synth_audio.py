@@ -1,0 +1,101 @@
+"""Captioned melodies, computed: sounds to train on and to be measured against, without any download.
+
+Clip i is a function of (seed, i) alone, so any part of the data can be made anywhere in any order. Every attribute is
+in the caption in words and in `attributes`. About one (root, instrument) pair in seven is marked unseen: a split that
+holds these out asks whether a model combines a pitch and an instrument that it never heard together.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+SAMPLE_RATE = 16000
+ROOTS = range(48, 72)  # MIDI numbers, C3 .. B4
+SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 10)}  # semitones above the first degree
+CONTOURS = {"rising": 1, "falling": -1, "steady": 0}  # degrees of the scale from note to note
+TEMPI = (60, 90, 135, 200)  # beats a minute, far apart: 2, 3, 5 and 7 notes in two seconds
+
+# harmonic -> (amplitude, decay per second). Harmonics alone, so that every note has one fundamental.
+INSTRUMENTS = {
+    "sine": {1: (1.0, 0.0)},
+    "organ": {k: (a, 0.0) for k, a in enumerate((1.0, 0.8, 0.6, 0.4, 0.3, 0.2), 1)},
+    "square": {k: (1 / k, 0.0) for k in range(1, 16, 2)},
+    "pluck": {k: (k**-0.8, 2.0 + 1.2 * k) for k in range(1, 11)},
+    "bell": {1: (1.0, 1.5), 4: (0.6, 3.0), 7: (0.4, 5.0), 10: (0.25, 8.0)},
+}
+NOTES = "C, C sharp, D, D sharp, E, F, F sharp, G, G sharp, A, A sharp, B".split(", ")
+TEMPLATES = (
+    "a {contour} {mode} melody on {instrument} starting on {root} at {bpm} bpm",
+    "{instrument} plays a {mode} tune from {root}, {contour}, {bpm} bpm",
+    "at {bpm} bpm, {root} first, then a {contour} line in {mode} on {instrument}",
+    "{contour} {mode} notes, {instrument}, {root}, {bpm} bpm",
+    "starting on {root}: {instrument}, {contour}, {mode}, at a tempo of {bpm} bpm",
+)
+
+ATTACK, RELEASE, GAP = 0.01, 0.03, 0.04  # seconds; the gap before the next note gives repeated notes their onsets
+HIGHEST = 7600.0  # Hz: a harmonic above is left out, well before it could alias
+
+
+@dataclass(frozen=True)
+class Clip:
+    """wav: float32 [samples] at 16 kHz, within -0.5 .. 0.5. attributes: root (MIDI number of the first note),
+    pitch_hz (of the first note), mode, contour, bpm, instrument, unseen (whether its pair is held out)."""
+
+    wav: np.ndarray
+    caption: str
+    attributes: dict
+
+
+def note_name(number: int) -> str:
+    """A MIDI number in words: 60 is "C 4", 61 "C sharp 4"."""
+    return f"{NOTES[number % 12]} {number // 12 - 1}"
+
+
+def frequency(number: int | np.ndarray) -> float | np.ndarray:
+    """Hz of a MIDI number in equal temperament, A4 = 440."""
+    return 440.0 * 2.0 ** ((number - 69) / 12)
+
+
+def is_unseen(root: int, instrument: str) -> bool:
+    """Whether the pair is held out: 3 or 4 of an instrument's 24 roots, and no root under two instruments."""
+    return (root + 3 * list(INSTRUMENTS).index(instrument)) % 7 == 0
+
+
+def clip(index: int, seed: int = 0, seconds: float = 2.0) -> Clip:
+    """Clip `index` of the endless series `seed`, its attributes drawn uniformly; index and seed are not negative."""
+    # Raw bits of a named generator: numpy promises these for ever, unlike the draws of its distributions.
+    bits = iter(np.random.PCG64(np.random.SeedSequence([seed, index])).random_raw(6).tolist())
+
+    def pick(choices):
+        return list(choices)[next(bits) % len(choices)]
+
+    root, mode, contour, bpm, instrument = map(pick, (ROOTS, SCALES, CONTOURS, TEMPI, INSTRUMENTS))
+    words = {"root": note_name(root), "mode": mode, "contour": contour, "bpm": bpm, "instrument": instrument}
+    attributes = {**words, "root": root, "pitch_hz": frequency(root), "unseen": is_unseen(root, instrument)}
+    beat = 60 / bpm
+    degrees = CONTOURS[contour] * (np.arange(int(np.ceil(seconds / beat - 1e-9))) % 8)  # at most an octave away
+    numbers = root + 12 * (degrees // 7) + np.array(SCALES[mode])[degrees % 7]
+    wav = _melody(frequency(numbers), beat, instrument, seconds)
+    return Clip(wav, pick(TEMPLATES).format(**words), attributes)
+
+
+def _melody(pitches: np.ndarray, beat: float, instrument: str, seconds: float) -> np.ndarray:
+    """Notes of these fundamentals [notes] in Hz, one a beat (seconds), as float32 [samples]."""
+    time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
+    note = (time / beat).astype(int)
+    since = time - note * beat  # seconds since the onset
+    left = np.minimum(beat, seconds - note * beat) - since - GAP
+    envelope = np.sin(np.pi / 2 * np.clip(np.minimum(since / ATTACK, left / RELEASE), 0, 1)) ** 2  # no corner clicks
+    pitch = pitches[note]
+    phase = 2 * np.pi * pitch * since
+    partials = INSTRUMENTS[instrument]
+    # sin(kx) from the two before it: sin(kx) = 2 cos(x) sin((k-1)x) - sin((k-2)x), far cheaper than a sine each
+    twice_cosine, before, now = 2 * np.cos(phase), np.zeros_like(phase), np.sin(phase)
+    total = np.zeros_like(phase)
+    for k in range(1, max(partials) + 1):
+        if k in partials:
+            amplitude, decay = partials[k]
+            part = now * (amplitude * (k * pitches < HIGHEST))[note]
+            total += part * np.exp(-decay * since) if decay else part
+        before, now = now, twice_cosine * now - before
+    return (total * envelope * (0.5 / sum(amplitude for amplitude, _ in partials.values()))).astype(np.float32)
