@@ -1,0 +1,257 @@
+"""Audio tokenizers: sound to codes and back, fitted in seconds on the user's own sounds, as a text tokenizer is.
+
+Every codec has name, sample_rate (Hz), frame_rate (frames a second), codebooks (Q), codes (K), hash, and
+
+    encode(wav float32 [samples], mono)  -> codes int64 [Q, T], each 0 .. K-1
+    decode(codes [Q, T])                 -> wav float32 [samples]
+    encode_batch, decode_batch           the same over a first dimension B
+    save(directory), load_codec(directory)
+
+The fitted kinds work at 16 kHz with 50 frames a second, and Q residual codebooks (each codes what the ones before it
+left over), found by k-means:
+
+    frame   log spectra, 96 principal components; Griffin-Lim guesses the phases. One codebook is enough.
+    pitch   codebook 0 holds the pitch alone, the others the loudness of each harmonic: a note and an instrument that
+            were never heard together are two codes that were. For one voice at a time. At least two codebooks.
+    mdct    the waveform's own transform, nothing guessed: for four codebooks and more.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from nanochat.audio_frames import HOP, SAMPLE_RATE, from_log_spectra, from_mdct, log_spectra, mdct
+from nanochat.checkpoint_manager import read_tensors, weights_hash
+from nanochat.runtime import UserError, base_dir, fsync
+
+Say = Callable[[str], object]
+KINDS = ("frame", "mdct")
+COMPONENTS = 96  # principal components of a log spectrum
+FIT_FRAMES = 40_000  # frames (13 minutes) that a codec learns from
+KMEANS_ROUNDS = 12
+GROUP = 512  # frames computed at a time: more would only leave the processor's cache
+
+
+class FittedCodec:
+    """A codec of one of KINDS.
+
+    tensors: "codebooks" [stages, K, features], row 0 of the first one being silence and row 0 of the others "nothing to
+    add"; for frame also "mean" [features] and "basis" [features, components] of the log spectra.
+    """
+
+    sample_rate = SAMPLE_RATE
+    frame_rate = SAMPLE_RATE / HOP
+
+    def __init__(self, kind: str, tensors: dict[str, torch.Tensor]):
+        self.name, self.tensors = kind, tensors
+        self.stages = tensors["codebooks"]
+        self.codebooks, self.codes = len(self.stages), self.stages.shape[1]
+        self.hash = weights_hash({f"{kind}-1/{name}": tensor for name, tensor in tensors.items()})
+
+    def encode(self, wav: np.ndarray | torch.Tensor) -> np.ndarray:
+        """float32 [samples] -> int64 [Q, T], T = ceil(samples / 320) and at least 1."""
+        return self.encode_batch(torch.as_tensor(wav)[None])[0]
+
+    def decode(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
+        """[Q, T] -> float32 [T * 320]. UserError for another Q and for codes outside 0 .. K-1."""
+        return self.decode_batch(torch.as_tensor(codes)[None])[0]
+
+    @torch.no_grad()
+    def encode_batch(self, wavs: np.ndarray | torch.Tensor) -> np.ndarray:
+        """float32 [B, samples] -> int64 [B, Q, T]; a sound's codes do not depend on its neighbours."""
+        wavs = torch.as_tensor(wavs, dtype=torch.float32)
+        return torch.cat([self._encode(group) for group in wavs.split(_group(wavs.shape[1] / HOP))]).numpy()
+
+    @torch.no_grad()
+    def decode_batch(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
+        """[B, Q, T] -> float32 [B, T * 320]; UserError as in decode."""
+        codes = torch.as_tensor(codes).long()
+        if codes.ndim != 3 or codes.shape[1] != self.codebooks or codes.shape[2] == 0:
+            raise UserError(f"codes of shape {list(codes.shape[1:])}: {self.name} takes [{self.codebooks}, T], T >= 1")
+        if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < self.codes:
+            raise UserError(f"codes {int(codes.min())} .. {int(codes.max())} lie outside 0 .. {self.codes - 1}")
+        return torch.cat([self._decode(group) for group in codes.split(_group(codes.shape[2]))]).numpy()
+
+    def _encode(self, wavs: torch.Tensor) -> torch.Tensor:
+        if self.name == "mdct":
+            rows = mdct(wavs)
+        else:
+            rows = (log_spectra(wavs) - self.tensors["mean"]) @ self.tensors["basis"]
+        return residual_codes(rows, self.stages)
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        rows = sum(stage[codes[:, q]] for q, stage in enumerate(self.stages))
+        if self.name == "mdct":
+            return from_mdct(rows)
+        logs = rows @ self.tensors["basis"].T + self.tensors["mean"]
+        return from_log_spectra(logs.masked_fill(codes[:, 0, :, None] == 0, -math.inf))
+
+    def save(self, directory: Path | str) -> Path:
+        """Write codec.safetensors and codec.json; the folder appears whole or not at all.
+
+        UserError when it already holds another codec; the same one is left as it is.
+        """
+        directory = Path(directory)
+        if (directory / "codec.json").exists():
+            return _same(load_codec(directory), self, directory)
+        return write_codec(directory, self, self.tensors)
+
+
+def _group(frames: float) -> int:
+    return max(1, int(GROUP / max(1.0, frames)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fitting
+
+
+def fit_codec(
+    kind: str, sounds: Iterable[np.ndarray], codebooks: int, codes: int, seed: int = 0, say: Say = print
+) -> FittedCodec:
+    """Fit a codec of this kind on sounds (float32 [samples], 16 kHz mono), read until FIT_FRAMES frames are seen.
+
+    The same sounds and seed give the same codec. UserError: no such kind, too few codebooks, nothing but silence, or
+    fewer frames than codes.
+    """
+    if kind not in KINDS:
+        raise UserError(f"codec={kind!r}: the fitted kinds are {', '.join(KINDS)}")
+    start = time.perf_counter()
+    tensors = {}
+    rows = []
+    for wav in sounds:
+        wav = torch.as_tensor(wav, dtype=torch.float32)[None, : FIT_FRAMES * HOP]
+        rows.append((mdct(wav) if kind == "mdct" else log_spectra(wav))[0])
+        if sum(map(len, rows)) >= FIT_FRAMES:
+            break
+    rows = torch.cat(rows) if rows else torch.zeros(0, HOP)
+    silence = mdct(torch.zeros(1, 1))[0, 0] if kind == "mdct" else log_spectra(torch.zeros(1, 1))[0, 0]
+    rows = rows[(rows - silence).abs().amax(1) > 1e-3]
+    if not len(rows):
+        raise UserError(f"codec={kind!r} cannot be fitted: there is no sound but silence")
+    if len(rows) < codes:
+        most = 2 ** int(math.log2(len(rows)))
+        raise UserError(
+            f"{len(rows)} frames of sound cannot fill {codes} codes: give more sound or at most {most} codes "
+            f"(--modalities=audio:{most})"
+        )
+    if kind == "frame":
+        tensors["mean"] = rows.mean(0)
+        centred = rows - tensors["mean"]
+        tensors["basis"] = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -COMPONENTS:].contiguous()
+        rows, silence = centred @ tensors["basis"], (silence - tensors["mean"]) @ tensors["basis"]
+    stages = []
+    for q in range(codebooks):
+        generator = torch.Generator().manual_seed(seed * 1000 + q)
+        stages.append(kmeans(rows, codes, silence if q == 0 else torch.zeros_like(silence), generator))
+        rows = rows - stages[-1][nearest(rows, stages[-1])]
+    codec = FittedCodec(kind, {**tensors, "codebooks": torch.stack(stages)})
+    say(f"codec {kind}: {codebooks} x {codes} codes from {len(rows):,} frames in {time.perf_counter() - start:.1f} s")
+    return codec
+
+
+def kmeans(rows: torch.Tensor, count: int, fixed: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Centroids [count, features] of rows [N, features]; centroid 0 is `fixed`, the others start as random rows.
+
+    A centroid that lost all its rows starts anew at one of the rows that are worst served.
+    """
+    picked = torch.randperm(len(rows), generator=generator)[: count - 1]
+    centroids = torch.cat([fixed[None], rows[picked]])
+    for _ in range(KMEANS_ROUNDS):
+        owner = nearest(rows, centroids)
+        sizes = torch.bincount(owner, minlength=count)
+        sums = torch.zeros_like(centroids).index_add_(0, owner, rows)
+        centroids[1:] = (sums / sizes.clamp(min=1)[:, None])[1:]
+        if len(empty := 1 + (sizes[1:] == 0).nonzero()[:, 0]):
+            worst = (rows - centroids[owner]).square().sum(1).topk(len(empty)).indices
+            centroids[empty] = rows[worst]
+    return centroids
+
+
+def nearest(rows: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """[..., features] -> [...]: the nearest centroid's number."""
+    half = centroids.square().sum(1) / 2
+    flat = rows.reshape(-1, rows.shape[-1])
+    return torch.cat([(half - part @ centroids.T).argmin(1) for part in flat.split(4096)]).view(rows.shape[:-1])
+
+
+def residual_codes(rows: torch.Tensor, stages: torch.Tensor) -> torch.Tensor:
+    """rows [B, T, features] -> codes [B, Q, T], each stage coding what the stages before left over."""
+    codes = []
+    for stage in stages:
+        codes.append(nearest(rows, stage))
+        rows = rows - stage[codes[-1]]
+    return torch.stack(codes, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def write_codec(directory: Path, codec, tensors: dict[str, torch.Tensor] | None = None, **more) -> Path:
+    """Write codec.json, which describes a codec, and codec.safetensors where it has tensors of its own."""
+    description = {"name": codec.name, "codebooks": codec.codebooks, "codes": codec.codes, "hash": codec.hash, **more}
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        if tensors is not None:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "codec.safetensors")
+        (temporary / "codec.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        for path in (*temporary.iterdir(), temporary):
+            fsync(path)
+        try:
+            os.rename(temporary, directory)
+        except OSError:
+            if not (directory / "codec.json").exists():  # otherwise another process was faster
+                raise
+            return _same(load_codec(directory), codec, directory)
+        fsync(directory.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return directory
+
+
+def _same(present, codec, directory: Path) -> Path:
+    if present.hash != codec.hash:
+        raise UserError(
+            f"{directory} holds another codec (hash {present.hash[:8]}, this one is {codec.hash[:8]}): "
+            "choose another folder or delete it"
+        )
+    return directory
+
+
+def load_codec(directory: Path | str):
+    """The codec of a folder that save() wrote; UserError when a file is missing, damaged or not what it was."""
+    directory = Path(directory)
+    try:
+        description = json.loads((directory / "codec.json").read_text(encoding="utf-8"))
+        name, expected = str(description["name"]), str(description["hash"])
+        if name not in KINDS:
+            raise ValueError(f"name {name!r}")
+        codec = FittedCodec(name, read_tensors(directory / "codec.safetensors"))
+    except UserError as error:
+        raise UserError(f"codec {directory} is damaged ({error}): delete the folder and fit it again") from error
+    except OSError as error:
+        raise UserError(f"codec {directory} cannot be read: {error.strerror} ({error.filename})") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"codec {directory} is damaged ({error!r}): delete the folder and fit it again") from error
+    if codec.hash != expected:
+        raise UserError(
+            f"codec {directory} is damaged: it hashes to {codec.hash[:8]}, codec.json says {expected[:8]}; "
+            "delete the folder and fit it again"
+        )
+    return codec
+
+
+def codec_folder(codec) -> Path:
+    """Where a fitted codec lives: base_dir()/codecs/<name>-<hash8>."""
+    return base_dir() / "codecs" / f"{codec.name}-{codec.hash[:8]}"
