@@ -6,6 +6,11 @@ import torch.nn.functional as F
 CPU_BLOCK = 128  # queries a block; smaller blocks skip more of the masked half, larger ones make better matmuls
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """float32 where it was narrower: what sums and exponentials are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """q [B, T, H, D], k and v [B, S, H_kv, D] with S >= T -> [B, T, H, D].
 
@@ -38,7 +43,7 @@ def blocked_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
     out = []
     for start in range(0, T, CPU_BLOCK):
         end = min(start + CPU_BLOCK, T)
-        scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2)).float() * D**-0.5
+        scores = wide(torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))) * D**-0.5
         future = torch.ones(end - start, end, dtype=torch.bool, device=q.device).triu(start + 1)
         weights = scores.masked_fill(future, -float("inf")).softmax(dim=-1)
         out.append(torch.bmm(weights.to(v.dtype), v[:, :end]))

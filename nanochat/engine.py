@@ -1,8 +1,11 @@
 """Generation with a cache of keys and values: a prompt is read once, then every token costs one position."""
 
+from collections.abc import Iterator
+
 import torch
 
-from nanochat.gpt import GPT, sample
+from nanochat.gpt import GPT
+from nanochat.modality import Grammar
 
 
 class KVCache:
@@ -35,35 +38,70 @@ class KVCache:
 
 
 @torch.inference_mode()
-def generate(
+def decode(
     model: GPT,
-    ids: list[int],
+    prompts: torch.Tensor,
     max_tokens: int,
     *,
     num_samples: int = 1,
     temperature: float = 1.0,
     top_k: int | None = None,
     seed: int = 42,
-    stop: tuple[int, ...] = (),
-) -> list[list[int]]:
-    """Continue a prompt: the new ids of each sample, up to and without the first id in `stop`.
+    frames: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """Continue prompts int64 [B, P] of one length: yields the next ids int64 [B] of all rows, at most max_tokens times.
 
-    ids: the prompt, not empty. temperature 0 is greedy. The prompt with max_tokens has to fit the rotary table,
-    10 times the training context.
+    num_samples: of a single prompt, which is read once (B is num_samples then). temperature 0 is greedy. frames: the
+    most frames of a sound; of a model with several modalities only legal ids come (see Grammar). The prompt with
+    max_tokens has to fit the rotary table, 10 times the training context.
     """
+    prompts = prompts.to(model.device)
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    cache = KVCache(model, 1, len(ids) + max_tokens)
-    logits = model(torch.tensor([ids], dtype=torch.long, device=model.device), kv_cache=cache)[:, -1]
-    cache, logits = cache.repeated(num_samples), logits.repeat(num_samples, 1)
+    cache = KVCache(model, len(prompts), prompts.size(1) + max_tokens)
+    grammar = Grammar(model.vocabulary, len(prompts), model.device, frames) if model.config.modalities else None
+    logits = model(prompts, kv_cache=cache)[:, -1]
+    if grammar is not None:
+        for column in prompts.unbind(1):
+            grammar.advance(column)
+    if num_samples > 1:
+        assert len(prompts) == 1, "several samples are drawn from a single prompt"
+        cache, logits = cache.repeated(num_samples), logits.repeat(num_samples, 1)
+        grammar = grammar and grammar.repeated(num_samples)
+    for step in range(max_tokens):
+        if grammar is not None:
+            logits = logits.masked_fill(~grammar.allowed(), -float("inf"))
+        tokens = sample(logits, generator, temperature, top_k)
+        if grammar is not None:
+            grammar.advance(tokens[:, 0])
+        yield tokens[:, 0]
+        if step < max_tokens - 1:
+            logits = model(tokens, kv_cache=cache)[:, -1]
+
+
+def generate(
+    model: GPT, ids: list[int], max_tokens: int, *, num_samples: int = 1, stop: tuple[int, ...] = (), **how
+) -> list[list[int]]:
+    """Continue one prompt (not empty): the new ids of each sample, up to and without the first id in `stop`.
+
+    how: temperature, top_k, seed, frames, as decode() takes them.
+    """
     samples: list[list[int]] = [[] for _ in range(num_samples)]
     running = [True] * num_samples
-    for step in range(max_tokens):
-        tokens = sample(logits, generator, temperature, top_k)
-        for row, token in enumerate(tokens[:, 0].tolist()):
+    for tokens in decode(model, torch.tensor([ids]), max_tokens, num_samples=num_samples, **how):
+        for row, token in enumerate(tokens.tolist()):
             running[row] = running[row] and token not in stop
             if running[row]:
                 samples[row].append(token)
-        if not any(running) or step == max_tokens - 1:
+        if not any(running):
             break
-        logits = model(tokens, kv_cache=cache)[:, -1]
     return samples
+
+
+def sample(logits: torch.Tensor, generator: torch.Generator, temperature: float, top_k: int | None) -> torch.Tensor:
+    """Draw one id per row of logits [B, V] -> int64 [B, 1]; temperature 0 is greedy, top_k keeps the k best."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    if top_k is not None:
+        worst = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < worst, -float("inf"))
+    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)

@@ -4,7 +4,7 @@ Classic nanochat (October 2025) is the default of every GPTConfig field: rotary 
 without parameters, norm after the embedding, no biases, logits softcapped at 15, untied. Newer features are fields
 that are off by default, so that the keys absent from an old checkpoint mean what they meant when it was written.
 
-Shapes: B batch, T time, C channels (n_embd), H heads, D head size, V vocabulary.
+Shapes: B batch, T time, C channels (n_embd), H heads, D head size, V vocabulary, E experts.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat.attention import causal_attention
+from nanochat import parameters
+from nanochat.attention import causal_attention, wide
 from nanochat.loss_head import chunked_cross_entropy, compile_loss_head, softcapped
+from nanochat.modality import IGNORED, Modality, Vocabulary
+from nanochat.parameters import is_scalar
+from nanochat.routing import Grouped, Plan, grouped_linear, permute, plan_route, route, sorted_by
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class GPTConfig:
     """Architecture of one model. Defaults are frozen for ever: they are what an absent key in old metadata means."""
 
     sequence_len: int = 1024
-    vocab_size: int = 50304
+    vocab_size: int = 50304  # of the text; the modalities' ids come behind
     n_layer: int = 12
     n_head: int = 6
     n_kv_head: int = 6  # fewer than n_head: grouped-query attention (arXiv 2305.13245)
@@ -39,8 +43,15 @@ class GPTConfig:
     smear: bool = False  # each token's embedding adds lambda * gate * that of the token before
     residual_scalars: bool = False  # before each block x becomes lambda x + lambda0 x0, x0 being the embedding
     backout: bool = False  # lambda * the output of the middle block is taken off before the last norm
+    # Further modalities in one stream, after Mixture-of-Transformers (arXiv 2411.04996): attention sees all tokens.
+    modalities: tuple[Modality, ...] = ()
+    untie: str = "none"  # what each modality has of its own: "none", its "mlp", or "all": attention's matrices too
+    # Logits: "shared", one softmax over all ids; "masked", one matrix, but the loss is over the ids of the target's
+    # modality; "separate", an embedding and an output matrix for each modality, and that loss.
+    output_layers: str = "shared"
 
     def __post_init__(self):
+        assert self.untie in ("none", "mlp", "all") and self.output_layers in ("shared", "masked", "separate"), self
         assert self.n_embd % self.n_head == 0 and self.n_head % self.n_kv_head == 0, self
         assert self.tie_weights or not self.use_output_projection, "an output projection needs tied weights"
 
@@ -50,6 +61,18 @@ class GPTConfig:
 
     def has_value_embedding(self, layer: int) -> bool:
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.vocab_size, self.modalities)
+
+    @property
+    def has_experts(self) -> bool:
+        return self.untie != "none" and bool(self.modalities)
+
+    @property
+    def separate(self) -> bool:
+        return self.output_layers == "separate" and bool(self.modalities)
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -76,68 +99,138 @@ def rotary_tables(length: int, head_dim: int, device, base: float = 10000.0) -> 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the pairs (x[d], x[d + D/2]) of [B, T, H, D] by the angle of their position, clockwise as nanochat does."""
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = wide(x).chunk(2, dim=-1)
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
 
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention over the past, with rotary positions and normalised queries and keys."""
+class AttentionMatrices(nn.Module):
+    """The four matrices of attention; a modality has its own under untie = "all"."""
 
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        self.qk_scale, self.gate_range = config.qk_scale, config.value_gate_range
         kv_width = config.n_kv_head * config.head_dim
         self.c_q = Linear(config.n_embd, config.n_embd)
         self.c_k = Linear(config.n_embd, kv_width)
         self.c_v = Linear(config.n_embd, kv_width)
         self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def qkv(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.c_q(x), self.c_k(x), self.c_v(x)], dim=-1)
+
+
+class CausalSelfAttention(AttentionMatrices):
+    """Multi-head attention over the past, with rotary positions and normalised queries and keys."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__(config)
+        self.layer, self.head_dim = layer, config.head_dim
+        self.qk_scale, self.gate_range = config.qk_scale, config.value_gate_range
         if config.has_value_embedding(layer):
             self.ve_gate = Linear(min(config.value_gate_channels, config.n_embd), config.n_kv_head)
+        if config.has_experts and config.untie == "all":
+            self.experts = nn.ModuleDict({m.name: AttentionMatrices(config) for m in config.modalities})
+        else:
+            self.experts = None
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None, plan: Plan | None = None
+    ) -> torch.Tensor:
         """x [B, T, C], ve the tokens' value embeddings [B, T, H_kv D] or None -> [B, T, C]."""
         B, T, C = x.shape
-        q, k, v = (project(x).view(B, T, -1, self.head_dim) for project in (self.c_q, self.c_k, self.c_v))
+        everyone = (self, *self.experts.values()) if self.experts is not None else (self,)
+        if len(everyone) == 1:
+            q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
+        elif isinstance(plan, Grouped):
+            names = ("c_q", "c_k", "c_v")
+            q, k, v = grouped(x, plan, [[getattr(expert, name).weight for expert in everyone] for name in names])
+        else:
+            qkv = route(x, plan, [expert.qkv for expert in everyone])
+            q, k, v = qkv.split([self.c_q.out_features, self.c_k.out_features, self.c_v.out_features], dim=-1)
+        q, k, v = (z.view(B, T, -1, self.head_dim) for z in (q, k, v))
         if ve is not None:
             gate = self.gate_range * self.ve_gate(x[..., : self.ve_gate.in_features]).sigmoid()
             v = v + gate[..., None] * ve.view(v.shape)
         q, k = ((norm(rotate(z, cos, sin)) * self.qk_scale).to(x.dtype) for z in (q, k))
         if kv_cache is not None:  # keys and values of the whole past, this step's included
             k, v = kv_cache.insert(self.layer, k, v)
-        return self.c_proj(causal_attention(q, k, v).reshape(B, T, C))
+        y = causal_attention(q, k, v).reshape(B, T, C)
+        if len(everyone) == 1:
+            return self.c_proj(y)
+        if isinstance(plan, Grouped):
+            return grouped(y, plan, [[expert.c_proj.weight for expert in everyone]])[0]
+        return route(y, plan, [expert.c_proj for expert in everyone])
 
 
 class MLP(nn.Module):
     """Two matrices with ReLU^2 between them (arXiv 2109.08668)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, width: int):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.c_fc = Linear(width, 4 * width)
+        self.c_proj = Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class NarrowMLP(MLP):
+    """An MLP of another width than the stream's, between two adapters; up_proj starts at zero."""
+
+    def __init__(self, n_embd: int, width: int):
+        super().__init__(width)
+        self.down_proj = Linear(n_embd, width)
+        self.up_proj = Linear(width, n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up_proj(super().forward(norm(self.down_proj(x))))
+
+
+class ModalityMLP(MLP):
+    """An MLP for each modality, chosen by the input token's; text's keeps the plain model's parameter names."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.n_embd)
+        self.experts = nn.ModuleDict()
+        for modality in config.modalities:
+            own_width = modality.expert_dim in (None, config.n_embd)
+            expert = MLP(config.n_embd) if own_width else NarrowMLP(config.n_embd, modality.expert_dim)
+            self.experts[modality.name] = expert
+
+    def forward(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        everyone = (super().forward, *self.experts.values())
+        if not isinstance(plan, Grouped):
+            return route(x, plan, everyone)
+        pairs = [(self.c_fc, self.c_proj), *((expert.c_fc, expert.c_proj) for expert in self.experts.values())]
+        into, out_of = zip(*pairs, strict=True)
+
+        def between(hidden: torch.Tensor) -> torch.Tensor:
+            return grouped_linear(F.relu(hidden).square(), [matrix.weight for matrix in out_of], plan.ends)
+
+        return grouped(x, plan, [[matrix.weight for matrix in into]], between)[0]
+
+
+def grouped(x: torch.Tensor, plan: Grouped, matrices: list, then=lambda y: y) -> list[torch.Tensor]:
+    """x [B, T, C] sorted by expert, times each of `matrices` (one weight an expert), `then`, and back in order."""
+    flat = permute(x.flatten(0, 1), plan.perm, plan.inverse)
+    outs = [then(grouped_linear(flat, weights, plan.ends)) for weights in matrices]
+    return [permute(out, plan.inverse, plan.perm).view(*x.shape[:-1], out.size(-1)) for out in outs]
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attn = CausalSelfAttention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = ModalityMLP(config) if config.has_experts else MLP(config.n_embd)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None) -> torch.Tensor:
-        x = x + self.attn(norm(x), cos, sin, ve, kv_cache)
-        return x + self.mlp(norm(x))
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None, plan: Plan | None = None
+    ) -> torch.Tensor:
+        x = x + self.attn(norm(x), cos, sin, ve, kv_cache, plan)
+        return x + (self.mlp(norm(x)) if plan is None else self.mlp(norm(x), plan))
 
 
 SMEAR_CHANNELS = 24  # that the smear gate reads
 LAMBDAS = {"smear_lambda": 0.0, "resid_lambdas": 1.0, "x0_lambdas": 0.1, "backout_lambda": 0.2}  # at the start
-
-
-def is_scalar(name: str) -> bool:
-    """Lambdas and gates: parameters of a few numbers, trained by AdamW and not counted in the FLOPs."""
-    return name in LAMBDAS or name.endswith("gate.weight")
 
 
 class GPT(nn.Module):
@@ -146,22 +239,29 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.vocabulary = config.vocabulary
         self.compute_dtype = torch.float32
+        self.route = "sort"  # how tokens get to their experts: routing.py
         self.block_forward = Block.forward  # compile() replaces it
         self.transformer = nn.ModuleDict(
             {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wte": nn.Embedding(self.table_size, config.n_embd),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
             }
         )
         if not config.tie_weights:
-            self.lm_head = Linear(config.n_embd, config.vocab_size)
+            self.lm_head = Linear(config.n_embd, self.table_size)
+        if config.separate:
+            sizes = {m.name: m.size for m in config.modalities}
+            self.transformer["wtes"] = nn.ModuleDict({m: nn.Embedding(n, config.n_embd) for m, n in sizes.items()})
+            if not config.tie_weights:
+                self.lm_heads = nn.ModuleDict({m: Linear(config.n_embd, n) for m, n in sizes.items()})
         if config.use_output_projection:
             self.output_projection = Linear(config.n_embd, config.n_embd)
         kv_width = config.n_kv_head * config.head_dim
         layers = [layer for layer in range(config.n_layer) if config.has_value_embedding(layer)]
         if layers:
-            self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(config.vocab_size, kv_width) for i in layers})
+            self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(self.vocabulary.size, kv_width) for i in layers})
         if config.smear:
             self.smear_gate = Linear(min(SMEAR_CHANNELS, config.n_embd), 1)
             self.smear_lambda = nn.Parameter(torch.empty(1))
@@ -174,6 +274,13 @@ class GPT(nn.Module):
         cos, sin = rotary_tables(self.rotary_length, config.head_dim, self.device, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        self.register_buffer("expert_of_id", self.vocabulary.table(by_expert=True), persistent=False)
+        self.register_buffer("head_of_id", self.vocabulary.table(by_expert=False), persistent=False)
+
+    @property
+    def table_size(self) -> int:
+        """Rows of wte and lm_head: all ids, or those of the text where each modality has tables of its own."""
+        return self.config.vocab_size if self.config.separate else self.vocabulary.size
 
     @torch.no_grad()
     def init_weights(self, tied_std: float = 0.02) -> None:
@@ -185,28 +292,39 @@ class GPT(nn.Module):
         | lm_head | N(0, 0.001): a nearly uniform first prediction |
         | matrices that read the stream | U(-s, s) with s = sqrt(3 / C), standard deviation 1 / sqrt(C) |
         | c_proj of attention and MLP, residual projection | 0: every block starts as the identity |
+        | expert of another width | up_proj 0 for the same, so that c_proj must not be: U(-s, s) like down_proj |
         | value embeddings | like the values that they are added to |
         | gates | 0: half open |
         | lambdas | smear 0, residual 1 and 0.1 of x0, backout 0.2, as in nanochat |
         """
         C = self.config.n_embd
-        nn.init.normal_(self.transformer.wte.weight, std=tied_std if self.config.tie_weights else 1.0)
+        bound = (3 / C) ** 0.5
+        table_std = tied_std if self.config.tie_weights else 1.0
+        nn.init.normal_(self.transformer.wte.weight, std=table_std)
         if not self.config.tie_weights:
             nn.init.normal_(self.lm_head.weight, std=0.001)
-        bound = (3 / C) ** 0.5
         for block in self.transformer.h:
             for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
                 nn.init.uniform_(matrix.weight, -bound, bound)
             nn.init.zeros_(block.attn.c_proj.weight)
             nn.init.zeros_(block.mlp.c_proj.weight)
         if self.config.use_output_projection:
-            bound = 0.0 if self.config.output_projection_residual else bound
-            nn.init.uniform_(self.output_projection.weight, -bound, bound)
+            spread = 0.0 if self.config.output_projection_residual else bound
+            nn.init.uniform_(self.output_projection.weight, -spread, spread)
         for name, parameter in self.named_parameters():
             if name.startswith("value_embeds."):
-                nn.init.uniform_(parameter, -((3 / C) ** 0.5), (3 / C) ** 0.5)
+                nn.init.uniform_(parameter, -bound, bound)
             elif is_scalar(name):
                 nn.init.constant_(parameter, LAMBDAS.get(name, 0.0))
+            elif name.startswith(("transformer.wtes.", "lm_heads.")):
+                nn.init.normal_(parameter, std=table_std if "wtes" in name else 0.001)
+            elif ".experts." in name:
+                owner, kind = name.removesuffix(".weight").rsplit(".", 1)
+                narrow = isinstance(self.get_submodule(owner), NarrowMLP)
+                spread = 0.0 if kind == ("up_proj" if narrow else "c_proj") else (3 / parameter.size(1)) ** 0.5
+                nn.init.uniform_(parameter, -spread, spread)
+        self.expert_of_id = self.vocabulary.table(by_expert=True).to(self.device)
+        self.head_of_id = self.vocabulary.table(by_expert=False).to(self.device)
         cos, sin = rotary_tables(self.rotary_length, self.config.head_dim, self.device, self.config.rope_base)
         self.cos, self.sin = cos, sin
 
@@ -216,12 +334,33 @@ class GPT(nn.Module):
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """The matrix [V, C] that makes the logits."""
+        """The matrix [V, C] that makes the logits: of all ids, or of text where each modality has its own."""
         return self.transformer.wte.weight if self.config.tie_weights else self.lm_head.weight
+
+    def output_weights(self) -> list[tuple[int, torch.Tensor]]:
+        """(first id, matrix) of each softmax, in the order of the ids."""
+        vocabulary, whole = self.vocabulary, self.output_weight
+        if self.config.separate:
+            tables = self.transformer.wtes if self.config.tie_weights else self.lm_heads
+            further = [tables[name].weight for name in vocabulary.names[1:]]
+            return [(first, w) for (first, _), w in zip(vocabulary.ranges, (whole, *further), strict=True)]
+        if self.config.output_layers == "masked":
+            return [(first, whole[first:end]) for first, end in vocabulary.ranges]
+        return [(0, whole)] * len(vocabulary.ranges)
+
+    def lookup(self, idx: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding tables for idx int64 [B, T] -> [B, T, C] in compute_dtype."""
+        if not self.config.separate:
+            return self.transformer.wte(idx).to(self.compute_dtype)
+        x = self.transformer.wte(idx.clamp(max=self.config.vocab_size - 1))
+        for name, (first, end) in zip(self.vocabulary.names[1:], self.vocabulary.ranges[1:], strict=True):
+            own = self.transformer.wtes[name]((idx - first).clamp(0, end - first - 1))
+            x = torch.where(((idx >= first) & (idx < end))[..., None], own, x)
+        return x.to(self.compute_dtype)
 
     def embed(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor:
         """idx int64 [B, T] -> normalised embeddings [B, T, C], smeared over the token before if the model does that."""
-        x = norm(self.transformer.wte(idx).to(self.compute_dtype))
+        x = norm(self.lookup(idx))
         if not self.config.smear:
             return x
         past = torch.zeros_like(x[:, :1]) if kv_cache is None or kv_cache.last is None else kv_cache.last
@@ -239,6 +378,9 @@ class GPT(nn.Module):
         )
         cos, sin = self.cos[:, start : start + T], self.sin[:, start : start + T]
         x = x0 = self.embed(idx, kv_cache)
+        plan = None
+        if self.config.has_experts:
+            plan = plan_route(self.route, self.expert_of_id[idx], len(self.vocabulary.names))
         # Only training runs compiled: evaluation and generation come in too many shapes.
         run = self.block_forward if torch.is_grad_enabled() else Block.forward
         for layer, block in enumerate(self.transformer.h):
@@ -247,7 +389,7 @@ class GPT(nn.Module):
                 ve = self.value_embeds[str(layer)](idx).to(x.dtype)
             if self.config.residual_scalars:
                 x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
-            x = run(block, x, cos, sin, ve, kv_cache)
+            x = run(block, x, cos, sin, ve, kv_cache, plan)
             if layer == self.config.n_layer // 2:
                 middle = x
         if kv_cache is not None:
@@ -261,24 +403,50 @@ class GPT(nn.Module):
         return x
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """features [..., C] of any positions -> softcapped float32 logits [..., V]."""
-        return softcapped(F.linear(features, self.output_weight.to(features.dtype)).float())
+        """features [..., C] of any positions -> softcapped float32 logits of all ids [..., V]."""
+        matrices = [self.output_weight]
+        if self.config.separate:
+            matrices = [matrix for _, matrix in self.output_weights()]
+        parts = [wide(F.linear(features, matrix.to(features.dtype))) for matrix in matrices]
+        return softcapped(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, kv_cache=None, loss_reduction: str = "mean"
     ) -> torch.Tensor:
         """idx int64 [B, T] -> float32 logits [B, T, V]; with targets [B, T] (-100: ignored) the cross-entropy in nats.
 
-        loss_reduction: "mean" over the valid targets (0 without any), "sum", or "none" ([B, T], 0 where ignored).
+        V: all ids, text first. loss_reduction: "mean" over the valid targets (0 without any), "sum", "modalities" (the
+        sum for each modality of targets, [E]), or "none" ([B, T], 0 where ignored).
         """
         x = self.features(idx, kv_cache)
         if targets is None:
             return self.logits(x)
-        if loss_reduction == "none" and torch.is_grad_enabled():
-            logits = self.logits(x).flatten(0, 1)
-            return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
-        losses = chunked_cross_entropy(x.flatten(0, 1), self.output_weight, targets.flatten(), loss_reduction)
-        return losses.view_as(targets) if loss_reduction == "none" else losses
+        x, flat = x.flatten(0, 1), targets.flatten()
+        parts, inverse = self.by_target(x, flat)
+        if loss_reduction == "none":
+            losses = torch.cat([token_losses(*part) for part in parts])
+            if inverse is not None:  # ignored targets lie behind all others
+                losses = F.pad(losses, (0, len(flat) - len(losses)))[inverse]
+            return losses.view_as(targets)
+        sums = torch.stack([chunked_cross_entropy(*part, "sum") for part in parts])
+        if loss_reduction == "modalities":
+            return sums
+        return sums.sum() / (targets != IGNORED).sum().clamp(min=1) if loss_reduction == "mean" else sums.sum()
+
+    def by_target(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[list[tuple], torch.Tensor | None]:
+        """x [N, C], targets [N] -> for each modality (its targets' features, output matrix, targets within that).
+
+        And what brings the parts, one behind the other, back in order: None where they are in order.
+        """
+        if not self.config.modalities:
+            return [(x, self.output_weight, targets)], None
+        count = len(self.vocabulary.names)
+        modality = self.head_of_id[targets.clamp(min=0)].long().masked_fill(targets == IGNORED, count)
+        perm, inverse = sorted_by(modality)
+        sizes = torch.bincount(modality, minlength=count + 1).tolist()
+        features, wanted = permute(x, perm, inverse).split(sizes), targets[perm].split(sizes)
+        matrices = self.output_weights()
+        return [(features[i], matrix, wanted[i] - first) for i, (first, matrix) in enumerate(matrices)], inverse
 
     def compile(self) -> None:
         """Compile one block, which all layers share, and the elementwise part of the loss: seconds, not minutes."""
@@ -289,52 +457,18 @@ class GPT(nn.Module):
         self.block_forward = Block.forward
         compile_loss_head(False)
 
-    # -- counts -------------------------------------------------------------------------------------------------------
-
     def num_parameters(self) -> dict[str, int]:
-        """Parameters by group; every parameter is in exactly one (lm_head is 0 when tied)."""
-        count = {"wte": 0, "lm_head": 0, "output_projection": 0, "value_embeds": 0, "transformer": 0, "scalars": 0}
-        for name, parameter in self.named_parameters():
-            if is_scalar(name):
-                group = "scalars"
-            else:
-                tables = ("wte", "lm_head", "output_projection", "value_embeds")
-                group = next((table for table in tables if table in name), "transformer")
-            count[group] += parameter.numel()
-        return {**count, "total": sum(count.values())}
+        return parameters.num_parameters(self)
 
     def num_matmul_parameters(self) -> int:
-        """Parameters that every token is multiplied with: all but embeddings that are only looked up, and scalars."""
-        count = self.num_parameters()
-        looked_up = count["value_embeds"] + (0 if self.config.tie_weights else count["wte"])
-        return count["total"] - looked_up - count["scalars"]
+        return parameters.num_matmul_parameters(self)
 
     def flops_per_token(self) -> int:
-        """Training FLOPs a token, forward and backward: 6 N_matmul + 12 L C T (arXiv 2204.02311, appendix B).
-
-        Attention is counted over the whole square, as nanochat does: causality is not halved.
-        """
-        config = self.config
-        return 6 * self.num_matmul_parameters() + 12 * config.n_layer * config.n_embd * config.sequence_len
-
-    # -- generation ---------------------------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def generate(self, ids: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed=42):
-        """Yield new token ids one by one without a cache: the plain reference that engine.py is tested against."""
-        generator = torch.Generator(device=self.device).manual_seed(seed)
-        idx = torch.tensor([ids], dtype=torch.long, device=self.device)
-        for _ in range(max_tokens):
-            token = sample(self(idx)[:, -1], generator, temperature, top_k)
-            idx = torch.cat([idx, token], dim=1)
-            yield token.item()
+        return parameters.flops_per_token(self)
 
 
-def sample(logits: torch.Tensor, generator: torch.Generator, temperature: float, top_k: int | None) -> torch.Tensor:
-    """Draw one id per row of logits [B, V] -> int64 [B, 1]; temperature 0 is greedy, top_k keeps the k best."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    if top_k is not None:
-        worst = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < worst, -float("inf"))
-    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats of each target, [N], with a gradient where one is wanted."""
+    if not torch.is_grad_enabled():
+        return chunked_cross_entropy(x, weight, targets, "none")
+    return F.cross_entropy(softcapped(wide(F.linear(x, weight.to(x.dtype)))), targets, reduction="none")

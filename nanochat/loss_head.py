@@ -8,6 +8,8 @@ arXiv 2411.09009). Softcapped logits are bounded, which saves the pass that look
 import torch
 import torch.nn.functional as F
 
+from nanochat.attention import wide
+
 SOFTCAP = 15.0
 # Rows whose logits are alive at a time: on a CPU so few that they stay in the cache of the cores.
 CHUNK_ROWS = {"cpu": 128}
@@ -31,7 +33,7 @@ def chunked_cross_entropy(
         rows = CHUNK_ROWS.get(x.device.type, CHUNK_ROWS_DEFAULT)
         cast = weight.to(x.dtype)
         parts = [
-            F.cross_entropy(softcapped(F.linear(xs, cast).float()), ys, reduction="none")
+            F.cross_entropy(softcapped(wide(F.linear(xs, cast))), ys, reduction="none")
             for xs, ys in zip(x.split(rows), targets.split(rows), strict=True)
         ]
         losses = torch.cat(parts)
@@ -49,7 +51,7 @@ def _chunk_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.
     Returns (softmax part of the gradient [n, V], target columns [n, 1], what to subtract there [n, 1], summed loss):
     the target's own term touches one entry a row, and is cheaper to subtract afterwards than to compare for.
     """
-    squashed = 2 * torch.sigmoid(logits.float() * (2 / SOFTCAP)) - 1  # tanh(logits / 15), vectorised everywhere
+    squashed = 2 * torch.sigmoid(wide(logits) * (2 / SOFTCAP)) - 1  # tanh(logits / 15), vectorised everywhere
     exps = torch.exp(squashed * SOFTCAP - SOFTCAP)
     total = exps.sum(dim=-1, keepdim=True)
     valid = (targets != -100)[:, None]
@@ -67,18 +69,21 @@ class _ChunkedSum(torch.autograd.Function):
         rows = CHUNK_ROWS.get(x.device.type, CHUNK_ROWS_DEFAULT)
         cast = weight.to(x.dtype)
         dx = torch.empty_like(x)
-        dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        dw = torch.zeros(weight.shape, dtype=weight.dtype, device=x.device)
+        total = torch.zeros((), dtype=weight.dtype, device=x.device)
         for start in range(0, x.size(0), rows):
-            part = slice(start, start + rows)
-            gradient, column, own, loss = chunk_gradient(x[part] @ cast.t(), targets[part])
+            xs, ys = x[start : start + rows], targets[start : start + rows]
+            count = xs.size(0)
+            if count < rows and chunk_gradient is not _chunk_gradient:  # compiled: for one shape
+                xs, ys = F.pad(xs, (0, 0, 0, rows - count)), F.pad(ys, (0, rows - count), value=-100)
+            gradient, column, own, loss = chunk_gradient(xs @ cast.t(), ys)
             gradient.scatter_add_(1, column, -own)
             total += loss
-            torch.mm(gradient, cast, out=dx[part])
-            if gradient.dtype == torch.float32:
-                dw.addmm_(gradient.t(), x[part])
+            dx[start : start + count] = (gradient @ cast)[:count]
+            if gradient.dtype == dw.dtype:
+                dw.addmm_(gradient.t(), xs)
             else:
-                dw += gradient.t() @ x[part]
+                dw += gradient.t() @ xs
         ctx.save_for_backward(dx, dw)
         return total
 

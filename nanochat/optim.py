@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.optim.adamw import adamw
 
-from nanochat.gpt import is_scalar
+from nanochat.parameters import group_of, modality_of
 
 # Newer releases of torch rename these collectives; the arguments are the same.
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -55,7 +55,9 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Each group is a dict: kind, name, params, param_names, lr, weight_decay; AdamW's has betas and eps, Muon's has
     momentum, nesterov, normalize (per-neuron variance, NorMuon, arXiv 2510.05491), cautious (decay only where update
-    and weight agree in sign, arXiv 2510.12402), method and dtype of the orthogonalisation.
+    and weight agree in sign, arXiv 2510.12402), method and dtype of the orthogonalisation. A group of one modality,
+    of which a global batch may hold nothing, has its name in `modality`: without a gradient it stays as it is, since
+    Muon would make a step of full size from what its momentum remembers.
     Use: `norm = optimizer.reduce_gradients()`, then `optimizer.step(scale)`, or drop_gradients() to skip a bad step.
     """
 
@@ -79,6 +81,8 @@ class MuonAdamW(torch.optim.Optimizer):
         if self.world_size > 1:
             dist.all_reduce(squares)
         norms = squares.sqrt().tolist()
+        for unit in self.units:
+            unit.idle = unit.group.get("modality") is not None and norms[index[id(unit.group)]] == 0
         return squares.sum().sqrt().item(), {g["name"]: n for g, n in zip(self.param_groups, norms, strict=True)}
 
     def drop_gradients(self) -> None:
@@ -91,6 +95,9 @@ class MuonAdamW(torch.optim.Optimizer):
         """Update all parameters from the reduced gradients times `scale` (the clipping factor)."""
         for unit in self.units:
             assert unit.grad is not None, "call reduce_gradients() before step()"
+            if unit.idle:
+                unit.grad = None
+                continue
             gradient = unit.grad if scale == 1.0 else unit.grad * scale
             unit.grad = None
             shard = unit.shard()
@@ -121,7 +128,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for unit in self.units:
             prefix = unit.names[0] + "."
             quantities = sorted(key[len(prefix) :] for key in state if key.startswith(prefix))
-            if not quantities:
+            if not quantities and unit.group.get("modality") is None:  # else it may not have had its first step
                 raise KeyError(f"optimizer state of {unit.names[0]}")
             unit.state = {}
             for quantity in quantities:
@@ -146,6 +153,7 @@ class _Unit:
         self.own_length = -(-self.length // world_size)
         self.state: dict = {}
         self.grad: torch.Tensor | None = None
+        self.idle = False  # the whole group of a modality is without a gradient in this step, on all ranks
 
     def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """Tensors of the unit's parameters -> one padded tensor [own_length * world_size, ...]."""
@@ -254,20 +262,17 @@ def build_optimizer(model: nn.Module, settings, dtype: torch.dtype, rank: int = 
     dtype: of Muon's orthogonalisation unless settings.muon_dtype says otherwise.
     AdamW's rates are for width 768 and scale with (width / 768)^-0.5, as in nanochat.
     """
-    tied = model.config.tie_weights
-    groups: dict[str, list[str]] = {
-        "embedding": [], "tied": [], "unembedding": [], "value_embedding": [], "matrix": [], "scalar": []
+    kinds = {
+        "wte": "tied" if model.config.tie_weights else "embedding", "lm_head": "unembedding",
+        "value_embeds": "value_embedding", "scalars": "scalar",
     }  # fmt: skip
+    order = ("embedding", "tied", "unembedding", "value_embedding", "matrix", "scalar")
+    modalities = (None, *model.vocabulary.names)
+    groups: dict[tuple[str, str | None], list[str]] = {(kind, m): [] for kind in order for m in modalities}
     named = dict(model.named_parameters())
     for name, parameter in named.items():
-        if name == "transformer.wte.weight":
-            groups["tied" if tied else "embedding"].append(name)
-        elif name == "lm_head.weight":
-            groups["unembedding"].append(name)
-        elif name.startswith("value_embeds."):
-            groups["value_embedding"].append(name)
-        else:
-            groups["scalar" if is_scalar(name) or parameter.ndim < 2 else "matrix"].append(name)
+        kind = kinds.get(group_of(name), "matrix") if parameter.ndim > 1 else "scalar"
+        groups[kind, modality_of(name, model.config)].append(name)
     assert sorted(name for names in groups.values() for name in names) == sorted(named), (
         "every parameter belongs to exactly one group"
     )
@@ -293,14 +298,15 @@ def build_optimizer(model: nn.Module, settings, dtype: torch.dtype, rank: int = 
     )
     param_groups = [
         dict(
-            name=group,
+            name=f"{kind}_{modality}" if modality else kind,
+            modality=modality,
             params=[named[n] for n in names],
             param_names=names,
-            lr=rates[group],
-            initial_lr=rates[group],
-            **(muon if group == "matrix" else adamw),
+            lr=rates[kind],
+            initial_lr=rates[kind],
+            **(muon if kind == "matrix" else adamw),
         )
-        for group, names in groups.items()
+        for (kind, modality), names in groups.items()
         if names
     ]
     return MuonAdamW(param_groups, rank, world_size)

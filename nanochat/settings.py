@@ -6,6 +6,7 @@ Adding a setting is one line here. Presets are sets of values that differ from t
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Callable
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 
 from nanochat.runtime import UserError
 
-GROUPS = ("run", "data", "model", "horizon", "optimizer", "evaluation", "checkpoints")
+GROUPS = ("run", "data", "model", "modalities", "horizon", "optimizer", "evaluation", "checkpoints")
 ON = "on"  # in `when`: any value but these
-OFF = (None, False, 0, "disabled")
+OFF = (None, False, 0, "disabled", "none")
 
 
 class IllegalCombination(UserError):
@@ -62,6 +63,9 @@ class Settings:
     model_tag: str | None = setting(
         None, "name of the checkpoint folder; None says depth and variant, as in d4-tied", "run"
     )
+    init_from: str | None = setting(
+        None, "begin with the weights of this model_tag's newest step, such as one that scripts.convert made", "run"
+    )
     wandb_mode: str = setting(
         "disabled",
         "Weights & Biases tracking; metrics.jsonl is always written",
@@ -70,7 +74,9 @@ class Settings:
     )
 
     data: str = setting(
-        "stdlib", "stdlib, packages, climbmix, hf:<dataset>, or the path of a file or folder of text", "data"
+        "stdlib",
+        "stdlib, packages, climbmix, synth (captioned melodies), hf:<dataset>, or the path of a file or folder",
+        "data",
     )
     data_column: str = setting("text", "column that holds the text in jsonl, parquet and hub datasets", "data")
     data_split: str = setting("train", "split of the hub dataset to read", "data")
@@ -123,6 +129,62 @@ class Settings:
     )
     backout: bool = setting(
         False, "take a learned part of the middle block's output off the last one's (from depth 3 on)", "model"
+    )
+
+    modalities: str | None = setting(
+        None, "modalities beside text and the codes in a codebook of each, as in audio:2048", "modalities"
+    )
+    codebooks: int = setting(
+        1, "codebooks of audio; each is one more position a frame", "modalities", at_least=1, at_most=32,
+        when=("modalities", ON),
+    )  # fmt: skip
+    codec: str = setting(
+        "frame",
+        "sound to codes: frame, pitch, mdct (fitted on the data); encodec:<hub name or folder>; or the name of a fitted one",
+        "modalities",
+        when=("modalities", ON),
+    )
+    untie: str = setting(
+        "mlp",
+        "what each modality has of its own: nothing, the MLP, or attention's matrices too",
+        "modalities",
+        choices=("none", "mlp", "all"),
+        when=("modalities", ON),
+    )
+    expert_dim: int | None = setting(
+        None, "width inside the experts of the further modalities; None takes the model's", "modalities", at_least=1,
+        at_most=1_000_000, when=("untie", ON),
+    )  # fmt: skip
+    output_layers: str = setting(
+        "separate",
+        "logits: a layer for each modality; one shared, masked to the target's modality in the loss; or one shared",
+        "modalities",
+        choices=("separate", "masked", "shared"),
+        when=("modalities", ON),
+    )
+    loss_modalities: str = setting(
+        "all", "modalities whose targets count in the training loss: all, or names as in audio", "modalities",
+        when=("modalities", ON),
+    )  # fmt: skip
+    text_data: str | None = setting(
+        None, "source of text-only documents to mix with captioned sounds", "modalities", when=("modalities", ON)
+    )
+    text_share: float = setting(
+        0.5, "share of the positions that text-only documents take", "modalities", above=0, at_most=0.99,
+        when=("text_data", ON),
+    )  # fmt: skip
+    route: str = setting(
+        "sort",
+        "how tokens get to their experts: sorted; all by all (where); rows of one layout (slice); one kernel (grouped)",
+        "modalities",
+        choices=("sort", "where", "slice", "grouped"),
+        when=("untie", ON),
+    )
+    clip_seconds: float | None = setting(
+        None, "sounds are cut to so many seconds; None keeps them whole", "modalities", above=0, when=("modalities", ON)
+    )
+    data_audio_column: str = setting(
+        "audio", "column that holds the sound in hub datasets", "modalities", when=("modalities", ON)
     )
 
     num_iterations: int | None = setting(
@@ -263,7 +325,23 @@ class Settings:
             return self.model_tag
         tied = "-tied" * self.tie_weights
         projected = self.tie_weights and self.use_output_projection
-        return f"d{self.depth}{tied}{'-proj' * projected}{'-res' * (projected and self.output_projection_residual)}"
+        further = "".join(f"-{name}" for name in self.modality_codes())
+        residual = projected and self.output_projection_residual
+        return f"d{self.depth}{tied}{'-proj' * projected}{'-res' * residual}{further}"
+
+    def modality_codes(self) -> dict[str, int]:
+        """Codes in a codebook of each modality beside text, by name; UserError for what is not name:codes, ..."""
+        codes = {}
+        for part in (self.modalities or "").split(",") if self.modalities else ():
+            name, _, number = part.strip().partition(":")
+            legal = number.isascii() and number.isdigit() and 1 < int(number) <= 1_000_000
+            if not re.fullmatch("[a-z][a-z0-9]*", name) or name == "text" or name in codes or not legal:
+                raise UserError(
+                    f"modalities={shown(self.modalities)}: {part.strip()!r} is not name:codes with a new lower-case "
+                    "name and 2 to 1000000 codes, as in audio:2048"
+                )
+            codes[name] = int(number)
+        return codes
 
     def model_arguments(self, vocab_size: int | None = None) -> dict:
         """Keyword arguments of GPTConfig (vocab_size: the tokenizer's, which may differ from the wish)."""
