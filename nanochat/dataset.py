@@ -2,8 +2,9 @@
 
 `prepare` reads the standard library, the installed packages, files and folders, a dataset of the Hugging Face hub, or
 climbmix, and leaves base_dir()/data/<source>/ with shard_00000.parquet ... (training), val_00000.parquet ... (held
-out; climbmix keeps the hub's names) and manifest.json. A folder without a manifest does not count: everything is
-written under a temporary name and renamed when whole. A source whose content changed is prepared into a new folder.
+out; climbmix keeps the hub's names) and manifest.json. Captioned sounds have their codes in a further column. A folder
+without a manifest does not count: everything is written under a temporary name and renamed when whole. A source whose
+content changed is prepared into a new folder.
 
 Held out is a document when int(sha256(name), 16) % 10 == 0: the relative posix path of a file, or "path#row" for a
 block of a single text file, a line of jsonl, a row of parquet or of a hub dataset. Of climbmix it is the last shard.
@@ -16,11 +17,13 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -40,12 +43,26 @@ CLIMBMIX_SHARDS = 8  # training shards when no limit is given: about 0.7 GB to d
 # the prepared dataset
 
 
+class Document(NamedTuple):
+    """What a source yields; sources of text yield the first two alone.
+
+    codes: int [T, Q] of a captioned sound, attributes: what is known of it, split: None for the rule of held_out.
+    """
+
+    name: str
+    text: str | bytes
+    codes: np.ndarray | None = None
+    attributes: dict | None = None
+    split: str | None = None
+
+
 @dataclass
 class Dataset:
     """Parquet shards on disk with their manifest.
 
     manifest keys: name, source, licence, fingerprint, left_out (reason -> count) and files, one entry a shard:
-    name, split, size (bytes on disk), sha256 (of the file), documents, text_bytes (UTF-8), text_sha256.
+    name, split, size (bytes on disk), sha256 (of the file), documents, text_bytes (UTF-8), text_sha256. With sounds it
+    also has codec, altered (kind -> count), and an entry clips, unseen, caption_bytes, codes and codes_sha256.
     """
 
     directory: Path
@@ -62,6 +79,12 @@ class Dataset:
     def fingerprint(self) -> dict:
         """source, version, files, bytes (of text) and sha256 (of names and texts): equal for equal documents."""
         return self.manifest["fingerprint"]
+
+    @property
+    def codec(self) -> dict | None:
+        """name, hash, codebooks (Q), codes (K), frame_rate, sample_rate (Hz) and directory; None without sounds."""
+        codec = self.manifest.get("codec")
+        return codec and codec | {"directory": str(base_dir() / codec["directory"])}
 
     def entries(self, split: str) -> list[dict]:
         """The manifest's entries of one split, without shards known to be damaged; Corrupt names a damaged one."""
@@ -98,11 +121,18 @@ class Dataset:
         A corrupt shard raises Corrupt with its name. Under skip_corrupt it is read through first, so that it gives
         all of its documents or none, and is then told, counted in `skipped` and left out from now on.
         """
+        return self._rows(shard, read_shard)
+
+    def read_clips(self, shard: Path) -> Iterator[tuple[str, str, np.ndarray | None, dict | None]]:
+        """(name, text, codes int64 [T, Q], attributes) likewise; codes are None for text, attributes where unknown."""
+        return self._rows(shard, lambda shard: read_clips(shard, self.manifest.get("codec")))
+
+    def _rows(self, shard: Path, reader: Callable[[Path], Iterator[tuple]]) -> Iterator[tuple]:
         try:
             if self.skip_corrupt:
-                for _ in read_shard(shard):
+                for _ in reader(shard):
                     pass
-            yield from read_shard(shard)
+            yield from reader(shard)
         except Corrupt as error:
             self._damaged(shard, str(error).removeprefix(f"{shard} "))
 
@@ -146,12 +176,42 @@ def read_shard(shard: Path) -> Iterator[tuple[str, str]]:
             row += len(texts)
 
 
+def read_clips(shard: Path, codec: dict | None) -> Iterator[tuple[str, str, np.ndarray | None, dict | None]]:
+    """(name, text, codes int64 [T, Q] or None, attributes or None) of a shard; Corrupt for codes the codec lacks."""
+    if codec is None:
+        yield from ((name, text, None, None) for name, text in read_shard(shard))
+        return
+    with reading(shard):
+        file = pq.ParquetFile(shard, page_checksum_verification=True)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["name", "text", "codes", "attributes"])
+            for name, text, flat, attributes in zip(*table.columns, strict=True):
+                codes = flat.values.to_numpy().astype(np.int64) if flat.is_valid else None
+                if codes is not None:
+                    if codes.size % codec["codebooks"] or not codes.size:
+                        raise Corrupt(
+                            f"{shard} document {name}: {codes.size} codes are no frames of {codec['codebooks']}"
+                        )
+                    if not 0 <= codes.min() <= codes.max() < codec["codes"]:
+                        raise Corrupt(
+                            f"{shard} document {name}: codes {codes.min()}..{codes.max()} are outside "
+                            f"0..{codec['codes'] - 1}"
+                        )
+                    codes = codes.reshape(-1, codec["codebooks"])
+                yield name.as_py(), text.as_py(), codes, json.loads(attributes.as_py() or "null")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # preparing
 
 
 def prepare_for(settings: Settings, *, say: Say = print) -> Dataset:
-    """The dataset that the data* settings name, prepared if need be."""
+    """The dataset that the data* settings name, prepared if need be; of captioned sounds when modalities has audio."""
+    if "audio" in settings.modality_codes():
+        from nanochat.audio_dataset import audio_source  # needs this module in turn
+
+        text = settings.text_data and prepare(settings.text_data, skip_corrupt=settings.skip_corrupt, say=say)
+        return _materialise(audio_source(settings, text or None, say), settings.skip_corrupt, say)
     return prepare(
         settings.data,
         column=settings.data_column,
@@ -181,6 +241,8 @@ def prepare(
     limit: climbmix training shards, or hub documents. workers: parallel downloads of climbmix.
     Raises UserError for a missing, empty or too small source, Corrupt for an unreadable one, Unreachable for the hub.
     """
+    if source == "synth":
+        raise UserError("data=synth is captioned sounds: set modalities too, as in --modalities=audio:2048")
     if source == "climbmix":
         return _climbmix(limit or CLIMBMIX_SHARDS, workers, skip_corrupt, say)
     if source.startswith("hf:"):
@@ -200,13 +262,13 @@ def _materialise(source: Source, skip_corrupt: bool, say: Say) -> Dataset:
     state = digest(json.dumps([FORMAT, source.state]))
     known = _versions(data, source.name)
     for directory, manifest in known:
-        if manifest["state"] == state:
+        if manifest["state"] == state and _codec_is_here(manifest):
             return Dataset(directory, manifest, skip_corrupt, say)
     why = f"{source.name} changed since it was prepared" if known else f"preparing {source.name}"
     say(f"data: {why}, writing shards")
     with _scratch(data, source.name) as scratch:
         counts: Counter = Counter()
-        entries = _write_shards(source.read(counts), scratch, counts)
+        entries = _write_shards(source.read(counts), scratch, counts, source.manifest.get("codec"))
         _check_enough(source, entries, counts)
         manifest = {
             "name": source.name,
@@ -215,6 +277,7 @@ def _materialise(source: Source, skip_corrupt: bool, say: Say) -> Dataset:
             "fingerprint": _fingerprint(source.source, source.version, counts["files"], entries),
             "state": state,
             "left_out": {reason: n for reason, n in sorted(counts.items()) if reason != "files"},
+            **source.manifest,
             "files": entries,
         }
         known = _versions(data, source.name)  # again: another process may have been faster
@@ -238,22 +301,33 @@ def _materialise(source: Source, skip_corrupt: bool, say: Say) -> Dataset:
     return Dataset(target, manifest, skip_corrupt, say)
 
 
-def _write_shards(documents: Iterable[tuple[str, str | bytes]], directory: Path, counts: Counter) -> list[dict]:
+def _codec_is_here(manifest: dict) -> bool:
+    return "codec" not in manifest or (base_dir() / manifest["codec"]["directory"]).is_dir()
+
+
+def _write_shards(
+    documents: Iterable[tuple], directory: Path, counts: Counter, codec: dict | None = None
+) -> list[dict]:
     """Write documents as shards of about SHARD_BYTES in both splits; returns the manifest's entries, train first."""
     entries: list[dict] = []
-    pending: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
+    pending: dict[str, list[tuple]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
 
     def flush(split: str) -> None:
         number = sum(entry["split"] == split for entry in entries)
         path = directory / f"{'shard' if split == 'train' else 'val'}_{number:05d}.parquet"
-        names, texts = zip(*pending[split], strict=True)
+        names, texts, codes, attributes = zip(*pending[split], strict=True)
         table = pa.table({"name": pa.array(names, pa.string()), "text": pa.array(texts, pa.string())})
+        if codec:
+            kind = pa.int16() if codec["codes"] <= 2**15 else pa.int32()
+            table = table.append_column("codes", pa.array(codes, pa.list_(kind)))
+            table = table.append_column("attributes", pa.array(attributes, pa.string()))
         pq.write_table(table, path, compression="zstd", row_group_size=1024, write_page_checksum=True)
-        entries.append(_describe(path, split))
+        entries.append(_describe(path, split, codec))
         pending[split], sizes[split] = [], 0
 
-    for name, raw in documents:
+    for document in documents:
+        name, raw, codes, attributes, split = Document(*document)
         try:
             text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
             size = len(text.encode("utf-8"))  # fails for the lone surrogates that JSON may hold
@@ -263,9 +337,11 @@ def _write_shards(documents: Iterable[tuple[str, str | bytes]], directory: Path,
         if not text.strip():
             counts["empty"] += 1
             continue
-        split = "val" if held_out(name) else "train"
-        pending[split].append((name, text))
-        sizes[split] += size
+        split = split or ("val" if held_out(name) else "train")
+        flat = None if codes is None else np.ascontiguousarray(codes).reshape(-1)
+        known = None if attributes is None else json.dumps(attributes)
+        pending[split].append((name, text, flat, known))
+        sizes[split] += size + (0 if flat is None else flat.nbytes)
         if sizes[split] >= SHARD_BYTES:
             flush(split)
     for split in SPLITS:
@@ -274,14 +350,19 @@ def _write_shards(documents: Iterable[tuple[str, str | bytes]], directory: Path,
     return sorted(entries, key=lambda entry: (SPLITS.index(entry["split"]), entry["name"]))
 
 
-def _describe(path: Path, split: str) -> dict:
+def _describe(path: Path, split: str, codec: dict | None = None) -> dict:
     """A shard's manifest entry, from reading it whole: what is recorded is what can be read back."""
     documents, text_bytes, texts = 0, 0, hashlib.sha256()
-    for name, text in read_shard(path):
+    sounds, totals = hashlib.sha256(), dict.fromkeys(("clips", "unseen", "caption_bytes", "codes"), 0)
+    for name, text, codes, attributes in read_clips(path, codec):
         raw = text.encode("utf-8")
         texts.update(f"{name}\0{len(raw)}\0".encode() + raw)
         documents, text_bytes = documents + 1, text_bytes + len(raw)
-    return {
+        if codes is not None:
+            sounds.update(f"{name}\0{json.dumps(attributes)}\0{codes.size}\0".encode() + codes.astype("<i4").tobytes())
+            clip = dict(clips=1, unseen=(attributes or {}).get("unseen", 0), caption_bytes=len(raw), codes=codes.size)
+            totals = {key: totals[key] + int(clip[key]) for key in totals}
+    entry = {
         "name": path.name,
         "split": split,
         "size": path.stat().st_size,
@@ -290,12 +371,14 @@ def _describe(path: Path, split: str) -> dict:
         "text_bytes": text_bytes,
         "text_sha256": texts.hexdigest(),
     }
+    return entry | totals | {"codes_sha256": sounds.hexdigest()} if codec else entry
 
 
 def _fingerprint(source: str, version: str, files: int, entries: list[dict]) -> dict:
-    """The dataset's identity, from its texts alone: parquet bytes differ between versions of pyarrow."""
+    """The dataset's identity, from its texts and codes: parquet bytes differ between versions of pyarrow."""
     total = sum(entry["text_bytes"] for entry in entries)
-    sha256 = digest("".join(f"{entry['split']} {entry['text_sha256']}\n" for entry in entries))
+    keys = ("split", "text_sha256", "codes_sha256")
+    sha256 = digest("".join(" ".join(entry[key] for key in keys if key in entry) + "\n" for entry in entries))
     return {"source": source, "version": version, "files": files, "bytes": total, "sha256": sha256}
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -50,9 +50,10 @@ class Source:
     version: str
     licence: str
     state: object  # JSON: as long as it stays the same, so do the documents
-    read: Callable[[Counter], Iterator[tuple[str, str | bytes]]]  # counts files and what was left out
+    read: Callable[[Counter], Iterator[tuple]]  # of dataset.Document's fields; counts files and what was left out
     least_bytes: int = LEAST_BYTES
     advice: str = "give a larger file or folder"
+    manifest: dict = field(default_factory=dict)  # further keys of the manifest; complete when all was read
 
 
 def stdlib() -> Source:

@@ -1,0 +1,186 @@
+"""Captioned sounds become documents with codes, mixed with text: what `dataset.prepare_for` writes as shards.
+
+The codec is fitted on a bounded sample of the training sounds, or opened; every sound is decoded and encoded in one
+pass, so that memory holds a batch of them and no more.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from nanochat import audio, sources
+from nanochat.audio_sources import Item, Log, Sound, SoundSource, sound_source
+from nanochat.dataset import SPLITS, Dataset, Document, held_out
+from nanochat.runtime import UserError, base_dir
+from nanochat.settings import Say, Settings
+from nanochat.sources import Source, digest, slug_of
+
+FIT_SECONDS = 600  # of sound that a codec is fitted on
+FIT_PIECE = 30  # seconds taken of one sound, so that a long one is not the whole sample
+BATCH = 32  # sounds of equal length encoded together
+BYTES_PER_POSITION = 3  # of text: about what a small tokenizer gives, so that a mix can be planned without one
+FORMAT = 1  # part of the state: raise it when the same sounds would give other codes
+
+
+def audio_source(settings: Settings, text: Dataset | None, say: Say) -> Source:
+    """The documents of the sounds that `data` names, each with its codes, and of text-only documents among them.
+
+    text: what text_data names, so much of it that it takes `text_share` of the positions of each split; a code counts
+    as one position, and so do BYTES_PER_POSITION bytes of a caption or text.
+    """
+    sounds = sound_source(settings, say)
+    codes = settings.modality_codes()["audio"]
+    plan = {
+        "codec": [_codec_state(settings, codes), settings.codebooks, codes],
+        "sounds": sounds.state,
+        "text": text and [text.fingerprint["sha256"], settings.text_share],
+        "format": FORMAT,
+    }
+    # The folder's name tells settings apart, not contents: those are told apart by the state.
+    chosen = [settings.codec, settings.data_column, settings.clip_seconds, settings.data_limit]
+    chosen += [settings.text_data, settings.text_share] if text else []
+    shape = f"{slug_of(settings.codec.rpartition('/')[2].rpartition(':')[2])}-{settings.codebooks}x{codes}"
+    manifest: dict = {"codec": {"codebooks": settings.codebooks, "codes": codes}}
+    return Source(
+        f"{sounds.name}-{shape}-{digest(json.dumps(chosen))[:8]}",
+        sounds.source,
+        f"{sounds.version}, codec {settings.codec} {settings.codebooks} x {codes}",
+        sounds.licence if text is None else f"{sounds.licence}; text: {text.manifest['licence']}",
+        plan,
+        lambda counts: _documents(settings, sounds, codes, text, manifest, counts, say),
+        least_bytes=0,
+        manifest=manifest,
+    )
+
+
+def _codec_state(settings: Settings, codes: int) -> object:
+    """What tells codecs apart without loading a large one: a fitted one's hash, an EnCodec's files or hub name."""
+    if settings.codec in audio.KINDS:
+        return settings.codec
+    if not settings.codec.startswith("encodec:"):
+        return audio.open_codec(settings.codec, settings.codebooks, codes).hash
+    folder = Path(settings.codec.removeprefix("encodec:")).expanduser()
+    files = sorted((path.name, path) for path in folder.iterdir()) if folder.is_dir() else []
+    return [settings.codec, sources._stat_all(files)]
+
+
+def _documents(
+    settings: Settings, sounds: SoundSource, codes: int, text: Dataset | None, manifest: dict, counts: Counter, say: Say
+) -> Iterator[Document]:
+    """Every captioned sound as a document, in the source's order, and text where it is due; completes the manifest."""
+    log = Log(say, counts)
+    items = sounds.fetch(log)
+    counts["files"] = len(items)
+    if settings.codec in audio.KINDS:
+        codec = _fitted(settings, sounds, items, codes, log)
+    else:
+        codec = audio.open_codec(settings.codec, settings.codebooks, codes)
+    manifest["codec"] = _kept(codec)
+    mix = {split: _Mix(settings, text, split, say) for split in SPLITS}
+    clips: Counter = Counter()  # by split
+    for sound, coded in _encoded(codec, (item.load(codec.sample_rate, log) for item in items), len(items), say):
+        split = _split(sound)
+        clips[split] += 1
+        yield Document(sound.name, sound.caption, coded, sound.attributes, split)
+        yield from mix[split].due(coded.size + len(sound.caption.encode()) / BYTES_PER_POSITION)
+    log.close()
+    manifest["altered"] = dict(sorted(log.altered.items()))
+    _check(settings, sounds, clips, counts)
+
+
+def _split(sound: Sound) -> str:
+    return sound.split or ("val" if held_out(sound.name) else "train")
+
+
+class _Mix:
+    """Text-only documents of a split, as many as its sounds leave room for."""
+
+    def __init__(self, settings: Settings, text: Dataset | None, split: str, say: Say):
+        self.ratio = settings.text_share / (1 - settings.text_share)  # positions of text for one of sound
+        self.documents = None if text is None else _shuffled(text, split)
+        self.split, self.say = split, say
+        self.sound = self.text = 0.0  # positions so far
+
+    def due(self, positions: float) -> Iterator[Document]:
+        """The documents that these further positions of sound ask for."""
+        self.sound += positions
+        while self.documents is not None and self.text < self.ratio * self.sound:
+            name, text = next(self.documents, (None, ""))
+            if name is None:
+                self.documents = None
+                self.say(f"data: the {self.split} text has run out: the share of text will be lower than asked for")
+                return
+            self.text += len(text.encode()) / BYTES_PER_POSITION
+            yield Document(name, text, split=self.split)
+
+
+def _shuffled(text: Dataset, split: str) -> Iterator[tuple[str, str]]:
+    """(name, text) of a split in the order of their names' hashes, shard by shard."""
+    for shard in sorted(text.shards(split), key=lambda path: digest(path.name)):
+        yield from sorted(text.read(shard), key=lambda document: digest(document[0]))
+
+
+def _encoded(codec, sounds: Iterable[Sound | None], total: int, say: Say) -> Iterator[tuple[Sound, np.ndarray]]:
+    """Each sound with its codes [T, Q]; neighbours of equal length are encoded together."""
+    batch: list[Sound] = []
+    done = 0
+
+    def flush() -> Iterator[tuple[Sound, np.ndarray]]:
+        nonlocal done
+        if batch:
+            wavs = np.stack([sound.wav for sound in batch])
+            yield from ((sound, codes.T) for sound, codes in zip(batch, codec.encode_batch(wavs), strict=True))
+            if done // 1000 != (done := done + len(batch)) // 1000:
+                say(f"data: encoded {done} of {total} sounds")
+            batch.clear()
+
+    for sound in sounds:
+        if sound is not None:
+            if batch and (len(batch) == BATCH or len(batch[0].wav) != len(sound.wav)):
+                yield from flush()
+            batch.append(sound)
+    yield from flush()
+
+
+def _fitted(settings: Settings, sounds: SoundSource, items: list[Item], codes: int, log: Log):
+    """A codec fitted on FIT_SECONDS of the training split, drawn over the whole source by the hash of the names."""
+    rate, room = audio.SAMPLE_RATE, FIT_SECONDS * audio.SAMPLE_RATE
+    quiet = Log(lambda line: None)  # the pass that encodes tells
+    pieces = []
+    for item in sorted(items, key=lambda item: digest(item.name)):
+        sound = None if held_out(item.name) else item.load(rate, quiet)
+        if sound is not None and _split(sound) == "train":
+            pieces.append(sound.wav[: min(room, FIT_PIECE * rate)])
+            room -= len(pieces[-1])
+            if not room:
+                break
+    if not pieces:
+        loaded = Counter(_split(sound) for item in items if (sound := item.load(rate, log)))
+        _check(settings, sounds, loaded, log.left_out)
+    seconds = sum(map(len, pieces)) / rate
+    log.say(f"data: fitting a codec {settings.codec} on {seconds:.0f} s of {len(pieces)} sounds")
+    return audio.fit_codec(settings.codec, pieces, settings.codebooks, codes, say=log.say)
+
+
+def _kept(codec) -> dict:
+    """Save a codec below base_dir()/codecs unless it is there; returns its entry for the manifest."""
+    place = codec.save(audio.codec_folder(codec))
+    keys = ("name", "hash", "codebooks", "codes", "frame_rate", "sample_rate")
+    return {key: getattr(codec, key) for key in keys} | {"directory": place.relative_to(base_dir()).as_posix()}
+
+
+def _check(settings: Settings, sounds: SoundSource, clips: Counter, counts: Counter) -> None:
+    """UserError with all counts unless most sounds can be read and both splits have some; clips: number by split."""
+    left = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()) if kind != "files")
+    found = f"{counts['files']} captioned sounds{f' (left out: {left})' if left else ''}"
+    if 2 * sum(counts[kind] for kind in ("unreadable", "truncated", "empty")) > counts["files"] > 0:
+        raise UserError(f"data={settings.data}: most of {found} cannot be read: is the folder or download complete?")
+    if not clips["train"]:
+        raise UserError(f"data={settings.data}: no sound to train on among {found}: {sounds.advice}")
+    if not clips["val"]:
+        raise UserError(
+            f"data={settings.data}: no sound is held out among {found}; about one name in ten is: give more sounds"
+        )

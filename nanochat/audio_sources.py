@@ -1,0 +1,463 @@
+"""Sources of captioned sounds: a folder, a dataset of the Hugging Face hub, or synthesised melodies.
+
+A source is a plan, cheap to make. `fetch` lists its sounds by name; each is decoded when it is asked for, by soundfile,
+resampled by soxr and mixed to one channel. A sound that cannot be used is left out: the first few of a kind are
+named, all are counted.
+"""
+
+import csv
+import functools
+import io
+import json
+import math
+import posixpath
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from nanochat import hub, sources
+from nanochat.runtime import UserError, base_dir, first_line
+from nanochat.settings import Say, Settings, nearest_name, shown
+from nanochat.sources import Corrupt, digest, looking_up, reading, slug_of, text_of
+
+SOUND_SUFFIXES = (
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64",
+)  # fmt: skip
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
+CAPTION_FILES = ("metadata.csv", "metadata.jsonl", "captions.csv", "captions.jsonl")
+FROM_NAMES = "file_name"  # as data_column: the files' own names are the captions
+SYNTH_CLIPS = 3000  # when no limit is given
+SYNTH_SECONDS = 2.0
+HUB_SOUNDS = 10_000  # sounds taken of a hub dataset when no limit is given
+RATES = (1000, 768_000)  # Hz that a sound may have
+SILENT = 1e-4  # peak amplitude: -80 dB below full scale
+BLOCK = 1 << 20  # samples decoded at a time
+NAMED = 5  # of each kind of bad sound
+
+
+@dataclass(frozen=True)
+class Sound:
+    """wav: float32 [samples], one channel at the rate asked for. split: "train", "val", or None for the usual rule."""
+
+    name: str
+    caption: str
+    wav: np.ndarray
+    attributes: dict | None = None
+    split: str | None = None
+
+
+class Log:
+    """Counts what is left out or altered, by kind, and names the first few of each."""
+
+    def __init__(self, say: Say, left_out: Counter | None = None):
+        self.say = say
+        self.left_out = Counter() if left_out is None else left_out
+        self.altered: Counter = Counter()
+
+    def leave_out(self, kind: str, name: str, detail: str = "") -> None:
+        self._note(self.left_out, kind, name, f"{kind}{f' ({detail})' if detail else ''}: left out")
+
+    def alter(self, kind: str, name: str) -> None:
+        self._note(self.altered, kind, name, kind)
+
+    def _note(self, counts: Counter, kind: str, name: str, line: str) -> None:
+        counts[kind] += 1
+        if counts[kind] <= NAMED:
+            self.say(f"data: {shown(name)}: {line}")
+
+    def close(self) -> None:
+        """Say how many of each kind were not named."""
+        for kind, number in (*self.left_out.items(), *self.altered.items()):
+            if number > NAMED and kind != "files":
+                self.say(f"data: ... and {number - NAMED} more: {kind}")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sound not yet read. load(rate in Hz, log): the sound, or None when the log says why it is left out."""
+
+    name: str
+    load: Callable[[int, Log], Sound | None]
+
+
+@dataclass
+class SoundSource:
+    """What a source would give; name to licence and state mean what they do for sources of text."""
+
+    name: str
+    source: str
+    version: str
+    licence: str
+    state: object
+    fetch: Callable[[Log], list[Item]]  # the sounds with captions; a hub dataset is downloaded
+    advice: str = "give more sounds"
+
+
+def sound_source(settings: Settings, say: Say) -> SoundSource:
+    """The captioned sounds that `data` names: synth, hf:<dataset> or a folder; UserError for anything else."""
+    data, seconds = settings.data, settings.clip_seconds
+    if data == "synth":
+        return _synth(settings.data_limit or SYNTH_CLIPS, seconds or SYNTH_SECONDS)
+    if data.startswith("hf:"):
+        return _hub(settings, say)
+    ways = "one of synth, hf:<dataset>, or the path of a folder of sounds"
+    if data in ("stdlib", "packages", "climbmix"):
+        raise UserError(f"data={data} holds no sounds: {ways}; text to mix in goes to --text_data={data}")
+    with looking_up("data", data):
+        root = Path(data).expanduser()
+        is_folder, is_file = root.is_dir(), root.is_file()
+    if is_file:
+        raise UserError(f"data={data} is a file: captioned sounds are {ways}")
+    if not is_folder:
+        raise UserError(f"data={data}: no such folder; {ways}")
+    return _folder(root, data, settings.data_column, seconds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# synthesised melodies
+
+
+def _synth(limit: int, seconds: float) -> SoundSource:
+    """Clips 0 .. limit-1, of `seconds` each; pairs of root and instrument marked unseen are held out."""
+    from nanochat.synth_audio import SAMPLE_RATE, clip
+
+    def load(index: int, rate: int, log: Log) -> Sound:
+        made = clip(index, seconds=seconds)
+        split = "val" if made.attributes["unseen"] else None
+        return Sound(
+            f"synth/{index}", made.caption, resample(made.wav, SAMPLE_RATE, rate), dict(made.attributes), split
+        )
+
+    return SoundSource(
+        "synth",
+        "synth",
+        f"{limit} clips of {seconds:g} s",
+        "made by this program: no rights of others",
+        [limit, seconds],
+        lambda log: [Item(f"synth/{index}", functools.partial(load, index)) for index in range(limit)],
+        "raise --data_limit",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders
+
+
+def _folder(root: Path, data: str, column: str, seconds: float | None) -> SoundSource:
+    """Sounds below a folder, each called by its relative path, with captions from tables or from x.txt beside x.wav."""
+    kinds = SOUND_SUFFIXES + TABLE_SUFFIXES + (".txt",)
+    hidden = sources._hidden
+    files = sources._walk(root, lambda name: name.lower().endswith(kinds) and not hidden(Path(name).name), hidden)
+    if not any(name.lower().endswith(SOUND_SUFFIXES) for name, _ in files):
+        raise UserError(f"data={data}: no sounds found in the folder, none of {' '.join(SOUND_SUFFIXES)}")
+    absolute = root.resolve()
+    advice = (
+        "each sound needs a caption: a table captions.csv or captions.jsonl (file name first, caption in the column "
+        f"{column!r}, --data_column names another), a text file x.txt beside x.wav, or --data_column={FROM_NAMES} to "
+        "take the files' names"
+    )
+    return SoundSource(
+        f"{slug_of(absolute.name)}-{digest(str(absolute))[:8]}",
+        sources._printable(absolute.name),
+        f"column {column}",
+        "not known: your own files",
+        [column, seconds, sources._stat_all(files)],
+        lambda log: _folder_items(data, dict(files), column, seconds, log),
+        advice,
+    )
+
+
+def _folder_items(data: str, files: dict[str, Path], column: str, seconds: float | None, log: Log) -> list[Item]:
+    names = [name for name in files if name.lower().endswith(SOUND_SUFFIXES)]
+    if column == FROM_NAMES:
+        captions = {name: re.sub("[_-]+", " ", Path(name).stem) for name in names}
+    else:
+        captions = _captions(data, files, names, column, log)
+    items = []
+    for name in names:
+        if name not in captions:
+            log.leave_out("sound without a caption", name)
+        elif usable(caption := captions[name].strip(), name, log):
+            items.append(Item(name, functools.partial(_load_file, name, caption, files[name], seconds)))
+    return items
+
+
+def _load_file(name: str, caption: str, path: Path, seconds: float | None, rate: int, log: Log) -> Sound | None:
+    wav = decode(path, name, rate, seconds, log)
+    return None if wav is None else Sound(name, caption, wav)
+
+
+def _captions(data: str, files: dict[str, Path], names: list[str], column: str, log: Log) -> dict[str, str]:
+    """name of a sound -> caption, from the tables of the folder and the text files beside the sounds."""
+    tables = [name for name in files if posixpath.basename(name).lower() in CAPTION_FILES]
+    beside = {name: text for name in names if (text := posixpath.splitext(name)[0] + ".txt") in files}
+    if not tables and not beside:
+        tables = [name for name in files if "/" not in name and name.lower().endswith(TABLE_SUFFIXES)]
+        if len(tables) > 1:
+            raise UserError(
+                f"data={data}: captions in which of {', '.join(tables)}? Call that one captions.csv or .jsonl"
+            )
+    stems = {posixpath.splitext(name)[0]: name for name in reversed(names)}
+    found: dict[str, str] = {}
+    for table in tables:
+        for given, caption in _table_rows(files[table], column):
+            plain = posixpath.normpath(posixpath.join(posixpath.dirname(table), given.replace("\\", "/")))
+            name = plain if plain in files else stems.get(plain, "")
+            if plain.startswith(("/", "../")) or plain == ".." or re.match("[A-Za-z]:/", given.replace("\\", "/")):
+                log.leave_out("path outside the folder", given)
+            elif not name:
+                log.leave_out("caption without its sound", given)
+            elif name not in names:
+                log.leave_out("unreadable", name, f"none of {' '.join(SOUND_SUFFIXES)}")
+            elif name in found:
+                log.leave_out("second caption of a sound", name)
+            else:
+                found[name] = caption
+    for name in [name for name in beside if name not in found]:
+        # bytes that are no UTF-8 become lone surrogates, which usable() knows
+        found[name] = files[beside[name]].read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    return found
+
+
+def _table_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
+    """(file name, caption) of every row; the files are in `file_name`, or in the first column without one."""
+    rows = _jsonl_rows if path.suffix.lower() == ".jsonl" else _csv_rows
+    try:
+        with reading(path):
+            for number, row in rows(path):
+                where = f"{path} line {number}"
+                if column not in row:
+                    raise UserError(
+                        f"{where} has no column {column!r}{nearest_name(column, row)}: choose with --data_column"
+                    )
+                name = row.get("file_name", next(iter(row.values())))
+                yield "" if name is None else str(name), text_of(row, column, where)
+    except Corrupt as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise UserError(f"{path} is not UTF-8 ({first_line(error.__cause__)}): save it as UTF-8") from error
+        raise
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        head = file.readline()
+        file.seek(0)
+        table = csv.DictReader(file, delimiter=max(",;\t|", key=head.count))
+        try:
+            for row in table:
+                yield table.line_num, {key: value for key, value in row.items() if key is not None}
+        except csv.Error as error:
+            raise Corrupt(f"{path} line {table.line_num} is not csv ({error})") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise Corrupt(f"{path} line {number} is not JSON ({error})") from error
+                if not isinstance(row, dict) or not row:
+                    raise Corrupt(f"{path} line {number} is not a JSON object with keys")
+                yield number, row
+
+
+def usable(caption: str, name: str, log: Log) -> bool:
+    """Whether a caption says something and can be written as UTF-8; the log names one that does not."""
+    broken = any(0xD800 <= ord(character) < 0xE000 for character in caption)  # lone surrogates; JSON may hold them too
+    if broken or not caption:
+        log.leave_out("caption that is not UTF-8" if broken else "empty caption", name)
+    return not broken and bool(caption)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the hub
+
+
+def _hub(settings: Settings, say: Say) -> SoundSource:
+    name = settings.data.removeprefix("hf:")
+    if not name:
+        raise UserError("data=hf: lacks the dataset's name, as in hf:ashraq/esc50")
+    options = dict(
+        column=settings.data_column,
+        audio_column=settings.data_audio_column,
+        split=settings.data_split,
+        config=settings.data_config,
+        limit=settings.data_limit or HUB_SOUNDS,
+    )
+    return SoundSource(
+        f"hf-{slug_of(name)}-{digest(json.dumps([name, options]))[:8]}",
+        f"hf:{name}",
+        ", ".join(f"{key} {value}" for key, value in options.items() if value is not None),
+        f"see the dataset card of {name} on the hub",
+        [name, options, settings.clip_seconds],
+        lambda log: _hub_items(name, options, settings.clip_seconds, log, say),
+        "raise --data_limit or choose another dataset",
+    )
+
+
+def _hub_items(name: str, options: dict, seconds: float | None, log: Log, say: Say) -> list[Item]:
+    """Stream the rows once, their encoded sounds into a nameless file: they are read in two orders afterwards."""
+    with looking_up("data", f"hf:{name}"):
+        local = Path(name).expanduser().is_dir()
+    if not local:
+        hub.probe(f"hf:{name}")
+    hub._keep_caches()
+    try:
+        import datasets
+        import fsspec  # datasets' own access to files in archives and on the hub
+    except ImportError as error:
+        raise UserError(f"data=hf:{name} needs the datasets package: pip install datasets ({error})") from error
+
+    class Undecoded(datasets.Audio):
+        """Bytes and paths as they are: the original asks for torchcodec even where nothing is to be decoded."""
+
+        def encode_example(self, value):
+            return {"bytes": None, "path": value} if isinstance(value, str) else value
+
+    datasets.config.STREAMING_READ_MAX_RETRIES = 3  # 20 by default: minutes of silence on a dead network
+    column, audio, limit = options["column"], options["audio_column"], options["limit"]
+    say(f"data: streaming hf:{name}, at most {limit} sounds")
+    spool = tempfile.TemporaryFile(dir=base_dir() / "data")  # noqa: SIM115 (the items read it, and it goes with them)
+    items: list[Item] = []
+    row = -1
+    try:
+        stream = datasets.load_dataset(name, options["config"], split=options["split"], streaming=True)
+        _check_columns(name, stream.features, audio, column)
+        stream = stream.select_columns([audio, column]).cast_column(audio, Undecoded(decode=False))
+        for row, record in enumerate(stream):
+            if row >= limit:
+                say(f"data: stopped after {limit} sounds of hf:{name} (--data_limit takes more)")
+                break
+            title, caption, value = f"{name}#{row}", text_of(record, column, f"hf:{name}").strip(), record[audio] or {}
+            if not (value.get("bytes") is not None or value.get("path")):
+                log.leave_out("caption without its sound", title)
+            elif usable(caption, title, log):
+                raw = value.get("bytes")
+                if raw is None:
+                    with fsspec.open(value["path"], "rb") as file:
+                        raw = file.read()
+                place = spool.tell(), spool.write(raw)
+                items.append(Item(title, functools.partial(_load_spooled, title, caption, spool, place, seconds)))
+    except UserError:
+        raise
+    except hub._hub_errors() as error:
+        kind = hub.Unreachable if isinstance(error, ConnectionError) else UserError
+        raise kind(f"data=hf:{name}: {first_line(error)} (after {row + 1} sounds)") from error
+    return items
+
+
+def _check_columns(name: str, features: dict | None, audio: str, column: str) -> None:
+    """UserError unless a hub dataset has a column of sounds and one of captions."""
+    import datasets
+
+    if features is None:
+        raise UserError(f"data=hf:{name} does not say what its columns hold: choose another dataset, or pass a folder")
+    sounds = [key for key, kind in features.items() if isinstance(kind, datasets.Audio)]
+    if not sounds:
+        first = "ytid" if "ytid" in features else "id"
+        raise UserError(
+            f"data=hf:{name} has captions but no sounds (columns {', '.join(features)}): obtain the clips yourself, "
+            f"put them into a folder as <{first}>.wav beside a captions.csv with the columns {first} and {column}, "
+            "and pass that folder as --data"
+        )
+    if audio not in sounds:
+        raise UserError(
+            f"data=hf:{name} has no sounds in column {audio!r}{nearest_name(audio, sounds)}: choose with "
+            "--data_audio_column"
+        )
+    if column not in features:
+        others = [key for key in features if key not in sounds]
+        raise UserError(
+            f"data=hf:{name} has no column {column!r}{nearest_name(column, others)}: choose the captions with "
+            "--data_column"
+        )
+
+
+def _load_spooled(
+    name: str, caption: str, spool: BinaryIO, place: tuple[int, int], seconds: float | None, rate: int, log: Log
+) -> Sound | None:
+    start, size = place
+    spool.seek(start)
+    wav = decode(io.BytesIO(spool.read(size)), name, rate, seconds, log)
+    return None if wav is None else Sound(name, caption, wav)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decoding
+
+
+def decode(file: Path | io.BytesIO, name: str, rate: int, seconds: float | None, log: Log) -> np.ndarray | None:
+    """The first `seconds` (None: all) of a sound as float32 [samples], one channel at `rate` Hz.
+
+    None, and a word in the log, for a sound that is empty, truncated, unreadable, silent (peak below -80 dB), not
+    finite, or of an absurd sample rate. No more is decoded than asked for.
+    """
+    soundfile = needed("soundfile", "to decode sounds")
+    try:
+        if not (file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes):
+            return log.leave_out("empty", name)
+        with soundfile.SoundFile(file) as sound:
+            given, channels = sound.samplerate, sound.channels
+            if not RATES[0] <= given <= RATES[1]:
+                return log.leave_out("absurd sample rate", name, f"{given} Hz")
+            if _cut_short(sound.extra_info):
+                return log.leave_out("truncated", name)
+            wanted = math.inf if seconds is None else max(1, round(seconds * given))
+            blocks, length = [], 0
+            while length <= wanted and len(block := sound.read(max(1, BLOCK // channels), "float32", always_2d=True)):
+                blocks.append(block.mean(axis=1))
+                length += len(block)
+            if length <= wanted and length < 0.95 * sound.frames:  # an mp3's length may be an estimate
+                return log.leave_out("truncated", name)
+    except (soundfile.SoundFileError, OSError) as error:
+        return log.leave_out("unreadable", name, first_line(error))
+    if not length:
+        return log.leave_out("empty", name)
+    wav = np.concatenate(blocks)
+    if length > wanted:
+        wav = wav[: int(wanted)]
+        log.alter(f"cut to {seconds:g} s", name)
+    if not np.isfinite(wav).all():
+        return log.leave_out("samples that are no numbers", name)
+    peak = np.abs(wav).max()
+    if peak < SILENT:
+        return log.leave_out("silent", name)
+    if channels > 1:
+        log.alter("several channels mixed to one", name)
+    if peak > 1:
+        wav /= peak
+        log.alter("louder than full scale, turned down", name)
+    return resample(wav, given, rate)
+
+
+def _cut_short(facts: str) -> bool:
+    """Whether libsndfile met less data than the header announces; who writes into a pipe announces no true length."""
+    sizes = re.search(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", facts)
+    return bool(sizes) and int(sizes[2]) < int(sizes[1]) < 2**31 - 2**16
+
+
+def resample(wav: np.ndarray, given: int, rate: int) -> np.ndarray:
+    """float32 [samples] at `given` Hz as float32 at `rate` Hz."""
+    if given == rate:
+        return wav
+    return needed("soxr", "to change sample rates").resample(wav, given, rate).astype(np.float32, copy=False)
+
+
+def needed(module: str, purpose: str):
+    """An optional module, imported; UserError says how to install it."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:  # OSError: a library that it wraps
+        raise UserError(
+            f"{module} is needed {purpose} ({first_line(error)}): pip install -c constraints.txt -e '.[audio]'"
+        ) from error

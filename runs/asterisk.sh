@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Real speech: the 568 prompts of a telephone exchange (25 minutes, one speaker, 8 kHz) with what they say.
+#   bash runs/asterisk.sh [--name=value ...]        settings of scripts.audio_data, such as --codec=mdct --codebooks=4
+# Downloads two Debian packages (18 MB, CC-BY-SA 3.0; no root needed), unpacks them into $NANOCHAT_BASE_DIR/asterisk,
+# writes their transcript as captions.jsonl beside the sounds, fits a codec on these and encodes them.
+# Without apt: download asterisk-core-sounds-en-wav and asterisk-core-sounds-en by hand from packages.debian.org into
+# $NANOCHAT_BASE_DIR/asterisk and run this again.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+place=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/asterisk
+sounds=$place/usr/share/asterisk/sounds/en_US_f_Allison
+mkdir -p "$place"
+for package in asterisk-core-sounds-en-wav asterisk-core-sounds-en; do
+    compgen -G "$place/${package}_*.deb" >/dev/null || (cd "$place" && apt-get download "$package") || {
+        echo "error: cannot download $package: put its .deb into $place by hand, as the top of $0 says" >&2
+        exit 2
+    }
+    for deb in "$place/${package}"_*.deb; do
+        if command -v dpkg >/dev/null; then dpkg -x "$deb" "$place"; else ar p "$deb" data.tar.xz | tar -xJ -C "$place"; fi || {
+            echo "error: cannot unpack $deb: delete it and run this again" >&2
+            exit 2
+        }
+    done
+done
+
+set_up audio
+"$python" - "$place/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz" "$sounds/captions.jsonl" <<'EOF'
+import gzip, json, sys
+
+with gzip.open(sys.argv[1], "rt", encoding="utf-8") as transcript, open(sys.argv[2], "w", encoding="utf-8") as captions:
+    for line in transcript:
+        name, colon, words = line.partition(":")
+        if colon and not line.startswith(";"):
+            captions.write(json.dumps({"file_name": f"{name.strip()}.wav", "text": words.strip()}) + "\n")
+EOF
+"$python" -m scripts.audio_data --data="$sounds" --modalities=audio:1024 --codec=frame --clip_seconds=8 "$@"

@@ -1,0 +1,57 @@
+"""Captioned sounds to codes: python -m scripts.audio_data --modalities=audio:2048 --data=SOURCE [--codec=KIND ...]
+
+SOURCE is synth, hf:<dataset> or a folder of sounds with captions. Fits or opens the codec, encodes every sound, mixes
+in the documents of --text_data, and prints what the dataset holds. --caption-from-names takes the files' names as
+captions, as --data_column=file_name does here and in training.
+"""
+
+import dataclasses
+import math
+
+from nanochat.audio_sources import FROM_NAMES
+from nanochat.config_file import from_command_line
+from nanochat.dataset import SPLITS, Dataset, prepare_for
+from nanochat.runtime import UserError, print0, run_script
+from scripts.data import describe
+
+
+def main(argv: list[str] | None = None) -> Dataset:
+    """Prepare and describe the dataset of sounds that the command line names; returns it."""
+    line = from_command_line(argv, switches=("caption_from_names",), usage="python -m scripts.audio_data [config.py]")
+    settings = line.settings
+    if "audio" not in settings.modality_codes():
+        raise UserError(f"modalities={settings.modalities!r} names no audio: set --modalities=audio:2048, say")
+    if "caption_from_names" in line.switches:
+        settings = dataclasses.replace(settings, data_column=FROM_NAMES)
+        print0(f"data: to train on these sounds as well, set data_column={FROM_NAMES!r}")
+    dataset = prepare_for(settings, say=print0)
+    describe(dataset)
+    describe_sounds(dataset)
+    return dataset
+
+
+def describe_sounds(dataset: Dataset) -> None:
+    """Print codec and rate, and for each split clips, seconds, codes and the share of text among the positions."""
+    codec = dataset.codec
+    bits = codec["frame_rate"] * codec["codebooks"] * math.log2(codec["codes"])
+    print0(
+        f"codec        {codec['name']} {codec['codebooks']} x {codec['codes']} at {codec['sample_rate']} Hz, "
+        f"{codec['frame_rate']:g} frames/s, {bits:.0f} bit/s: {codec['directory']}"
+    )
+    for split in SPLITS:
+        total = {
+            key: sum(entry[key] for entry in dataset.entries(split))
+            for key in ("clips", "unseen", "codes", "caption_bytes", "text_bytes")
+        }
+        seconds = total["codes"] / codec["codebooks"] / codec["frame_rate"]
+        unseen = f" ({total['unseen']} of unseen pairs)" if total["unseen"] else ""
+        print0(f"{split:<12} {total['clips']:>9,} clips{unseen} {seconds:>10.1f} s {total['codes']:>12,} codes")
+        text = total["text_bytes"] - total["caption_bytes"]
+        share = text / (total["text_bytes"] + 3 * total["codes"])  # as it was mixed: 3 bytes of text for one code
+        print0(f"{'':<12} {text:>9,} bytes of text alone, {share:.3f} of the positions (3 bytes taken for one)")
+    for kind, count in dataset.manifest["altered"].items():
+        print0(f"altered      {count:>9,} {kind}")
+
+
+if __name__ == "__main__":
+    run_script(main)
