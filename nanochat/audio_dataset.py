@@ -5,6 +5,7 @@ pass, so that memory holds a batch of them and no more.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from nanochat.sources import Source, digest, slug_of
 
 FIT_SECONDS = 600  # of sound that a codec is fitted on
 FIT_PIECE = 30  # seconds taken of one sound, so that a long one is not the whole sample
-BATCH = 32  # sounds of equal length encoded together
+BATCH = 1 << 20  # samples encoded together, of sounds of equal length
 BYTES_PER_POSITION = 3  # of text: about what a small tokenizer gives, so that a mix can be planned without one
 FORMAT = 1  # part of the state: raise it when the same sounds would give other codes
 
@@ -79,13 +80,14 @@ def _documents(
     else:
         codec = audio.open_codec(settings.codec, settings.codebooks, codes)
     manifest["codec"] = _kept(codec)
-    mix = {split: _Mix(settings, text, split, say) for split in SPLITS}
     clips: Counter = Counter()  # by split
-    for sound, coded in _encoded(codec, (item.load(codec.sample_rate, log) for item in items), len(items), say):
-        split = _split(sound)
-        clips[split] += 1
-        yield Document(sound.name, sound.caption, coded, sound.attributes, split)
-        yield from mix[split].due(coded.size + len(sound.caption.encode()) / BYTES_PER_POSITION)
+
+    def documents() -> Iterator[Document]:
+        for sound, coded in _encoded(codec, (item.load(codec.sample_rate, log) for item in items), len(items), say):
+            clips[split := _split(sound)] += 1
+            yield Document(sound.name, sound.caption, coded, sound.attributes, split)
+
+    yield from _mixed(documents(), text, settings.text_share, say)
     log.close()
     manifest["altered"] = dict(sorted(log.altered.items()))
     _check(settings, sounds, clips, counts)
@@ -95,26 +97,25 @@ def _split(sound: Sound) -> str:
     return sound.split or ("val" if held_out(sound.name) else "train")
 
 
-class _Mix:
-    """Text-only documents of a split, as many as its sounds leave room for."""
-
-    def __init__(self, settings: Settings, text: Dataset | None, split: str, say: Say):
-        self.ratio = settings.text_share / (1 - settings.text_share)  # positions of text for one of sound
-        self.documents = None if text is None else _shuffled(text, split)
-        self.split, self.say = split, say
-        self.sound = self.text = 0.0  # positions so far
-
-    def due(self, positions: float) -> Iterator[Document]:
-        """The documents that these further positions of sound ask for."""
-        self.sound += positions
-        while self.documents is not None and self.text < self.ratio * self.sound:
-            name, text = next(self.documents, (None, ""))
+def _mixed(sounds: Iterable[Document], text: Dataset | None, share: float, say: Say) -> Iterator[Document]:
+    """The sounds' documents, and after each the text-only ones that are due in its split, whole."""
+    if text is None:
+        yield from sounds
+        return
+    texts = {split: _shuffled(text, split) for split in SPLITS}
+    due = dict.fromkeys(SPLITS, 0.0)  # positions of text owed to a split
+    for sound in sounds:
+        yield sound
+        split = sound.split
+        due[split] += share / (1 - share) * (sound.codes.size + len(sound.text.encode()) / BYTES_PER_POSITION)
+        while due[split] > 0:
+            name, words = next(texts[split], (None, ""))
             if name is None:
-                self.documents = None
-                self.say(f"data: the {self.split} text has run out: the share of text will be lower than asked for")
-                return
-            self.text += len(text.encode()) / BYTES_PER_POSITION
-            yield Document(name, text, split=self.split)
+                say(f"data: {text.name} has no more {split} text: its share will be below text_share={share}")
+                due[split] = -math.inf
+            else:
+                due[split] -= len(words.encode()) / BYTES_PER_POSITION
+                yield Document(name, words, split=split)
 
 
 def _shuffled(text: Dataset, split: str) -> Iterator[tuple[str, str]]:
@@ -139,7 +140,8 @@ def _encoded(codec, sounds: Iterable[Sound | None], total: int, say: Say) -> Ite
 
     for sound in sounds:
         if sound is not None:
-            if batch and (len(batch) == BATCH or len(batch[0].wav) != len(sound.wav)):
+            size = len(sound.wav)
+            if batch and (size != len(batch[0].wav) or size * (len(batch) + 1) > BATCH):
                 yield from flush()
             batch.append(sound)
     yield from flush()
@@ -176,7 +178,7 @@ def _check(settings: Settings, sounds: SoundSource, clips: Counter, counts: Coun
     """UserError with all counts unless most sounds can be read and both splits have some; clips: number by split."""
     left = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()) if kind != "files")
     found = f"{counts['files']} captioned sounds{f' (left out: {left})' if left else ''}"
-    if 2 * sum(counts[kind] for kind in ("unreadable", "truncated", "empty")) > counts["files"] > 0:
+    if 2 * sum(counts[kind] for kind in ("unreadable", "truncated", "empty sound")) > counts["files"] > 0:
         raise UserError(f"data={settings.data}: most of {found} cannot be read: is the folder or download complete?")
     if not clips["train"]:
         raise UserError(f"data={settings.data}: no sound to train on among {found}: {sounds.advice}")

@@ -9,7 +9,6 @@ import csv
 import functools
 import io
 import json
-import math
 import posixpath
 import re
 import tempfile
@@ -37,6 +36,8 @@ SYNTH_SECONDS = 2.0
 HUB_SOUNDS = 10_000  # sounds taken of a hub dataset when no limit is given
 RATES = (1000, 768_000)  # Hz that a sound may have
 SILENT = 1e-4  # peak amplitude: -80 dB below full scale
+LONGEST = 600.0  # seconds of a sound that are kept when clip_seconds is None: memory has an end
+WHOLE = 0.95  # part of the announced length that makes a file whole: an mp3's is an estimate
 BLOCK = 1 << 20  # samples decoded at a time
 NAMED = 5  # of each kind of bad sound
 
@@ -204,6 +205,7 @@ def _captions(data: str, files: dict[str, Path], names: list[str], column: str, 
                 f"data={data}: captions in which of {', '.join(tables)}? Call that one captions.csv or .jsonl"
             )
     stems = {posixpath.splitext(name)[0]: name for name in reversed(names)}
+    known = set(names)
     found: dict[str, str] = {}
     for table in tables:
         for given, caption in _table_rows(files[table], column):
@@ -213,7 +215,7 @@ def _captions(data: str, files: dict[str, Path], names: list[str], column: str, 
                 log.leave_out("path outside the folder", given)
             elif not name:
                 log.leave_out("caption without its sound", given)
-            elif name not in names:
+            elif name not in known:
                 log.leave_out("unreadable", name, f"none of {' '.join(SOUND_SUFFIXES)}")
             elif name in found:
                 log.leave_out("second caption of a sound", name)
@@ -395,35 +397,36 @@ def _load_spooled(
 
 
 def decode(file: Path | io.BytesIO, name: str, rate: int, seconds: float | None, log: Log) -> np.ndarray | None:
-    """The first `seconds` (None: all) of a sound as float32 [samples], one channel at `rate` Hz.
+    """The first `seconds` (None: LONGEST) of a sound as float32 [samples], one channel at `rate` Hz.
 
     None, and a word in the log, for a sound that is empty, truncated, unreadable, silent (peak below -80 dB), not
     finite, or of an absurd sample rate. No more is decoded than asked for.
     """
     soundfile = needed("soundfile", "to decode sounds")
+    seconds = seconds or LONGEST
     try:
         if not (file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes):
-            return log.leave_out("empty", name)
+            return log.leave_out("empty sound", name)
         with soundfile.SoundFile(file) as sound:
             given, channels = sound.samplerate, sound.channels
             if not RATES[0] <= given <= RATES[1]:
                 return log.leave_out("absurd sample rate", name, f"{given} Hz")
             if _cut_short(sound.extra_info):
                 return log.leave_out("truncated", name)
-            wanted = math.inf if seconds is None else max(1, round(seconds * given))
+            wanted = max(1, round(seconds * given))
             blocks, length = [], 0
             while length <= wanted and len(block := sound.read(max(1, BLOCK // channels), "float32", always_2d=True)):
                 blocks.append(block.mean(axis=1))
                 length += len(block)
-            if length <= wanted and length < 0.95 * sound.frames:  # an mp3's length may be an estimate
+            if length <= wanted and length < WHOLE * sound.frames:
                 return log.leave_out("truncated", name)
     except (soundfile.SoundFileError, OSError) as error:
         return log.leave_out("unreadable", name, first_line(error))
     if not length:
-        return log.leave_out("empty", name)
+        return log.leave_out("empty sound", name)
     wav = np.concatenate(blocks)
     if length > wanted:
-        wav = wav[: int(wanted)]
+        wav = wav[:wanted]
         log.alter(f"cut to {seconds:g} s", name)
     if not np.isfinite(wav).all():
         return log.leave_out("samples that are no numbers", name)
@@ -441,7 +444,7 @@ def decode(file: Path | io.BytesIO, name: str, rate: int, seconds: float | None,
 def _cut_short(facts: str) -> bool:
     """Whether libsndfile met less data than the header announces; who writes into a pipe announces no true length."""
     sizes = re.search(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", facts)
-    return bool(sizes) and int(sizes[2]) < int(sizes[1]) < 2**31 - 2**16
+    return bool(sizes) and int(sizes[2]) < WHOLE * int(sizes[1]) and int(sizes[1]) < 2**31 - 2**16
 
 
 def resample(wav: np.ndarray, given: int, rate: int) -> np.ndarray:

@@ -8,6 +8,7 @@ captions, as --data_column=file_name does here and in training.
 import dataclasses
 import math
 
+from nanochat.audio_dataset import BYTES_PER_POSITION
 from nanochat.audio_sources import FROM_NAMES
 from nanochat.config_file import from_command_line
 from nanochat.dataset import SPLITS, Dataset, prepare_for
@@ -47,8 +48,9 @@ def describe_sounds(dataset: Dataset) -> None:
         unseen = f" ({total['unseen']} of unseen pairs)" if total["unseen"] else ""
         print0(f"{split:<12} {total['clips']:>9,} clips{unseen} {seconds:>10.1f} s {total['codes']:>12,} codes")
         text = total["text_bytes"] - total["caption_bytes"]
-        share = text / (total["text_bytes"] + 3 * total["codes"])  # as it was mixed: 3 bytes of text for one code
-        print0(f"{'':<12} {text:>9,} bytes of text alone, {share:.3f} of the positions (3 bytes taken for one)")
+        share = text / (total["text_bytes"] + BYTES_PER_POSITION * total["codes"])
+        taken = f"{BYTES_PER_POSITION} bytes taken for one, as one code is"
+        print0(f"{'':<12} {text:>9,} bytes of text alone, {share:.3f} of the positions ({taken})")
     for kind, count in dataset.manifest["altered"].items():
         print0(f"altered      {count:>9,} {kind}")
 

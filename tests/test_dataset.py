@@ -232,6 +232,23 @@ def test_a_folder_elsewhere_has_the_same_fingerprint(tmp_path, tiny_corpus):
     assert one.directory != two.directory and one.fingerprint == two.fingerprint
 
 
+def test_datasets_of_text_stay_what_they_were(tmp_path):
+    """Keys and fingerprint as they were before datasets could hold sounds: checkpoints of text name them.
+
+    Red when an entry or manifest of text gains a key, or _fingerprint hashes anything more.
+    """
+    files = {f"doc_{i}.txt": f"line {i} of a document\n" * 40 for i in range(40)}
+    rows = "".join(json.dumps({"text": f"row {i} " * 30}) + "\n" for i in range(60))
+    data = prepare(str(write_files(tmp_path / "pinned", {**files, "sub/rows.jsonl": rows, "empty.txt": " "})), say=len)
+    assert data.fingerprint["sha256"] == "58e9c48fd124661434390659edc08e02dc392b6ebe650c84f40de084e14dcd55"
+    assert list(data.manifest) == ["name", "source", "licence", "fingerprint", "state", "left_out", "files"]
+    for entry in data.manifest["files"]:
+        assert list(entry) == ["name", "split", "size", "sha256", "documents", "text_bytes", "text_sha256"]
+    assert data.codec is None
+    for shard in data.shards("val"):
+        assert list(data.read_clips(shard)) == [(name, text, None, None) for name, text in data.read(shard)]
+
+
 def test_a_changed_folder_is_prepared_again(tmp_path, lines):
     """A changed file gives a new version, the old one stays; a touched file gives the old one.
 

@@ -1,0 +1,414 @@
+"""Captioned sounds of every layout are found; what cannot be used is named, counted and left out, never a traceback."""
+
+import json
+import struct
+import sys
+import tracemalloc
+import wave
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+
+from nanochat import synth_audio
+from nanochat.audio_sources import Log, Sound, decode, sound_source
+from nanochat.hub import Unreachable
+from nanochat.runtime import UserError, base_dir
+from nanochat.settings import Settings
+
+RATE = 16000
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    (tmp_path / "base" / "data").mkdir(parents=True)
+
+
+def tone(seconds: float = 0.1, rate: int = RATE, hertz: float = 440.0) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def write_sound(path: Path, wav: np.ndarray | None = None, rate: int = RATE, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, tone(rate=rate) if wav is None else wav, rate, **options)
+    return path
+
+
+def read_all(lines: list | None = None, **settings) -> tuple[dict[str, Sound], Log]:
+    """Every sound of a source at 16 kHz by name, and what was noted."""
+    say = (lambda line: None) if lines is None else lines.append
+    source, log = sound_source(Settings(modalities="audio:64", **settings), say), Log(say)
+    sounds = [sound for item in source.fetch(log) if (sound := item.load(RATE, log)) is not None]
+    log.close()
+    assert len({sound.name for sound in sounds}) == len(sounds)
+    return {sound.name: sound for sound in sounds}, log
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# where captions come from
+
+
+def table(kind: str, columns: tuple[str, str], rows: dict[str, str]) -> str:
+    if kind == "jsonl":
+        return "".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows.items())
+    mark = "\t" if kind == "tsv" else ","
+    return "".join(mark.join(f'"{cell}"' for cell in row) + "\r\n" for row in [columns, *rows.items()])
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "column"),
+    [
+        ("metadata.csv", ("file_name", "text"), "text"),
+        ("metadata.jsonl", ("file_name", "text"), "text"),
+        ("captions.csv", ("ytid", "caption"), "caption"),
+        ("captions.jsonl", ("path", "text"), "text"),
+        ("any.tsv", ("sound", "text"), "text"),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("suffix", ["", ".wav"])
+def test_tables(tmp_path, name, columns, column, mark, suffix):
+    """Red when utf-8-sig becomes utf-8, the first column is not taken for file names, or a lacking suffix not borne."""
+    for sound in ("one", "sub/two"):
+        write_sound(tmp_path / "in" / f"{sound}.wav")
+    rows = {f"one{suffix}": "a tone, high", f"sub/two{suffix}": "Ärger\u2028with two lines"}
+    (tmp_path / "in" / name).write_text(mark + table(name.rpartition(".")[2], columns, rows), encoding="utf-8")
+    sounds, log = read_all(data=str(tmp_path / "in"), data_column=column)
+    assert {key: sound.caption for key, sound in sounds.items()} == dict(
+        zip(("one.wav", "sub/two.wav"), rows.values(), strict=True)
+    )
+    assert not log.left_out
+
+
+def test_the_file_name_column_need_not_be_first_and_tables_lie_in_subfolders(tmp_path):
+    """Red when a table's file names are taken relative to the root, or the first column wins over file_name."""
+    for split in ("train", "test"):
+        write_sound(tmp_path / "in" / split / "a.wav")
+        (tmp_path / "in" / split / "metadata.csv").write_text(f"text,file_name\nof {split},a.wav\n")
+    sounds, _ = read_all(data=str(tmp_path / "in"))
+    assert {name: sound.caption for name, sound in sounds.items()} == {
+        "train/a.wav": "of train",
+        "test/a.wav": "of test",
+    }
+
+
+def test_text_files_and_file_names(tmp_path):
+    """x.txt beside x.wav; names only when asked for. Red when names are a silent last resort."""
+    for name in ("kick_drum-1.5", "snare"):
+        write_sound(tmp_path / "in" / f"{name}.flac")
+    (tmp_path / "in" / "snare.txt").write_bytes(b"\xef\xbb\xbfa snare\n")
+    sounds, log = read_all(data=str(tmp_path / "in"))
+    assert {name: sound.caption for name, sound in sounds.items()} == {"snare.flac": "a snare"}
+    assert log.left_out == {"sound without a caption": 1}
+    sounds, log = read_all(data=str(tmp_path / "in"), data_column="file_name")
+    assert sorted(sound.caption for sound in sounds.values()) == ["kick drum 1.5", "snare"] and not log.left_out
+
+
+def test_synth(tmp_path):
+    """The clips are synth_audio's own; unseen pairs are held out. Red when the split of unseen is None."""
+    sounds, log = read_all(data="synth", data_limit=12, clip_seconds=0.5)
+    assert list(sounds) == [f"synth/{i}" for i in range(12)] and not log.left_out
+    for i, sound in enumerate(sounds.values()):
+        clip = synth_audio.clip(i, seconds=0.5)
+        assert np.array_equal(sound.wav, clip.wav) and sound.caption == clip.caption
+        assert sound.attributes == clip.attributes
+        assert sound.split == ("val" if clip.attributes["unseen"] else None)
+    assert {sound.split for sound in sounds.values()} == {"val", None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decoding
+
+
+@pytest.mark.parametrize(
+    ("suffix", "rate", "options"),
+    [
+        ("wav", 8000, {"subtype": "PCM_U8"}),
+        ("wav", 44100, {"subtype": "PCM_24"}),
+        ("wav", 48000, {"subtype": "FLOAT"}),
+        ("flac", 22050, {}),
+        ("ogg", 32000, {}),
+        ("mp3", 16000, {}),
+        ("aiff", 11025, {}),
+    ],
+)
+def test_any_format_gives_the_same_wave(tmp_path, suffix, rate, options):
+    """Compared with the sine computed at 16 kHz. Red without the resampling, or with its rates exchanged."""
+    path = write_sound(tmp_path / f"a.{suffix}", tone(0.5, rate), rate, **options)
+    log = Log(pytest.fail)
+    wav = decode(path, "a", RATE, None, log)
+    assert wav.dtype == np.float32 and wav.ndim == 1 and abs(len(wav) - RATE / 2) <= 1
+    middle = slice(2000, 6000)
+    assert np.abs(wav[middle] - tone(0.5)[middle]).max() < (0.1 if suffix in ("ogg", "mp3") else 0.02)
+
+
+def test_eight_bit_by_the_standard_library(tmp_path):
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setnchannels(1), file.setsampwidth(1), file.setframerate(RATE)
+        file.writeframes(bytes([128, 192, 64, 0] * 100))
+    wav = decode(tmp_path / "a.wav", "a", RATE, None, Log(pytest.fail))
+    assert wav[:4].tolist() == [0.0, 0.5, -0.5, -1.0]
+
+
+def test_channels_are_mixed_and_long_sounds_cut(tmp_path):
+    """Red when one channel is taken for all, or when the cut is at the wrong rate."""
+    left, right = tone(1, 8000, 300), tone(1, 8000, 500)
+    path = write_sound(tmp_path / "a.wav", np.stack([left, right], 1), 8000)
+    log = Log(lambda line: None)
+    wav = decode(path, "a", 8000, 0.25, log)
+    assert np.allclose(wav, (left + right)[:2000] / 2, atol=1e-4)
+    assert log.altered == {"several channels mixed to one": 1, "cut to 0.25 s": 1}
+    log = Log(lambda line: None)
+    assert len(decode(path, "a", 8000, 1.0, log)) == 8000 and "cut to 1 s" not in log.altered
+
+
+def test_a_long_file_costs_no_more_than_its_part(tmp_path):
+    """Ten hours in a sparse file. Red when decode() reads the file whole."""
+    size = 10 * 3600 * 8000
+    head = b"RIFF" + struct.pack("<I", size + 36) + b"WAVEfmt " + struct.pack("<IHHIIHH", 16, 1, 1, 8000, 8000, 1, 8)
+    with open(tmp_path / "long.wav", "wb") as file:
+        file.write(head + b"data" + struct.pack("<I", size))
+        file.truncate(44 + size)
+    tracemalloc.start()
+    wav = decode(tmp_path / "long.wav", "long", 8000, 2.0, log := Log(lambda line: None))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(wav) == 16000 and log.altered == {"cut to 2 s": 1} and peak < 32e6
+
+
+def test_a_sound_written_into_a_pipe_is_whole(tmp_path):
+    """Its header announces 4 GB. Red without the bound in _cut_short."""
+    raw = bytearray(write_sound(tmp_path / "a.wav").read_bytes())
+    raw[40:44] = b"\xff" * 4
+    (tmp_path / "a.wav").write_bytes(raw)
+    assert len(decode(tmp_path / "a.wav", "a", RATE, None, Log(pytest.fail))) == 1600
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+def spoilt(folder: Path) -> dict[str, int]:
+    """A folder with everything that can be wrong with a sound or its caption; returns kind -> number."""
+    captions = {}
+
+    def sound(name: str, wav: np.ndarray | None = None, rate: int = RATE, **options) -> Path:
+        captions[name] = f"caption of {name}"
+        return write_sound(folder / name, wav, rate, **options)
+
+    sound("good.wav")
+    sound("silent.wav", np.zeros(1600, np.float32))
+    sound("whisper.wav", tone() * 1e-5, subtype="FLOAT")
+    sound("anti.wav", np.stack([tone(), -tone()], 1))
+    sound("nan.wav", np.where(np.arange(1600) == 800, np.nan, tone()), subtype="FLOAT")
+    sound("infinite.wav", np.where(np.arange(1600) == 800, np.inf, tone()), subtype="FLOAT")
+    sound("no samples.wav", np.zeros(0, np.float32))
+    sound("slow.wav", rate=500), sound("fast.wav", rate=2_000_000)
+    for name in ("cut.wav", "cut.flac", "cut.aiff", "cut.ogg", "cut.mp3"):
+        path = sound(name, tone(2))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for name, content in {"empty.wav": b"", "noise.wav": bytes(range(256)) * 9, "text.mp3": b"no sound " * 99}.items():
+        (folder / name).write_bytes(content)
+        captions[name] = name
+    write_sound(folder / "uncaptioned.wav")
+    sound("blank.wav")
+    captions["blank.wav"] = "  "
+    sound("surrogate.wav")
+    captions["surrogate.wav"] = "\ud800"
+    write_sound(folder.parent / "outside.wav")
+    captions |= {"absent.wav": "x", "../outside.wav": "x", str(folder / "good.wav"): "x", "C:\\a.wav": "x"}
+    captions["captions.jsonl"] = "not a sound"
+    sound("loud.wav", tone() * 4, subtype="FLOAT")
+    rows = [*captions.items(), ("good.wav", "another caption")]
+    (folder / "captions.jsonl").write_text("".join(json.dumps({"file": a, "text": b}) + "\n" for a, b in rows))
+    return {
+        "silent": 3, "samples that are no numbers": 2, "absurd sample rate": 2, "empty sound": 2, "truncated": 3,
+        "unreadable": 5, "sound without a caption": 1, "empty caption": 1, "caption that is not UTF-8": 1,
+        "caption without its sound": 1, "path outside the folder": 3, "second caption of a sound": 1,
+    }  # fmt: skip
+
+
+def test_bad_input_is_named_and_counted(tmp_path):
+    """Each kind by its name, nothing raised, nothing dropped unsaid.
+
+    Red without any one of the checks in decode() and _captions(): its sound then counts elsewhere or comes through.
+    """
+    expected = spoilt(tmp_path / "in")
+    lines = []
+    sounds, log = read_all(lines, data=str(tmp_path / "in"))
+    assert {name: sound.caption for name, sound in sounds.items()} == {
+        "good.wav": "caption of good.wav",
+        "loud.wav": "caption of loud.wav",
+    }
+    assert dict(log.left_out) == expected
+    assert log.altered == {"louder than full scale, turned down": 1}
+    assert np.abs(sounds["loud.wav"].wav).max() == 1.0
+    for kind, number in expected.items():
+        assert sum(f": {kind}" in line for line in lines) == number, kind
+    assert "data: 'nan.wav': samples that are no numbers: left out" in lines
+    assert all("\n" not in line and len(line) < 500 for line in lines)
+
+
+def test_the_first_of_a_kind_are_named_the_rest_counted(tmp_path):
+    """Red when NAMED is not compared, or close() says nothing."""
+    for number in range(17):
+        write_sound(tmp_path / "in" / f"{number:02d}.wav", np.zeros(99, np.float32))
+    write_sound(tmp_path / "in" / "good.wav")
+    lines: list[str] = []
+    sounds, log = read_all(lines, data=str(tmp_path / "in"), data_column="file_name")
+    assert list(sounds) == ["good.wav"] and log.left_out == {"silent": 17}
+    assert lines == [f"data: '{i:02d}.wav': silent: left out" for i in range(5)] + ["data: ... and 12 more: silent"]
+
+
+def test_a_file_that_vanishes_is_unreadable(tmp_path):
+    """Red when decode() looks at the file's size outside its try."""
+    log = Log(lambda line: None)
+    assert decode(tmp_path / "gone.wav", "gone", RATE, None, log) is None and log.left_out == {"unreadable": 1}
+
+
+@pytest.mark.parametrize(
+    ("files", "column", "words"),
+    [
+        ({}, "text", "no sounds found"),
+        ({"a.wav": None, "captions.csv": "file,caption\na.wav,x\n"}, "captoin", "line 2 has no column 'captoin', did"),
+        ({"a.wav": None, "captions.jsonl": '{"file": "a.wav", "text": 3}\n'}, "text", "holds int, not text"),
+        ({"a.wav": None, "captions.jsonl": "{\n"}, "text", r"captions\.jsonl line 1 is not JSON"),
+        ({"a.wav": None, "captions.jsonl": "[]\n"}, "text", "line 1 is not a JSON object"),
+        ({"a.wav": None, "captions.csv": "file,text\n" + "x" * 200_000}, "text", "line 1 is not csv"),
+        ({"a.wav": None, "captions.csv": b"file,text\na.wav,\xe4rger\n"}, "text", "is not UTF-8 .* save it as UTF-8"),
+        ({"a.wav": None, "a.csv": "", "b.jsonl": ""}, "text", r"captions in which of a\.csv, b\.jsonl"),
+    ],
+)  # fmt: skip
+def test_bad_folders_are_one_line(tmp_path, files, column, words):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, content in files.items():
+        if content is None:
+            write_sound(folder / name)
+        else:
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=words) as caught:
+        read_all(data=str(folder), data_column=column)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("stdlib", "holds no sounds.*--text_data=stdlib"),
+        ("/no/such/folder", "no such folder; one of synth"),
+        (__file__, "is a file"),
+        ("hf:", "lacks the dataset's name"),
+        ("~nosuchuser/x", "cannot be looked up"),
+    ],
+)
+def test_what_is_no_source_of_sounds(data, words):
+    with pytest.raises(UserError, match=words):
+        read_all(data=data)
+
+
+def test_missing_libraries_are_one_line(tmp_path, monkeypatch):
+    """Red when needed() lets the ImportError through."""
+    write_sound(tmp_path / "in" / "a.wav", rate=8000)
+    for module in ("soxr", "soundfile"):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UserError, match=rf"{module} is needed .*pip install .*audio"):
+            read_all(data=str(tmp_path / "in"), data_column="file_name")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hub datasets, read from local folders by the same library
+
+
+def write_parquet(path: Path, rows: list[dict]) -> None:
+    """As the hub's own datasets: encoded sounds inside, and the column marked as audio."""
+    import datasets
+
+    path.parent.mkdir(parents=True)
+    kinds = datasets.Features({"sound": datasets.Audio(), "caption": datasets.Value("string")})
+    table = pa.table({key: pa.array([row[key] for row in rows], kinds.arrow_schema.field(key).type) for key in kinds})
+    pq.write_table(table.replace_schema_metadata(kinds.arrow_schema.metadata), path)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+
+def test_hub_dataset_with_sounds_inside(tmp_path, hub_cache):
+    """Decoded by us: the original needs torchcodec. Red when Undecoded is datasets.Audio."""
+    raw = [write_sound(tmp_path / f"{i}.wav", tone(0.1, hertz=200 + 50 * i)).read_bytes() for i in range(4)]
+    raw[2] = b"no sound"
+    rows = [{"sound": {"bytes": data, "path": None}, "caption": f"tone {i}"} for i, data in enumerate(raw)]
+    rows += [{"sound": None, "caption": "nothing"}, {"sound": rows[0]["sound"], "caption": None}, rows[0]]
+    write_parquet(tmp_path / "set" / "train.parquet", rows)
+    lines = []
+    source = f"hf:{tmp_path / 'set'}"
+    sounds, log = read_all(lines, data=source, data_audio_column="sound", data_column="caption", data_limit=6)
+    name = source.removeprefix("hf:")
+    assert {key: sound.caption for key, sound in sounds.items()} == {f"{name}#{i}": f"tone {i}" for i in (0, 1, 3)}
+    for i in (0, 1, 3):
+        assert np.abs(sounds[f"{name}#{i}"].wav - tone(0.1, hertz=200 + 50 * i)).max() < 1e-4
+    assert log.left_out == {"unreadable": 1, "caption without its sound": 1, "empty caption": 1}
+    assert any("stopped after 6 sounds" in line for line in lines)
+    assert not list((base_dir() / "data").iterdir())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_hub_dataset_of_files(tmp_path, hub_cache, packed):
+    """An audiofolder, plain and in an archive. Red when only `bytes` are read, or only local paths."""
+    folder = tmp_path / "set"
+    for i in range(3):
+        write_sound(folder / f"{i}.wav")
+    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{i}.wav,tone {i}\n" for i in range(3)))
+    if packed:
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+            for path in sorted(folder.iterdir()):
+                archive.write(path, path.name)
+                path.unlink()
+        (tmp_path / "all.zip").rename(folder / "all.zip")
+    sounds, log = read_all(data=f"hf:{folder}")
+    assert sorted(sound.caption for sound in sounds.values()) == ["tone 0", "tone 1", "tone 2"] and not log.left_out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"data_column": "captoin", "data_audio_column": "sound"}, "'captoin', did you mean 'caption'.*--data_column"),
+        ({"data_column": "caption"}, "no sounds in column 'audio' .*sound.*--data_audio_column"),
+        ({"data_column": "caption", "data_audio_column": "caption"}, "no sounds in column 'caption'"),
+        ({"data_split": "nonsense"}, "nonsense"),
+    ],
+)  # fmt: skip
+def test_bad_hub_options(tmp_path, hub_cache, options, words):
+    raw = write_sound(tmp_path / "a.wav").read_bytes()
+    write_parquet(tmp_path / "set" / "train.parquet", [{"sound": {"bytes": raw, "path": None}, "caption": "a"}])
+    with pytest.raises(UserError, match=words) as caught:
+        read_all(data=f"hf:{tmp_path / 'set'}", **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_captions_without_sounds_say_how_to_supply_them(tmp_path, hub_cache):
+    """As MusicCaps: ids and times of videos. The folder that the message describes then works."""
+    (tmp_path / "set").mkdir()
+    row = {"ytid": "-0Gj8-vB1q4", "start_s": 30, "caption": "a low quality recording"}
+    (tmp_path / "set" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=r"captions but no sounds.*<ytid>\.wav beside a captions\.csv.*--data"):
+        read_all(data=f"hf:{tmp_path / 'set'}", data_column="caption")
+    write_sound(tmp_path / "clips" / "-0Gj8-vB1q4.wav")
+    (tmp_path / "clips" / "captions.csv").write_text(",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n")
+    sounds, _ = read_all(data=str(tmp_path / "clips"), data_column="caption")
+    assert Counter(sound.caption for sound in sounds.values()) == {"a low quality recording": 1}
+
+
+def test_no_network_is_one_line(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(Unreachable, match=r"not here and http://127\.0\.0\.1:9 cannot be reached"):
+        read_all(data="hf:some/sounds")
