@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.modality import Modality
 from nanochat.runtime import UserError, base_dir, first_line, fsync, print0, sha256_of
 from nanochat.tokenizer import Tokenizer
 
@@ -269,6 +270,10 @@ def model_config(metadata: dict) -> GPTConfig:
         _say_once("model_config has no tie_weights: taken as untied")
     elif saved["tie_weights"] and "use_output_projection" not in saved:
         _say_once("model_config has no use_output_projection: taken as False")
+    if "modalities" in saved:
+        if not isinstance(saved["modalities"], list):
+            raise UserError(f"model_config: modalities={saved['modalities']!r} is not a list")
+        saved = saved | {"modalities": tuple(map(Modality.read, saved["modalities"]))}
     for name, value in saved.items():
         kind = type(getattr(GPTConfig, name))  # of the field's default
         if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
@@ -305,6 +310,14 @@ def model_from_state(config: GPTConfig, state: dict[str, torch.Tensor], device, 
         model = GPT(config)
     model.to_empty(device=device)
     model.init_weights()
+    check_state(model, state, where)
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def check_state(model: GPT, state: dict[str, torch.Tensor], where) -> None:
+    """UserError that names a tensor which the model lacks, the state lacks, or which has another shape."""
+    config = model.config
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     for name in sorted(expected.keys() | state.keys()):
         if name not in state or name not in expected:
@@ -315,8 +328,6 @@ def model_from_state(config: GPTConfig, state: dict[str, torch.Tensor], device, 
             )
         if tuple(state[name].shape) != expected[name]:
             raise UserError(f"{where}: {name} has shape {tuple(state[name].shape)}, model_config says {expected[name]}")
-    model.load_state_dict(state, strict=True)
-    return model
 
 
 def check_tokenizer(tokenizer: Tokenizer, metadata: dict, where) -> None:

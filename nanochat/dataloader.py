@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from nanochat.dataset import Dataset
+from nanochat.modality import Vocabulary
 from nanochat.runtime import UserError, replacing, write_atomically
 from nanochat.settings import Say
 from nanochat.tokenizer import Tokenizer
@@ -35,7 +36,8 @@ SHARDS, DOCUMENTS, ROWS = range(3)  # what an order is drawn for
 class TokenStore:
     """One split of a dataset as token ids: <dataset>/tokens-<tokenizer hash8>/<shard>.bin, .npy and .json.
 
-    .bin: ids, uint16 or uint32, every document as BOS + its ids. .npy: offsets of the documents, int64 [documents + 1].
+    .bin: ids, uint16 or uint32, every document as BOS + its ids, behind the caption of a sound its `start`, codes and
+    `end`. .npy: offsets of the documents, int64 [documents + 1].
     .json: the index, written last: only with it, and only while sizes and the shard's hash agree, do the others count.
     The first process of each node makes what is missing, in a background thread, in the order it is required.
     """
@@ -46,22 +48,26 @@ class TokenStore:
         tokenizer: Tokenizer,
         split: str = "train",
         *,
+        vocabulary: Vocabulary | None = None,
         maker: bool | None = None,
         workers: int | None = None,
         patience_s: float = 1800,
         say: Say = print,
     ):
-        """maker: whether this process tokenises (None: local rank 0 does). workers: its threads (None: one a core, at
-        most 8). patience_s: how long the others wait for one shard. UserError: the split has no shards."""
+        """vocabulary: the model's, None for text alone. maker: whether this process tokenises (None: local rank 0
+        does). workers: its threads (None: one a core, at most 8). patience_s: how long the others wait for one shard.
+        UserError: the split has no shards, or its sounds are not in the vocabulary."""
         self.dataset, self.tokenizer, self.split, self.say = dataset, tokenizer, split, say
         self.paths = dataset.shards(split)
         if not self.paths:
             raise UserError(f"data {dataset.name} has no {split} shards: give more documents")
+        self.vocabulary = vocabulary or Vocabulary(tokenizer.vocab_size)
+        _check_sounds(dataset, self.vocabulary)
         self.maker = os.environ.get("LOCAL_RANK", "0") == "0" if maker is None else maker
         self.workers = workers or min(8, os.cpu_count() or 1)
         self.patience_s = patience_s
         self.directory = dataset.directory / f"tokens-{tokenizer.hash[:8]}"
-        self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+        self.dtype = np.dtype(np.uint16 if self.vocabulary.size <= 2**16 else np.uint32)
         self._sha256 = {entry["name"]: entry["sha256"] for entry in dataset.manifest["files"]}
         self._entries: dict[int, dict] = {}
         self._queue: list[int] = []
@@ -121,6 +127,8 @@ class TokenStore:
         """What the ids were made from. A damaged shard counts as damaged only until somebody touches it."""
         path = self.paths[shard]
         stamp = {"sha256": self._sha256[path.name], "size": path.stat().st_size}
+        if self.dataset.codec is not None:
+            stamp["audio"] = [self.vocabulary.first("audio"), self.vocabulary.modality("audio").start]
         return stamp if skipped is None else stamp | {"mtime_ns": path.stat().st_mtime_ns}
 
     def _wait(self, shard: int) -> dict:
@@ -209,10 +217,13 @@ class TokenStore:
         self._file(shard, ".json").unlink(missing_ok=True)  # from here on the old files do not count
         lengths = [0]
         with replacing(self._file(shard, ".bin")) as file:
-            for texts in _chunks(text for _, text in self.dataset.read(path)):
+            for texts, sounds in _chunks((text, codes) for _, text, codes, _ in self.dataset.read_clips(path)):
                 if not self._running():
                     raise RuntimeError("tokenising was stopped")
                 documents = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(texts, self.workers)]
+                for document, codes in zip(documents, sounds, strict=True):
+                    if codes is not None:
+                        document.extend(sound_ids(self.vocabulary, codes))
                 # not tofile(): it says nothing of a full disk
                 file.write(np.fromiter(itertools.chain.from_iterable(documents), self.dtype).tobytes())
                 lengths.extend(map(len, documents))
@@ -231,17 +242,38 @@ class TokenStore:
         write_atomically(self._file(shard, ".json"), json.dumps(index) + "\n")
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of texts of about CHUNK_CHARACTERS together."""
+def _chunks(documents: Iterable[tuple]) -> Iterator[tuple[tuple, tuple]]:
+    """(texts, codes) of documents of about CHUNK_CHARACTERS together."""
     chunk, size = [], 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
+    for text, codes in documents:
+        chunk.append((text, codes))
+        size += len(text) + (0 if codes is None else codes.size)
         if size >= CHUNK_CHARACTERS:
-            yield chunk
+            yield tuple(zip(*chunk, strict=True))
             chunk, size = [], 0
     if chunk:
-        yield chunk
+        yield tuple(zip(*chunk, strict=True))
+
+
+def sound_ids(vocabulary: Vocabulary, codes: np.ndarray) -> list[int]:
+    """`start`, the codes [T, Q] frame by frame, `end`."""
+    ids = vocabulary.ids_of("audio", codes).tolist()
+    return [vocabulary.modality("audio").start, *ids, vocabulary.end("audio")]
+
+
+def _check_sounds(dataset: Dataset, vocabulary: Vocabulary) -> None:
+    codec = dataset.codec
+    if codec is None:
+        return
+    wanted = f"--modalities=audio:{codec['codes']} --codebooks={codec['codebooks']}"
+    if "audio" not in vocabulary.names:
+        raise UserError(f"data {dataset.name} holds sounds, the model has no audio: set {wanted}")
+    audio = vocabulary.modality("audio")
+    if (audio.codebooks, audio.codes) != (codec["codebooks"], codec["codes"]):
+        raise UserError(
+            f"data {dataset.name} was coded with {codec['codebooks']} x {codec['codes']} codes, the model has "
+            f"{audio.codebooks} x {audio.codes}: set {wanted}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,13 +374,20 @@ class DataLoader:
         for i, row in enumerate(self.mine):
             self._read(*self._place(cursor + row), out=ids[i])
         # Copied by numpy: torch would start a second team of threads here, beside the one that trains.
-        halves = [torch.from_numpy(np.ascontiguousarray(half)) for half in (ids[:, :-1], ids[:, 1:])]
+        halves = [torch.from_numpy(np.ascontiguousarray(half)) for half in self._halves(ids)]
         if self.device.type == "cuda":
             halves = [half.pin_memory() for half in halves]
         inputs, targets = (half.to(self.device, non_blocking=True) for half in halves)
         epoch, place, _ = self._position(cursor + self.rows - 1)
-        tokens = self._first_ends[-1] if len(self._first_ends) > len(self.store.paths) else None
-        return inputs, targets, (epoch, place, tokens)
+        return inputs, targets, (epoch, place, self._seen())
+
+    def _seen(self) -> int | None:
+        """Tokens of an epoch, once all shards had to be looked at."""
+        return self._first_ends[-1] if len(self._first_ends) > len(self.store.paths) else None
+
+    def _halves(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of ids [rows, seq_len + 1] -> inputs and targets [rows, seq_len]."""
+        return ids[:, :-1], ids[:, 1:]
 
     # -- the order: pure functions of the seed and the numbers of tokens ----------------------------------------------
 

@@ -137,13 +137,14 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
         T = settings.max_seq_len
         per_token += config.n_head * ((T + CPU_BLOCK) / 2 if T > CPU_BLOCK else T) * (4 if wide else 6)
     count = model.num_parameters()
-    matrices = count["transformer"] + count["output_projection"]
+    matrices = count["transformer"] + count["experts"] + count["output_projection"]
     once = config.n_embd * size * (2 * config.smear + config.backout)
     activations = tokens * (config.n_layer * per_token + once) + (0 if wide else 2 * matrices)
 
     rows = min(tokens, CHUNK_ROWS.get(kind, CHUNK_ROWS_DEFAULT))
-    table = config.vocab_size * config.n_embd
-    logits = 5 * 4 * rows * config.vocab_size + tokens * config.n_embd * size + table * (4 if wide else 6)
+    ids = max(len(matrix) for _, matrix in model.output_weights())
+    table = ids * config.n_embd
+    logits = 5 * 4 * rows * ids + tokens * config.n_embd * size + table * (4 if wide else 6)
     return {
         "parameters": 4 * parameters,
         "gradients": 4 * parameters,
@@ -280,7 +281,7 @@ def tying_saves(settings: Settings) -> str:
 def parameter_table(settings: Settings) -> list[str]:
     """Lines `label  count  millions` with a header: one line a group of GPT.num_parameters, and the total."""
     count = meta_model(settings).num_parameters()
-    optional = {"value embeddings": "value_embeds", "gates and scalars": "scalars"}
+    optional = {"value embeddings": "value_embeds", "modality experts": "experts", "gates and scalars": "scalars"}
     labels = {
         "wte (tied with lm_head)" if settings.tie_weights else "wte": "wte",
         "lm_head": "lm_head",

@@ -433,6 +433,15 @@ class GPT(nn.Module):
             return sums
         return sums.sum() / (targets != IGNORED).sum().clamp(min=1) if loss_reduction == "mean" else sums.sum()
 
+    def count_targets(self, targets: torch.Tensor) -> torch.Tensor:
+        """How many of targets [B, T] count, for each modality: int64 [E]."""
+        return torch.bincount(self.head_of_id[targets[targets != IGNORED]], minlength=len(self.vocabulary.names))
+
+    def loss_by_modality(self, loss: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
+        """{"loss/audio": nats a target, ...} from a batch's parts of the mean loss [E]; {} for a text-only model."""
+        parts = zip(self.vocabulary.names, (loss * counts.sum()).tolist(), counts.tolist(), strict=True)
+        return {f"loss/{name}": part / n for name, part, n in parts if n} if self.config.modalities else {}
+
     def by_target(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[list[tuple], torch.Tensor | None]:
         """x [N, C], targets [N] -> for each modality (its targets' features, output matrix, targets within that).
 

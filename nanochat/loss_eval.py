@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nanochat.packing import inputs_and_targets
 from nanochat.runtime import UserError, write_atomically
 from nanochat.settings import Say
 
@@ -69,6 +70,50 @@ def bits_per_byte(
     if num_bytes == 0:
         raise UserError(f"nothing to score: {len(stream)} tokens hold no byte of text")
     return dict(bpb=nats / (math.log(2) * num_bytes), nats=nats, bytes=int(num_bytes), tokens=int(num_tokens))
+
+
+@torch.no_grad()
+def packed_losses(
+    model, packed, token_bytes: np.ndarray, *, rows: int, max_tokens: int | None = None, rank: int = 0,
+    world_size: int = 1, stop: Callable[[], bool] = never,
+) -> dict:  # fmt: skip
+    """Score captioned sounds, row by row: {"bpb": of all text, "<modality>": {"nats", "tokens"}, ...}.
+
+    packed: nanochat.packing.Rows, in their order, so that each sound has its caption before it. nats: the mean of a
+    target of that modality, its `end` included. The rest as in bits_per_byte; max_tokens counts positions.
+    """
+    device, names = model.device, packed.store.vocabulary.names
+    seq_len = packed.capacity - 1
+    total = len(packed) if max_tokens is None else min(len(packed), -(-max_tokens // seq_len))
+    mine = range(rank, total, world_size)
+    byte_table = np.zeros(packed.store.vocabulary.size, np.int64)
+    byte_table[: len(token_bytes)] = token_bytes
+    of_id = packed.store.vocabulary.table(by_expert=False).numpy()
+    nats, tokens, scored, num_bytes = np.zeros(len(names)), np.zeros(len(names)), 0.0, 0
+    was_training = model.training
+    model.eval()
+    for first in range(0, len(mine), rows):
+        if stop():
+            break
+        ids = np.full((rows, packed.capacity), -1, dtype=np.int64)
+        for place, row in enumerate(mine[first : first + rows]):
+            packed.read(row, ids[place])
+        inputs, targets = inputs_and_targets(ids, packed.store)
+        loss = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), loss_reduction="none")
+        loss, valid = loss.cpu().double().numpy(), targets >= 0
+        modality, lengths = of_id[targets[valid]], byte_table[targets[valid]]
+        nats += np.bincount(modality, loss[valid], len(names))
+        tokens += np.bincount(modality, minlength=len(names))
+        scored += loss[valid][lengths > 0].sum()
+        num_bytes += lengths.sum()
+    model.train(was_training)
+    sums = sum_over_ranks([*nats, *tokens, scored, num_bytes], device, world_size, stop())
+    *both, scored, num_bytes = sums
+    pairs = zip(names, both[: len(names)], both[len(names) :], strict=True)
+    if num_bytes == 0:
+        raise UserError("nothing to score: the held-out rows hold no byte of text")
+    losses = {name: dict(nats=total / count, tokens=int(count)) for name, total, count in pairs if count}
+    return dict(bpb=scored / (math.log(2) * num_bytes), **losses)
 
 
 class CutShort(Exception):

@@ -13,17 +13,18 @@ from nanochat.settings import Settings
 def accumulate(
     model, inputs: torch.Tensor, targets: torch.Tensor, rows: int, valid: torch.Tensor
 ) -> torch.Tensor | None:
-    """Forward and backward of `rows` rows at a time; the summed loss over `valid` targets, or None without memory.
+    """Forward and backward of `rows` rows at a time; the loss over `valid` targets, or None without memory.
 
     inputs, targets int64 [rows of this rank, T]; valid: targets that count in the global batch, a scalar tensor.
+    Returns each modality's part of the loss, [E]: their sum is the loss.
     Gradients are left in the parameters; after None they are not of use.
     """
-    loss = torch.zeros((), device=inputs.device)
+    loss = torch.zeros((), device=inputs.device)  # of as many modalities as the model says
     try:
         for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
-            micro_loss = model(x, y, loss_reduction="sum") / valid.clamp(min=1)
-            micro_loss.backward()
-            loss += micro_loss.detach()
+            micro_loss = model(x, y, loss_reduction="modalities") / valid.clamp(min=1)
+            micro_loss.sum().backward()
+            loss = loss + micro_loss.detach()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

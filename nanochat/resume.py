@@ -27,8 +27,8 @@ from nanochat.settings import FIELDS, Settings, checked, validate
 CHANGEABLE = {
     "num_iterations", "target_flops", "target_param_data_ratio", "eval_every", "eval_tokens", "core_metric_every",
     "core_metric_max_per_task", "sample_every", "save_every", "keep_last", "log_rows", "device_type", "dtype",
-    "compile", "device_batch_size", "wandb_mode", "run", "overwrite", "skip_corrupt", "ignore_lock", "deterministic",
-    "rank_timeout",
+    "compile", "route", "device_batch_size", "wandb_mode", "run", "overwrite", "skip_corrupt", "ignore_lock",
+    "deterministic", "rank_timeout",
 }  # fmt: skip
 
 
@@ -150,6 +150,23 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
         print0(f"new horizon ({', '.join(horizon)}): the warmdown is recomputed for it")
     merged = dataclasses.replace(merged, **{name: changed[name] for name in changed.keys() & CHANGEABLE})
     return validate(merged, world_size_from_env())
+
+
+def begin_from(tag: str, model, tokenizer) -> None:
+    """Weights of the tag's newest whole step, for a new run: nothing else of it."""
+    tag_dir, step = checkpoints.find_checkpoint(tag, None)
+    state, _, metadata = checkpoints.load_checkpoint(tag_dir, step)
+    where = checkpoints.step_dir(tag_dir, step)
+    checkpoints.check_tokenizer(tokenizer, metadata, where)
+    saved = checkpoints.model_config(metadata)
+    mine = dataclasses.asdict(model.config)
+    there = dataclasses.asdict(dataclasses.replace(saved, sequence_len=model.config.sequence_len))
+    if differing := [name for name in mine if there[name] != mine[name]]:
+        told = ", ".join(f"{name}={there[name]!r} there, {mine[name]!r} here" for name in differing)
+        raise UserError(f"init_from={tag!r} holds another model than the settings describe: {told}")
+    checkpoints.check_state(model, state, where)
+    model.load_state_dict(state)
+    print0(f"beginning with the weights of {where}")
 
 
 def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, dataset) -> RunState:

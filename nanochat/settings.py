@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nanochat.modality import RESERVED, modalities_of
 from nanochat.runtime import UserError
 
 GROUPS = ("run", "data", "model", "modalities", "horizon", "optimizer", "evaluation", "checkpoints")
@@ -140,7 +141,7 @@ class Settings:
     )  # fmt: skip
     codec: str = setting(
         "frame",
-        "sound to codes: frame, pitch, mdct (fitted on the data); encodec:<hub name or folder>; or the name of a fitted one",
+        "sound to codes: frame, pitch, mdct (fitted on the data); encodec:<hub name or folder>; a fitted one's name",
         "modalities",
         when=("modalities", ON),
     )
@@ -336,11 +337,16 @@ class Settings:
             name, _, number = part.strip().partition(":")
             legal = number.isascii() and number.isdigit() and 1 < int(number) <= 1_000_000
             if not re.fullmatch("[a-z][a-z0-9]*", name) or name == "text" or name in codes or not legal:
-                raise UserError(
+                raise IllegalCombination(
+                    "modalities",
+                    "audio:2048",
                     f"modalities={shown(self.modalities)}: {part.strip()!r} is not name:codes with a new lower-case "
-                    "name and 2 to 1000000 codes, as in audio:2048"
+                    "name and 2 to 1000000 codes, as in audio:2048",
                 )
             codes[name] = int(number)
+        if len(codes) > RESERVED:
+            message = f"modalities={shown(self.modalities)}: there are {RESERVED} reserved ids to start them with"
+            raise IllegalCombination("modalities", "audio:2048", message)
         return codes
 
     def model_arguments(self, vocab_size: int | None = None) -> dict:
@@ -363,7 +369,19 @@ class Settings:
             smear=self.smear,
             residual_scalars=self.residual_scalars,
             backout=self.backout and self.depth > 2,  # else the middle block is the last: lambda would have no effect
+            **(self._modality_arguments(vocab_size or self.vocab_size) if self.modalities else {}),
         )
+
+    def _modality_arguments(self, vocab_size: int) -> dict:
+        modalities = modalities_of(self, vocab_size)
+        return dict(modalities=modalities, untie=self.untie, output_layers=self.output_layers)
+
+    @property
+    def counted_modalities(self) -> tuple[str, ...] | None:
+        """Names of the modalities whose targets count in the loss; None for all."""
+        if self.loss_modalities == "all":
+            return None
+        return tuple(name.strip() for name in self.loss_modalities.split(","))
 
     def batch_plan(self, world_size: int = 1) -> tuple[int, int]:
         """(rows of one micro-batch, micro-batches a step) of each rank; UserError names the nearest legal values."""
@@ -505,8 +523,33 @@ def validate(settings: Settings, world_size: int = 1) -> Settings:
         raise IllegalCombination(
             "target_param_data_ratio", 20.0, "no horizon: set num_iterations, target_flops or target_param_data_ratio"
         )
+    _validate_modalities(settings)
     settings.batch_plan(world_size)
     return settings
+
+
+def _validate_modalities(settings: Settings) -> None:
+    names = ("text", *settings.modality_codes())
+    if "audio" not in names:
+        if settings.data == "synth":
+            raise IllegalCombination(
+                "modalities", "audio:512", "data=synth is captioned sounds: set modalities=audio:512, or other data"
+            )
+        return
+    if wrong := [name for name in settings.counted_modalities or () if name not in names]:
+        raise IllegalCombination(
+            "loss_modalities", "all",
+            f"loss_modalities={settings.loss_modalities!r}: no modality {wrong[0]!r} among {', '.join(names)}",
+        )  # fmt: skip
+    if settings.codec == "pitch" and settings.codebooks < 2:
+        raise IllegalCombination(
+            "codebooks", 2, "codec=pitch codes the pitch and the rest apart: codebooks must be at least 2"
+        )
+    if settings.route == "grouped" and settings.untie != "none" and settings.expert_dim not in (None, settings.n_embd):
+        raise IllegalCombination(
+            "expert_dim", settings.n_embd,
+            f"route=grouped needs experts of one width: expert_dim={settings.expert_dim} is not {settings.n_embd}",
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,15 +17,13 @@ import torch.distributed as dist
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import schedule
 from nanochat.config_file import as_dict, differences, from_command_line, render_config
-from nanochat.dataloader import DataLoader, TokenStore
-from nanochat.dataset import Dataset, prepare_for
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.guard import MAX_BAD_STEPS, StepGuard
-from nanochat.loss_eval import CutShort, bits_per_byte
+from nanochat.loss_eval import CutShort
 from nanochat.micro_batches import accumulate, is_out_of_memory, naming_the_batch_that_fits, smaller
 from nanochat.optim import build_optimizer, weight_norms
 from nanochat.progress import Progress, duration
-from nanochat.resume import RunState, begun_by_this_launcher, note_launcher, restore, settle
+from nanochat.resume import RunState, begin_from, begun_by_this_launcher, note_launcher, restore, settle
 from nanochat.run_lock import run_lock
 from nanochat.runtime import (
     Compute,
@@ -47,8 +45,9 @@ from nanochat.runtime import (
 from nanochat.saver import BackgroundSaver
 from nanochat.settings import Settings
 from nanochat.stop_signals import StopSignals
-from nanochat.tokenizer import Tokenizer, find_or_train
+from nanochat.tokenizer import Tokenizer
 from nanochat.tracker import MetricsLog, last_event, open_tracker
+from nanochat.training_data import batches, held_out_measure, prepare_data
 from scripts.base_eval import evaluate_suite
 
 EXIT_CODES = {"done": 0, "nonfinite": 3, "preempted": 85}
@@ -80,11 +79,8 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     # -- data and tokenizer -------------------------------------------------------------------------------------------
     print0(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
     dataset, tokenizer = prepare_data(settings, compute)
-    store = TokenStore(dataset, tokenizer, "train", say=print0)
-    held_out = TokenStore(dataset, tokenizer, "val", say=print0).stream()
-    loader = DataLoader(
-        store, settings.rows, settings.max_seq_len, settings.seed, compute.rank, compute.world_size, compute.device
-    )
+    loader = batches(settings, dataset, tokenizer, compute)
+    held_out = held_out_measure(settings, dataset, tokenizer, compute)
     micro_rows, accumulation = settings.batch_plan(compute.world_size)
 
     # -- model and optimizer ------------------------------------------------------------------------------------------
@@ -93,13 +89,15 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         model = GPT(config)
     model.to_empty(device=compute.device)
     model.init_weights(settings.tied_init_std)
-    model.compute_dtype = compute.dtype
+    model.compute_dtype, model.route = compute.dtype, settings.route
     optimizer = build_optimizer(model, settings, compute.dtype, compute.rank, compute.world_size)
     steps = schedule.num_iterations(settings, model.num_matmul_parameters(), model.flops_per_token())
     tag_dir = checkpoints.checkpoints_dir() / settings.tag
     run = RunState()
     if resume_step is not None:
         run = restore(tag_dir, resume_step, model, optimizer, loader, tokenizer, dataset)
+    elif settings.init_from:
+        begin_from(settings.init_from, model, tokenizer)
     peak = peak_flops(compute) * compute.world_size
     model.uncompile()  # the compiled loss would outlive an earlier run in this process
     compile_seconds = compile_model(model, micro_rows) if settings.compile else 0.0
@@ -161,12 +159,10 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     def evaluate(last: bool) -> None:
         ranks = dict(rank=compute.rank, world_size=compute.world_size, stop=lambda: signals.requested is not None)
         if last or schedule.is_due(settings.eval_every, run.step):
-            measured = bits_per_byte(
-                model, held_out, tokenizer.token_bytes, rows=settings.device_batch_size, seq_len=settings.max_seq_len,
-                max_tokens=settings.eval_tokens, **ranks,
-            )  # fmt: skip
-            run.note_val_bpb(measured["bpb"])
-            log.write(run.step, event="eval", val_bpb=run.val_bpb, **weight_norms(model, optimizer))
+            measured = held_out(model, stop=ranks["stop"])
+            run.note_val_bpb(measured.pop("bpb"))
+            further = {f"val_loss/{name}": part["nats"] for name, part in measured.items()}  # of several modalities
+            log.write(run.step, event="eval", val_bpb=run.val_bpb, **further, **weight_norms(model, optimizer))
         if schedule.is_due(settings.core_metric_every, run.step):
             # CORE where its bundle is at hand, else the offline suite; empty without any item
             scores = evaluate_suite(model, tokenizer, dataset, settings.core_metric_max_per_task, **ranks)
@@ -208,9 +204,10 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             # -- one step: loss and gradients of the global batch, their sum over the ranks, the update
             start = time.perf_counter()
             inputs, targets = loader.next()  # this rank's rows of the global batch, [rows / ranks, T]
-            valid = (targets != -100).sum()
+            counts = model.count_targets(targets)  # of each modality, [E]
             if compute.world_size > 1:
-                dist.all_reduce(valid)
+                dist.all_reduce(counts)
+            valid = counts.sum()
             loss = accumulate(model, inputs, targets, micro_rows, valid)
             while compute.agreed(loss is None):  # no memory on some rank: all try the same batch in smaller parts
                 model.zero_grad(set_to_none=True)
@@ -230,7 +227,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
                     group["weight_decay"] = schedule.weight_decay(settings, run.step, steps)
             with naming_the_batch_that_fits(settings, compute.world_size):
                 grad_norm, group_norms = optimizer.reduce_gradients()
-                loss_value = loss.item()
+                loss_value = loss.sum().item()
                 good = guard.look(run.step + 1, loss_value, grad_norm, group_norms)  # the same sums on all ranks
                 if good:
                     optimizer.step(schedule.clip_scale(grad_norm, settings.grad_clip))
@@ -267,6 +264,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
                 lr=multiplier * settings.matrix_lr, lr_multiplier=multiplier, grad_norm=grad_norm,
                 tok_per_sec=tok_per_sec, mfu=tok_per_sec * model.flops_per_token() / peak, mem_mb=memory_mb(compute),
                 epoch=loader.epoch, **{f"norm/grad_{name}": value for name, value in group_norms.items()},
+                **model.loss_by_modality(loss, counts),
             )  # fmt: skip
             progress.update(
                 run.step, run.smooth_loss or loss_value, run.val_bpb, settings.total_batch_size / pace,
@@ -294,16 +292,6 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         return finish(settings, run, log, rows_log, stopped)
 
 
-def prepare_data(settings: Settings, compute: Compute) -> tuple[Dataset, Tokenizer]:
-    """Dataset and tokenizer; what is missing is made by rank 0, then found by all, or made once on nodes apart."""
-    for turn in (compute.rank == 0, compute.local_rank == 0 and compute.rank != 0, compute.local_rank != 0):
-        if turn:
-            dataset = prepare_for(settings, say=print0)
-            tokenizer = find_or_train(settings, dataset, say=print0)
-        compute.barrier(patient=True)
-    return dataset, tokenizer
-
-
 def compile_model(model: GPT, rows: int) -> float:
     """Compile and try one forward and backward on zeros; a compiler that fails is said and left out. Seconds taken."""
     start = time.perf_counter()
@@ -329,7 +317,8 @@ def compile_model(model: GPT, rows: int) -> float:
 def print_samples(model: GPT, tokenizer: Tokenizer) -> None:
     from nanochat.engine import generate
 
-    new = generate(model, [tokenizer.bos_id], 48, temperature=0.8, top_k=50, stop=(tokenizer.bos_id,))[0]
+    stop = (tokenizer.bos_id, *(m.start for m in model.config.modalities))
+    new = generate(model, [tokenizer.bos_id], 48, temperature=0.8, top_k=50, stop=stop)[0]
     print0(f"sample: {tokenizer.decode(new)!r}")
 
 
