@@ -204,10 +204,10 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             # -- one step: loss and gradients of the global batch, their sum over the ranks, the update
             start = time.perf_counter()
             inputs, targets = loader.next()  # this rank's rows of the global batch, [rows / ranks, T]
-            counts = model.count_targets(targets)  # of each modality, [E]
+            scored = model.count_targets(targets)  # of each modality, [E]
             if compute.world_size > 1:
-                dist.all_reduce(counts)
-            valid = counts.sum()
+                dist.all_reduce(scored)
+            valid = scored.sum()
             loss = accumulate(model, inputs, targets, micro_rows, valid)
             while compute.agreed(loss is None):  # no memory on some rank: all try the same batch in smaller parts
                 model.zero_grad(set_to_none=True)
@@ -264,7 +264,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
                 lr=multiplier * settings.matrix_lr, lr_multiplier=multiplier, grad_norm=grad_norm,
                 tok_per_sec=tok_per_sec, mfu=tok_per_sec * model.flops_per_token() / peak, mem_mb=memory_mb(compute),
                 epoch=loader.epoch, **{f"norm/grad_{name}": value for name, value in group_norms.items()},
-                **model.loss_by_modality(loss, counts),
+                **model.loss_by_modality(loss, scored),
             )  # fmt: skip
             progress.update(
                 run.step, run.smooth_loss or loss_value, run.val_bpb, settings.total_batch_size / pace,
