@@ -11,7 +11,7 @@ import torch
 SAMPLE_RATE = 16000
 HOP = 320  # samples from frame to frame
 WINDOW = 2048  # samples; 128 ms tell two low semitones apart
-FLOOR = 2e-5  # amplitude (1.0 is full scale) under which log spectra are flat: -94 dB
+FLOOR = 5e-4  # amplitude (1.0 is full scale) under which log spectra are flat: quiet noise should not cost codes
 
 
 def frames(wavs: torch.Tensor, window: int) -> torch.Tensor:
