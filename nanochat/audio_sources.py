@@ -152,11 +152,10 @@ def _synth(limit: int, seconds: float) -> SoundSource:
 
 def _folder(root: Path, data: str, column: str, seconds: float | None) -> SoundSource:
     """Sounds below a folder, each called by its relative path, with captions from tables or from x.txt beside x.wav."""
-    kinds = SOUND_SUFFIXES + TABLE_SUFFIXES + (".txt",)
-    hidden = sources._hidden
-    files = sources._walk(root, lambda name: name.lower().endswith(kinds) and not hidden(Path(name).name), hidden)
+    files = sources._walk(root, lambda name: not sources._hidden(Path(name).name), sources._hidden)
     if not any(name.lower().endswith(SOUND_SUFFIXES) for name, _ in files):
-        raise UserError(f"data={data}: no sounds found in the folder, none of {' '.join(SOUND_SUFFIXES)}")
+        raise UserError(f"data={data}: no sounds among {len(files)} files, none of {' '.join(SOUND_SUFFIXES)}")
+    read = [file for file in files if file[0].lower().endswith(SOUND_SUFFIXES + TABLE_SUFFIXES + (".txt",))]
     absolute = root.resolve()
     advice = (
         "each sound needs a caption: a table captions.csv or captions.jsonl (file name first, caption in the column "
@@ -168,7 +167,7 @@ def _folder(root: Path, data: str, column: str, seconds: float | None) -> SoundS
         sources._printable(absolute.name),
         f"column {column}",
         "not known: your own files",
-        [column, seconds, sources._stat_all(files)],
+        [column, seconds, sources._stat_all(read)],
         lambda log: _folder_items(data, dict(files), column, seconds, log),
         advice,
     )
@@ -216,14 +215,15 @@ def _captions(data: str, files: dict[str, Path], names: list[str], column: str, 
             elif not name:
                 log.leave_out("caption without its sound", given)
             elif name not in known:
-                log.leave_out("unreadable", name, f"none of {' '.join(SOUND_SUFFIXES)}")
+                log.leave_out("caption of a file that is no sound", name)
             elif name in found:
                 log.leave_out("second caption of a sound", name)
             else:
                 found[name] = caption
     for name in [name for name in beside if name not in found]:
-        # bytes that are no UTF-8 become lone surrogates, which usable() knows
-        found[name] = files[beside[name]].read_bytes().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+        with reading(path := files[beside[name]]):
+            # bytes that are no UTF-8 become lone surrogates, which usable() knows
+            found[name] = path.read_text("utf-8", "surrogateescape").removeprefix("\ufeff")
     return found
 
 

@@ -186,19 +186,17 @@ def read_clips(shard: Path, codec: dict | None) -> Iterator[tuple[str, str, np.n
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=["name", "text", "codes", "attributes"])
             for name, text, flat, attributes in zip(*table.columns, strict=True):
-                codes = flat.values.to_numpy().astype(np.int64) if flat.is_valid else None
-                if codes is not None:
-                    if codes.size % codec["codebooks"] or not codes.size:
-                        raise Corrupt(
-                            f"{shard} document {name}: {codes.size} codes are no frames of {codec['codebooks']}"
-                        )
-                    if not 0 <= codes.min() <= codes.max() < codec["codes"]:
-                        raise Corrupt(
-                            f"{shard} document {name}: codes {codes.min()}..{codes.max()} are outside "
-                            f"0..{codec['codes'] - 1}"
-                        )
-                    codes = codes.reshape(-1, codec["codebooks"])
+                codes = _frames(flat.values.to_numpy(), codec, f"{shard} document {name}") if flat.is_valid else None
                 yield name.as_py(), text.as_py(), codes, json.loads(attributes.as_py() or "null")
+
+
+def _frames(codes: np.ndarray, codec: dict, where: str) -> np.ndarray:
+    """[T * Q] as int64 [T, Q]; Corrupt unless these are whole frames of legal codes."""
+    if codes.size % codec["codebooks"] or not codes.size:
+        raise Corrupt(f"{where}: {codes.size} codes are no frames of {codec['codebooks']}")
+    if not 0 <= codes.min() <= codes.max() < codec["codes"]:
+        raise Corrupt(f"{where}: codes {codes.min()}..{codes.max()} are outside 0..{codec['codes'] - 1}")
+    return codes.astype(np.int64).reshape(-1, codec["codebooks"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -87,10 +87,10 @@ def test_tables(tmp_path, name, columns, column, mark, suffix):
 
 
 def test_the_file_name_column_need_not_be_first_and_tables_lie_in_subfolders(tmp_path):
-    """Red when a table's file names are taken relative to the root, or the first column wins over file_name."""
+    """Red when a table's file names are relative to the root, the first column wins, or a BOM joins its name."""
     for split in ("train", "test"):
         write_sound(tmp_path / "in" / split / "a.wav")
-        (tmp_path / "in" / split / "metadata.csv").write_text(f"text,file_name\nof {split},a.wav\n")
+        (tmp_path / "in" / split / "metadata.csv").write_text(f"\ufefftext,file_name\nof {split},a.wav\n")
     sounds, _ = read_all(data=str(tmp_path / "in"))
     assert {name: sound.caption for name, sound in sounds.items()} == {
         "train/a.wav": "of train",
@@ -223,13 +223,17 @@ def spoilt(folder: Path) -> dict[str, int]:
     captions["surrogate.wav"] = "\ud800"
     write_sound(folder.parent / "outside.wav")
     captions |= {"absent.wav": "x", "../outside.wav": "x", str(folder / "good.wav"): "x", "C:\\a.wav": "x"}
-    captions["captions.jsonl"] = "not a sound"
+    (folder / "song.m4a").write_bytes(b"of a kind that is not read")
+    captions |= {"captions.jsonl": "not a sound", "song.m4a": "not one for us"}
+    write_sound(folder / "latin.wav")
+    (folder / "latin.txt").write_bytes(b"\xe4rger")
     sound("loud.wav", tone() * 4, subtype="FLOAT")
     rows = [*captions.items(), ("good.wav", "another caption")]
     (folder / "captions.jsonl").write_text("".join(json.dumps({"file": a, "text": b}) + "\n" for a, b in rows))
     return {
         "silent": 3, "samples that are no numbers": 2, "absurd sample rate": 2, "empty sound": 2, "truncated": 3,
-        "unreadable": 5, "sound without a caption": 1, "empty caption": 1, "caption that is not UTF-8": 1,
+        "unreadable": 4, "caption of a file that is no sound": 2, "sound without a caption": 1, "empty caption": 1,
+        "caption that is not UTF-8": 2,
         "caption without its sound": 1, "path outside the folder": 3, "second caption of a sound": 1,
     }  # fmt: skip
 
@@ -275,7 +279,7 @@ def test_a_file_that_vanishes_is_unreadable(tmp_path):
 @pytest.mark.parametrize(
     ("files", "column", "words"),
     [
-        ({}, "text", "no sounds found"),
+        ({}, "text", "no sounds among 0 files"),
         ({"a.wav": None, "captions.csv": "file,caption\na.wav,x\n"}, "captoin", "line 2 has no column 'captoin', did"),
         ({"a.wav": None, "captions.jsonl": '{"file": "a.wav", "text": 3}\n'}, "text", "holds int, not text"),
         ({"a.wav": None, "captions.jsonl": "{\n"}, "text", r"captions\.jsonl line 1 is not JSON"),
@@ -342,7 +346,7 @@ def hub_cache(tmp_path, monkeypatch):
 
 
 def test_hub_dataset_with_sounds_inside(tmp_path, hub_cache):
-    """Decoded by us: the original needs torchcodec. Red when Undecoded is datasets.Audio."""
+    """Red when the bytes inside are not read, the limit is off by one, or a row without a sound is an error."""
     raw = [write_sound(tmp_path / f"{i}.wav", tone(0.1, hertz=200 + 50 * i)).read_bytes() for i in range(4)]
     raw[2] = b"no sound"
     rows = [{"sound": {"bytes": data, "path": None}, "caption": f"tone {i}"} for i, data in enumerate(raw)]
@@ -362,7 +366,7 @@ def test_hub_dataset_with_sounds_inside(tmp_path, hub_cache):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_hub_dataset_of_files(tmp_path, hub_cache, packed):
-    """An audiofolder, plain and in an archive. Red when only `bytes` are read, or only local paths."""
+    """An audiofolder, plain and in an archive. Red when only local paths are read, or with datasets.Audio itself."""
     folder = tmp_path / "set"
     for i in range(3):
         write_sound(folder / f"{i}.wav")
