@@ -75,10 +75,8 @@ def _documents(
     log = Log(say, counts)
     items = sounds.fetch(log)
     counts["files"] = len(items)
-    if settings.codec in audio.KINDS:
-        codec = _fitted(settings, sounds, items, codes, log)
-    else:
-        codec = audio.open_codec(settings.codec, settings.codebooks, codes)
+    opened = audio.open_codec(settings.codec, settings.codebooks, codes)
+    codec = opened or _fitted(settings, sounds, items, codes, log)
     manifest["codec"] = _kept(codec)
     clips: Counter = Counter()  # by split
 

@@ -33,8 +33,8 @@ def base(tmp_path, monkeypatch):
 
 
 def a_sound(number: int) -> np.ndarray:
-    """0.2 s, or 0.3 s for every fifth, of two partials and noise."""
-    time = np.arange(RATE * (3 if number % 5 == 0 else 2) // 10) / RATE
+    """0.23 s, or 0.3 s for every fifth, of two partials and noise."""
+    time = np.arange(4800 if number % 5 == 0 else 3680) / RATE
     noise = np.random.default_rng(number).normal(0, 0.05, len(time))
     return 0.3 * np.sin(2 * np.pi * (200 + 20 * number) * time) + 0.1 * np.sin(7000 * time) + noise
 
@@ -112,9 +112,14 @@ def test_many_codes_take_wider_integers(tmp_path):
 
 
 def test_synth_keeps_attributes_and_its_split(monkeypatch):
-    """Red when an unseen pair is trained on, or attributes are dropped."""
+    """Red when an unseen pair is trained on, or heard by the codec that is fitted, or attributes are dropped."""
     from nanochat.synth_audio import clip
 
+    heard = []
+    fit = audio.fit_codec
+    monkeypatch.setattr(
+        audio, "fit_codec", lambda kind, wavs, *rest, **more: heard.append(wavs) or fit(kind, wavs, *rest)
+    )
     data = prepare_for(settings_of("synth", data_limit=40, clip_seconds=0.2), say=len)
     assert data.name.startswith("synth-mdct-2x16-")
     for split in ("train", "val"):
@@ -122,13 +127,14 @@ def test_synth_keeps_attributes_and_its_split(monkeypatch):
             made = clip(int(name.rpartition("/")[2]), seconds=0.2)
             assert (text, attributes, len(codes)) == (made.caption, made.attributes, 10)
             assert (split == "val") == (attributes["unseen"] or held_out(name))
+    assert len(heard[0]) == len(clips_of(data, "train"))
     unseen = [attributes["unseen"] for *_, attributes in clips_of(data, "val")]
     assert sum(unseen) == sum(entry["unseen"] for entry in data.entries("val")) > 0
     assert sum(entry["unseen"] for entry in data.entries("train")) == 0
 
 
 def test_the_codec_learns_from_a_bounded_part_of_the_training_sounds(folder, monkeypatch):
-    """Red when held-out sounds are fitted on, when they come in the order of the files, or without the bound."""
+    """Red when _split and held_out are not asked, when sounds come in the order of the files, or without the bound."""
     heard = []
     fit = audio.fit_codec
 
@@ -147,7 +153,7 @@ def test_the_codec_learns_from_a_bounded_part_of_the_training_sounds(folder, mon
         room -= len(expected[-1])
         if not room:
             break
-    assert len(expected) < 6 and sum(map(len, heard[0])) == RATE
+    assert len(expected) < len(train) and len(expected[-1]) < 3680 and sum(map(len, heard[0])) == RATE
     for wav, wanted in zip(heard[0], expected, strict=True):
         assert np.abs(wav - wanted).max() < 1e-4
 
@@ -156,11 +162,12 @@ def test_a_fitted_codec_can_be_named(folder, monkeypatch):
     """Opened, not fitted. Red when open_codec's codec is replaced by a new fit."""
     first = prepare_for(settings_of(folder), say=len)
     monkeypatch.setattr(audio, "fit_codec", None)
-    monkeypatch.setattr(audio, "open_codec", lambda name, *_: audio.load_codec(base_dir() / name), raising=False)
-    named = first.manifest["codec"]["directory"]
-    again = prepare_for(settings_of(folder, codec=named), say=len)
-    assert again.codec == first.codec and again.directory != first.directory
-    assert again.fingerprint["sha256"] == first.fingerprint["sha256"]
+    for named in (Path(first.codec["directory"]).name, first.codec["directory"]):
+        again = prepare_for(settings_of(folder, codec=named), say=len)
+        assert again.codec == first.codec and again.directory != first.directory
+        assert again.fingerprint["sha256"] == first.fingerprint["sha256"]
+    with pytest.raises(UserError, match="2"):
+        prepare_for(settings_of(folder, codec=named, codebooks=1), say=len)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,9 +195,10 @@ def test_an_unchanged_source_is_only_opened(folder, monkeypatch):
     ],
 )
 def test_other_settings_give_another_folder(folder, corpus, change):
-    """Red when a setting is left out of the folder's name and state."""
+    """Red when a setting is left out of both the folder's name and its state."""
     change = {key: str(corpus) if value == "TEXT" else value for key, value in change.items()}
-    first = prepare_for(settings_of(folder), say=len)
+    before = {"text_data": str(corpus)} if "text_share" in change else {}
+    first = prepare_for(settings_of(folder, **before), say=len)
     other = prepare_for(settings_of(folder, **change), say=len)
     assert other.directory != first.directory and other.fingerprint["sha256"] != first.fingerprint["sha256"]
     assert prepare_for(settings_of(folder, **change), say=pytest.fail).directory == other.directory
