@@ -52,10 +52,12 @@ def save_checkpoint(
     metadata: dict,
     rank: int = 0,
     tokenizer: Tokenizer | None = None,
+    codec=None,
 ) -> Path | None:
     """Write one step atomically; only rank 0 writes. Returns its folder.
 
     model_state and optimizer_state: whole tensors by name. metadata: JSON values (step, settings, model_config, ...).
+    tokenizer and codec (of nanochat.audio) are copied into the folder.
     A folder of this name that is already there is moved aside, never deleted. Raises OSError (a full disk), leaving
     nothing behind but the earlier steps.
     """
@@ -72,6 +74,8 @@ def save_checkpoint(
             _save_tensors(optimizer_state, temporary / "optimizer.safetensors")
         if tokenizer is not None:
             tokenizer.save(temporary / "tokenizer")
+        if codec is not None:
+            codec.save(temporary / "codec")
         (temporary / "state.json").write_text(json.dumps({**metadata, "step": step}, indent=1), encoding="utf-8")
         seal(temporary)
         if final.exists():

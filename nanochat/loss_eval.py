@@ -77,7 +77,7 @@ def packed_losses(
     model, packed, token_bytes: np.ndarray, *, rows: int, max_tokens: int | None = None, rank: int = 0,
     world_size: int = 1, stop: Callable[[], bool] = never,
 ) -> dict:  # fmt: skip
-    """Score captioned sounds, row by row: {"bpb": of all text, "<modality>": {"nats", "tokens"}, ...}.
+    """Score captioned sounds, row by row: bpb, bytes and tokens of all text, losses {modality: {"nats", "tokens"}}.
 
     packed: nanochat.packing.Rows, in their order, so that each sound has its caption before it. nats: the mean of a
     target of that modality, its `end` included. The rest as in bits_per_byte; max_tokens counts positions.
@@ -89,7 +89,8 @@ def packed_losses(
     byte_table = np.zeros(packed.store.vocabulary.size, np.int64)
     byte_table[: len(token_bytes)] = token_bytes
     of_id = packed.store.vocabulary.table(by_expert=False).numpy()
-    nats, tokens, scored, num_bytes = np.zeros(len(names)), np.zeros(len(names)), 0.0, 0
+    nats, tokens = np.zeros((2, len(names)))
+    text_nats = num_bytes = num_tokens = 0
     was_training = model.training
     model.eval()
     for first in range(0, len(mine), rows):
@@ -104,16 +105,18 @@ def packed_losses(
         modality, lengths = of_id[targets[valid]], byte_table[targets[valid]]
         nats += np.bincount(modality, loss[valid], len(names))
         tokens += np.bincount(modality, minlength=len(names))
-        scored += loss[valid][lengths > 0].sum()
+        text_nats += loss[valid][lengths > 0].sum()
         num_bytes += lengths.sum()
+        num_tokens += (lengths > 0).sum()
     model.train(was_training)
-    sums = sum_over_ranks([*nats, *tokens, scored, num_bytes], device, world_size, stop())
-    *both, scored, num_bytes = sums
-    pairs = zip(names, both[: len(names)], both[len(names) :], strict=True)
+    sums = sum_over_ranks([*nats, *tokens, text_nats, num_bytes, num_tokens], device, world_size, stop())
+    *both, text_nats, num_bytes, num_tokens = sums
     if num_bytes == 0:
-        raise UserError("nothing to score: the held-out rows hold no byte of text")
+        raise UserError("nothing to score: the rows hold no byte of text")
+    pairs = zip(names, both[: len(names)], both[len(names) :], strict=True)
     losses = {name: dict(nats=total / count, tokens=int(count)) for name, total, count in pairs if count}
-    return dict(bpb=scored / (math.log(2) * num_bytes), **losses)
+    bpb = text_nats / (math.log(2) * num_bytes)
+    return dict(bpb=bpb, nats=text_nats, bytes=int(num_bytes), tokens=int(num_tokens), losses=losses)
 
 
 class CutShort(Exception):

@@ -23,8 +23,9 @@ class BackgroundSaver:
     save in flight end when the loop is left by an exception, and does not hide that exception.
     """
 
-    def __init__(self, folder: Path, keep_last: int | None, tokenizer: Tokenizer, rank: int = 0):
+    def __init__(self, folder: Path, keep_last: int | None, tokenizer: Tokenizer, rank: int = 0, codec=None):
         self.folder, self.keep_last, self.tokenizer, self.rank = folder, keep_last, tokenizer, rank
+        self.codec = codec  # of sounds: a checkpoint holds what turns its codes into sound
         self._copies: tuple[dict[str, torch.Tensor], ...] = ({}, {})  # used again by each save: no new memory
         self._thread: threading.Thread | None = None
         self._result: Path | None = None
@@ -68,8 +69,9 @@ class BackgroundSaver:
         try:
             model_state, optimizer_state = self._copies
             self._result = checkpoints.save_checkpoint(
-                self.folder, step, model_state, optimizer_state, metadata, tokenizer=self.tokenizer
-            )
+                self.folder, step, model_state, optimizer_state, metadata, tokenizer=self.tokenizer,
+                codec=self.codec,
+            )  # fmt: skip
             checkpoints.prune(self.folder, self.keep_last)
         except BaseException as error:  # wait() raises it
             self._error = error

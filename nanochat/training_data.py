@@ -54,18 +54,14 @@ def batches(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute:
 
 
 def held_out_measure(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> Callable:
-    """measure(model, stop) -> {"bpb": ...} of the held-out split, with sounds also {"nats", "tokens"} by modality."""
+    """measure(model, stop) of the held-out split, as bits_per_byte() or, with sounds, packed_losses() returns it."""
     store = TokenStore(dataset, tokenizer, "val", vocabulary=vocabulary_of(settings, tokenizer), say=print0)
     how = dict(
         rows=settings.device_batch_size, max_tokens=settings.eval_tokens, rank=compute.rank,
         world_size=compute.world_size,
     )  # fmt: skip
     if dataset.codec is None:
-        stream = store.stream()
-        return lambda model, stop: {
-            "bpb": bits_per_byte(model, stream, tokenizer.token_bytes, seq_len=settings.max_seq_len, stop=stop, **how)[
-                "bpb"
-            ]
-        }
-    packed = Rows(store, settings.max_seq_len, print0)
-    return lambda model, stop: packed_losses(model, packed, tokenizer.token_bytes, stop=stop, **how)
+        measure, scored, how["seq_len"] = bits_per_byte, store.stream(), settings.max_seq_len
+    else:
+        measure, scored = packed_losses, Rows(store, settings.max_seq_len, print0)
+    return lambda model, stop: measure(model, scored, tokenizer.token_bytes, stop=stop, **how)

@@ -1,6 +1,6 @@
-"""Evaluate a base model: bits per byte, CORE, the OFFLINE suite, samples.
+"""Evaluate a base model: bits per byte, loss over sounds, CORE, the OFFLINE suite, samples.
 
-python -m scripts.base_eval [--model-tag d4-tied] [--step 600] [--eval core,bpb,offline,sample]
+python -m scripts.base_eval [--model-tag d4-tied] [--step 600] [--eval core,bpb,audio,offline,sample]
 torchrun --nproc_per_node=8 -m scripts.base_eval --eval core,bpb
 
 Prints a table and writes base_dir()/base_eval/<tag>_<step>.json and .csv. Results of other parts for the same weights
@@ -21,14 +21,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nanochat.audio_loss_eval import evaluate_audio
 from nanochat.checkpoint_manager import build_model, check_tokenizer, find_checkpoint, step_dir, weights_hash
 from nanochat.core_bundle import find_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TokenStore
 from nanochat.dataset import Dataset, prepare_for
 from nanochat.engine import generate
-from nanochat.loss_eval import bits_per_byte, compressor_baselines, never
+from nanochat.loss_eval import bits_per_byte, compressor_baselines, never, packed_losses
 from nanochat.offline_eval import evaluate_offline
+from nanochat.packing import Rows
 from nanochat.runtime import (
     Compute,
     UserError,
@@ -44,7 +46,7 @@ from nanochat.runtime import (
 from nanochat.settings import FIELDS, Settings, checked, nearest_name
 from nanochat.tokenizer import Tokenizer, find_or_train
 
-PARTS = ("core", "bpb", "offline", "sample")
+PARTS = ("core", "bpb", "audio", "offline", "sample")
 SAMPLE_TOKENS = 64
 BARS = {"chance": "chance", "char_5gram": "5-gram", "word_overlap": "overlap"}
 TASK_COLUMNS = ("accuracy", "centered", "chance", "char_5gram", "word_overlap", "items", "truncated", "cut", "seconds")
@@ -64,8 +66,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m scripts.base_eval", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model-tag", help="folder under base_checkpoints (default: the newest)")
     parser.add_argument("--step", type=_whole(0), help="step to evaluate (default: the newest whole one)")
-    parser.add_argument("--eval", type=_parts, help="comma-separated: core, bpb, offline, sample (default: all but "
-                        "core on a CPU, all but offline on a GPU)")  # fmt: skip
+    parser.add_argument(
+        "--eval", type=_parts,
+        help="comma-separated: core, bpb, audio, offline, sample (default: all but core on a CPU, all but offline on a "
+        "GPU; audio only where the data holds sounds)",
+    )  # fmt: skip
     parser.add_argument("--max-per-task", type=_whole(1), help="items per task of core and offline (default: all)")
     parser.add_argument(
         "--bundle", help="folder of the CORE bundle (default: eval_bundle in the base folder, or download)"
@@ -154,14 +159,19 @@ def evaluate_bpb(
     ranks = dict(rank=compute.rank, world_size=compute.world_size)
     result = {}
     limit = settings.eval_tokens
+    seq_len = model.config.sequence_len
     for split in ("val", "train"):
         begun = time.perf_counter()
-        store = TokenStore(dataset, tokenizer, split)
-        stream = store.stream(None if split == "val" else limit + 1)
-        limit = limit or len(stream)
-        found = bits_per_byte(
-            model, stream, tokenizer.token_bytes, rows=rows, seq_len=model.config.sequence_len, **ranks
-        )
+        store = TokenStore(dataset, tokenizer, split, vocabulary=model.vocabulary)
+        if dataset.codec is None:
+            stream = store.stream(None if split == "val" else limit + 1)
+            limit = limit or len(stream)
+            found = bits_per_byte(model, stream, tokenizer.token_bytes, rows=rows, seq_len=seq_len, **ranks)
+        else:
+            packed = Rows(store, seq_len, print0)
+            limit = limit or len(packed) * seq_len
+            most = None if split == "val" else limit
+            found = packed_losses(model, packed, tokenizer.token_bytes, rows=rows, max_tokens=most, **ranks)
         store.close()
         result |= {split: found["bpb"], f"{split}_bytes": found["bytes"], f"{split}_tokens": found["tokens"]}
         result[f"{split}_seconds"] = time.perf_counter() - begun
@@ -199,7 +209,8 @@ def draw_samples(model, tokenizer: Tokenizer, dataset: Dataset, seed: int) -> li
     samples = []
     for prompt in [*dict.fromkeys(filter(None, prompts)), "", ""]:
         ids = tokenizer.encode(prompt, bos=True)
-        options = dict(temperature=0.8, top_k=50, seed=seed + len(samples), stop=(tokenizer.bos_id,))
+        stop = (tokenizer.bos_id, *(m.start for m in model.config.modalities))
+        options = dict(temperature=0.8, top_k=50, seed=seed + len(samples), stop=stop)
         new = generate(model, ids, SAMPLE_TOKENS, **options)[0]
         samples.append({"prompt": prompt, "text": tokenizer.decode(new)})
     return samples
@@ -224,12 +235,24 @@ def report(result: dict) -> None:
             if bpb.get(key) is not None:
                 rows.append([name, f"{bpb[key]:.4f}", f"{bpb['val_bytes']:,}", ""])
         show("bits per byte", ["", "bpb", "bytes", "seconds"], rows)
+    if "audio" in result:
+        report_audio(result["audio"])
     for part, title in (("core", "CORE"), ("offline", "OFFLINE suite (not comparable with CORE)")):
-        if part in result:
+        if part in result and result[part]["tasks"]:
             report_suite(title, result[part])
     for sample in result.get("samples", ()):
         title = f"continuing {sample['prompt']!r}" if sample["prompt"] else "from nothing"
         print(printable(f"\n--- {title}:\n{sample['text']}"))
+
+
+def report_audio(audio: dict) -> None:
+    """The loss over codes beside its baselines."""
+    nats = {"model": audio["nats"], **{f"model, {k} combinations": v for k, v in audio["splits"].items()}}
+    nats |= {name.replace("_", " "): value for name, value in audio["baselines"].items()}
+    rate = audio["bits_per_second"] / audio["nats"]
+    rows = [[k, f"{v:.4f}", f"{v / math.log(2):.4f}", f"{v * rate:.0f}"] for k, v in nats.items()]
+    show(f"sound: {audio['clips']:,} clips, {audio['codes']:,} codes", ["", "nats", "bits a code", "bits/s"], rows)
+    print("shuffled captions less model: what is taken from the caption")
 
 
 def report_suite(title: str, suite: dict) -> None:
@@ -290,6 +313,9 @@ def as_csv(result: dict) -> str:
     for label in ("train", "val", "xz", "xz_primed"):
         if result.get("bpb", {}).get(label) is not None:
             table.writerow(["bpb", label, result["bpb"][label], *[""] * len(columns)])
+    if audio := result.get("audio"):
+        for label, nats in {"nats": audio["nats"], **audio["baselines"]}.items():
+            table.writerow(["audio", label, nats, *[""] * len(columns)])
     for part in ("core", "offline"):
         for label, task in result.get(part, {}).get("tasks", {}).items():
             table.writerow([part, label, task["accuracy"], *(task.get(column, "") for column in columns)])
@@ -323,7 +349,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Evaluate and return the results as they are written (rank 0; other ranks return their share of it)."""
     args = parse(argv)
     device_type = pick_device_type(args.device_type)
-    parts = args.eval or (("core", "bpb", "sample") if device_type == "cuda" else ("bpb", "offline", "sample"))
+    parts = args.eval or tuple(part for part in PARTS if part != ("offline" if device_type == "cuda" else "core"))
     checkpoint_dir, step = find_checkpoint(args.model_tag, args.step)
     compute = init_compute(args.device_type, None, seed=42)
     print0(f"evaluating {step_dir(checkpoint_dir, step)} on {device_name(compute)}: {', '.join(parts)}")
@@ -385,6 +411,9 @@ def evaluate(
     )
     if "bpb" in parts:
         result["bpb"] = evaluate_bpb(model, tokenizer, dataset, settings, rows, compute)
+    if "audio" in parts and dataset.codec is not None:
+        shape = dict(rows=rows, rank=compute.rank, world_size=compute.world_size)
+        result["audio"] = evaluate_audio(model, tokenizer, dataset, max_clips=args.max_per_task, **shape)
     if bundle is not None:
         result["core"] = evaluate_core(model, tokenizer, bundle, **options)
     if "offline" in parts:

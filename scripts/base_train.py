@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import schedule
+from nanochat.audio import load_codec
 from nanochat.config_file import as_dict, differences, from_command_line, render_config
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.guard import MAX_BAD_STEPS, StepGuard
@@ -135,7 +136,8 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     )  # fmt: skip
 
     # -- the loop -----------------------------------------------------------------------------------------------------
-    saver = BackgroundSaver(tag_dir, settings.keep_last, tokenizer, compute.rank)
+    codec = dataset.codec and load_codec(dataset.codec["directory"])
+    saver = BackgroundSaver(tag_dir, settings.keep_last, tokenizer, compute.rank, codec)
 
     def save() -> None:
         metadata = dict(
@@ -143,6 +145,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             model_config=dataclasses.asdict(config),
             derived=dict(num_iterations=steps, parameters=counts, flops_per_token=model.flops_per_token()),
             tokenizer_hash=tokenizer.hash,
+            codec=dataset.manifest.get("codec"),
             data_fingerprint=dataset.fingerprint,
             loader=loader.state_dict(),
             run=dataclasses.asdict(run),
@@ -160,8 +163,8 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         ranks = dict(rank=compute.rank, world_size=compute.world_size, stop=lambda: signals.requested is not None)
         if last or schedule.is_due(settings.eval_every, run.step):
             measured = held_out(model, stop=ranks["stop"])
-            run.note_val_bpb(measured.pop("bpb"))
-            further = {f"val_loss/{name}": part["nats"] for name, part in measured.items()}  # of several modalities
+            run.note_val_bpb(measured["bpb"])
+            further = {f"val_loss/{name}": part["nats"] for name, part in measured.get("losses", {}).items()}
             log.write(run.step, event="eval", val_bpb=run.val_bpb, **further, **weight_norms(model, optimizer))
         if schedule.is_due(settings.core_metric_every, run.step):
             # CORE where its bundle is at hand, else the offline suite; empty without any item
