@@ -36,8 +36,11 @@ def needs_librosa():
 
 
 def mono(wav: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Any array as finite float32 [samples] at RATE, at least one window long; what is not a number becomes 0."""
-    wav = np.nan_to_num(np.asarray(wav, dtype=np.float32).reshape(-1), posinf=0.0, neginf=0.0)
+    """Any samples [samples] as float32 at RATE around 0, at least one window long; what is not a number becomes 0."""
+    wav = np.asarray(wav)
+    assert wav.ndim == 1, wav.shape
+    wav = np.clip(np.nan_to_num(wav, posinf=0, neginf=0), -1e5, 1e5).astype(np.float32)
+    wav -= wav.mean() if wav.size else 0
     if sample_rate != RATE and wav.size:
         wav = needs_librosa().resample(wav, orig_sr=sample_rate, target_sr=RATE)
     return np.pad(wav, (0, max(0, WINDOW - wav.size)))
@@ -68,18 +71,23 @@ class Heard:
 
     @property
     def contour(self) -> str | None:
-        """rising, falling or steady: the usual step from one note to the next; None with fewer than two pitches."""
-        steps = np.diff(12 * np.log2(self.pitches[np.isfinite(self.pitches)]))
-        if not steps.size:
+        """rising, falling or steady: the way of most pairs of notes, near and far; None with fewer than two pitches."""
+        pitches = 12 * np.log2(self.pitches[np.isfinite(self.pitches)])  # semitones
+        if pitches.size < 2:
             return None
-        step = np.median(steps)  # semitones
-        return "rising" if step > 0.5 else "falling" if step < -0.5 else "steady"
+        first, second = np.triu_indices(pitches.size, 1)
+        steps = pitches[second] - pitches[first]
+        tendency = np.mean(steps > 0.5) - np.mean(
+            steps < -0.5
+        )  # one wrong pitch, or a note split in two, moves it little
+        return "rising" if tendency > 0.3 else "falling" if tendency < -0.3 else "steady"
 
     def tempo(self, classes: Iterable[float]) -> float | None:
         """The one of these tempi (beats a minute) whose beats lie nearest the onsets; None when none explains half.
 
-        Beats are counted from the first onset. An onset matches a beat within an eighth of the period, at most 60 ms;
-        the score is the F-measure of matches, so that a missed or an extra onset does not change the class.
+        Beats are counted from up to 0.1 s around the first onset, whose attack differs from the others' by its window.
+        An onset matches a beat within an eighth of the period, at most 60 ms; the score is the F-measure of matches,
+        so that a missed or an extra onset does not change the class.
         """
         if self.onsets.size < 2:
             return None
@@ -87,9 +95,10 @@ class Heard:
         for bpm in classes:
             period = 60 / bpm
             beats = np.arange(self.onsets[0], self.seconds - 0.1, period)
-            distance = np.abs(self.onsets[:, None] - beats).min(1)
-            hits = int((distance < min(0.06, period / 8)).sum())
-            scores[bpm] = 2 * hits / (self.onsets.size + beats.size)
+            shifts = np.linspace(-0.1, 0.1, 21)[:, None, None]
+            distances = np.abs(self.onsets[:, None] - beats - shifts).min(2)  # [shifts, onsets]
+            matches = (distances < min(0.06, period / 8)).sum(1).max()
+            scores[bpm] = 2 * matches / (self.onsets.size + beats.size)
         best = max(scores, key=scores.get)
         return best if scores[best] > 0.5 else None
 
@@ -110,7 +119,7 @@ def hear(wav: np.ndarray, sample_rate: int) -> Heard:
     if loudness.max() < SILENCE:
         return Heard(np.empty(0), np.empty(0), None, seconds)
     onsets = onset_frames(librosa, power, loudness)
-    f0 = librosa.yin(wav, fmin=LOWEST, fmax=HIGHEST, sr=RATE, frame_length=1024, hop_length=HOP)
+    f0 = librosa.yin(wav, fmin=LOWEST, fmax=HIGHEST, sr=RATE, frame_length=1024, hop_length=HOP, trough_threshold=0.25)
     ends = [*onsets[1:], loudness.size]
     notes = [note_frames(loudness, start, end) for start, end in zip(onsets, ends, strict=True)]
     pitches = np.array([stable_pitch(f0[frames]) for frames in notes])
@@ -122,18 +131,23 @@ def hear(wav: np.ndarray, sample_rate: int) -> Heard:
 def onset_frames(librosa, power: np.ndarray, loudness: np.ndarray) -> list[int]:
     """Frames at which notes begin: the first loud one, and peaks of the share of the spectrum that is new.
 
-    The share compares spectra 60 ms apart, compressed to the square root of the magnitude; it does not depend on the
-    level, so a decayed pluck's next note counts as much as the first.
+    The share compares spectra 60 ms apart, as square roots of magnitudes down to 35 dB below the loudest, so that a
+    decayed pluck's next note counts as much as the first and the noise of a codec does not.
     """
+    lag = 6
     first = int(np.argmax(loudness > loudness.max() - 25))
-    level, lag = power**0.25, 6
+    level = power**0.25
+    level = np.maximum(level - 10 ** (-35 / 40) * level.max(), 0)
     total = level.sum(0)
     new = np.zeros_like(total)
-    new[lag // 2 : lag // 2 - lag] = np.maximum(level[:, lag:] - level[:, :-lag], 0).sum(0)
-    new[lag // 2 : lag // 2 - lag] /= 0.5 * total.max() + total[lag:]
+    rise = np.maximum(level[:, lag:] - level[:, :-lag], 0).sum(0)
+    new[lag // 2 : lag // 2 - lag] = rise / (0.5 * total.max() + total[lag:])
     peaks = librosa.util.peak_pick(new, pre_max=8, post_max=8, pre_avg=8, post_avg=8, delta=0.03, wait=12)
-    inside = range(first + 12, loudness.size - 10)  # the end cuts a note off, which is new, too
-    return [first, *(int(peak) for peak in peaks if peak in inside and new[peak] > 0.13)]
+    # where a note is cut off its spectrum is new, too: an onset has sound after it
+    later = [int(peak) for peak in peaks if first + 12 <= peak < loudness.size - 10]
+    later = [peak for peak in later if loudness[peak + 8 : peak + 14].max() > loudness.max() - 25]
+    least = max(0.13, 0.4 * new[later].max(initial=0))
+    return [first, *(peak for peak in later if new[peak] > least)]
 
 
 def note_frames(loudness: np.ndarray, start: int, end: int) -> np.ndarray:
@@ -144,9 +158,11 @@ def note_frames(loudness: np.ndarray, start: int, end: int) -> np.ndarray:
 
 
 def stable_pitch(f0: np.ndarray) -> float:
-    """Median of a note's fundamentals in Hz [frames]; NaN when most frames lie elsewhere, as those of noise do."""
-    middle = np.median(f0)
-    return float(middle) if np.mean(np.abs(1200 * np.log2(f0 / middle)) < CENTS) > 0.5 else math.nan
+    """Median of a note's fundamentals in Hz [frames]; NaN when most frames lie elsewhere, as those of noise do, or
+    when it is the estimator's limit."""
+    middle = float(np.median(f0))
+    stable = np.mean(np.abs(1200 * np.log2(f0 / middle)) < CENTS) > 0.5
+    return middle if stable and LOWEST < middle < HIGHEST else math.nan
 
 
 def timbre_of(power: np.ndarray, loudness: np.ndarray, frames: np.ndarray, hz: float) -> np.ndarray:

@@ -32,7 +32,7 @@ pre { overflow-x: auto; font-size: .8rem; border: 1px solid var(--line); border-
 article { border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; overflow-wrap: anywhere }
 img { width: 100%; height: 6rem; display: block; border-radius: .25rem; image-rendering: pixelated }
 audio { width: 100%; height: 2.5rem; margin-top: .5rem } p { margin: .5rem 0 0; font-size: .9rem }
-.hit { color: var(--hit) } .miss { color: var(--miss) }
+.hit, .miss { color: var(--hit); white-space: nowrap } .miss { color: var(--miss) }
 """
 
 
@@ -80,8 +80,8 @@ def spectrogram(wav: np.ndarray, sample_rate: int) -> np.ndarray:
     magnitude = np.abs(np.fft.rfft(frames)) / window
     frequencies = np.geomspace(min(8000, sample_rate / 2), LOWEST, HEIGHT)
     bins = np.fft.rfftfreq(window, 1 / sample_rate)
-    level = 20 * np.log10(np.stack([np.interp(frequencies, bins, frame) for frame in magnitude], 1) + 1e-5)
-    return (level - max(level.max(), -60)) / RANGE + 1
+    level = 20 * np.log10(np.stack([np.interp(frequencies, bins, frame) for frame in magnitude], 1) + 1e-6)
+    return (level - max(level.max(), RANGE - 120)) / RANGE + 1  # silence, -120 dB, is dark
 
 
 def write_page(path: Path, title: str, items: Iterable[Mapping], notes: str = "") -> Path:

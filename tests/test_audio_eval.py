@@ -1,0 +1,167 @@
+import ast
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from nanochat import audio_eval, synth_audio
+from nanochat.audio import fit_codec
+from nanochat.audio_eval import adherence_table, adherence_text, derangement, hear, hits, learn_references, measure
+from nanochat.runtime import UserError
+
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """80 clips to learn from and 80 to judge."""
+    return [synth_audio.clip(index) for index in range(160)]
+
+
+@pytest.fixture(scope="module")
+def references(clips):
+    return learn_references((clip.wav, RATE, clip.attributes) for clip in clips[:80])
+
+
+def shares_of_hits(wavs, clips, references) -> dict[str, float]:
+    judged = [hits(measure(wav, RATE, references), clip.attributes) for wav, clip in zip(wavs, clips, strict=True)]
+    return {quantity: np.mean([row[quantity] for row in judged]) for quantity in audio_eval.QUANTITIES}
+
+
+def test_clean_melodies_are_heard_as_their_captions_say(clips, references):
+    """Red when LOWEST is 110.0 (low notes an octave up), `trough_threshold` 0.9, or `lag` 1: onsets go unheard."""
+    assert references.tempi == (60, 90, 135, 200)
+    assert references.instruments == ("bell", "organ", "pluck", "sine", "square")
+    shares = shares_of_hits([clip.wav for clip in clips[80:]], clips[80:], references)
+    assert shares["pitch"] >= 0.99 and shares["tempo"] >= 0.97
+    assert shares["contour"] >= 0.95 and shares["instrument"] >= 0.95
+
+
+def test_melodies_through_a_codec_with_guessed_phases_are_heard(clips, references):
+    """Red when the floor of 35 dB is 99 dB in onset_frames and `least` 0.13: the codec's noise becomes notes."""
+    codec = fit_codec("frame", [clip.wav for clip in clips], codebooks=2, codes=256, say=lambda _: None)
+    wavs = codec.decode_batch(codec.encode_batch(np.stack([clip.wav for clip in clips[120:]])))
+    shares = shares_of_hits(wavs, clips[120:], references)
+    assert shares["pitch"] >= 0.95 and shares["tempo"] >= 0.95
+    assert shares["contour"] >= 0.9 and shares["instrument"] >= 0.85
+
+
+@pytest.mark.parametrize("decay", [0.0, 12.0])
+def test_every_repeated_note_has_its_onset_and_pitch(decay):
+    """Red when the level is not compressed (`power**1.0`): the notes of a decaying sound merge."""
+    time = np.arange(2 * RATE) / RATE
+    since = time % 0.3
+    envelope = np.exp(-decay * since) * np.clip(since / 0.01, 0, 1) * np.clip((0.26 - since) / 0.02, 0, 1)
+    heard = hear(np.sin(2 * np.pi * 220 * time) * envelope, RATE)
+    np.testing.assert_allclose(heard.onsets, np.arange(7) * 0.3, atol=0.05)
+    assert np.all(np.abs(1200 * np.log2(heard.pitches / 220)) < 10)
+    assert heard.contour == "steady" and heard.tempo((60, 90, 135, 200)) == 200
+
+
+def test_a_sound_that_stops_is_not_an_onset():
+    """Red when `later` is not filtered by the loudness that follows."""
+    wav = np.sin(2 * np.pi * 200 * np.arange(2 * RATE) / RATE) * (np.arange(2 * RATE) < RATE)
+    assert hear(wav, RATE).onsets.tolist() == [0.0]
+
+
+def test_the_sample_rate_does_not_matter(clips, references):
+    """Red when mono does not resample."""
+    import soxr
+
+    for clip in clips[80:84]:
+        measured = measure(soxr.resample(clip.wav, RATE, 24000), 24000, references)
+        assert all(hits(measured, clip.attributes).values())
+
+
+TIME = np.arange(2 * RATE) / RATE
+NOISE = np.random.default_rng(0).normal(size=2 * RATE)
+ODD = {
+    "nothing": np.zeros(0), "one sample": np.ones(1), "silence": np.zeros(2 * RATE), "nan": np.full(2 * RATE, np.nan),
+    "noise": NOISE, "faint noise": 1e-4 * NOISE, "constant": np.ones(2 * RATE), "infinite": np.full(100, np.inf),
+    "click": np.eye(1, 2 * RATE, 5000)[0], "chirp": np.sin(2 * np.pi * (100 * TIME + 200 * TIME**2)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.filterwarnings("error")
+def test_sounds_without_notes_are_misses(name, references):
+    """Red when stable_pitch takes any median (noise has a pitch then), or mono keeps NaN."""
+    attributes = {"pitch_hz": 220.0, "bpm": 60, "contour": "steady", "instrument": "sine"}
+    for sample_rate in (RATE, 24000):
+        measured = measure(ODD[name], sample_rate, references)
+        assert set(measured.values()) == {None}
+        assert not any(hits(measured, attributes).values())
+
+
+def test_the_judge_does_not_know_the_synthesiser_nor_a_codec():
+    """Red with `from nanochat.synth_audio import frequency` in audio_eval."""
+    tree = ast.parse(Path(audio_eval.__file__).read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert {name for name in imported if name.startswith("nanochat")} == {"nanochat.runtime"}
+
+
+@pytest.mark.parametrize("cents, hit", [(0, True), (49, True), (-49, True), (51, False), (-51, False), (1200, False)])
+def test_a_pitch_hits_within_fifty_cents(cents, hit):
+    """Red when CENTS is 100, or abs is missing in hits."""
+    measured = {"f0": 220 * 2 ** (cents / 1200), "bpm": None, "contour": None, "instrument": None}
+    attributes = {"pitch_hz": 220.0, "bpm": 60, "contour": "steady", "instrument": "sine"}
+    assert hits(measured, attributes)["pitch"] is hit
+
+
+def captioned(number: int, right: bool, unseen: bool = False) -> tuple[dict, dict]:
+    """A measurement that hits all of its caption or nothing; no two numbers share a pitch or an instrument."""
+    asked = {"root": number, "pitch_hz": 100.0 * 2 ** (number / 12), "bpm": 60, "contour": "steady"}
+    asked |= {"instrument": f"i{number}", "unseen": unseen}
+    heard = {"f0": asked["pitch_hz"], "bpm": 60, "contour": "steady", "instrument": asked["instrument"]}
+    return (heard if right else dict.fromkeys(heard)), asked
+
+
+def test_the_table_counts_each_split_against_its_floor_and_chance():
+    """Red when the shuffled row takes `others` of the whole set, or made[index][1]: its own caption."""
+    generated = [captioned(n, n < 6) for n in range(10)] + [captioned(n, True, unseen=True) for n in range(20, 24)]
+    table = adherence_table([captioned(0, True)], generated)
+    seen, unseen = table["seen"], table["unseen"]
+    assert [seen[row]["n"] for row in audio_eval.ROWS] == [1, 10, 10]
+    assert [unseen[row]["n"] for row in audio_eval.ROWS] == [0, 4, 4]
+    assert unseen["codec"]["pitch"] == {"hits": 0, "share": None, "low": 0.0, "high": 1.0}
+    assert seen["generated"]["pitch"]["hits"] == 6 and unseen["generated"]["pitch"]["share"] == 1.0
+    assert seen["shuffled"]["pitch"]["hits"] == 0  # all captions ask for another pitch
+    assert seen["shuffled"]["tempo"]["hits"] == 6  # all captions ask for the same tempo: a hit by chance is a hit
+    assert seen["chance"] == {"pitch": 0.1, "tempo": 1.0, "contour": 1.0, "instrument": 0.1}
+    text = adherence_text(table)
+    assert "0.60 [0.31, 0.83]" in text and text.count("shuffled (floor)") == 2
+    assert adherence_text(adherence_table([], [])) == ""
+
+
+def test_a_derangement_moves_everything_and_hits_every_other_place():
+    """Red when np.roll shifts by 0."""
+    targets = Counter()
+    for seed in range(400):
+        order = derangement(5, seed)
+        assert sorted(order) == list(range(5)) and not any(order == np.arange(5))
+        targets[int(order[0])] += 1
+    assert set(targets) == {1, 2, 3, 4} and min(targets.values()) > 60
+    assert [derangement(n, 0).tolist() for n in (0, 1, 2)] == [[], [], [1, 0]]
+    assert derangement(50, 1).tolist() != derangement(50, 2).tolist()
+
+
+@pytest.mark.parametrize("count, n", [(0, 7), (3, 7), (7, 7), (150, 200)])
+def test_the_interval_is_wilsons(count, n):
+    """Red when the middle is the share itself."""
+    interval = binomtest(count, n).proportion_ci(0.95, method="wilson")
+    np.testing.assert_allclose(audio_eval.wilson(count, n), (interval.low, interval.high), atol=1e-4)
+
+
+def test_references_without_a_pitch_are_one_line():
+    with pytest.raises(UserError, match="no reference sound"):
+        learn_references([(NOISE, RATE, {"bpm": 60, "instrument": "sine"})])
+
+
+def test_without_librosa_the_way_out_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "librosa", None)
+    with pytest.raises(UserError, match=r"librosa.*\[audio\]"):
+        hear(NOISE, RATE)
