@@ -2,7 +2,8 @@
 # Real speech: the 568 prompts of a telephone exchange (25 minutes, one speaker, 8 kHz) with what they say.
 #   bash runs/asterisk.sh [--name=value ...]        settings of scripts.audio_data, such as --codec=mdct --codebooks=4
 # Downloads two Debian packages (18 MB, CC-BY-SA 3.0; no root needed), unpacks them into $NANOCHAT_BASE_DIR/asterisk,
-# writes their transcript as captions.jsonl beside the sounds, fits a codec on these and encodes them.
+# writes their transcript as captions.jsonl beside the sounds and the settings as config.py, which the flags overrule,
+# fits a codec on the sounds and encodes them.
 # Without apt: download asterisk-core-sounds-en-wav and asterisk-core-sounds-en by hand from packages.debian.org into
 # $NANOCHAT_BASE_DIR/asterisk and run this again.
 set -euo pipefail
@@ -25,13 +26,16 @@ for package in asterisk-core-sounds-en-wav asterisk-core-sounds-en; do
 done
 
 set_up audio
-"$python" - "$place/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz" "$sounds/captions.jsonl" <<'EOF'
-import gzip, json, sys
+"$python" - "$place/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz" "$sounds" "$place/config.py" <<'EOF'
+import gzip, json, pathlib, sys
 
-with gzip.open(sys.argv[1], "rt", encoding="utf-8") as transcript, open(sys.argv[2], "w", encoding="utf-8") as captions:
+transcript, sounds, config = map(pathlib.Path, sys.argv[1:])
+with gzip.open(transcript, "rt", encoding="utf-8") as transcript, open(sounds / "captions.jsonl", "w") as captions:
     for line in transcript:
         name, colon, words = line.partition(":")
         if colon and not line.startswith(";"):
             captions.write(json.dumps({"file_name": f"{name.strip()}.wav", "text": words.strip()}) + "\n")
+settings = dict(data=str(sounds), modalities="audio:1024", codec="frame", clip_seconds=8.0)
+config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()), encoding="utf-8")
 EOF
-"$python" -m scripts.audio_data --data="$sounds" --modalities=audio:1024 --codec=frame --clip_seconds=8 "$@"
+"$python" -m scripts.audio_data "$place/config.py" "$@"

@@ -16,9 +16,10 @@ import pytest
 import soundfile
 
 from nanochat import audio, audio_dataset, dataset
+from nanochat.config_file import read_config
 from nanochat.dataset import Corrupt, Dataset, held_out, prepare, prepare_for, read_shard
 from nanochat.runtime import UserError, base_dir
-from nanochat.settings import Settings
+from nanochat.settings import Settings, validate
 from scripts import audio_data
 from scripts import data as data_script
 
@@ -410,7 +411,7 @@ def test_script_without_audio(flags):
 
 
 def test_recipe_of_spoken_prompts(tmp_path):
-    """The shell parses, and its Python turns a transcript into captions. Red when comments become captions."""
+    """The shell parses, its Python writes captions and legal settings. Red when comments become captions."""
     import gzip
 
     script = (ROOT / "runs" / "asterisk.sh").read_text()
@@ -418,9 +419,11 @@ def test_recipe_of_spoken_prompts(tmp_path):
     (program,) = re.findall(r"<<'EOF'\n(.*?)^EOF$", script, re.DOTALL | re.MULTILINE)
     with gzip.open(tmp_path / "in.gz", "wt") as file:
         file.write("; a comment: no caption\n\ndigits/1: One.\nat-time: The time: exactly...\n")
-    subprocess.run([sys.executable, "-c", program, tmp_path / "in.gz", tmp_path / "out.jsonl"], check=True, timeout=60)
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    files = tmp_path / "in.gz", tmp_path, tmp_path / "config.py"
+    subprocess.run([sys.executable, "-c", program, *files], check=True, timeout=60)
+    rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert rows == [
         {"file_name": "digits/1.wav", "text": "One."},
         {"file_name": "at-time.wav", "text": "The time: exactly..."},
     ]
+    assert validate(Settings(**read_config(tmp_path / "config.py"))).data == str(tmp_path)
