@@ -19,6 +19,7 @@ left over), found by k-means:
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -32,12 +33,13 @@ from nanochat.audio_frames import HOP, SAMPLE_RATE, from_log_spectra, from_mdct,
 from nanochat.checkpoint_manager import read_tensors, weights_hash
 from nanochat.pitch import OCTAVES, harmonics, sound, track
 from nanochat.runtime import UserError, base_dir, fsync
+from nanochat.sources import looking_up
 
 Say = Callable[[str], object]
 KINDS = ("frame", "pitch", "mdct")
 COMPONENTS = 96  # principal components of a log spectrum
 FIT_FRAMES = 30_000  # frames (10 minutes) that a codec learns from
-KMEANS_ROUNDS = 12
+KMEANS_ROUNDS = 8
 BIT_PRICE = 0.1  # of the pitch kind: squared log amplitude, summed over the bands, that is worth a bit
 GROUP = 512  # frames computed at a time: more would only leave the processor's cache
 
@@ -76,11 +78,7 @@ class FittedCodec:
     @torch.no_grad()
     def decode_batch(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
         """[B, Q, T] -> float32 [B, T * 320]; UserError as in decode."""
-        codes = torch.as_tensor(codes).long()
-        if codes.ndim != 3 or codes.shape[1] != self.codebooks or codes.shape[2] == 0:
-            raise UserError(f"codes of shape {list(codes.shape[1:])}: {self.name} takes [{self.codebooks}, T], T >= 1")
-        if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < self.codes:
-            raise UserError(f"codes {int(codes.min())} .. {int(codes.max())} lie outside 0 .. {self.codes - 1}")
+        codes = check_codes(codes, self)
         return torch.cat([self._decode(group) for group in codes.split(_group(codes.shape[2]))]).numpy()
 
     def _encode(self, wavs: torch.Tensor) -> torch.Tensor:
@@ -115,14 +113,21 @@ class FittedCodec:
 
         UserError when it already holds another codec; the same one is left as it is.
         """
-        directory = Path(directory)
-        if (directory / "codec.json").exists():
-            return _same(load_codec(directory), self, directory)
-        return write_codec(directory, self, self.tensors)
+        return save_codec(Path(directory), self, self.tensors)
 
 
 def _group(frames: float) -> int:
     return max(1, int(GROUP / max(1.0, frames)))
+
+
+def check_codes(codes: np.ndarray | torch.Tensor, codec) -> torch.Tensor:
+    """Codes [B, Q, T] as int64; UserError when the codec has another Q, or a code lies outside 0 .. K-1."""
+    codes = torch.as_tensor(codes).long()
+    if codes.ndim != 3 or codes.shape[1] != codec.codebooks or codes.shape[2] == 0:
+        raise UserError(f"codes of shape {list(codes.shape[1:])}: {codec.name} takes [{codec.codebooks}, T], T >= 1")
+    if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < codec.codes:
+        raise UserError(f"codes {int(codes.min())} .. {int(codes.max())} lie outside 0 .. {codec.codes - 1}")
+    return codes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,6 +231,7 @@ def kmeans(
         centroids = torch.cat([fixed[None], means[1:]])
         counts = torch.bincount(owner, minlength=count)
         prices = -bit_price / 2 * torch.log2((counts + 0.5) / len(rows))
+        prices[0] = prices.min()  # however rare it was
         if number + 1 < KMEANS_ROUNDS and len(empty := 1 + (counts[1:] == 0).nonzero()[:, 0]):
             worst = ((rows - centroids[owner]) * weights).square().sum(1).topk(len(empty)).indices
             centroids[empty], prices[empty] = rows[worst], prices.median()
@@ -253,8 +259,13 @@ def nearest(
 # files
 
 
-def write_codec(directory: Path, codec, tensors: dict[str, torch.Tensor] | None = None, **more) -> Path:
-    """Write codec.json, which describes a codec, and codec.safetensors where it has tensors of its own."""
+def save_codec(directory: Path, codec, tensors: dict[str, torch.Tensor] | None = None, **more) -> Path:
+    """Write codec.json, which describes a codec, and codec.safetensors where it has tensors of its own.
+
+    UserError when the folder already holds another codec; the same one is left as it is.
+    """
+    if (directory / "codec.json").exists():
+        return _same(directory, codec)
     description = {"name": codec.name, "codebooks": codec.codebooks, "codes": codec.codes, "hash": codec.hash, **more}
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
@@ -263,6 +274,7 @@ def write_codec(directory: Path, codec, tensors: dict[str, torch.Tensor] | None 
     try:
         if tensors is not None:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "codec.safetensors")
+            (temporary / "codec.safetensors").chmod(temporary.stat().st_mode & 0o666)  # readable like codec.json
         (temporary / "codec.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             fsync(path)
@@ -271,45 +283,104 @@ def write_codec(directory: Path, codec, tensors: dict[str, torch.Tensor] | None 
         except OSError:
             if not (directory / "codec.json").exists():  # otherwise another process was faster
                 raise
-            return _same(load_codec(directory), codec, directory)
+            return _same(directory, codec)
         fsync(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return directory
 
 
-def _same(present, codec, directory: Path) -> Path:
-    if present.hash != codec.hash:
+def _same(directory: Path, codec) -> Path:
+    present = _description(directory)["hash"]
+    if present != codec.hash:
         raise UserError(
-            f"{directory} holds another codec (hash {present.hash[:8]}, this one is {codec.hash[:8]}): "
+            f"{directory} holds another codec (hash {present[:8]}, this one is {codec.hash[:8]}): "
             "choose another folder or delete it"
         )
     return directory
 
 
+def _description(directory: Path) -> dict:
+    try:
+        found = json.loads((directory / "codec.json").read_text(encoding="utf-8"))
+        return {
+            "name": str(found["name"]),
+            "codebooks": int(found["codebooks"]),
+            "codes": int(found["codes"]),
+            "hash": str(found["hash"]),
+            "source": found.get("source"),
+        }
+    except OSError as error:
+        raise UserError(f"codec {directory} cannot be read: {error.strerror} ({error.filename})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"codec {directory} is damaged (codec.json: {error!r}): delete the folder, fit again"
+        ) from error
+
+
 def load_codec(directory: Path | str):
     """The codec of a folder that save() wrote; UserError when a file is missing, damaged or not what it was."""
     directory = Path(directory)
-    try:
-        description = json.loads((directory / "codec.json").read_text(encoding="utf-8"))
-        name, expected = str(description["name"]), str(description["hash"])
-        if name not in KINDS:
-            raise ValueError(f"name {name!r}")
-        codec = FittedCodec(name, read_tensors(directory / "codec.safetensors"))
-    except UserError as error:
-        raise UserError(f"codec {directory} is damaged ({error}): delete the folder and fit it again") from error
-    except OSError as error:
-        raise UserError(f"codec {directory} cannot be read: {error.strerror} ({error.filename})") from error
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"codec {directory} is damaged ({error!r}): delete the folder and fit it again") from error
-    if codec.hash != expected:
+    description = _description(directory)
+    if description["source"] is not None:
+        from nanochat.encodec import EncodecCodec
+
+        codec = EncodecCodec(str(description["source"]), description["codebooks"])
+        way_out = "give it the model that it was made with"
+    else:
+        way_out = "delete the folder and fit it again"
+        try:
+            codec = FittedCodec(description["name"], read_tensors(directory / "codec.safetensors"))
+        except (UserError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise UserError(f"codec {directory} is damaged ({error}): {way_out}") from error
+    if codec.hash != description["hash"]:
         raise UserError(
-            f"codec {directory} is damaged: it hashes to {codec.hash[:8]}, codec.json says {expected[:8]}; "
-            "delete the folder and fit it again"
+            f"codec {directory} is not what it was: it hashes to {codec.hash[:8]}, codec.json says "
+            f"{description['hash'][:8]}; {way_out}"
         )
     return codec
 
 
 def codec_folder(codec) -> Path:
-    """Where a fitted codec lives: base_dir()/codecs/<name>-<hash8>."""
-    return base_dir() / "codecs" / f"{codec.name}-{codec.hash[:8]}"
+    """Where a codec lives: base_dir()/codecs/<name>-<hash8>."""
+    return base_dir() / "codecs" / f"{re.sub(r'[^A-Za-z0-9._]+', '-', codec.name)}-{codec.hash[:8]}"
+
+
+def open_codec(name: str, codebooks: int, codes: int):
+    """The codec that a setting names, or None for one of KINDS, which the caller fits on its sounds.
+
+    name: "encodec:<hub name or folder>", the folder of a saved codec, or a name under base_dir()/codecs, with its hash
+    or without. UserError: nothing of that name, or a codec of another shape than codebooks x codes.
+    """
+    if name in KINDS:
+        return None
+    if name.startswith("encodec:"):
+        from nanochat.encodec import EncodecCodec
+
+        codec = EncodecCodec(name.removeprefix("encodec:"), codebooks)
+    else:
+        codec = load_codec(_named(name))
+    if (codec.codebooks, codec.codes) != (codebooks, codes):
+        raise UserError(
+            f"codec={name!r} has {codec.codebooks} codebooks of {codec.codes} codes, the settings say {codebooks} of "
+            f"{codes}: --codebooks={codec.codebooks} --modalities=audio:{codec.codes}"
+        )
+    return codec
+
+
+def _named(name: str) -> Path:
+    root = base_dir() / "codecs"
+    with looking_up("codec", name):
+        for path in (Path(name).expanduser(), root / name):
+            if (path / "codec.json").is_file():
+                return path
+    present = sorted(path.parent.name for path in root.glob("[!.]*/codec.json"))
+    found = [folder for folder in present if folder[:-9] == name]
+    if len(found) == 1:
+        return root / found[0]
+    if found:
+        raise UserError(f"codec={name!r} is ambiguous: {', '.join(found)}")
+    raise UserError(
+        f"codec={name!r} is none of {', '.join(KINDS)} (fitted on the data), no folder with a codec.json and none of "
+        f"{root} ({', '.join(present) or 'which has none yet'}); EnCodec is encodec:<hub name or folder>"
+    )
