@@ -1,0 +1,122 @@
+"""EnCodec (Defossez et al. 2022) by way of transformers: a pretrained neural codec behind audio.py's interface."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanochat.audio import check_codes, save_codec
+from nanochat.checkpoint_manager import weights_hash
+from nanochat.hub import _keep_caches, probe
+from nanochat.runtime import UserError, first_line
+
+GROUP_SECONDS = 16  # of sound computed at a time: the activations of the full model take 50 MB a second
+
+
+class EncodecCodec:
+    """transformers' EncodecModel, mono, by a hub name or a local folder, with the first `codebooks` of its codebooks.
+
+    32 kHz: 50 frames a second, 4 codebooks of 2048. 24 kHz: 75 frames a second, 32 codebooks of 1024.
+    UserError: not there (and the hub neither), not an EnCodec, stereo or chunked, or fewer codebooks than asked for.
+    """
+
+    def __init__(self, source: str, codebooks: int):
+        model = _model(source)
+        config = model.config
+        self.name = self.source = source
+        if Path(source).expanduser().is_dir():
+            path = Path(source).expanduser().resolve()
+            self.name, self.source = path.name, str(path)
+        if config.audio_channels != 1 or config.chunk_length_s is not None or config.normalize:
+            raise UserError(
+                f"codec='encodec:{source}' is a stereo or chunked EnCodec, which codes loudness apart: take a mono one "
+                "(facebook/encodec_24khz, facebook/encodec_32khz)"
+            )
+        counts = {rate: model.quantizer.get_num_quantizers_for_bandwidth(rate) for rate in config.target_bandwidths}
+        most = max(counts.values())
+        if not 1 <= codebooks <= most:
+            raise UserError(
+                f"codec='encodec:{source}' has {most} codebooks, not {codebooks}: --codebooks={most} or fewer"
+            )
+        # Each codebook codes what the ones before left over, so the first Q of more are what Q would be.
+        self._bandwidth = min(rate for rate, count in counts.items() if count >= codebooks)
+        self._model, self._hop = model, int(np.prod(config.upsampling_ratios))
+        self.sample_rate, self.codebooks, self.codes = config.sampling_rate, codebooks, config.codebook_size
+        self.frame_rate = self.sample_rate / self._hop
+        self.hash = weights_hash({f"encodec-1/{codebooks}/{key}": value for key, value in model.state_dict().items()})
+
+    def encode(self, wav: np.ndarray | torch.Tensor) -> np.ndarray:
+        """float32 [samples] -> int64 [Q, T], T = ceil(samples / hop) and at least 1."""
+        return self.encode_batch(torch.as_tensor(wav)[None])[0]
+
+    def decode(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
+        """[Q, T] -> float32 [T * hop]. UserError for another Q and for codes outside 0 .. K-1."""
+        return self.decode_batch(torch.as_tensor(codes)[None])[0]
+
+    @torch.no_grad()
+    def encode_batch(self, wavs: np.ndarray | torch.Tensor) -> np.ndarray:
+        """float32 [B, samples] -> int64 [B, Q, T]."""
+        wavs = torch.as_tensor(wavs, dtype=torch.float32)[:, None]
+        wavs = torch.nn.functional.pad(wavs, (0, max(0, self._hop - wavs.shape[2])))
+        coded = [
+            self._model.encode(group, bandwidth=self._bandwidth).audio_codes[0, :, : self.codebooks]
+            for group in wavs.split(self._group(wavs.shape[2]))
+        ]
+        return torch.cat(coded).numpy()
+
+    @torch.no_grad()
+    def decode_batch(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
+        """[B, Q, T] -> float32 [B, T * hop]; UserError as in decode."""
+        codes = check_codes(codes, self)
+        groups = codes.split(self._group(codes.shape[2] * self._hop))
+        wavs = torch.cat([self._model.decode(group[None], [None]).audio_values[:, 0] for group in groups])
+        return wavs[:, : codes.shape[2] * self._hop].numpy()
+
+    def _group(self, samples: int) -> int:
+        return max(1, GROUP_SECONDS * self.sample_rate // samples)
+
+    def save(self, directory: Path | str) -> Path:
+        """Write codec.json, which refers to the model by name or folder, and by hash; audio.load_codec opens it again.
+
+        UserError when the folder already holds another codec.
+        """
+        return save_codec(Path(directory), self, source=self.source)
+
+
+def _model(source: str):
+    """The EncodecModel of a local folder or a hub name, from the local cache where it is there."""
+    _keep_caches()
+    try:
+        from transformers import AutoConfig, EncodecModel
+    except ImportError as error:
+        raise UserError(f"codec='encodec:{source}' needs transformers: pip install -e '.[hf]'") from error
+    folder = Path(source).expanduser()
+    place = str(folder) if folder.is_dir() else source
+    wrong = (OSError, ValueError, RuntimeError, KeyError, TypeError)  # what transformers raises, by what is wrong
+
+    def load(local: bool):
+        options = {"local_files_only": local, "trust_remote_code": False}
+        if (kind := AutoConfig.from_pretrained(place, **options).model_type) != "encodec":
+            raise UserError(f"codec='encodec:{source}' is a model of type {kind}, not an EnCodec")
+        return EncodecModel.from_pretrained(
+            place, local_files_only=local, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+        )
+
+    try:
+        model, loading = load(local=True)
+    except UserError:
+        raise
+    except wrong as error:
+        if folder.is_dir():
+            raise UserError(f"codec='encodec:{source}': the folder cannot be read ({first_line(error)})") from error
+        try:
+            probe(f"codec='encodec:{source}'")
+            model, loading = load(local=False)
+        except (UserError, *wrong) as error:
+            raise UserError(
+                f"{first_line(error)}; EnCodec is found by a hub name such as encodec:facebook/encodec_32khz, or in a "
+                "folder with its config.json and model.safetensors, copied from a machine with network: encodec:FOLDER"
+            ) from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"codec='encodec:{source}' lacks {len(missing)} tensors, {missing[0]} first: fetch it again")
+    return model.eval()
