@@ -148,7 +148,7 @@ def test_silence_is_silence_and_loudness_stays(codecs, sounds, kind):
     from silence, or the frame's level is dropped."""
     codes = codecs[kind].encode(np.zeros(4000, np.float32))
     assert not codes.any() and not codecs[kind].decode(codes).any()
-    both = fit_codec(kind, [gain * wav for wav in sounds[:20] for gain in (1.0, 0.03)], 2, 256, say=quiet)
+    both = fit_codec(kind, [gain * wav for wav in sounds[:40] for gain in (1.0, 0.03)], *KINDS[kind], say=quiet)
     for wav in (clip(90_100).wav, clip(90_105).wav):
         for gain in (1.0, 0.03):
             decoded = both.decode(both.encode(gain * wav))
