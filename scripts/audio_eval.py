@@ -1,0 +1,125 @@
+"""Does generated sound do what its caption says? python -m scripts.audio_eval [--model-tag d4-tied-audio] [--num 240]
+
+Generates a sound for held-out captions, listens with signal processing, and prints three rows: real clips through the
+codec (the ceiling), generated, generated against other clips' captions (the floor); for combinations of note and
+instrument that the training had, and for those that it never had. Writes base_dir()/audio/<tag>/listen.html and
+base_dir()/audio_eval/<tag>_<step>.json. Sounds without attributes are compared as a whole.
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+
+from nanochat import audio_eval
+from nanochat.audio_generation import generate_codes, open_audio_model, to_sound
+from nanochat.audio_loss_eval import clips
+from nanochat.dataset import prepare_for
+from nanochat.listen_page import write_page
+from nanochat.runtime import UserError, base_dir, init_compute, print0, run_script, write_atomically
+from scripts.base_eval import settings_of, warn_of_other_data
+
+REFERENCES = 200  # real training clips that the judge learns the instruments from
+SHOWN = 24  # clips of each split on the page
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.audio_eval", description=__doc__.split("\n")[0], allow_abbrev=False
+    )
+    parser.add_argument("--model-tag", help="folder under base_checkpoints (default: the newest)")
+    parser.add_argument("--step", type=int, help="step to evaluate (default: the newest whole one)")
+    parser.add_argument("--num", type=int, default=240, help="sounds to generate, half of them of unseen combinations")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing and of the shuffling")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int)
+    parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")
+
+    def refuse(message: str):
+        raise UserError(f"{message} (see --help)")
+
+    parser.error = refuse
+    args = parser.parse_args(argv)
+    if args.num < 2 or args.seed < 0 or args.temperature < 0:
+        raise UserError(f"--num={args.num} --seed={args.seed} --temperature={args.temperature}: too small")
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Generate, measure, write page and figures; returns the figures."""
+    args = parse(argv)
+    compute = init_compute(args.device_type, None, args.seed)
+    model, tokenizer, codec, metadata, folder = open_audio_model(args.model_tag, args.step, compute.device)
+    tag, step = folder.parent.name, metadata["step"]
+    dataset = prepare_for(settings_of(metadata), say=print0)
+    warn_of_other_data(dataset, metadata.get("data_fingerprint"))
+    held_out = chosen(list(clips(dataset, "val")), args.num)
+    begun = time.perf_counter()
+    captions = [caption for caption, _, _ in held_out]
+    codes = generate_codes(model, tokenizer, captions, seed=args.seed, temperature=args.temperature, top_k=args.top_k)
+    generated = to_sound(codec, codes)
+    seconds = time.perf_counter() - begun
+    print0(f"{len(generated)} sounds of {sum(map(len, generated)) / codec.sample_rate:.0f} s in {seconds:.1f} s")
+    real = to_sound(codec, [codes.T for _, codes, _ in held_out])
+    result = {"model_tag": tag, "step": step, "seed": args.seed, "temperature": args.temperature, "clips": len(codes)}
+    if all("pitch_hz" in attributes for _, _, attributes in held_out):
+        table, items = adherence(codec, dataset, held_out, real, generated, args.seed)
+        text = audio_eval.adherence_text(table)
+        result["adherence"] = table
+    else:
+        table = audio_eval.distance_table(real, generated, codec.sample_rate)
+        text = audio_eval.distance_text(table)
+        items = [dict(caption=c, sound=(g, codec.sample_rate), reference=(r, codec.sample_rate))
+                 for c, g, r in zip(captions, generated, real, strict=True)][:SHOWN]  # fmt: skip
+        result["distances"] = table
+    print0(text)
+    page = write_page(base_dir() / "audio" / tag / "listen.html", f"{tag}, step {step}", items, text)
+    path = base_dir() / "audio_eval" / f"{tag}_{step:06d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    print0(f"written: {path}\nlisten: {page}")
+    return result
+
+
+def chosen(found: list[tuple], num: int) -> list[tuple]:
+    """Evenly spread over the held-out sounds, half of them of unseen combinations where there are enough."""
+    unseen = [item for item in found if item[2].get("unseen")]
+    seen = [item for item in found if not item[2].get("unseen")]
+    if len(found) < 2:
+        raise UserError(f"{len(found)} held-out sounds: at least 2 are needed, give more data")
+    half = max(num - len(seen), num // 2) if unseen else 0
+    return [*_spread(seen, num - min(half, len(unseen))), *_spread(unseen, half)]
+
+
+def _spread(items: list, num: int) -> list:
+    return [items[i] for i in np.linspace(0, len(items) - 1, min(num, len(items))).round().astype(int)] if items else []
+
+
+def adherence(codec, dataset, held_out: list[tuple], real: list, generated: list, seed: int) -> tuple[dict, list[dict]]:
+    """The table of hits, and the page's items."""
+    training = [clip for clip, _ in zip(clips(dataset, "train"), range(REFERENCES), strict=False)]
+    sounds = to_sound(codec, [codes.T for _, codes, _ in training])
+    known = [(wav, codec.sample_rate, attributes) for wav, (_, _, attributes) in zip(sounds, training, strict=True)]
+    references = audio_eval.learn_references(known)
+    wanted = [attributes for _, _, attributes in held_out]
+    heard = [audio_eval.measure(wav, codec.sample_rate, references) for wav in generated]
+    ceiling = [audio_eval.measure(wav, codec.sample_rate, references) for wav in real]
+    table = audio_eval.adherence_table(
+        list(zip(ceiling, wanted, strict=True)), list(zip(heard, wanted, strict=True)), seed
+    )
+    items = []
+    for split, unseen in (("combinations in the training", False), ("combinations never heard", True)):
+        mine = [i for i, attributes in enumerate(wanted) if bool(attributes.get("unseen")) is unseen]
+        items += [
+            dict(
+                caption=held_out[i][0], sound=(generated[i], codec.sample_rate), reference=(real[i], codec.sample_rate),
+                measured=heard[i], hits=audio_eval.hits(heard[i], wanted[i]), split=split,
+            )
+            for i in _spread(mine, SHOWN)
+        ]  # fmt: skip
+    return table, items
+
+
+if __name__ == "__main__":
+    run_script(main)
