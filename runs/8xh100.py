@@ -28,13 +28,16 @@ rank_timeout = 600
 # name of the checkpoint folder; None says depth and variant, as in d4-tied
 model_tag = None
 
+# begin with the weights of this model_tag's newest step, such as one that scripts.convert made
+init_from = None
+
 # Weights & Biases tracking; metrics.jsonl is always written; one of disabled, offline, online
 wandb_mode = "disabled"
 
 
 # -------------------- data --------------------------------------------------------------------------------------------
 
-# stdlib, packages, climbmix, hf:<dataset>, or the path of a file or folder of text
+# stdlib, packages, climbmix, synth (captioned melodies), hf:<dataset>, or the path of a file or folder
 data = "climbmix"
 
 # column that holds the text in jsonl, parquet and hub datasets
@@ -106,6 +109,56 @@ residual_scalars = False
 
 # take a learned part of the middle block's output off the last one's (from depth 3 on)
 backout = False
+
+
+# -------------------- modalities --------------------------------------------------------------------------------------
+
+# modalities beside text and the codes in a codebook of each, as in audio:2048
+modalities = None
+
+# codebooks of audio; each is one more position a frame; matters only with modalities [codebooks has no effect while
+# modalities=None]
+codebooks = 1
+
+# sound to codes: frame, pitch, mdct (fitted on the data); encodec:<hub name or folder>; a fitted one's name; matters
+# only with modalities [codec has no effect while modalities=None]
+codec = "frame"
+
+# what each modality has of its own: nothing, the MLP, or attention's matrices too; one of none, mlp, all; matters
+# only with modalities [untie has no effect while modalities=None]
+untie = "mlp"
+
+# width inside the experts of the further modalities; None takes the model's; matters only with untie [expert_dim has
+# no effect while modalities=None]
+expert_dim = None
+
+# logits: a layer for each modality; one shared, masked to the target's modality in the loss; or one shared; one of
+# separate, masked, shared; matters only with modalities [output_layers has no effect while modalities=None]
+output_layers = "separate"
+
+# modalities whose targets count in the training loss: all, or names as in audio; matters only with modalities
+# [loss_modalities has no effect while modalities=None]
+loss_modalities = "all"
+
+# source of text-only documents to mix with captioned sounds; matters only with modalities [text_data has no effect
+# while modalities=None]
+text_data = None
+
+# share of the positions that text-only documents take; matters only with text_data [text_share has no effect while
+# text_data=None]
+text_share = 0.5
+
+# how tokens get to their experts: sorted; all by all (where); rows of one layout (slice); one kernel (grouped); one
+# of sort, where, slice, grouped; matters only with untie [route has no effect while modalities=None]
+route = "sort"
+
+# sounds are cut to so many seconds; None keeps them whole; matters only with modalities [clip_seconds has no effect
+# while modalities=None]
+clip_seconds = None
+
+# column that holds the sound in hub datasets; matters only with modalities [data_audio_column has no effect while
+# modalities=None]
+data_audio_column = "audio"
 
 
 # -------------------- horizon -----------------------------------------------------------------------------------------

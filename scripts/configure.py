@@ -39,6 +39,10 @@ ASKED = {
         *("depth", "head_dim", "model_dim", "n_kv_head", "max_seq_len"),
         *("tie_weights", "use_output_projection", "tied_weights_lr"),
     ),
+    "modalities": (
+        *("modalities", "codebooks", "codec", "untie", "expert_dim", "output_layers", "loss_modalities"),
+        *("text_data", "text_share"),
+    ),
     "horizon": ("num_iterations", "target_flops", "target_param_data_ratio", "total_batch_size", "device_batch_size"),
     "optimizer": ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "warmup_steps", "warmdown_ratio"),
     "evaluation": ("eval_every", "core_metric_every", "sample_every"),
@@ -49,6 +53,11 @@ WORDING = {
     "tie_weights": "tie embedding weights?",
     "use_output_projection": "add an output projection before the logits?",
     "tied_weights_lr": "tied learning rate",
+    "modalities": "further modalities",
+    "untie": "untie for each modality",
+    "expert_dim": "width of the experts",
+    "loss_modalities": "modalities in the loss",
+    "text_data": "text-only documents from",
 }
 TYING = ("use_output_projection", "output_projection_residual", "tied_weights_lr", "embedding_lr", "unembedding_lr")
 BACK, HELP = "<", "?"
@@ -317,11 +326,12 @@ def _check_here(name: str, value) -> None:
     """What only this machine can tell about a typed value."""
     if name == "device_type":
         pick_device_type(value)
-    if name == "data" and value not in ("stdlib", "packages", "climbmix") and not value.startswith("hf:"):
-        known = nearest_name(value, ("stdlib", "packages", "climbmix"))
-        hint = known if "did you mean" in known else " (stdlib, packages, climbmix, hf:<dataset>, or a path)"
+    sources = ("stdlib", "packages", "climbmix", "synth")[: 4 if name == "data" else 3]
+    if name in ("data", "text_data") and value not in (None, *sources) and not value.startswith("hf:"):
+        known = nearest_name(value, sources)
+        hint = known if "did you mean" in known else f" ({', '.join(sources)}, hf:<dataset>, or a path)"
         if not os.path.exists(os.path.expanduser(value)):
-            raise UserError(f"data={value!r} is neither a known source nor a file or folder here{hint}")
+            raise UserError(f"{name}={value!r} is neither a known source nor a file or folder here{hint}")
 
 
 def _help(name: str) -> str:

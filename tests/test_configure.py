@@ -239,7 +239,8 @@ def test_there_is_nothing_before_the_first_question(argv):
 
 def test_back_passes_over_questions_that_were_not_asked():
     """Red when going back counts positions instead of visited questions."""
-    run = wizard({"tie embedding": ["no", "yes"], "num_iterations": ["<"], "add an output": ["y"], "tied": ["0.5"]})
+    back = {"num_iterations": ["<"], "further modalities": ["", "<"]}
+    run = wizard({"tie embedding": ["no", "yes"], **back, "add an output": ["y"], "tied": ["0.5"]})
     assert run.result == preset("cpu", use_output_projection=True, tied_weights_lr=0.5)
 
 
