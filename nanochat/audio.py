@@ -63,16 +63,16 @@ class FittedCodec:
 
     def encode(self, wav: np.ndarray | torch.Tensor) -> np.ndarray:
         """float32 [samples] -> int64 [Q, T], T = ceil(samples / 320) and at least 1."""
-        return self.encode_batch(torch.as_tensor(wav)[None])[0]
+        return self.encode_batch(np.asarray(wav)[None])[0]
 
     def decode(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
         """[Q, T] -> float32 [T * 320]. UserError for another Q and for codes outside 0 .. K-1."""
-        return self.decode_batch(torch.as_tensor(codes)[None])[0]
+        return self.decode_batch(np.asarray(codes)[None])[0]
 
     @torch.no_grad()
     def encode_batch(self, wavs: np.ndarray | torch.Tensor) -> np.ndarray:
         """float32 [B, samples] -> int64 [B, Q, T]; a sound's codes do not depend on its neighbours."""
-        wavs = torch.as_tensor(wavs, dtype=torch.float32)
+        wavs = torch.from_numpy(np.array(wavs, dtype=np.float32))
         return torch.cat([self._encode(group) for group in wavs.split(_group(wavs.shape[1] / HOP))]).numpy()
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ def _group(frames: float) -> int:
 
 def check_codes(codes: np.ndarray | torch.Tensor, codec) -> torch.Tensor:
     """Codes [B, Q, T] as int64; UserError when the codec has another Q, or a code lies outside 0 .. K-1."""
-    codes = torch.as_tensor(codes).long()
+    codes = torch.from_numpy(np.array(codes, dtype=np.int64))  # a copy: codes of a file are often read-only
     if codes.ndim != 3 or codes.shape[1] != codec.codebooks or codes.shape[2] == 0:
         raise UserError(f"codes of shape {list(codes.shape[1:])}: {codec.name} takes [{codec.codebooks}, T], T >= 1")
     if len(codes) and not 0 <= int(codes.min()) <= int(codes.max()) < codec.codes:

@@ -47,16 +47,16 @@ class EncodecCodec:
 
     def encode(self, wav: np.ndarray | torch.Tensor) -> np.ndarray:
         """float32 [samples] -> int64 [Q, T], T = ceil(samples / hop) and at least 1."""
-        return self.encode_batch(torch.as_tensor(wav)[None])[0]
+        return self.encode_batch(np.asarray(wav)[None])[0]
 
     def decode(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
         """[Q, T] -> float32 [T * hop]. UserError for another Q and for codes outside 0 .. K-1."""
-        return self.decode_batch(torch.as_tensor(codes)[None])[0]
+        return self.decode_batch(np.asarray(codes)[None])[0]
 
     @torch.no_grad()
     def encode_batch(self, wavs: np.ndarray | torch.Tensor) -> np.ndarray:
         """float32 [B, samples] -> int64 [B, Q, T]."""
-        wavs = torch.as_tensor(wavs, dtype=torch.float32)[:, None]
+        wavs = torch.from_numpy(np.array(wavs, dtype=np.float32))[:, None]
         wavs = torch.nn.functional.pad(wavs, (0, max(0, self._hop - wavs.shape[2])))
         coded = [
             self._model.encode(group, bandwidth=self._bandwidth).audio_codes[0, :, : self.codebooks]

@@ -21,7 +21,7 @@ SILENT = 1e-4  # amplitude (full scale is 1): frames below have no pitch and no 
 RELATIVE_FLOOR = 0.05  # of the frame's level: weaker harmonics count as absent
 LEVEL_WEIGHT = 2.0  # of the loudness among the bands
 
-UNVOICED, JUMP, STEP, OCTAVE_UP = 0.6, 0.45, 0.12, 0.02  # costs of the pitch track, in units of YIN's difference
+UNVOICED, JUMP, STEP, OCTAVE_UP = 0.35, 0.35, 0.1, 0.02  # costs of the pitch track, in units of YIN's difference
 
 
 def pitches(bins: int) -> torch.Tensor:
