@@ -83,11 +83,11 @@ class Heard:
         return "rising" if tendency > 0.3 else "falling" if tendency < -0.3 else "steady"
 
     def tempo(self, classes: Iterable[float]) -> float | None:
-        """The one of these tempi (beats a minute) whose beats lie nearest the onsets; None when none explains half.
+        """The one of these tempi (beats a minute) whose beats lie nearest the onsets; None when none fits.
 
         Beats are counted from up to 0.1 s around the first onset, whose attack differs from the others' by its window.
         An onset matches a beat within an eighth of the period, at most 60 ms; the score is the F-measure of matches,
-        so that a missed or an extra onset does not change the class.
+        above 0.7, so that a missed or an extra onset does not change the class and a doubled tempo is none.
         """
         if self.onsets.size < 2:
             return None
@@ -100,7 +100,7 @@ class Heard:
             matches = (distances < min(0.06, period / 8)).sum(1).max()
             scores[bpm] = 2 * matches / (self.onsets.size + beats.size)
         best = max(scores, key=scores.get)
-        return best if scores[best] > 0.5 else None
+        return best if scores[best] > 0.7 else None
 
     def instrument(self, references: "References") -> str | None:
         """Name of the reference timbre that is nearest; None without a pitched note."""

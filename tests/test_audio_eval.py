@@ -9,7 +9,16 @@ from scipy.stats import binomtest
 
 from nanochat import audio_eval, synth_audio
 from nanochat.audio import fit_codec
-from nanochat.audio_eval import adherence_table, adherence_text, derangement, hear, hits, learn_references, measure
+from nanochat.audio_eval import (
+    Heard,
+    adherence_table,
+    adherence_text,
+    derangement,
+    hear,
+    hits,
+    learn_references,
+    measure,
+)
 from nanochat.runtime import UserError
 
 RATE = 16000
@@ -32,7 +41,7 @@ def shares_of_hits(wavs, clips, references) -> dict[str, float]:
 
 
 def test_clean_melodies_are_heard_as_their_captions_say(clips, references):
-    """Red when LOWEST is 110.0 (low notes an octave up), `trough_threshold` 0.9, or `lag` 1: onsets go unheard."""
+    """Red when HARMONICS is 1."""
     assert references.tempi == (60, 90, 135, 200)
     assert references.instruments == ("bell", "organ", "pluck", "sine", "square")
     shares = shares_of_hits([clip.wav for clip in clips[80:]], clips[80:], references)
@@ -41,10 +50,10 @@ def test_clean_melodies_are_heard_as_their_captions_say(clips, references):
 
 
 def test_melodies_through_a_codec_with_guessed_phases_are_heard(clips, references):
-    """Red when the floor of 35 dB is 99 dB in onset_frames and `least` 0.13: the codec's noise becomes notes."""
+    """Red when peaks need to be higher than 2 frames around them instead of 8 (`pre_max`, `post_max`)."""
     codec = fit_codec("frame", [clip.wav for clip in clips], codebooks=2, codes=256, say=lambda _: None)
-    wavs = codec.decode_batch(codec.encode_batch(np.stack([clip.wav for clip in clips[120:]])))
-    shares = shares_of_hits(wavs, clips[120:], references)
+    wavs = codec.decode_batch(codec.encode_batch(np.stack([clip.wav for clip in clips[130:]])))
+    shares = shares_of_hits(wavs, clips[130:], references)
     assert shares["pitch"] >= 0.95 and shares["tempo"] >= 0.95
     assert shares["contour"] >= 0.9 and shares["instrument"] >= 0.85
 
@@ -59,6 +68,64 @@ def test_every_repeated_note_has_its_onset_and_pitch(decay):
     np.testing.assert_allclose(heard.onsets, np.arange(7) * 0.3, atol=0.05)
     assert np.all(np.abs(1200 * np.log2(heard.pitches / 220)) < 10)
     assert heard.contour == "steady" and heard.tempo((60, 90, 135, 200)) == 200
+
+
+SPECTRA = {
+    "sine": [1], "square": [1, 0, 1 / 3, 0, 1 / 5, 0, 1 / 7], "weak first": [0.5, 1, 0.3],
+    "organ": [1, 0.8, 0.6, 0.4, 0.3, 0.2], "bell": [1, 0, 0, 0.6, 0, 0, 0.4],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_every_pitch_is_heard_in_its_octave(spectrum):
+    """Red when LOWEST is 110.0, or trough_threshold 0.9: a strong second harmonic is taken for the first."""
+    for number in range(36, 84):  # C2 to B5
+        pitch, time = 440 * 2 ** ((number - 69) / 12), np.arange(RATE // 2) / RATE
+        partials = ((k, amplitude) for k, amplitude in enumerate(SPECTRA[spectrum], 1) if k * pitch < 7600)
+        wav = sum(amplitude * np.sin(2 * np.pi * k * pitch * time) for k, amplitude in partials)
+        assert abs(1200 * np.log2(hear(wav, RATE).first_hz / pitch)) < 20, number
+
+
+def test_noise_under_a_note_is_no_note():
+    """Red when the floor of 35 dB is at 99: bursts of noise at -40 dB become onsets."""
+    rng, time = np.random.default_rng(0), np.arange(2 * RATE) / RATE
+    bursts = np.repeat(rng.random(20) < 0.5, RATE // 10) * rng.normal(size=2 * RATE)
+    wav = np.sin(2 * np.pi * np.where(time < 1, 220, 330) * time) + 0.01 * bursts
+    np.testing.assert_allclose(hear(wav, RATE).onsets, [0, 1], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    "onsets, bpm",
+    [
+        ([0, 0.44, 0.89, 1.33, 1.78], 135),
+        ([0, 0.26, 0.56, 0.86, 1.16, 1.46, 1.76], 200),  # the first one late, as its attack has no note before it
+        ([0, 0.3, 0.9, 1.2, 1.5, 1.8], 200),  # one missed
+        ([0, 0.3, 1.0], 60),  # one too many
+        ([0.05, 0.72, 1.38], 90),
+        ([0, 0.5, 1.0, 1.5], None),  # 120 bpm is twice 60, and not 60
+        ([0, 0.1, 0.35, 0.6, 0.7, 0.8, 1.05], None),
+        ([0.3], None),
+        ([], None),
+    ],
+)
+def test_the_tempo_is_the_class_that_fits_the_onsets(onsets, bpm):
+    """Red when `shifts` are 0 (the late first onset), or the least score 0.5 (120 bpm becomes 60)."""
+    assert Heard(np.array(onsets), np.empty(0), None, 2.0).tempo((60, 90, 135, 200)) == bpm
+
+
+@pytest.mark.parametrize(
+    "numbers, contour",
+    [
+        ([60, 62], "rising"), ([60, 60, 60, 60], "steady"), ([60, 59, 57, 55], "falling"), ([60], None), ([], None),
+        ([60, 60, 60, 62, 62], "rising"),  # two notes, heard as five
+        ([60, 62, 64, 65, 67, 57], "rising"),  # the last one an octave down
+        ([60, 60, 72, 60, 60, 60], "steady"), ([60, 60, 60, 60, 60, 60, 67], "steady"),  # one wrong
+    ],
+)  # fmt: skip
+def test_the_contour_is_the_way_of_most_pairs(numbers, contour):
+    """Red when the least tendency is 0.7, or 0.1, of the pairs instead of 0.3."""
+    pitches = np.array([np.nan, *(440 * 2 ** ((number - 69) / 12) for number in numbers)])
+    assert Heard(np.arange(pitches.size) / 4, pitches, None, 2.0).contour == contour
 
 
 def test_a_sound_that_stops_is_not_an_onset():
