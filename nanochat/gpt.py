@@ -31,6 +31,7 @@ class GPTConfig:
     n_head: int = 6
     n_kv_head: int = 6  # fewer than n_head: grouped-query attention (arXiv 2305.13245)
     n_embd: int = 768
+    mlp_ratio: float = 4.0  # hidden units of an MLP over its width
     tie_weights: bool = False  # logits come from wte; there is no lm_head
     use_output_projection: bool = False  # tied only: logits = wte (P x) with P of n_embd x n_embd
     output_projection_residual: bool = False  # with it: wte (x + P x), P starting at zero
@@ -45,13 +46,19 @@ class GPTConfig:
     backout: bool = False  # lambda * the output of the middle block is taken off before the last norm
     # Further modalities in one stream, after Mixture-of-Transformers (arXiv 2411.04996): attention sees all tokens.
     modalities: tuple[Modality, ...] = ()
-    untie: str = "none"  # what each modality has of its own: "none", its "mlp", or "all": attention's matrices too
+    # What each modality has of its own: "none", its "mlp", or "all": attention's matrices too. "random" is a control: the
+    # MLPs of "mlp", and a draw once and for all which id goes through which.
+    untie: str = "none"
     # Logits: "shared", one softmax over all ids; "masked", one matrix, but the loss is over the ids of the target's
     # modality; "separate", an embedding and an output matrix for each modality, and that loss.
     output_layers: str = "shared"
 
     def __post_init__(self):
-        assert self.untie in ("none", "mlp", "all") and self.output_layers in ("shared", "masked", "separate"), self
+        assert self.untie in ("none", "mlp", "all", "random") and self.output_layers in (
+            "shared",
+            "masked",
+            "separate",
+        ), self
         assert self.n_embd % self.n_head == 0 and self.n_head % self.n_kv_head == 0, self
         assert self.tie_weights or not self.use_output_projection, "an output projection needs tied weights"
 
@@ -164,10 +171,11 @@ class CausalSelfAttention(AttentionMatrices):
 class MLP(nn.Module):
     """Two matrices with ReLU^2 between them (arXiv 2109.08668)."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, ratio: float = 4.0):
         super().__init__()
-        self.c_fc = Linear(width, 4 * width)
-        self.c_proj = Linear(4 * width, width)
+        hidden = round(ratio * width)
+        self.c_fc = Linear(width, hidden)
+        self.c_proj = Linear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.c_proj(F.relu(self.c_fc(x)).square())
@@ -176,8 +184,8 @@ class MLP(nn.Module):
 class NarrowMLP(MLP):
     """An MLP of another width than the stream's, between two adapters; up_proj starts at zero."""
 
-    def __init__(self, n_embd: int, width: int):
-        super().__init__(width)
+    def __init__(self, n_embd: int, width: int, ratio: float):
+        super().__init__(width, ratio)
         self.down_proj = Linear(n_embd, width)
         self.up_proj = Linear(width, n_embd)
 
@@ -189,12 +197,12 @@ class ModalityMLP(MLP):
     """An MLP for each modality, chosen by the input token's; text's keeps the plain model's parameter names."""
 
     def __init__(self, config: GPTConfig):
-        super().__init__(config.n_embd)
+        C, ratio = config.n_embd, config.mlp_ratio
+        super().__init__(C, ratio)
         self.experts = nn.ModuleDict()
         for modality in config.modalities:
-            own_width = modality.expert_dim in (None, config.n_embd)
-            expert = MLP(config.n_embd) if own_width else NarrowMLP(config.n_embd, modality.expert_dim)
-            self.experts[modality.name] = expert
+            plain = modality.expert_dim in (None, C)
+            self.experts[modality.name] = MLP(C, ratio) if plain else NarrowMLP(C, modality.expert_dim, ratio)
 
     def forward(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
         everyone = (super().forward, *self.experts.values())
@@ -220,7 +228,7 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.attn = CausalSelfAttention(config, layer)
-        self.mlp = ModalityMLP(config) if config.has_experts else MLP(config.n_embd)
+        self.mlp = ModalityMLP(config) if config.has_experts else MLP(config.n_embd, config.mlp_ratio)
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None, plan: Plan | None = None
@@ -271,11 +279,9 @@ class GPT(nn.Module):
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.empty(1))
         self.rotary_length = 10 * config.sequence_len  # generation may run past the training context
-        cos, sin = rotary_tables(self.rotary_length, config.head_dim, self.device, config.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        self.register_buffer("expert_of_id", self.vocabulary.table(by_expert=True), persistent=False)
-        self.register_buffer("head_of_id", self.vocabulary.table(by_expert=False), persistent=False)
+        for name in ("cos", "sin", "expert_of_id", "head_of_id"):
+            self.register_buffer(name, None, persistent=False)
+        self._set_tables()
 
     @property
     def table_size(self) -> int:
@@ -323,10 +329,14 @@ class GPT(nn.Module):
                 narrow = isinstance(self.get_submodule(owner), NarrowMLP)
                 spread = 0.0 if kind == ("up_proj" if narrow else "c_proj") else (3 / parameter.size(1)) ** 0.5
                 nn.init.uniform_(parameter, -spread, spread)
-        self.expert_of_id = self.vocabulary.table(by_expert=True).to(self.device)
-        self.head_of_id = self.vocabulary.table(by_expert=False).to(self.device)
-        cos, sin = rotary_tables(self.rotary_length, self.config.head_dim, self.device, self.config.rope_base)
-        self.cos, self.sin = cos, sin
+        self._set_tables()
+
+    def _set_tables(self) -> None:
+        """Everything that follows from the config alone and is no parameter."""
+        experts = self.vocabulary.random_table() if self.config.untie == "random" else self.vocabulary.table(True)
+        self.expert_of_id, self.head_of_id = experts.to(self.device), self.vocabulary.table(False).to(self.device)
+        tables = rotary_tables(self.rotary_length, self.config.head_dim, self.device, self.config.rope_base)
+        self.cos, self.sin = tables
 
     @property
     def device(self) -> torch.device:

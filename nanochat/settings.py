@@ -109,6 +109,7 @@ class Settings:
     n_kv_head: int | None = setting(
         None, "key/value heads (grouped-query attention); None means one for each query head", "model", at_least=1
     )
+    mlp_ratio: float = setting(4.0, "hidden units of an MLP for each of its width", "model", above=0, at_most=64)
     max_seq_len: int = setting(512, "context length in tokens", "model", at_least=2, at_most=2**24)
     tie_weights: bool = setting(False, "tie embedding weights: the embedding also makes the logits", "model")
     use_output_projection: bool = setting(
@@ -147,9 +148,9 @@ class Settings:
     )
     untie: str = setting(
         "mlp",
-        "what each modality has of its own: nothing, the MLP, or attention's matrices too",
+        "what each modality has of its own: nothing, the MLP, or attention's matrices too (random: a control)",
         "modalities",
-        choices=("none", "mlp", "all"),
+        choices=("none", "mlp", "all", "random"),
         when=("modalities", ON),
     )
     expert_dim: int | None = setting(
@@ -358,6 +359,7 @@ class Settings:
             n_head=self.n_head,
             n_kv_head=self.n_kv_head or self.n_head,
             n_embd=self.n_embd,
+            mlp_ratio=self.mlp_ratio,
             tie_weights=self.tie_weights,
             use_output_projection=self.tie_weights and self.use_output_projection,
             output_projection_residual=self.tie_weights

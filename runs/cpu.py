@@ -80,6 +80,9 @@ head_dim = 64
 # key/value heads (grouped-query attention); None means one for each query head
 n_kv_head = None
 
+# hidden units of an MLP for each of its width
+mlp_ratio = 4.0
+
 # context length in tokens
 max_seq_len = 256
 
@@ -125,8 +128,8 @@ codebooks = 1
 # only with modalities [codec has no effect while modalities=None]
 codec = "frame"
 
-# what each modality has of its own: nothing, the MLP, or attention's matrices too; one of none, mlp, all; matters
-# only with modalities [untie has no effect while modalities=None]
+# what each modality has of its own: nothing, the MLP, or attention's matrices too (random: a control); one of none,
+# mlp, all, random; matters only with modalities [untie has no effect while modalities=None]
 untie = "mlp"
 
 # width inside the experts of the further modalities; None takes the model's; matters only with untie [expert_dim has

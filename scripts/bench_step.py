@@ -43,10 +43,15 @@ class Variant:
         torch.manual_seed(settings.seed)
         self.model = GPT(GPTConfig(**settings.model_arguments())).to(device)
         self.model.init_weights(settings.tied_init_std)
+        self.model.route = settings.route
         self.model.compute_dtype = pick_dtype(settings.dtype, device.type)
         self.optimizer = build_optimizer(self.model, settings, self.model.compute_dtype)
-        shape = (settings.batch_plan()[0], settings.max_seq_len + 1)
-        tokens = torch.randint(settings.vocab_size, shape, device=device)
+        rows, length = settings.batch_plan()[0], settings.max_seq_len + 1
+        tokens = torch.randint(settings.vocab_size, (rows, length), device=device)
+        place = torch.arange(length, device=device)
+        for number, (first, end) in enumerate(self.model.vocabulary.ranges[1:], 1):  # captions of different lengths
+            begin = length * number / (number + 3) + torch.randint(0, length // 8, (rows, 1), device=device)
+            tokens = torch.where(place < begin, tokens, torch.randint(first, end, (rows, length), device=device))
         self.ids, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         import_compiler()
         self.model.compile()

@@ -345,7 +345,7 @@ def test_config_refuses_what_cannot_be_and_its_defaults_are_the_classic_model():
         sequence_len=1024, vocab_size=50304, n_layer=12, n_head=6, n_kv_head=6, n_embd=768, tie_weights=False,
         use_output_projection=False, output_projection_residual=False, rope_base=10_000.0, qk_scale=1.0,
         value_embeddings=False, value_gate_channels=12, value_gate_range=3.0, smear=False, residual_scalars=False,
-        backout=False, modalities=(), untie="none", output_layers="shared",
+        backout=False, mlp_ratio=4.0, modalities=(), untie="none", output_layers="shared",
     )  # fmt: skip
     for wrong in (dict(n_head=5), dict(n_kv_head=4), dict(use_output_projection=True)):
         with pytest.raises(AssertionError):

@@ -105,6 +105,18 @@ def test_empty_batch_and_experts_without_tokens_have_zero_gradients():
             assert route(torch.zeros(0, 4, 8), plan, [torch.relu, torch.relu]).shape == (0, 4, 8)
 
 
+def test_random_experts_have_nothing_to_do_with_the_modality():
+    """The control: as many parameters, the same routes. Red when it routes by the id's own modality."""
+    model, same = build(**{**BOTH, "untie": "random"}), build(**BOTH)
+    assert model.num_parameters() == same.num_parameters()
+    share = [
+        (model.expert_of_id[a:b] == number).float().mean() for number, (a, b) in enumerate(model.vocabulary.ranges)
+    ]
+    assert all(0.1 < part < 0.6 for part in share)
+    assert torch.equal(model.expert_of_id, GPT(model.config).expert_of_id)
+    assert not torch.allclose(model(mixture("prefix")), same(mixture("prefix")))
+
+
 def test_slice_refuses_rows_that_differ():
     model, ids = build(**BOTH), mixture("prefix")
     model.route, ids[1, 4] = "slice", AUDIO.start
