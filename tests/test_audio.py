@@ -242,12 +242,12 @@ def _bands(wav):
 
 
 def test_codes_hold_still_while_a_note_sounds(codecs):
-    """Held organ notes half-way between two pitches, with noise 30 dB below: one pitch code each. In tune and clean,
+    """Held organ notes half-way between two pitches, with noise 20 dB below: one pitch code each. In tune and clean,
     their timbre does not change either. Red when changing the pitch costs nothing, or a bit of timbre does."""
     random = np.random.default_rng(0)
     for root in ROOTS:
         between = held_note(root + 1 / 8, "organ")
-        noise = random.normal(0, 0.03 * between.std(), between.shape)
+        noise = random.normal(0, 0.1 * between.std(), between.shape)
         assert len(set(codecs["pitch"].encode(between + noise)[0, 2:46])) == 1, root
         assert len(set(codecs["pitch"].encode(held_note(root, "organ"))[1, 4:44])) == 1, root
 
