@@ -102,7 +102,8 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     optimizer               float32, each rank its shard: Muon momentum plus one variance a neuron, AdamW two moments
     activations             n tokens of a micro-batch, L layers, width C, k = n_kv_head / n_head:
                             float32 n L C 4 (17.5 + k), bfloat16 n L C 2 (21.2 + 2 k) as torch saves them in eager mode
-                            (compiled runs save less), plus the bfloat16 copies of the matrices; residual scalars keep
+                            with MLPs of 4 times the width (compiled runs save less),
+                            two more with experts, plus the bfloat16 copies of the matrices;  residual scalars keep
                             one more array a layer, value embeddings k of one in every other layer, smear two and
                             backout one in all; blocked
                             attention (CPU) also keeps its weights, H (T + 128) / 2 a token in float32 (and bfloat16)
@@ -131,7 +132,8 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
 
     tokens = settings.batch_plan(world_size)[0] * settings.max_seq_len
     kv = config.n_kv_head / config.n_head
-    per_token = config.n_embd * (4 * (17.5 + kv) if wide else 2 * (21.2 + 2 * kv))
+    hidden = 2 * config.mlp_ratio + 2 * config.has_experts  # experts: the sorted tokens, there and back
+    per_token = config.n_embd * (4 * (9.5 + hidden + kv) if wide else 2 * (13.2 + hidden + 2 * kv))
     per_token += config.n_embd * size * (config.residual_scalars + config.value_embeddings * kv / 2)
     if kind == "cpu":
         T = settings.max_seq_len

@@ -46,8 +46,8 @@ class GPTConfig:
     backout: bool = False  # lambda * the output of the middle block is taken off before the last norm
     # Further modalities in one stream, after Mixture-of-Transformers (arXiv 2411.04996): attention sees all tokens.
     modalities: tuple[Modality, ...] = ()
-    # What each modality has of its own: "none", its "mlp", or "all": attention's matrices too. "random" is a control: the
-    # MLPs of "mlp", and a draw once and for all which id goes through which.
+    # What each modality has of its own: "none", its "mlp", or "all": attention's matrices too. "random" is a control:
+    # the MLPs of "mlp", and a draw once and for all which id goes through which.
     untie: str = "none"
     # Logits: "shared", one softmax over all ids; "masked", one matrix, but the loss is over the ids of the target's
     # modality; "separate", an embedding and an output matrix for each modality, and that loss.

@@ -298,12 +298,12 @@ def test_the_issues_example_counts():
     with torch.device("meta"):
         counts = [GPT(GPTConfig(**shape, **VARIANTS[v])).num_parameters() for v in ("untied", "tied-proj")]
     assert counts[0] == dict(
-        wte=12_582_912, lm_head=12_582_912, output_projection=0, value_embeds=0, transformer=12_582_912, experts=0, scalars=0,
-        total=37_748_736,
+        wte=12_582_912, lm_head=12_582_912, output_projection=0, value_embeds=0, transformer=12_582_912, experts=0,
+        scalars=0, total=37_748_736,
     )  # fmt: skip
     assert counts[1] == dict(
-        wte=12_582_912, lm_head=0, output_projection=262_144, value_embeds=0, transformer=12_582_912, experts=0, scalars=0,
-        total=25_427_968,
+        wte=12_582_912, lm_head=0, output_projection=262_144, value_embeds=0, transformer=12_582_912, experts=0,
+        scalars=0, total=25_427_968,
     )  # fmt: skip
 
 
