@@ -13,6 +13,7 @@ import time
 import numpy as np
 
 from nanochat import audio_eval
+from nanochat.audio_distance import distance_table
 from nanochat.audio_generation import generate_codes, open_audio_model, to_sound
 from nanochat.audio_loss_eval import clips
 from nanochat.dataset import prepare_for
@@ -68,8 +69,8 @@ def main(argv: list[str] | None = None) -> dict:
         text = audio_eval.adherence_text(table)
         result["adherence"] = table
     else:
-        table = audio_eval.distance_table(real, generated, codec.sample_rate)
-        text = audio_eval.distance_text(table)
+        table = distance_table(zip(real, generated, strict=True), codec.sample_rate)
+        text = "\n".join(f"{name:<18} {'-' if value is None else f'{value:.4g}'}" for name, value in table.items())
         items = [dict(caption=c, sound=(g, codec.sample_rate), reference=(r, codec.sample_rate))
                  for c, g, r in zip(captions, generated, real, strict=True)][:SHOWN]  # fmt: skip
         result["distances"] = table
