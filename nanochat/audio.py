@@ -22,7 +22,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,18 @@ FIT_FRAMES = 30_000  # frames (10 minutes) that a codec learns from
 KMEANS_ROUNDS = 8
 BIT_PRICE = 0.1  # of the pitch kind: squared log amplitude, summed over the bands, that is worth a bit
 GROUP = 512  # frames computed at a time: more would only leave the processor's cache
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Thousands of small steps: shared among cores that have other work, each would wait longer than it takes, and the
+    codec would depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class FittedCodec:
@@ -70,6 +83,7 @@ class FittedCodec:
         return self.decode_batch(np.asarray(codes)[None])[0]
 
     @torch.no_grad()
+    @one_core()
     def encode_batch(self, wavs: np.ndarray | torch.Tensor) -> np.ndarray:
         """float32 [B, samples] -> int64 [B, Q, T]; a sound's codes do not depend on its neighbours."""
         wavs = torch.from_numpy(np.array(wavs, dtype=np.float32))
@@ -134,6 +148,7 @@ def check_codes(codes: np.ndarray | torch.Tensor, codec) -> torch.Tensor:
 # fitting
 
 
+@one_core()
 def fit_codec(
     kind: str, sounds: Iterable[np.ndarray], codebooks: int, codes: int, seed: int = 0, say: Say = print
 ) -> FittedCodec:
