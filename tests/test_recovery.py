@@ -17,7 +17,7 @@ from tiny_run import MODERN, TIED, TINY, exit_code, flags, losses, metrics, rows
 
 import nanochat.gpt
 from nanochat import checkpoint_manager as cm
-from nanochat import guard
+from nanochat import guard, training_data
 from nanochat.runtime import UserError
 from scripts import base_train
 from scripts.base_train import main
@@ -139,7 +139,7 @@ def test_sigterm_save(train, stop_after, name, capsys):
 
 def test_a_signal_cuts_an_evaluation_short_which_the_resumed_run_makes_up_for(train, monkeypatch):
     """Red when bits_per_byte does not ask `stop`, or when the resumed run takes the evaluation for done."""
-    real = base_train.bits_per_byte
+    real = training_data.bits_per_byte
 
     def interrupted(*args, **options):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -147,11 +147,11 @@ def test_a_signal_cuts_an_evaluation_short_which_the_resumed_run_makes_up_for(tr
         return real(*args, **options)
 
     for tag, every, step in (("middle", 2, 2), ("end", None, 4)):
-        monkeypatch.setattr(base_train, "bits_per_byte", interrupted)
+        monkeypatch.setattr(training_data, "bits_per_byte", interrupted)
         assert exit_code(lambda tag=tag, every=every: train(tag, eval_every=every)) == 85
         assert metrics(tag, "event") == ["start", "save", "preempted"]
         assert cm.list_steps(tag_dir(tag)) == [step]
-        monkeypatch.setattr(base_train, "bits_per_byte", real)
+        monkeypatch.setattr(training_data, "bits_per_byte", real)
         assert train(tag, "--resume", eval_every=every)["val_bpb"] > 0
         before = metrics(tag)
         main([f"--model_tag={tag}", "--resume"])
