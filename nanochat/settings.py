@@ -564,6 +564,12 @@ PRESETS: dict[str, dict] = {
         num_iterations=800, total_batch_size=2048, device_batch_size=8, eval_every=200, eval_tokens=None,
         sample_every=None, save_every=400, target_param_data_ratio=None,
     ),
+    "audio": dict(
+        data="synth", data_limit=3000, modalities="audio:256", codebooks=2, codec="pitch", vocab_size=320, depth=4,
+        model_dim=128, head_dim=32, max_seq_len=240, tie_weights=True, value_embeddings=True, smear=True,
+        residual_scalars=True, backout=True, qk_scale=1.2, num_iterations=300, total_batch_size=3840,
+        device_batch_size=16, eval_every=100, eval_tokens=None, sample_every=None, target_param_data_ratio=None,
+    ),
     "gpu1": dict(
         data="climbmix", data_limit=24, vocab_size=32768, depth=12, head_dim=128, max_seq_len=2048, tie_weights=True,
         target_param_data_ratio=12.0, total_batch_size=524_288, device_batch_size=16, weight_decay=0.1,
@@ -575,7 +581,7 @@ PRESETS: dict[str, dict] = {
         eval_tokens=10_485_760, core_metric_every=2000, save_every=1000, keep_last=2,
     ),
 }  # fmt: skip
-PRESET_WORLD = {"cpu": 1, "gpu1": 1, "8xh100": 8}
+PRESET_WORLD = {"cpu": 1, "audio": 1, "gpu1": 1, "8xh100": 8}
 
 
 def preset(name: str, **changes) -> Settings:

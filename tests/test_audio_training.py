@@ -300,7 +300,8 @@ def test_sounds_need_a_model_with_audio(spoken):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--out", "x.wav"], "--prompt"), (["--prompt", "x"], "name a file"), (["--prompt", "x", "--out", "x.au"], ".au"),
+        (["--out", "x.wav"], "--prompt"), (["--prompt", "x"], "name a file"),
+        (["--prompt", "x", "--out", "x.au"], ".au"),
         (["--prompt", "x", "--out", "x.wav", "--num", "0"], "--num=0"), (["--prompt", "x", "--nim", "1"], "see --help"),
         (["--prompt", "x", "--stream", "--num", "2"], "leave --num out"),
         (["--prompt", "x", "--out", "x.wav", "--temperature", "nan"], "temperature=nan"),

@@ -281,11 +281,13 @@ def test_over_fitting_is_warned_about_once(capsys):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_trains_a_step(name, train, tiny_corpus, tmp_path):
-    """cpu in its full shape, the others at depth 2: config.py as the wizard writes it, a few flags over it."""
+    """cpu and audio in full shape, the others at depth 2: config.py as the wizard writes it, some flags over it."""
     config = tmp_path / "config.py"
     config.write_text(render_config(preset(name)))
     changes = dict(data=tiny_corpus, vocab_size=512, num_iterations=1, compile=False, eval_tokens=2048)
-    if name != "cpu":
+    if name == "audio":
+        changes |= dict(data="synth", vocab_size=300, data_limit=40, clip_seconds=0.5, total_batch_size=1920)
+    elif name != "cpu":
         changes |= dict(
             depth=2, max_seq_len=128, device_batch_size=2, total_batch_size=512, device_type="cpu", data_limit=None
         )
@@ -295,7 +297,7 @@ def test_every_preset_trains_a_step(name, train, tiny_corpus, tmp_path):
     model, _, _ = cm.load_model("base", "cpu", "eval", f"preset-{name}")
     assert model.config.tie_weights
     assert (model.config.n_layer, model.config.n_embd) == (
-        (preset("cpu").depth, preset("cpu").n_embd) if name == "cpu" else (2, 128)
+        (preset(name).depth, preset(name).n_embd) if name in ("cpu", "audio") else (2, 128)
     )
 
 

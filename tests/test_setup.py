@@ -262,7 +262,12 @@ def test_recipe_is_its_preset(name):
 
 
 def test_shell_scripts_parse():
-    for path in ("speedrun.sh", ".ci/run", "tests/run.sh", "runs/setup.sh", "runs/nodes.sh"):
+    for path in (
+        "speedrun.sh",
+        ".ci/run",
+        "tests/run.sh",
+        *(f"runs/{n}.sh" for n in ("setup", "nodes", "audio_demo", "asterisk")),
+    ):
         subprocess.run(["bash", "-n", ROOT / path], check=True)
 
 
