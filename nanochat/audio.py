@@ -23,7 +23,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +93,8 @@ class FittedCodec:
     def decode_batch(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
         """[B, Q, T] -> float32 [B, T * 320]; UserError as in decode."""
         codes = check_codes(codes, self)
-        return torch.cat([self._decode(group) for group in codes.split(_group(codes.shape[2]))]).numpy()
+        with nullcontext() if self.name == "frame" else one_core():  # Griffin-Lim's transforms are worth sharing
+            return torch.cat([self._decode(group) for group in codes.split(_group(codes.shape[2]))]).numpy()
 
     def _encode(self, wavs: torch.Tensor) -> torch.Tensor:
         codes, seen = [], None
