@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanochat import audio
-from nanochat.audio import codec_folder, fit_codec, load_codec, open_codec
+from nanochat.audio import codec_folder, fit_codec, load_codec, one_core, open_codec
 from nanochat.runtime import UserError
 from nanochat.synth_audio import INSTRUMENTS, ROOTS, clip, frequency
 
@@ -19,6 +19,12 @@ KINDS = {"frame": (1, 512), "pitch": (2, 256), "mdct": (4, 256)}  # codebooks an
 
 def quiet(line):
     pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with one_core():  # as quick on a busy machine
+        yield
 
 
 @pytest.fixture(scope="module")

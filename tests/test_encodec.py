@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import EncodecConfig, EncodecModel, LlamaConfig
 
-from nanochat.audio import load_codec, open_codec
+from nanochat.audio import load_codec, one_core, open_codec
 from nanochat.runtime import UserError
 
 SMALL = dict(num_filters=4, hidden_size=16, codebook_dim=16, num_lstm_layers=1, codebook_size=64)
@@ -25,6 +25,12 @@ def save_model(folder, **options):
             layer.codebook.embed.copy_(mean + torch.randn(64, 16) * made.std(1))
     model.save_pretrained(folder)
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with one_core():  # as quick on a busy machine
+        yield
 
 
 @pytest.fixture(scope="module")
