@@ -567,8 +567,9 @@ PRESETS: dict[str, dict] = {
     "audio": dict(
         data="synth", data_limit=3000, modalities="audio:256", codebooks=2, codec="pitch", vocab_size=320, depth=4,
         model_dim=128, head_dim=32, max_seq_len=240, tie_weights=True, value_embeddings=True, smear=True,
-        residual_scalars=True, backout=True, qk_scale=1.2, num_iterations=300, total_batch_size=3840,
+        residual_scalars=True, backout=True, qk_scale=1.2, num_iterations=200, total_batch_size=3840,
         device_batch_size=16, eval_every=100, eval_tokens=None, sample_every=None, target_param_data_ratio=None,
+        compile=False,  # so short a run is over before compiling has paid
     ),
     "gpu1": dict(
         data="climbmix", data_limit=24, vocab_size=32768, depth=12, head_dim=128, max_seq_len=2048, tie_weights=True,

@@ -14,7 +14,7 @@ device_type = None
 dtype = None
 
 # compile the model with torch.compile; falls back to eager with a printed reason
-compile = True
+compile = False
 
 # seed of initialisation, data order and samples
 seed = 42
@@ -162,14 +162,14 @@ data_audio_column = "audio"
 # -------------------- horizon -----------------------------------------------------------------------------------------
 
 # optimizer steps; takes precedence over the other two horizons
-num_iterations = 300
+num_iterations = 200
 
 # train for so many FLOPs; takes precedence over the ratio; matters only with num_iterations=None [target_flops has no
-# effect while num_iterations=300]
+# effect while num_iterations=200]
 target_flops = None
 
 # train for so many tokens per matmul parameter (Chinchilla: 20); matters only with target_flops=None
-# [target_param_data_ratio has no effect while num_iterations=300]
+# [target_param_data_ratio has no effect while num_iterations=200]
 target_param_data_ratio = None
 
 # rows a device works on at a time; lower it when memory runs out
