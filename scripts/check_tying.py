@@ -10,16 +10,12 @@ seeds: 4 variants x 3 seeds at each variant's best rate, 1,000 steps.  report: t
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from nanochat.checkpoint_manager import checkpoints_dir
-from nanochat.runtime import UserError, base_dir, run_script, write_atomically
+from nanochat.runtime import UserError, run_script
+from scripts.experiments import base_train, paired, read, run_missing
 
 SHAPE = dict(
     data="packages", vocab_size=4096, depth=3, model_dim=128, head_dim=64, max_seq_len=256, total_batch_size=4096,
@@ -36,49 +32,18 @@ RATES = {name: ("tied_weights_lr" if name != "untied" else "unembedding_lr") for
 GRID = {name: ((0.002, 0.005, 0.0125) if name != "untied" else (0.0016, 0.004, 0.01)) for name in VARIANTS}
 INIT_STDS, INIT_RATES = (0.005, 0.02, 0.08), (0.005, 0.02, 0.2)
 SEEDS = (1, 2, 3)
-NO_CONFIG = "no_config.py"  # an empty file, so that a ./config.py has no say
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # two-sided 95%
 
 
 def train(key: str, settings: dict) -> dict:
     """One run in a process of its own; returns its line for the results file."""
-    tag = "tying-" + "".join(c if c.isalnum() or c in "._-" else "_" for c in key)
-    flags = [f"--{name}={value}" for name, value in {**SHAPE, **settings, "model_tag": tag, "overwrite": True}.items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.base_train", str(base_dir() / NO_CONFIG), *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    if done.returncode:
-        raise UserError(f"run {key} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
-    lines = [json.loads(line) for line in (checkpoints_dir() / tag / "metrics.jsonl").read_text().splitlines()]
+    lines = base_train(f"tying-{key}", {**SHAPE, **settings})
     losses = [line["loss"] for line in lines if "loss" in line]
     return dict(
-        key=key, settings=settings, tag=tag, steps=len(losses),
+        key=key, settings=settings, steps=len(losses),
         val_bpb=[line["val_bpb"] for line in lines if line.get("event") == "eval"][-1],
         train_loss=statistics.fmean(losses[-50:]), seconds=lines[-1]["train_seconds"],
         parameters=lines[0]["parameters"], losses=[round(loss, 4) for loss in losses[9::10]],
     )  # fmt: skip
-
-
-def run_missing(runs: dict[str, dict], results: Path, workers: int) -> dict[str, dict]:
-    """Train what the file lacks, `workers` at a time; returns all lines by key."""
-    have = read(results)
-    missing = {key: settings for key, settings in runs.items() if key not in have}
-    print(f"{len(runs)} runs, {len(runs) - len(missing)} there already", flush=True)
-    write_atomically(base_dir() / NO_CONFIG, "")
-    with ThreadPoolExecutor(workers) as pool:
-        for future in as_completed([pool.submit(train, *item) for item in missing.items()]):
-            line = future.result()
-            with open(results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            print(f"{line['key']:40s} val bpb {line['val_bpb']:.4f}  {line['seconds']:.0f} s", flush=True)
-    return read(results)
-
-
-def read(results: Path) -> dict[str, dict]:
-    if not results.exists():
-        return {}
-    return {line["key"]: line for line in map(json.loads, results.read_text(encoding="utf-8").splitlines())}
 
 
 def init_runs() -> dict[str, dict]:
@@ -114,12 +79,6 @@ def seed_runs(lines: dict[str, dict]) -> dict[str, dict]:
         for name in VARIANTS
         for rate in [best_rate(lines, name)]
     }
-
-
-def paired(differences: list[float]) -> tuple[float, float]:
-    """Mean and half width of the 95% interval (Student's t) of paired differences."""
-    n = len(differences)
-    return statistics.fmean(differences), T_95[n - 1] * statistics.stdev(differences) / n**0.5
 
 
 def report(lines: dict[str, dict], plot: Path | None) -> list[str]:
@@ -180,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     lines = read(arguments.results)
     stages = {"init": init_runs, "sweep": sweep_runs, "seeds": lambda: seed_runs(lines)}
     if arguments.stage != "report":
-        lines = run_missing(stages[arguments.stage](), arguments.results, arguments.workers)
+        lines = run_missing(stages[arguments.stage](), arguments.results, arguments.workers, train, "val_bpb")
     print("\n".join(report(lines, arguments.plot)))
     return lines
 

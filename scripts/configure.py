@@ -259,7 +259,8 @@ def _ask_preset(dialogue: Dialogue, existing: dict | None, chosen: dict) -> None
     while True:
         answer = listen(f"preset ({', '.join(names)}) [{dialogue.preset_name}]: ") or dialogue.preset_name
         if answer == HELP:
-            say("cpu: minutes on a laptop. audio: captioned melodies, minutes on a laptop. gpu1: hours on one GPU. 8xh100: hours on a node of 8.", "  ")
+            say("cpu: minutes on a laptop. audio: captioned melodies, minutes on a laptop.", "  ")
+            say("gpu1: hours on one GPU. 8xh100: hours on a node of 8.", "  ")
         elif answer == BACK:
             say("  this is the first question")
         elif answer not in names:

@@ -96,6 +96,6 @@ def test_a_run_that_fails_is_named(monkeypatch, tmp_path):
         return SimpleNamespace(returncode=2, stderr="error: no room")
 
     monkeypatch.setattr(subprocess, "run", failing)
-    with pytest.raises(UserError, match=r"run sweep/tied/0.1 ended with code 2: error: no room"):
+    with pytest.raises(UserError, match=r"run tying-sweep/tied/0.1 ended with code 2: error: no room"):
         check_tying.train("sweep/tied/0.1", {"tie_weights": True})
     assert {"--tie_weights=True", "--depth=3", "--model_tag=tying-sweep_tied_0.1"} <= set(asked)

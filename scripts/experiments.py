@@ -1,0 +1,58 @@
+"""What the experiments share: a process for each run, a file of results, paired intervals."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from nanochat.checkpoint_manager import checkpoints_dir
+from nanochat.runtime import UserError, base_dir, write_atomically
+
+NO_CONFIG = "no_config.py"  # an empty file, so that a ./config.py has no say
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # two-sided 95%
+
+
+def base_train(key: str, settings: dict) -> list[dict]:
+    """One training run with one thread, in a process of its own, under a tag made of its key: its metrics.jsonl."""
+    tag = "".join(c if c.isalnum() or c in "._-" else "_" for c in key)
+    flags = [f"--{name}={value}" for name, value in {**settings, "model_tag": tag, "overwrite": True}.items()]
+    write_atomically(base_dir() / NO_CONFIG, "")
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.base_train", str(base_dir() / NO_CONFIG), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise UserError(f"run {key} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
+    return [json.loads(line) for line in (checkpoints_dir() / tag / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_missing(
+    runs: dict[str, dict], results: Path, workers: int, train: Callable[[str, dict], dict], score: str
+) -> dict[str, dict]:
+    """Do what the file lacks, `workers` at a time, a line for each; returns all lines by key. score: what to print."""
+    have = read(results)
+    missing = {key: settings for key, settings in runs.items() if key not in have}
+    print(f"{len(runs)} runs, {len(runs) - len(missing)} there already", flush=True)
+    with ThreadPoolExecutor(workers) as pool:
+        for future in as_completed([pool.submit(train, *item) for item in missing.items()]):
+            line = future.result()
+            with open(results, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(f"{line['key']:40s} {score} {line[score]:.4f}  {line['seconds']:.0f} s", flush=True)
+    return read(results)
+
+
+def read(results: Path) -> dict[str, dict]:
+    if not results.exists():
+        return {}
+    return {line["key"]: line for line in map(json.loads, results.read_text(encoding="utf-8").splitlines())}
+
+
+def paired(differences: list[float]) -> tuple[float, float]:
+    """Mean and half width of the 95% interval (Student's t) of paired differences."""
+    n = len(differences)
+    return statistics.fmean(differences), T_95[n - 1] * statistics.stdev(differences) / n**0.5
