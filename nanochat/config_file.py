@@ -118,7 +118,7 @@ def _others(path: Path) -> str:
 def parse_value(name: str, text: str):
     """A setting's value from what a person typed: 'None' switches off, yes/no for truth, 1e9 and 4_096 for numbers."""
     hint, text = TYPES[name], text.strip()
-    if text.lower() == "none":
+    if text.lower() == "none" and "none" not in (FIELDS[name].metadata["choices"] or ()):
         return checked(name, None)
     if hint in (str, str | None):
         return checked(name, text)
