@@ -152,7 +152,7 @@ def _synth(limit: int, seconds: float) -> SoundSource:
 
 def _folder(root: Path, data: str, column: str, seconds: float | None) -> SoundSource:
     """Sounds below a folder, each called by its relative path, with captions from tables or from x.txt beside x.wav."""
-    files = sources._walk(root, lambda name: not sources._hidden(Path(name).name), sources._hidden)
+    files = sources.walk(root, lambda name: not sources.hidden(Path(name).name), sources.hidden)
     if not any(name.lower().endswith(SOUND_SUFFIXES) for name, _ in files):
         raise UserError(f"data={data}: no sounds among {len(files)} files, none of {' '.join(SOUND_SUFFIXES)}")
     read = [file for file in files if file[0].lower().endswith(SOUND_SUFFIXES + TABLE_SUFFIXES + (".txt",))]
@@ -311,7 +311,7 @@ def _hub_items(name: str, options: dict, seconds: float | None, log: Log, say: S
         local = Path(name).expanduser().is_dir()
     if not local:
         hub.probe(f"hf:{name}")
-    hub._keep_caches()
+    hub.place_caches()
     try:
         import datasets
         import fsspec  # datasets' own access to files in archives and on the hub
@@ -350,7 +350,7 @@ def _hub_items(name: str, options: dict, seconds: float | None, log: Log, say: S
                 items.append(Item(title, functools.partial(_load_spooled, title, caption, spool, place, seconds)))
     except UserError:
         raise
-    except hub._hub_errors() as error:
+    except hub.hub_errors() as error:
         kind = hub.Unreachable if isinstance(error, ConnectionError) else UserError
         raise kind(f"data=hf:{name}: {first_line(error)} (after {row + 1} sounds)") from error
     return items

@@ -7,7 +7,7 @@ import torch
 
 from nanochat.audio import check_codes, save_codec
 from nanochat.checkpoint_manager import weights_hash
-from nanochat.hub import _keep_caches, probe
+from nanochat.hub import place_caches, probe
 from nanochat.runtime import UserError, first_line
 
 GROUP_SECONDS = 16  # of sound computed at a time: the activations of the full model take 50 MB a second
@@ -85,7 +85,7 @@ class EncodecCodec:
 
 def _model(source: str):
     """The EncodecModel of a local folder or a hub name, from the local cache where it is there."""
-    _keep_caches()
+    place_caches()
     try:
         from transformers import AutoConfig, EncodecModel
     except ImportError as error:

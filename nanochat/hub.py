@@ -47,7 +47,7 @@ def probe(what: str) -> None:
         raise Unreachable(f"{what} is not here and {endpoint()} cannot be reached ({reason})") from error
 
 
-def _keep_caches() -> None:
+def place_caches() -> None:
     """Before the hub's clients are imported: their caches belong below base_dir(), unless the user has placed them.
 
     A token that `hf auth login` has stored is read from where it lies.
@@ -58,7 +58,7 @@ def _keep_caches() -> None:
         os.environ["HF_HOME"] = str(base_dir() / "huggingface")
 
 
-def _hub_errors() -> tuple[type[Exception], ...]:
+def hub_errors() -> tuple[type[Exception], ...]:
     """What the hub's clients raise: their own errors, and those of whichever HTTP library they were built on."""
     from http.client import HTTPException
 
@@ -90,7 +90,7 @@ def _hub_documents(name: str, options: dict, counts: Counter, say: Say) -> Itera
         local = Path(name).expanduser().is_dir()
     if not local:
         probe(f"hf:{name}")
-    _keep_caches()
+    place_caches()
     try:
         import datasets  # heavy
     except ImportError as error:
@@ -115,7 +115,7 @@ def _hub_documents(name: str, options: dict, counts: Counter, say: Say) -> Itera
             yield f"{name}#{row}", text
     except UserError:
         raise
-    except _hub_errors() as error:
+    except hub_errors() as error:
         kind = Unreachable if isinstance(error, ConnectionError) else UserError
         raise kind(f"data=hf:{name}: {first_line(error)} (after {row + 1} documents)") from error
 
@@ -129,7 +129,7 @@ def download_climbmix(
     Raises Unreachable when the hub does not answer or the connection ends, Corrupt for other bytes than announced.
     """
     probe("climbmix")
-    _keep_caches()
+    place_caches()
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def download_climbmix(
                 say(f"data: {count}/{len(names)} {path.name} {path.stat().st_size / 1e6:.1f} MB")
         except UserError:
             raise
-        except _hub_errors() as error:
+        except hub_errors() as error:
             if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
                 raise  # the disk, not the hub
             raise Unreachable(f"climbmix: the download stopped ({first_line(error)}); run again to go on") from error

@@ -79,7 +79,7 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     def excluded(folder: str) -> bool:
         return folder in STDLIB_EXCLUDED or folder.startswith("turtle")
 
-    return _walk(Path(sysconfig.get_path("stdlib")), wanted, excluded)
+    return walk(Path(sysconfig.get_path("stdlib")), wanted, excluded)
 
 
 def packages() -> Source:
@@ -173,7 +173,7 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
     if is_folder:
-        files = _walk(path, lambda name: name.lower().endswith(suffixes) and not _hidden(Path(name).name), _hidden)
+        files = walk(path, lambda name: name.lower().endswith(suffixes) and not hidden(Path(name).name), hidden)
         if not files:
             seen = sum(len(names) for _, _, names in os.walk(path))
             raise UserError(f"data={source}: no text found: {seen} files, none of them {kinds}")
@@ -294,11 +294,11 @@ def _whole_files(files, counts: Counter, at_least: int, at_most: int | None = No
             yield name, raw
 
 
-def _hidden(name: str) -> bool:
+def hidden(name: str) -> bool:
     return name.startswith(".")
 
 
-def _walk(root: Path, wanted: Callable[[str], bool], excluded: Callable[[str], bool]) -> list[tuple[str, Path]]:
+def walk(root: Path, wanted: Callable[[str], bool], excluded: Callable[[str], bool]) -> list[tuple[str, Path]]:
     """(relative posix path, file) below root of wanted paths, sorted; excluded folders, by name, are not entered."""
     found = []
     for folder, folders, names in os.walk(root):

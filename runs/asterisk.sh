@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Real speech: the 568 prompts of a telephone exchange (25 minutes, one speaker, 8 kHz) with what they say.
-#   bash runs/asterisk.sh [--name=value ...]        settings of scripts.audio_data, such as --codec=mdct --codebooks=4
+#   bash runs/asterisk.sh [--name=value ...]        settings, such as --codec=mdct --codebooks=4 --max_seq_len=1664
 # Downloads two Debian packages (18 MB, CC-BY-SA 3.0; no root needed), unpacks them into $NANOCHAT_BASE_DIR/asterisk,
 # writes their transcript as captions.jsonl beside the sounds and the settings as config.py, which the flags overrule,
-# fits a codec on the sounds and encodes them.
-# Without apt: download asterisk-core-sounds-en-wav and asterisk-core-sounds-en by hand from packages.debian.org into
+# fits a codec on the sounds and encodes them, trains a small model that reads and speaks, has it say a sentence, and
+# makes a page of held-out prompts beside what the model makes of their words.
+# Without apt: get the .deb files of asterisk-core-sounds-en-wav and asterisk-core-sounds-en from Debian by hand, into
 # $NANOCHAT_BASE_DIR/asterisk and run this again.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -35,7 +36,14 @@ with gzip.open(transcript, "rt", encoding="utf-8") as transcript, open(sounds / 
         name, colon, words = line.partition(":")
         if colon and not line.startswith(";"):
             captions.write(json.dumps({"file_name": f"{name.strip()}.wav", "text": words.strip()}) + "\n")
-settings = dict(data=str(sounds), modalities="audio:1024", codec="frame", clip_seconds=8.0)
-config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in settings.items()), encoding="utf-8")
+settings = dict(
+    data=str(sounds), modalities="audio:1024", codec="frame", clip_seconds=8.0, vocab_size=400, depth=4, model_dim=192,
+    max_seq_len=448, tie_weights=True, smear=True, value_embeddings=True, num_iterations=300, total_batch_size=3584,
+    device_batch_size=8, eval_every=100, sample_every=None, model_tag="asterisk",
+)
+config.write_text("".join(f"{name} = {value!r}\n" for name, value in settings.items()), encoding="utf-8")
 EOF
 "$python" -m scripts.audio_data "$place/config.py" "$@"
+"$python" -m scripts.base_train "$place/config.py" --resume "$@"
+"$python" -m scripts.audio_generate --model-tag asterisk --prompt "Please enter your password." --out "$place/says.wav"
+"$python" -m scripts.audio_eval --model-tag asterisk --num 24

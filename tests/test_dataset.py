@@ -20,7 +20,7 @@ import pytest
 
 from nanochat import dataset, sources
 from nanochat.dataset import Corrupt, Dataset, climbmix_is_here, held_out, prepare
-from nanochat.hub import CLIMBMIX_REPO, Unreachable, _keep_caches
+from nanochat.hub import CLIMBMIX_REPO, Unreachable, place_caches
 from nanochat.runtime import UserError, base_dir
 from scripts import data as data_script
 
@@ -680,11 +680,11 @@ def test_the_hubs_caches_lie_in_the_base_folder(monkeypatch, tmp_path):
         monkeypatch.setenv(name, "put back in the end")
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    _keep_caches()
+    place_caches()
     assert os.environ["HF_HOME"] == str(tmp_path / "base" / "huggingface")
     assert os.environ.pop("HF_TOKEN_PATH") == str(tmp_path / ".cache" / "huggingface" / "token")
     monkeypatch.setenv("HF_HOME", "elsewhere")
-    _keep_caches()
+    place_caches()
     assert os.environ["HF_HOME"] == "elsewhere" and "HF_TOKEN_PATH" not in os.environ
 
 
