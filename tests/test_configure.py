@@ -237,6 +237,31 @@ def test_there_is_nothing_before_the_first_question(argv):
     assert "this is the first question" in run.text and run.result == preset("cpu")
 
 
+def test_modalities_are_asked_for():
+    """Codebooks, codec, untying, width, outputs, loss and mix follow one another; what cannot be is asked again.
+
+    Red when a modality's questions are asked of a text model, or data=synth is let through without one.
+    """
+    run = wizard(
+        {
+            "data": ["synth"], "further modalities": ["None", "audio", "audio:256"], "codebooks": ["1"],
+            "codec": ["pitch", "frame"], "untie": ["all"], "width of": ["96"], "output_layers": ["masked"],
+            "modalities in the loss": ["sound", "audio"], "text-only documents": ["nowhere", "stdlib"],
+            "text_share": ["0.25"],
+        },
+        "--preset=cpu",
+    )  # fmt: skip
+    assert run.result == preset(
+        "cpu", data="synth", modalities="audio:256", untie="all", expert_dim=96, output_layers="masked",
+        loss_modalities="audio", text_data="stdlib", text_share=0.25,
+    ), run.error  # fmt: skip
+    said = ("data=synth is captioned sounds", "'audio' is not name:codes", "codebooks must be at least 2")
+    assert all(words in " ".join(run.text.split()) for words in (*said, "no modality 'sound'", "text_data='nowhere'"))
+    assert "modality experts" in run.text
+    plain = wizard(after("cpu")).text
+    assert "further modalities" in plain and "untie" not in plain.split("also in the file")[0]
+
+
 def test_back_passes_over_questions_that_were_not_asked():
     """Red when going back counts positions instead of visited questions."""
     back = {"num_iterations": ["<"], "further modalities": ["", "<"]}
