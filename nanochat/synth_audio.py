@@ -75,11 +75,11 @@ def clip(index: int, seed: int = 0, seconds: float = 2.0) -> Clip:
     beat = 60 / bpm
     degrees = CONTOURS[contour] * (np.arange(int(np.ceil(seconds / beat - 1e-9))) % 8)  # at most an octave away
     numbers = root + 12 * (degrees // 7) + np.array(SCALES[mode])[degrees % 7]
-    wav = _melody(frequency(numbers), beat, instrument, seconds)
+    wav = melody(frequency(numbers), beat, instrument, seconds)
     return Clip(wav, pick(TEMPLATES).format(**words), attributes)
 
 
-def _melody(pitches: np.ndarray, beat: float, instrument: str, seconds: float) -> np.ndarray:
+def melody(pitches: np.ndarray, beat: float, instrument: str, seconds: float) -> np.ndarray:
     """Notes of these fundamentals [notes] in Hz, one a beat (seconds), as float32 [samples]."""
     time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     note = (time / beat).astype(int)

@@ -1,0 +1,29 @@
+"""The codec table: entropies by hand, and that it runs."""
+
+import math
+
+import pytest
+
+from nanochat.runtime import UserError
+from scripts import check_codecs
+
+
+def test_entropies_by_hand():
+    """Red when the groups are not weighted by their size."""
+    assert check_codecs.entropy("aabb") == 1 and check_codecs.entropy("aaaa") == 0
+    assert check_codecs.entropy_given(list("abababcc"), [1, 1, 1, 1, 1, 1, 2, 2]) == pytest.approx(6 / 8)
+    assert check_codecs.entropy(range(24)) == pytest.approx(math.log2(24))
+
+
+@pytest.mark.parametrize("text", ["pitch", "pitch,2", "pitch,2,x", "mp3,1,2", ""])
+def test_a_misspelt_codec_is_refused(text):
+    with pytest.raises(UserError, match="is not kind,codebooks,codes"):
+        check_codecs.main([f"--codec={text}"])
+
+
+def test_the_pitch_codec_tells_note_and_timbre_apart(capsys):
+    """The first book says the root, the second nothing of it; with one book of spectra all is in one code."""
+    pitch, frame = check_codecs.main(["--codec=pitch,2,64", "--codec=frame,1,256", "--fit=30", "--clips=3"])
+    assert pitch["books"][0]["root"] > 4.4 and pitch["books"][1]["root"] < 0.5 and frame["books"][0]["root"] > 2.5
+    assert pitch["pitch"] > 0.95 and pitch["rate"] == 600
+    assert "| pitch 2 x 64 | 600 |" in capsys.readouterr().out
