@@ -175,6 +175,8 @@ def evaluate_bpb(
         store.close()
         result |= {split: found["bpb"], f"{split}_bytes": found["bytes"], f"{split}_tokens": found["tokens"]}
         result[f"{split}_seconds"] = time.perf_counter() - begun
+        if "losses" in found:
+            result[f"{split}_losses"] = found["losses"]
     if result["val_bytes"] != dataset.text_bytes("val"):
         print0(f"warning: scored {result['val_bytes']} of {dataset.text_bytes('val')} held-out bytes")
     return result
@@ -235,6 +237,10 @@ def report(result: dict) -> None:
             if bpb.get(key) is not None:
                 rows.append([name, f"{bpb[key]:.4f}", f"{bpb['val_bytes']:,}", ""])
         show("bits per byte", ["", "bpb", "bytes", "seconds"], rows)
+        if "val_losses" in bpb:
+            rows = [[name, *(f"{bpb[f'{split}_losses'][name]['nats'] / unit:.4f}" for split in ("train", "val")
+                     for unit in (1, math.log(2)))] for name in bpb["val_losses"]]  # fmt: skip
+            show("loss a token, by modality", ["", "train nats", "bits", "val nats", "bits"], rows)
     if "audio" in result:
         report_audio(result["audio"])
     for part, title in (("core", "CORE"), ("offline", "OFFLINE suite (not comparable with CORE)")):
