@@ -180,7 +180,7 @@ class Grammar:
             ended |= ids == end - 1
         self.modality.masked_fill_(ended, 0)
         for start, number in self._starts:
-            began = (ids == start) & (self.modality == 0)
+            began = ids == start
             self.modality.masked_fill_(began, number)
             self.emitted.masked_fill_(began, 0)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_gpt import MODERN, VARIANTS, build, random_ids
 
-from nanochat.engine import KVCache, decode
+from nanochat.engine import KVCache, decode, generate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.modality import Grammar, Modality
 from nanochat.routing import plan_route, route
@@ -255,6 +255,14 @@ def test_generation_emits_legal_ids_only(layers):
             grammar.advance(torch.tensor([token]))
         seen |= set(row)
     assert {66} < seen and seen & set(range(50)) and seen & set(range(50, 66))
+
+
+def test_several_samples_of_a_prompt_go_on_where_it_stops():
+    """Within a sound, from one prefill. Red when the copies of the grammar begin anew."""
+    model = build(**BOTH, sequence_len=32)
+    samples = generate(model, [3, AUDIO.start, 51], 9, num_samples=3, temperature=5.0, frames=5)
+    assert all(58 <= row[0] <= 65 and (50 <= row[1] <= 57 or row[1] == 66) for row in samples)
+    assert samples[0] != samples[1]
 
 
 def test_eight_clips_are_learnt_by_heart():
