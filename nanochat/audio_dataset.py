@@ -41,7 +41,8 @@ def audio_source(settings: Settings, text: Dataset | None, say: Say) -> Source:
         "format": FORMAT,
     }
     # The folder's name tells settings apart, not contents: those are told apart by the state.
-    chosen = [settings.codec, settings.data_column, settings.clip_seconds, settings.data_limit]
+    limit = settings.data_limit if settings.data == "synth" or settings.data.startswith("hf:") else None
+    chosen = [settings.codec, settings.data_column, settings.clip_seconds, limit]
     chosen += [settings.text_data, settings.text_share] if text else []
     shape = f"{slug_of(settings.codec.rpartition('/')[2].rpartition(':')[2])}-{settings.codebooks}x{codes}"
     manifest: dict = {"codec": {"codebooks": settings.codebooks, "codes": codes}}

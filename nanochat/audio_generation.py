@@ -11,7 +11,7 @@ from nanochat.audio import load_codec
 from nanochat.checkpoint_manager import build_model, find_checkpoint, step_dir
 from nanochat.engine import decode
 from nanochat.gpt import GPT
-from nanochat.runtime import UserError, print0
+from nanochat.runtime import UserError, pick_dtype, print0
 from nanochat.tokenizer import Tokenizer
 
 STREAM_FRAMES, STREAM_CONTEXT = 25, 50  # frames decoded at a time when streaming, and those before them as a run-up
@@ -21,12 +21,13 @@ def open_audio_model(model_tag: str | None, step: int | None, device) -> tuple[G
     """(model, tokenizer, codec, metadata, step folder) of a checkpoint with audio; UserError where a part is amiss."""
     checkpoint_dir, step = find_checkpoint(model_tag, step)
     folder = step_dir(checkpoint_dir, step)
+    print0(f"loading {folder}")
     model, tokenizer, metadata = build_model(checkpoint_dir, step, device, "eval")
     if "audio" not in model.vocabulary.names:
         raise UserError(f"{folder} is a model of {', '.join(model.vocabulary.names)}: train one with modalities=audio")
     if tokenizer is None:
         raise UserError(f"{folder} holds no tokenizer: captions cannot be read")
-    print0(f"loading {folder}")
+    model.compute_dtype = pick_dtype((metadata.get("settings") or {}).get("dtype"), torch.device(device).type)
     return model, tokenizer, codec_of(model, metadata, folder), metadata, folder
 
 

@@ -37,7 +37,8 @@ def evaluate_audio(
     """{"nats", "bits", "bits_per_second", "clips", "codes", "baselines": {...}, "splits": {...}} of held-out sounds.
 
     nats and bits: of a code, `end` included. baselines: nats of uniform, unigram, bigram, and shuffled_captions.
-    splits: nats by "seen" and "unseen" where the attributes say. max_clips: of so many sounds. UserError: too few.
+    splits: nats by "seen" and "unseen" where the attributes say. max_clips: of so many sounds, at least 2. UserError:
+    fewer than 2 sounds fit a row.
     """
     vocabulary = model.vocabulary
     room = model.config.sequence_len
@@ -47,7 +48,7 @@ def evaluate_audio(
         caption_ids = tokenizer.encode(caption, bos=True)
         if len(caption_ids) + len(sound) > room + 1:
             too_long += 1
-        elif max_clips is None or len(found) < max_clips:
+        elif max_clips is None or len(found) < max(2, max_clips):
             found.append((caption_ids, sound, attributes))
     if len(found) < 2:
         raise UserError(f"data {dataset.name}: {len(found)} held-out sounds fit a row of {room}: at least 2 are needed")

@@ -100,6 +100,17 @@ class SoundSource:
     advice: str = "give more sounds"
 
 
+def holds_sounds(data: str) -> bool:
+    """Whether a source is one of sounds: by its name, or by the files in a folder; hub datasets may be."""
+    if data in ("stdlib", "packages", "climbmix"):
+        return False
+    path = Path(data).expanduser()
+    if data == "synth" or data.startswith("hf:") or not path.exists():
+        return True  # what is not there is named later
+    files = sources.walk(path, lambda name: name.lower().endswith(SOUND_SUFFIXES), sources.hidden)
+    return bool(files) or path.suffix.lower() in SOUND_SUFFIXES
+
+
 def sound_source(settings: Settings, say: Say) -> SoundSource:
     """The captioned sounds that `data` names: synth, hf:<dataset> or a folder; UserError for anything else."""
     data, seconds = settings.data, settings.clip_seconds

@@ -52,12 +52,12 @@ def save_checkpoint(
     metadata: dict,
     rank: int = 0,
     tokenizer: Tokenizer | None = None,
-    codec=None,
+    codec: Path | None = None,
 ) -> Path | None:
     """Write one step atomically; only rank 0 writes. Returns its folder.
 
     model_state and optimizer_state: whole tensors by name. metadata: JSON values (step, settings, model_config, ...).
-    tokenizer and codec (of nanochat.audio) are copied into the folder.
+    The tokenizer and the codec's folder are copied into it.
     A folder of this name that is already there is moved aside, never deleted. Raises OSError (a full disk), leaving
     nothing behind but the earlier steps.
     """
@@ -75,7 +75,7 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save(temporary / "tokenizer")
         if codec is not None:
-            codec.save(temporary / "codec")
+            shutil.copytree(codec, temporary / "codec")
         (temporary / "state.json").write_text(json.dumps({**metadata, "step": step}, indent=1), encoding="utf-8")
         seal(temporary)
         if final.exists():
@@ -285,7 +285,9 @@ def model_config(metadata: dict) -> GPTConfig:
                 f"model_config: {name}={value!r} is not {'true or false' if kind is bool else 'a number > 0'}"
             )
     try:
-        return GPTConfig(**saved)
+        config = GPTConfig(**saved)
+        assert config.vocabulary.size > 0
+        return config
     except AssertionError as error:
         raise UserError(f"model_config describes no model that can be: {error}") from error
 
@@ -341,6 +343,16 @@ def check_tokenizer(tokenizer: Tokenizer, metadata: dict, where) -> None:
         raise UserError(f"{where}: the tokenizer has hash {tokenizer.hash}, the model was trained with {trained}")
     if tokenizer.vocab_size > (size := model_config(metadata).vocab_size):
         raise UserError(f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model only {size}")
+
+
+def check_codec(dataset, metadata: dict, where) -> None:
+    """Refuse sounds coded with another codec than those of the training: equal codes would mean other sounds."""
+    trained, here = metadata.get("codec") or {}, dataset.codec or {}
+    if trained and here and trained.get("hash") != here["hash"]:
+        raise UserError(
+            f"{where}: data {dataset.name} is coded with codec {here['hash'][:8]}, the model was trained with "
+            f"{str(trained.get('hash'))[:8]}: use the model's with --codec={Path(where) / 'codec'}"
+        )
 
 
 def load_model(

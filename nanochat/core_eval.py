@@ -123,7 +123,7 @@ def score_rows(
         )
         line, place = torch.tensor(line, device=ids.device), torch.tensor(place, device=ids.device)
         # Logits only where a span is scored: with a large vocabulary they cost more than the layers.
-        spans, wanted = model.logits(features[line, place - 1]), ids[line, place]
+        spans, wanted = model.text_logits(features[line, place - 1]), ids[line, place]
         loss = F.cross_entropy(spans, wanted, reduction="none").cpu()
         right = (spans.argmax(dim=-1) == wanted).cpu()
         lengths = [rows[i].end - rows[i].start for i in batch]

@@ -66,7 +66,8 @@ class TokenStore:
         self.maker = os.environ.get("LOCAL_RANK", "0") == "0" if maker is None else maker
         self.workers = workers or min(8, os.cpu_count() or 1)
         self.patience_s = patience_s
-        self.directory = dataset.directory / f"tokens-{tokenizer.hash[:8]}"
+        sounds = f"-{self.vocabulary.first('audio')}" if dataset.codec is not None else ""  # ids depend on the layout
+        self.directory = dataset.directory / f"tokens-{tokenizer.hash[:8]}{sounds}"
         self.dtype = np.dtype(np.uint16 if self.vocabulary.size <= 2**16 else np.uint32)
         self._sha256 = {entry["name"]: entry["sha256"] for entry in dataset.manifest["files"]}
         self._entries: dict[int, dict] = {}

@@ -102,10 +102,9 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     optimizer               float32, each rank its shard: Muon momentum plus one variance a neuron, AdamW two moments
     activations             n tokens of a micro-batch, L layers, width C, k = n_kv_head / n_head:
                             float32 n L C 4 (17.5 + k), bfloat16 n L C 2 (21.2 + 2 k) as torch saves them in eager mode
-                            with MLPs of 4 times the width (compiled runs save less),
-                            two more with experts, plus the bfloat16 copies of the matrices;  residual scalars keep
-                            one more array a layer, value embeddings k of one in every other layer, smear two and
-                            backout one in all; blocked
+                            with MLPs of 4 times the width (compiled runs save less), two arrays more with experts, plus
+                            the bfloat16 copies of the matrices; residual scalars keep one more array a layer, value
+                            embeddings k of one in every other layer, smear two and backout one in all; blocked
                             attention (CPU) also keeps its weights, H (T + 128) / 2 a token in float32 (and bfloat16)
     logits                  one chunk of the loss head: 5 arrays rows x V in float32, the cast output matrix, gradients
                             to features and to that matrix
@@ -116,7 +115,7 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     """
     model, dtype, kind = meta_model(settings), hardware.activation_dtype(settings), hardware.device_type
     optimizer = build_optimizer(model, settings, dtype, world_size=world_size)
-    size, wide = dtype.itemsize, dtype == torch.float32
+    size, full = dtype.itemsize, dtype == torch.float32
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
 
@@ -133,20 +132,20 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     tokens = settings.batch_plan(world_size)[0] * settings.max_seq_len
     kv = config.n_kv_head / config.n_head
     hidden = 2 * config.mlp_ratio + 2 * config.has_experts  # experts: the sorted tokens, there and back
-    per_token = config.n_embd * (4 * (9.5 + hidden + kv) if wide else 2 * (13.2 + hidden + 2 * kv))
+    per_token = config.n_embd * (4 * (9.5 + hidden + kv) if full else 2 * (13.2 + hidden + 2 * kv))
     per_token += config.n_embd * size * (config.residual_scalars + config.value_embeddings * kv / 2)
     if kind == "cpu":
         T = settings.max_seq_len
-        per_token += config.n_head * ((T + CPU_BLOCK) / 2 if T > CPU_BLOCK else T) * (4 if wide else 6)
+        per_token += config.n_head * ((T + CPU_BLOCK) / 2 if T > CPU_BLOCK else T) * (4 if full else 6)
     count = model.num_parameters()
     matrices = count["transformer"] + count["experts"] + count["output_projection"]
     once = config.n_embd * size * (2 * config.smear + config.backout)
-    activations = tokens * (config.n_layer * per_token + once) + (0 if wide else 2 * matrices)
+    activations = tokens * (config.n_layer * per_token + once) + (0 if full else 2 * matrices)
 
     rows = min(tokens, CHUNK_ROWS.get(kind, CHUNK_ROWS_DEFAULT))
     ids = max(len(matrix) for _, matrix in model.output_weights())
     table = ids * config.n_embd
-    logits = 5 * 4 * rows * ids + tokens * config.n_embd * size + table * (4 if wide else 6)
+    logits = 5 * 4 * rows * ids + tokens * config.n_embd * size + table * (4 if full else 6)
     return {
         "parameters": 4 * parameters,
         "gradients": 4 * parameters,

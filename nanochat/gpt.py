@@ -388,11 +388,13 @@ class GPT(nn.Module):
         )
         cos, sin = self.cos[:, start : start + T], self.sin[:, start : start + T]
         x = x0 = self.embed(idx, kv_cache)
+        # Only training runs compiled, or by another route: evaluation and generation come in too many shapes.
+        run = self.block_forward if torch.is_grad_enabled() else Block.forward
         plan = None
         if self.config.has_experts:
-            plan = plan_route(self.route, self.expert_of_id[idx], len(self.vocabulary.names))
-        # Only training runs compiled: evaluation and generation come in too many shapes.
-        run = self.block_forward if torch.is_grad_enabled() else Block.forward
+            kind = self.route if torch.is_grad_enabled() else "sort"
+            compiled = run is not Block.forward
+            plan = plan_route(kind, self.expert_of_id[idx], len(self.vocabulary.names), compiled)
         for layer, block in enumerate(self.transformer.h):
             ve = None
             if self.config.has_value_embedding(layer):
@@ -419,6 +421,11 @@ class GPT(nn.Module):
             matrices = [matrix for _, matrix in self.output_weights()]
         parts = [wide(F.linear(features, matrix.to(features.dtype))) for matrix in matrices]
         return softcapped(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
+
+    def text_logits(self, features: torch.Tensor) -> torch.Tensor:
+        """logits() of the ids that a text target competes with in the loss: all of them in a shared softmax."""
+        logits = self.logits(features)
+        return logits if self.config.output_layers == "shared" else logits[..., : self.config.vocab_size]
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, kv_cache=None, loss_reduction: str = "mean"
@@ -476,14 +483,9 @@ class GPT(nn.Module):
         self.block_forward = Block.forward
         compile_loss_head(False)
 
-    def num_parameters(self) -> dict[str, int]:
-        return parameters.num_parameters(self)
-
-    def num_matmul_parameters(self) -> int:
-        return parameters.num_matmul_parameters(self)
-
-    def flops_per_token(self) -> int:
-        return parameters.flops_per_token(self)
+    num_parameters = parameters.num_parameters
+    num_matmul_parameters = parameters.num_matmul_parameters
+    flops_per_token = parameters.flops_per_token
 
 
 def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

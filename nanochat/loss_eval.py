@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nanochat.modality import IGNORED
 from nanochat.packing import inputs_and_targets
 from nanochat.runtime import UserError, write_atomically
 from nanochat.settings import Say
 
-IGNORED = -100
 LARGEST_COMPRESSED = 200_000_000  # bytes; xz -9e takes about a second for each megabyte
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.attention import wide
+from nanochat.modality import IGNORED
 
 SOFTCAP = 15.0
 # Rows whose logits are alive at a time: on a CPU so few that they stay in the cache of the cores.
@@ -42,7 +43,7 @@ def chunked_cross_entropy(
         total = losses.sum()
     else:
         total = _ChunkedSum.apply(x, weight, targets)
-    return total if reduction == "sum" else total / (targets != -100).sum().clamp(min=1)
+    return total if reduction == "sum" else total / (targets != IGNORED).sum().clamp(min=1)
 
 
 def _chunk_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -54,7 +55,7 @@ def _chunk_gradient(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.
     squashed = 2 * torch.sigmoid(wide(logits) * (2 / SOFTCAP)) - 1  # tanh(logits / 15), vectorised everywhere
     exps = torch.exp(squashed * SOFTCAP - SOFTCAP)
     total = exps.sum(dim=-1, keepdim=True)
-    valid = (targets != -100)[:, None]
+    valid = (targets != IGNORED)[:, None]
     column = targets.clamp(min=0)[:, None]
     at_target = squashed.gather(1, column)
     losses = torch.where(valid, total.log() + SOFTCAP - at_target * SOFTCAP, 0.0)
@@ -75,7 +76,7 @@ class _ChunkedSum(torch.autograd.Function):
             xs, ys = x[start : start + rows], targets[start : start + rows]
             count = xs.size(0)
             if count < rows and chunk_gradient is not _chunk_gradient:  # compiled: for one shape
-                xs, ys = F.pad(xs, (0, 0, 0, rows - count)), F.pad(ys, (0, rows - count), value=-100)
+                xs, ys = F.pad(xs, (0, 0, 0, rows - count)), F.pad(ys, (0, rows - count), value=IGNORED)
             gradient, column, own, loss = chunk_gradient(xs @ cast.t(), ys)
             gradient.scatter_add_(1, column, -own)
             total += loss

@@ -125,10 +125,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Take this rank's shards from whole tensors; raises KeyError with the name of a missing one."""
+        known = {name.rpartition(".")[0] for name in state}
         for unit in self.units:
             prefix = unit.names[0] + "."
             quantities = sorted(key[len(prefix) :] for key in state if key.startswith(prefix))
-            if not quantities and unit.group.get("modality") is None:  # else it may not have had its first step
+            new = unit.group.get("modality") is not None and known.isdisjoint(unit.group["param_names"])
+            if not quantities and not new:  # a modality's group may not have had its first step yet
                 raise KeyError(f"optimizer state of {unit.names[0]}")
             unit.state = {}
             for quantity in quantities:

@@ -6,6 +6,7 @@ What stays empty at the end of a row is ignored. Text that is longer than a row 
 """
 
 from bisect import bisect_left
+from collections import Counter
 
 import numpy as np
 import torch
@@ -21,8 +22,11 @@ EMPTY = -1
 class Rows:
     """All rows of one split: row i is ids [seq_len + 1], EMPTY behind its documents."""
 
-    def __init__(self, store: TokenStore, seq_len: int, say: Say = print):
-        """Waits until the whole split is tokenised. UserError: no document fits a row."""
+    def __init__(self, store: TokenStore, seq_len: int, say: Say = print, one_layout: bool = False):
+        """Waits until the whole split is tokenised. UserError: no document fits a row.
+
+        one_layout: keep only rows whose modalities change at the same places, the most frequent ones.
+        """
         store.require(range(len(store.paths)))
         self.store, self.capacity = store, seq_len + 1
         parts = [self._pieces(shard) for shard in range(len(store.paths))]
@@ -41,11 +45,14 @@ class Rows:
         self.pieces = pieces[order]
         # The packing sorted the rows by length: a part of them should be like the whole.
         self._order = np.argsort(np.random.PCG64(0).random_raw(len(self.ends) - 1), kind="stable")
-        self.filled = pieces[:, 3].sum() / (len(self) * self.capacity)
-        say(f"{store.split}: {len(pieces)} documents in {len(self)} rows of {seq_len}, {self.filled:.0%} full")
+        if one_layout:
+            self._keep_one_layout(say)
+        shown = sum(count for row in range(len(self)) for *_, count, _ in self._of(row))
+        filled = shown / (len(self) * self.capacity)
+        say(f"{store.split}: {len(pieces)} documents, {len(self)} rows of {seq_len}, {filled:.0%} full")
 
     def __len__(self) -> int:
-        return len(self.ends) - 1
+        return len(self._order)
 
     def read(self, row: int, out: np.ndarray) -> None:
         """Copy the ids of a row into out [seq_len + 1]."""
@@ -76,6 +83,19 @@ class Rows:
         count = np.where(sound[document], lengths[document], np.minimum(offsets[document + 1] - start, self.capacity))
         columns = (np.full(len(document), shard), document, start, count, sound[document])
         return np.stack([column.astype(np.int64) for column in columns], axis=1), len(ids)
+
+    def _keep_one_layout(self, say: Say) -> None:
+        """A sound's `start` counts as its modality, as it does for the experts."""
+        table = self.store.vocabulary.table(by_expert=True).numpy()
+        ids, layouts = np.empty(self.capacity, np.int64), []
+        for row in range(len(self)):
+            self.read(row, ids)
+            layouts.append(np.where(ids == EMPTY, 0, table[ids])[:-1].tobytes())
+        usual, count = Counter(layouts).most_common(1)[0]
+        self._order = self._order[[layout == usual for layout in layouts]]
+        say(
+            f"{self.store.split}: {count} of {len(layouts)} rows have one layout, the others are left out (route=slice)"
+        )
 
     def _say_too_long(self, pieces: np.ndarray, too_long: np.ndarray, seq_len: int, say: Say) -> None:
         if not too_long.any():

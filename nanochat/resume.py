@@ -152,9 +152,15 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
     return validate(merged, world_size_from_env())
 
 
-def begin_from(tag: str, model, tokenizer) -> None:
-    """Weights of the tag's newest whole step, for a new run: nothing else of it."""
-    tag_dir, step = checkpoints.find_checkpoint(tag, None)
+def first_weights(settings: Settings, tag_dir: Path, resume_step: int | None) -> tuple[Path, int] | None:
+    """(tag folder, step) of the weights that a run goes on from, or begins with; None for one that begins with none."""
+    if resume_step is not None:
+        return tag_dir, resume_step
+    return checkpoints.find_checkpoint(settings.init_from, None) if settings.init_from else None
+
+
+def begin_from(tag_dir: Path, step: int, model, tokenizer, dataset) -> None:
+    """The weights of a step, for a new run: nothing else of it. UserError where they are of another kind."""
     state, _, metadata = checkpoints.load_checkpoint(tag_dir, step)
     where = checkpoints.step_dir(tag_dir, step)
     checkpoints.check_tokenizer(tokenizer, metadata, where)
@@ -163,7 +169,8 @@ def begin_from(tag: str, model, tokenizer) -> None:
     there = dataclasses.asdict(dataclasses.replace(saved, sequence_len=model.config.sequence_len))
     if differing := [name for name in mine if there[name] != mine[name]]:
         told = ", ".join(f"{name}={there[name]!r} there, {mine[name]!r} here" for name in differing)
-        raise UserError(f"init_from={tag!r} holds another model than the settings describe: {told}")
+        raise UserError(f"init_from={tag_dir.name!r} holds another model than the settings describe: {told}")
+    checkpoints.check_codec(dataset, metadata, where)
     checkpoints.check_state(model, state, where)
     model.load_state_dict(state)
     print0(f"beginning with the weights of {where}")

@@ -46,8 +46,11 @@ class Grouped(NamedTuple):
 Plan = Sorted | Masks | Slices | Grouped
 
 
-def plan_route(kind: str, modality: torch.Tensor, experts: int) -> Plan:
-    """How the tokens of modality [B, T] (0 .. experts - 1) get to their experts; `slice` may raise UserError."""
+def plan_route(kind: str, modality: torch.Tensor, experts: int, compiled: bool = False) -> Plan:
+    """How the tokens of modality [B, T] (0 .. experts - 1) get to their experts; `slice` may raise UserError.
+
+    compiled: the plan is for a compiled block, which should not be compiled anew for other numbers of tokens.
+    """
     assert kind in ROUTES, kind
     training = torch.is_grad_enabled()
     if kind == "where":
@@ -57,15 +60,16 @@ def plan_route(kind: str, modality: torch.Tensor, experts: int) -> Plan:
     flat = modality.flatten()
     if kind == "grouped":
         perm, inverse = sorted_by(flat)
-        return Grouped(perm, inverse, torch.bincount(flat, minlength=experts).cumsum(0).to(torch.int32))
+        of_each = (flat[:, None] == torch.arange(experts, device=flat.device)).sum(0)  # bincount would ask the device
+        return Grouped(perm, inverse, of_each.cumsum(0).to(torch.int32))
     if training:
         flat = torch.cat([flat, torch.arange(experts, device=flat.device).repeat(PADDING).to(flat.dtype)])
     perm, inverse = sorted_by(flat)
     counts = torch.bincount(flat, minlength=experts).tolist()  # the one look at the device
     rows = tuple(perm.new_empty(count) for count in counts)
-    if training:
+    if compiled:
         for row in rows:
-            torch._dynamo.decorators.mark_dynamic(row, 0)
+            torch._dynamo.mark_dynamic(row, 0)
     return Sorted(perm, inverse, rows, PADDING * experts if training else 0)
 
 
@@ -77,13 +81,13 @@ def sorted_by(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _segments(modality: torch.Tensor, experts: int) -> tuple[tuple[int, int, int], ...]:
-    rows = modality.tolist()
+    rows = modality.tolist() or [[0] * modality.size(1)]
     for number, row in enumerate(rows):
         if row != rows[0]:
             place = next(i for i, (a, b) in enumerate(zip(row, rows[0], strict=True)) if a != b)
             raise UserError(
                 f"route=slice needs rows of one layout: row {number} differs from row 0 at position {place}; "
-                "use --route=sort, or captions of one length"
+                "use --route=sort (the loader of base_train takes rows of one layout only)"
             )
     segments, start = [], 0
     for end in range(1, len(rows[0]) + 1):

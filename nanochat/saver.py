@@ -23,9 +23,11 @@ class BackgroundSaver:
     save in flight end when the loop is left by an exception, and does not hide that exception.
     """
 
-    def __init__(self, folder: Path, keep_last: int | None, tokenizer: Tokenizer, rank: int = 0, codec=None):
+    def __init__(
+        self, folder: Path, keep_last: int | None, tokenizer: Tokenizer, rank: int = 0, codec: Path | None = None
+    ):
         self.folder, self.keep_last, self.tokenizer, self.rank = folder, keep_last, tokenizer, rank
-        self.codec = codec  # of sounds: a checkpoint holds what turns its codes into sound
+        self.codec = codec  # a folder: a checkpoint holds what turns its codes into sound
         self._copies: tuple[dict[str, torch.Tensor], ...] = ({}, {})  # used again by each save: no new memory
         self._thread: threading.Thread | None = None
         self._result: Path | None = None

@@ -169,7 +169,10 @@ class Settings:
         when=("modalities", ON),
     )  # fmt: skip
     text_data: str | None = setting(
-        None, "source of text-only documents to mix with captioned sounds", "modalities", when=("modalities", ON)
+        None,
+        "source of text-only documents to mix with captioned sounds: as data, by its defaults, from column text",
+        "modalities",
+        when=("modalities", ON),
     )
     text_share: float = setting(
         0.5, "share of the positions that text-only documents take", "modalities", above=0, at_most=0.99,
@@ -337,7 +340,10 @@ class Settings:
         for part in (self.modalities or "").split(",") if self.modalities else ():
             name, _, number = part.strip().partition(":")
             legal = number.isascii() and number.isdigit() and 1 < int(number) <= 1_000_000
-            if not re.fullmatch("[a-z][a-z0-9]*", name) or name == "text" or name in codes or not legal:
+            if name in codes:
+                message = f"modalities={shown(self.modalities)} names {name} twice"
+                raise IllegalCombination("modalities", "audio:2048", message)
+            if not re.fullmatch("[a-z][a-z0-9]*", name) or name == "text" or not legal:
                 raise IllegalCombination(
                     "modalities",
                     "audio:2048",
@@ -532,22 +538,27 @@ def validate(settings: Settings, world_size: int = 1) -> Settings:
 
 def _validate_modalities(settings: Settings) -> None:
     names = ("text", *settings.modality_codes())
-    if "audio" not in names:
-        if settings.data == "synth":
-            raise IllegalCombination(
-                "modalities", "audio:512", "data=synth is captioned sounds: set modalities=audio:512, or other data"
-            )
-        return
-    if wrong := [name for name in settings.counted_modalities or () if name not in names]:
+    if settings.data == "synth" and "audio" not in names:
+        raise IllegalCombination(
+            "modalities", "audio:512", "data=synth is captioned sounds: set modalities=audio:512, or other data"
+        )
+    counted = settings.counted_modalities or ("text",)
+    if wrong := [name for name in counted if name not in names]:
         raise IllegalCombination(
             "loss_modalities", "all",
             f"loss_modalities={settings.loss_modalities!r}: no modality {wrong[0]!r} among {', '.join(names)}",
         )  # fmt: skip
-    if settings.codec == "pitch" and settings.codebooks < 2:
+    if not {"text", "audio"} & set(counted):
+        raise IllegalCombination(
+            "loss_modalities", "all",
+            f"loss_modalities={settings.loss_modalities!r}: data holds only text and audio, nothing would be learnt",
+        )  # fmt: skip
+    if "audio" in names and settings.codec == "pitch" and settings.codebooks < 2:
         raise IllegalCombination(
             "codebooks", 2, "codec=pitch codes the pitch and the rest apart: codebooks must be at least 2"
         )
-    if settings.route == "grouped" and settings.untie != "none" and settings.expert_dim not in (None, settings.n_embd):
+    routed = settings.modalities and settings.route == "grouped" and settings.untie != "none"
+    if routed and settings.expert_dim not in (None, settings.n_embd):
         raise IllegalCombination(
             "expert_dim", settings.n_embd,
             f"route=grouped needs experts of one width: expert_dim={settings.expert_dim} is not {settings.n_embd}",

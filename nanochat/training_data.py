@@ -1,8 +1,9 @@
 """What a run reads: dataset and tokenizer, made where they are missing, the batches, and the held-out measurement."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
-from nanochat.checkpoint_manager import find_checkpoint, step_dir
 from nanochat.dataloader import DataLoader, TokenStore
 from nanochat.dataset import Dataset, prepare_for
 from nanochat.loss_eval import bits_per_byte, packed_losses
@@ -13,22 +14,18 @@ from nanochat.settings import Settings
 from nanochat.tokenizer import Tokenizer, find_or_train
 
 
-def prepare_data(settings: Settings, compute: Compute) -> tuple[Dataset, Tokenizer]:
-    """Dataset and tokenizer; what is missing is made by rank 0, then found by all, or made once on nodes apart."""
+def prepare_data(settings: Settings, compute: Compute, begun: Path | None = None) -> tuple[Dataset, Tokenizer]:
+    """Dataset and tokenizer; what is missing is made by rank 0, then found by all, or made once on nodes apart.
+
+    begun: the step folder of the checkpoint that gives the run its weights, and so its tokenizer.
+    """
     for turn in (compute.rank == 0, compute.local_rank == 0 and compute.rank != 0, compute.local_rank != 0):
         if turn:
             dataset = prepare_for(settings, say=print0)
-            tokenizer = _tokenizer(settings, dataset)
+            own = begun and not settings.tokenizer and (begun / "tokenizer").is_dir()
+            tokenizer = Tokenizer.load(begun / "tokenizer") if own else find_or_train(settings, dataset, say=print0)
         compute.barrier(patient=True)
     return dataset, tokenizer
-
-
-def _tokenizer(settings: Settings, dataset: Dataset) -> Tokenizer:
-    if settings.init_from and not settings.tokenizer:
-        folder = step_dir(*find_checkpoint(settings.init_from, None)) / "tokenizer"
-        if folder.is_dir():
-            return Tokenizer.load(folder)
-    return find_or_train(settings, dataset, say=print0)
 
 
 def vocabulary_of(settings: Settings, tokenizer: Tokenizer) -> Vocabulary:
@@ -44,13 +41,40 @@ def vocabulary_of(settings: Settings, tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(tokenizer.vocab_size, modalities)
 
 
+def say_what_is_idle(settings: Settings, dataset: Dataset) -> None:
+    """Modalities that the data holds nothing of have parameters all the same."""
+    if idle := [name for name in settings.modality_codes() if name != "audio" or dataset.codec is None]:
+        print0(f"{dataset.name} holds nothing of {', '.join(idle)}: what is theirs in the model stays as it begins")
+
+
+def codec_files(dataset: Dataset) -> Path | None:
+    """The folder of the codec of the data's sounds; UserError when it is not the one that coded them."""
+    if dataset.codec is None:
+        return None
+    folder = Path(dataset.codec["directory"])
+    try:
+        there = json.loads((folder / "codec.json").read_text(encoding="utf-8"))["hash"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"codec {folder} cannot be read ({error}): delete {dataset.directory} to prepare anew"
+        ) from error
+    if there != dataset.codec["hash"]:
+        raise UserError(
+            f"codec {folder} has hash {str(there)[:8]}, {dataset.name} was coded with {dataset.codec['hash'][:8]}: "
+            f"bring that one back, or delete {dataset.directory} to prepare anew"
+        )
+    return folder
+
+
 def batches(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> DataLoader:
     """The training batches: a stream of text, or whole captioned sounds in rows."""
     store = TokenStore(dataset, tokenizer, "train", vocabulary=vocabulary_of(settings, tokenizer), say=print0)
     shape = (settings.rows, settings.max_seq_len, settings.seed, compute.rank, compute.world_size, compute.device)
     if dataset.codec is None:
         return DataLoader(store, *shape)
-    return PackedLoader(Rows(store, settings.max_seq_len, print0), *shape, count=settings.counted_modalities)
+    sliced = settings.route == "slice" and settings.untie != "none"
+    rows = Rows(store, settings.max_seq_len, print0, one_layout=sliced)
+    return PackedLoader(rows, *shape, count=settings.counted_modalities)
 
 
 def held_out_measure(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> Callable:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Real speech: the 568 prompts of a telephone exchange (25 minutes, one speaker, 8 kHz) with what they say.
+# Real speech: the prompts of a telephone exchange (568, of which 10 are silent; 20 minutes, one speaker, 8 kHz) with
+# what they say.
 #   bash runs/asterisk.sh [--name=value ...]        settings, such as --codec=mdct --codebooks=4 --max_seq_len=1664
 # Downloads two Debian packages (18 MB, CC-BY-SA 3.0; no root needed), unpacks them into $NANOCHAT_BASE_DIR/asterisk,
 # writes their transcript as captions.jsonl beside the sounds and the settings as config.py, which the flags overrule,
@@ -45,5 +46,6 @@ config.write_text("".join(f"{name} = {value!r}\n" for name, value in settings.it
 EOF
 "$python" -m scripts.audio_data "$place/config.py" "$@"
 "$python" -m scripts.base_train "$place/config.py" --resume "$@"
-"$python" -m scripts.audio_generate --model-tag asterisk --prompt "Please enter your password." --out "$place/says.wav"
-"$python" -m scripts.audio_eval --model-tag asterisk --num 24
+read -r _ _ _ _ _ tag <<<"$("$python" -m scripts.summary --plan "$place/config.py" "$@")"
+"$python" -m scripts.audio_generate --model-tag "$tag" --prompt "Please enter your password." --out "$place/says.wav"
+"$python" -m scripts.audio_eval --model-tag "$tag" --num 24

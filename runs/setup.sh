@@ -36,7 +36,9 @@ set_up() {
     wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum) $root"
     exec 9>"$root/.venv.lock" || return 2
     if command -v flock >/dev/null; then flock 9; fi # two set-ups at once would undo each other's work
-    if is_new_enough "$python" && { stamped "$wanted $extras" || stamped "$wanted dev"; }; then
+    # dev holds all extras, and every extra all that none holds
+    if is_new_enough "$python" && { stamped "$wanted $extras" || stamped "$wanted dev" ||
+        { [ -z "$extras" ] && stamped "$wanted audio"; }; }; then
         exec 9>&-
         return
     fi

@@ -13,12 +13,15 @@ import time
 import numpy as np
 
 from nanochat import audio_eval
+from nanochat.arguments import Parser, number
 from nanochat.audio_distance import distance_table
 from nanochat.audio_generation import generate_codes, open_audio_model, to_sound
 from nanochat.audio_loss_eval import clips
+from nanochat.checkpoint_manager import check_codec
 from nanochat.dataset import prepare_for
 from nanochat.listen_page import write_page
 from nanochat.runtime import UserError, base_dir, init_compute, print0, run_script, write_atomically
+from scripts.audio_generate import add_sampling
 from scripts.base_eval import settings_of, warn_of_other_data
 
 REFERENCES = 200  # real training clips that the judge learns the instruments from
@@ -26,25 +29,12 @@ SHOWN = 24  # clips of each split on the page
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.audio_eval", description=__doc__.split("\n")[0], allow_abbrev=False
+    parser = Parser("scripts.audio_eval", __doc__)
+    parser.add_argument(
+        "--num", type=number(int, 2), default=240, help="sounds to generate, half of them of unseen combinations"
     )
-    parser.add_argument("--model-tag", help="folder under base_checkpoints (default: the newest)")
-    parser.add_argument("--step", type=int, help="step to evaluate (default: the newest whole one)")
-    parser.add_argument("--num", type=int, default=240, help="sounds to generate, half of them of unseen combinations")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing and of the shuffling")
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--top-k", type=int)
-    parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")
-
-    def refuse(message: str):
-        raise UserError(f"{message} (see --help)")
-
-    parser.error = refuse
-    args = parser.parse_args(argv)
-    if args.num < 2 or args.seed < 0 or args.temperature < 0:
-        raise UserError(f"--num={args.num} --seed={args.seed} --temperature={args.temperature}: too small")
-    return args
+    add_sampling(parser)
+    return parser.parse(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -54,6 +44,7 @@ def main(argv: list[str] | None = None) -> dict:
     model, tokenizer, codec, metadata, folder = open_audio_model(args.model_tag, args.step, compute.device)
     tag, step = folder.parent.name, metadata["step"]
     dataset = prepare_for(settings_of(metadata), say=print0)
+    check_codec(dataset, metadata, folder)
     warn_of_other_data(dataset, metadata.get("data_fingerprint"))
     held_out = chosen(list(clips(dataset, "val")), args.num)
     begun = time.perf_counter()
@@ -69,8 +60,7 @@ def main(argv: list[str] | None = None) -> dict:
         text = audio_eval.adherence_text(table)
         result["adherence"] = table
     else:
-        table = distance_table(zip(real, generated, strict=True), codec.sample_rate)
-        text = "\n".join(f"{name:<18} {'-' if value is None else f'{value:.4g}'}" for name, value in table.items())
+        table, text = distances(real, generated, codec.sample_rate)
         items = [dict(caption=c, sound=(g, codec.sample_rate), reference=(r, codec.sample_rate))
                  for c, g, r in zip(captions, generated, real, strict=True)][:SHOWN]  # fmt: skip
         result["distances"] = table
@@ -81,6 +71,22 @@ def main(argv: list[str] | None = None) -> dict:
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     print0(f"written: {path}\nlisten: {page}")
     return result
+
+
+def distances(real: list, generated: list, sample_rate: int) -> tuple[dict, str]:
+    """How far generated sounds are from the real ones of their captions; from others'; and real ones from others."""
+    rows = {
+        "generated": zip(real, generated, strict=True),
+        "shuffled (floor)": zip([*real[1:], real[0]], generated, strict=True),
+        "real, shuffled": zip([*real[1:], real[0]], real, strict=True),
+    }
+    table = {row: distance_table(pairs, sample_rate) for row, pairs in rows.items()}
+    names = list(table["generated"])
+    lines = [f"{'to the real sound':<20}" + "".join(f"{name:>18}" for name in names)]
+    for row, values in table.items():
+        cells = ("-" if values[name] is None else f"{values[name]:.4g}" for name in names)
+        lines.append(f"{row:<20}" + "".join(f"{cell:>18}" for cell in cells))
+    return table, "\n".join(lines)
 
 
 def chosen(found: list[tuple], num: int) -> list[tuple]:

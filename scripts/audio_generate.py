@@ -10,43 +10,45 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat.arguments import Parser, number, temperature
 from nanochat.audio_generation import generate_codes, open_audio_model, stream_sound, to_sound
 from nanochat.listen_page import write_wav
 from nanochat.runtime import UserError, init_compute, run_script
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m scripts.audio_generate", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = Parser("scripts.audio_generate", __doc__)
     parser.add_argument("--prompt", required=True, help="the caption")
     parser.add_argument("--out", type=Path, help="wav file to write (needed without --stream)")
-    parser.add_argument("--num", type=int, default=1, help="how many sounds")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same sounds")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest code each time")
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest codes")
-    parser.add_argument("--seconds", type=float, help="the longest sound (default: what the context has room for)")
-    parser.add_argument("--model-tag", help="folder under base_checkpoints (default: the newest)")
-    parser.add_argument("--step", type=int, help="step to take (default: the newest whole one)")
-    parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")
+    parser.add_argument("--num", type=number(int, 1), default=1, help="how many sounds")
+    parser.add_argument(
+        "--seconds", type=number(float, 0.02), help="the longest sound (default: what the context holds)"
+    )
     parser.add_argument("--stream", action="store_true", help="16-bit samples to the standard output as they come")
-
-    def refuse(message: str):
-        raise UserError(f"{message} (see --help)")
-
-    parser.error = refuse
-    args = parser.parse_args(argv)
-    for name, least in (("num", 1), ("seed", 0), ("temperature", 0), ("top_k", 1), ("seconds", 0.02), ("step", 0)):
-        value = getattr(args, name)
-        if value is not None and not least <= value < 1e9:
-            raise UserError(f"--{name.replace('_', '-')}={value} must be at least {least}")
+    add_sampling(parser)
+    args = parser.parse(argv)
     if args.stream and args.num > 1:
         raise UserError("--stream plays one sound: leave --num out")
     if args.out is None and not args.stream:
         raise UserError("name a file with --out x.wav, or play with --stream")
     if args.out is not None and args.out.suffix.lower() != ".wav":
         raise UserError(f"--out={args.out}: only .wav files are written")
+    if args.out is not None:
+        try:  # now, not when the sounds are made
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out={args.out} cannot be written ({error.strerror}): name another folder") from error
     return args
+
+
+def add_sampling(parser: Parser) -> None:
+    """The flags that choose a checkpoint and how to draw from it."""
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same sounds")
+    parser.add_argument("--temperature", type=temperature, default=0.8, help="0 takes the likeliest code each time")
+    parser.add_argument("--top-k", type=number(int, 1), help="draw among the k likeliest codes")
+    parser.add_argument("--model-tag", help="folder under base_checkpoints (default: the newest)")
+    parser.add_argument("--step", type=number(int, 0), help="step to take (default: the newest whole one)")
+    parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")
 
 
 def main(argv: list[str] | None = None) -> list[Path]:
@@ -78,8 +80,8 @@ def generate(args: argparse.Namespace, output) -> list[Path]:
     else:
         sounds = to_sound(codec, generate_codes(model, tokenizer, [args.prompt] * args.num, **how))
     paths = []
-    for number, wav in enumerate(sounds if args.out else [], 1):
-        path = args.out if args.num == 1 else args.out.with_name(f"{args.out.stem}-{number}{args.out.suffix}")
+    for place, wav in enumerate(sounds if args.out else [], 1):
+        path = args.out if args.num == 1 else args.out.with_name(f"{args.out.stem}-{place}{args.out.suffix}")
         write_wav(path, wav, codec.sample_rate)
         print(f"{path}: {len(wav) / codec.sample_rate:.2f} s")
         paths.append(path)

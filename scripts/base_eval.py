@@ -21,8 +21,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nanochat.arguments import Parser
 from nanochat.audio_loss_eval import evaluate_audio
-from nanochat.checkpoint_manager import build_model, check_tokenizer, find_checkpoint, step_dir, weights_hash
+from nanochat.audio_sources import holds_sounds
+from nanochat.checkpoint_manager import (
+    build_model,
+    check_codec,
+    check_tokenizer,
+    find_checkpoint,
+    step_dir,
+    weights_hash,
+)
 from nanochat.core_bundle import find_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TokenStore
@@ -56,14 +65,9 @@ TASK_COLUMNS = ("accuracy", "centered", "chance", "char_5gram", "word_overlap", 
 # the command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; underscores in flags count as dashes. UserError for anything unknown or out of range."""
-    parser = _Parser(prog="python -m scripts.base_eval", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser("scripts.base_eval", __doc__)
     parser.add_argument("--model-tag", help="folder under base_checkpoints (default: the newest)")
     parser.add_argument("--step", type=_whole(0), help="step to evaluate (default: the newest whole one)")
     parser.add_argument(
@@ -71,16 +75,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="comma-separated: core, bpb, audio, offline, sample (default: all but core on a CPU, all but offline on a "
         "GPU; audio only where the data holds sounds)",
     )  # fmt: skip
-    parser.add_argument("--max-per-task", type=_whole(1), help="items per task of core and offline (default: all)")
+    parser.add_argument("--max-per-task", type=_whole(1), help="items per task of a suite, and sounds (default: all)")
     parser.add_argument(
         "--bundle", help="folder of the CORE bundle (default: eval_bundle in the base folder, or download)"
     )
     parser.add_argument("--device-batch-size", type=_whole(1), help="rows of one forward (default: as trained)")
     parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")
     parser.add_argument("--data", help="another data source than the model was trained on")
-    argv = sys.argv[1:] if argv is None else argv
-    dashed = [a.split("=")[0].replace("_", "-") + a[len(a.split("=")[0]) :] if a[:2] == "--" else a for a in argv]
-    return parser.parse_args(dashed)
+    return parser.parse(argv)
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -319,6 +321,8 @@ def as_csv(result: dict) -> str:
     for label in ("train", "val", "xz", "xz_primed"):
         if result.get("bpb", {}).get(label) is not None:
             table.writerow(["bpb", label, result["bpb"][label], *[""] * len(columns)])
+    for label, part in result.get("bpb", {}).get("val_losses", {}).items():
+        table.writerow(["loss", label, part["nats"], *[""] * len(columns)])
     if audio := result.get("audio"):
         for label, nats in {"nats": audio["nats"], **audio["baselines"]}.items():
             table.writerow(["audio", label, nats, *[""] * len(columns)])
@@ -388,9 +392,14 @@ def evaluate(
     model.compute_dtype = pick_dtype(settings.dtype, compute.device_type)
     if args.data:
         settings = dataclasses.replace(settings, data=args.data)
+        if not holds_sounds(args.data):
+            settings = dataclasses.replace(settings, modalities=None)
+        elif metadata.get("codec"):  # codes mean what they meant in the training
+            settings = dataclasses.replace(settings, codec=str(step_dir(checkpoint_dir, step) / "codec"))
     dataset = None
     if tokenizer is None or set(parts) - {"core"}:
         dataset = rank0_first(compute, lambda: prepare_for(settings, say=print0))
+        check_codec(dataset, metadata, step_dir(checkpoint_dir, step))
         warn_of_other_data(dataset, trained_on)
     if tokenizer is None:
         print0("the checkpoint holds no tokenizer: taking the one that its settings name")
@@ -419,7 +428,10 @@ def evaluate(
         result["bpb"] = evaluate_bpb(model, tokenizer, dataset, settings, rows, compute)
     if "audio" in parts and dataset.codec is not None:
         shape = dict(rows=rows, rank=compute.rank, world_size=compute.world_size)
-        result["audio"] = evaluate_audio(model, tokenizer, dataset, max_clips=args.max_per_task, **shape)
+        try:
+            result["audio"] = evaluate_audio(model, tokenizer, dataset, max_clips=args.max_per_task, **shape)
+        except UserError as error:  # too few sounds, on all ranks alike: the other parts have their results
+            print0(f"audio left out: {error}")
     if bundle is not None:
         result["core"] = evaluate_core(model, tokenizer, bundle, **options)
     if "offline" in parts:

@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import schedule
-from nanochat.audio import load_codec
 from nanochat.config_file import as_dict, differences, from_command_line, render_config
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.guard import MAX_BAD_STEPS, StepGuard
@@ -24,7 +23,7 @@ from nanochat.loss_eval import CutShort
 from nanochat.micro_batches import accumulate, is_out_of_memory, naming_the_batch_that_fits, smaller
 from nanochat.optim import build_optimizer, weight_norms
 from nanochat.progress import Progress, duration
-from nanochat.resume import RunState, begin_from, begun_by_this_launcher, note_launcher, restore, settle
+from nanochat.resume import RunState, begin_from, begun_by_this_launcher, first_weights, note_launcher, restore, settle
 from nanochat.run_lock import run_lock
 from nanochat.runtime import (
     Compute,
@@ -48,7 +47,7 @@ from nanochat.settings import Settings
 from nanochat.stop_signals import StopSignals
 from nanochat.tokenizer import Tokenizer
 from nanochat.tracker import MetricsLog, last_event, open_tracker
-from nanochat.training_data import batches, held_out_measure, prepare_data
+from nanochat.training_data import batches, codec_files, held_out_measure, prepare_data, say_what_is_idle
 from scripts.base_eval import evaluate_suite
 
 EXIT_CODES = {"done": 0, "nonfinite": 3, "preempted": 85}
@@ -79,7 +78,10 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     """The run itself; see main()."""
     # -- data and tokenizer -------------------------------------------------------------------------------------------
     print0(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
-    dataset, tokenizer = prepare_data(settings, compute)
+    tag_dir = checkpoints.checkpoints_dir() / settings.tag
+    found = first_weights(settings, tag_dir, resume_step)
+    dataset, tokenizer = prepare_data(settings, compute, found and checkpoints.step_dir(*found))
+    say_what_is_idle(settings, dataset)
     loader = batches(settings, dataset, tokenizer, compute)
     held_out = held_out_measure(settings, dataset, tokenizer, compute)
     micro_rows, accumulation = settings.batch_plan(compute.world_size)
@@ -93,12 +95,11 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     model.compute_dtype, model.route = compute.dtype, settings.route
     optimizer = build_optimizer(model, settings, compute.dtype, compute.rank, compute.world_size)
     steps = schedule.num_iterations(settings, model.num_matmul_parameters(), model.flops_per_token())
-    tag_dir = checkpoints.checkpoints_dir() / settings.tag
     run = RunState()
     if resume_step is not None:
         run = restore(tag_dir, resume_step, model, optimizer, loader, tokenizer, dataset)
     elif settings.init_from:
-        begin_from(settings.init_from, model, tokenizer)
+        begin_from(*found, model, tokenizer, dataset)
     peak = peak_flops(compute) * compute.world_size
     model.uncompile()  # the compiled loss would outlive an earlier run in this process
     compile_seconds = compile_model(model, micro_rows) if settings.compile else 0.0
@@ -136,7 +137,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     )  # fmt: skip
 
     # -- the loop -----------------------------------------------------------------------------------------------------
-    codec = dataset.codec and load_codec(dataset.codec["directory"])
+    codec = codec_files(dataset) if compute.rank == 0 else None
     saver = BackgroundSaver(tag_dir, settings.keep_last, tokenizer, compute.rank, codec)
 
     def save() -> None:

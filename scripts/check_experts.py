@@ -7,7 +7,7 @@ not repeated.
 
 dense: one MLP for all (equal active FLOPs).  dense-wide: an MLP twice as wide, as many parameters as with experts, and
 more FLOPs.  mlp: an MLP for each modality.  all: attention's matrices too.  random: as many MLPs, each id through one
-that is drawn.  All have separate output layers, so that nothing but the experts differs.
+that is drawn (once: the same for all seeds).  All have separate output layers, so that nothing but the experts differs.
 sweep: 5 variants x 3 Muon rates, 150 steps.  seeds: 5 variants x 3 seeds at each variant's best rate, 300 steps.
 report: losses with paired differences to dense, and the share of dense's steps that reach its final loss, as
 Mixture-of-Transformers (arXiv 2411.04996) counts them.

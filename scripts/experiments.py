@@ -35,7 +35,7 @@ def run_missing(
 ) -> dict[str, dict]:
     """Do what the file lacks, `workers` at a time, a line for each; returns all lines by key. score: what to print."""
     have = read(results)
-    missing = {key: settings for key, settings in runs.items() if key not in have}
+    missing = {key: wish for key, wish in runs.items() if key not in have or have[key]["settings"] != wish}
     print(f"{len(runs)} runs, {len(runs) - len(missing)} there already", flush=True)
     with ThreadPoolExecutor(workers) as pool:
         for future in as_completed([pool.submit(train, *item) for item in missing.items()]):

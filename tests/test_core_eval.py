@@ -48,9 +48,9 @@ class Table(torch.nn.Module):
         self.rows = torch.randn(1009, 257, generator=torch.Generator().manual_seed(1)) * 3
 
     def forward(self, idx):
-        return self.logits(self.features(idx))
+        return self.text_logits(self.features(idx))
 
-    def logits(self, features):
+    def text_logits(self, features):
         return features
 
     def features(self, idx):
@@ -265,7 +265,7 @@ def test_an_option_without_a_finite_loss_loses():
     """Logits after `a` are NaN: `ax` has loss +inf and `bx` wins. Red without the isfinite check."""
 
     class Partly(Table):
-        def logits(self, features):
+        def text_logits(self, features):
             return features
 
         def features(self, idx):
@@ -348,7 +348,7 @@ def hand_made(folder: Path) -> Path:
 class LovesA(Table):
     """Always expects the byte 'a'."""
 
-    def logits(self, features):
+    def text_logits(self, features):
         return features
 
     def features(self, idx):

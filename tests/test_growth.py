@@ -75,7 +75,22 @@ def test_a_text_run_grows_and_trains_on(train, capsys):
     ]
     with pytest.raises(UserError, match="is there already"):
         convert.main(["--model-tag=words", "--add-modality=audio:32"])
-    with pytest.raises(UserError, match=r"has audio already|name:codes"):
+    for words, said in (
+        (["--output-tag=../q"], "no slashes"),
+        (["--untie=none", "--expert-dim=48", "--output-tag=q"], "has no experts"),
+        (["--output-tag=words-image", "--expert-dim=48"], None),
+    ):
+        if said:
+            with pytest.raises(UserError, match=said):
+                convert.main(["--model_tag=words", "--add-modality=image:64", *words])
+    convert.main(["--model_tag=words", "--add-modality=image:64", "--output-tag=words-image", "--expert-dim=48"])
+    assert "no sounds to learn from" in capsys.readouterr().out
+    both = convert.main(["--model_tag=words-image", "--add-modality=audio:32"])
+    modalities = json.loads((cm.step_dir(tag_dir(both), 0) / "state.json").read_text())["model_config"]["modalities"]
+    assert [m["expert_dim"] for m in modalities] == [48, 48]  # one width, that its config.py can say
+    with pytest.raises(UserError, match="experts of width 48"):
+        convert.main(["--model-tag=words-image", "--add-modality=audio:32", "--output-tag=x", "--expert-dim=32"])
+    with pytest.raises(UserError, match="names audio twice"):
         convert.main([f"--model-tag={tag}", "--add-modality=audio:32", "--output-tag=again"])
     short = dict(max_seq_len=128, total_batch_size=1024, clip_seconds=0.2, data_limit=60, num_iterations=1)
     base_train.main([str(tag_dir(tag) / "config.py"), *flags(short | dict(model_tag="on"))])

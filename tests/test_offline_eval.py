@@ -253,7 +253,7 @@ class Coin(torch.nn.Module):
         super().__init__()
         self.config, self.device = SimpleNamespace(sequence_len=2048), torch.device("cpu")
 
-    def logits(self, features):
+    def text_logits(self, features):
         return features
 
     def features(self, idx):

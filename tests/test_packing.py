@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat import loss_eval
 from nanochat.loss_eval import packed_losses
 from nanochat.modality import Modality, Vocabulary
 from nanochat.packing import EMPTY, PackedLoader, Rows, inputs_and_targets, pack
@@ -81,7 +82,9 @@ def test_rows_hold_whole_sounds_and_every_text_target_once():
     )
     shown = {name for row in range(len(rows)) for name in rows.documents(row)}
     assert shown == {f"shard_0:{i}" for i in range(10)} | {f"shard_1:{i}" for i in range(len(DOCUMENTS) - 10)}
-    assert f"in {len(rows)} rows of 15" in said[0]
+    assert f"{len(rows)} rows of 15" in said[0]
+    filled = [(found[row] != EMPTY).sum() for row in range(len(rows))]
+    assert sorted(filled, reverse=True) != filled  # a part of them is like the whole
 
 
 def test_sounds_longer_than_a_row_are_left_out_and_said():
@@ -91,8 +94,21 @@ def test_sounds_longer_than_a_row_are_left_out_and_said():
     assert "2 of 3 sounds are longer than max_seq_len=12 (the longest takes 44)" in said[0]
     assert "document 1 of shard_0.parquet" in said[0] and "--clip_seconds" in said[0]
     assert {name for row in range(len(rows)) for name in rows.documents(row)} == {"shard_0:0", "shard_0:3"}
+    assert len(sound(1, 1, 3)) == 10  # one that fills a row, and one that is too long by one
+    Rows(Store([sound(1, 1, 3)]), 9, say=said.append)
+    with pytest.raises(UserError, match="none of its 1"):
+        Rows(Store([sound(1, 1, 3)]), 8, say=said.append)
     with pytest.raises(UserError, match=r"none of its 1 train documents fits a row of max_seq_len=12"):
         Rows(Store([sound(2, 2, 9)]), 12, say=lambda line: None)
+
+
+def test_rows_of_one_layout():
+    """Red when the layout is told by lengths alone: a text of the same length has another."""
+    said: list[str] = []
+    store = Store([*(sound(i, 2, 4) for i in range(6)), sound(1, 4, 3), text(0, 13), text(1, 13)])
+    rows = Rows(store, 15, say=said.append, one_layout=True)
+    assert len(rows) == 6 and "6 of 9 rows have one layout" in said[0]
+    assert {name for row in range(6) for name in rows.documents(row)} == {f"shard_0:{i}" for i in range(6)}
 
 
 def loader(rank: int = 0, world_size: int = 1, count=None, rows: int = 4) -> PackedLoader:
@@ -165,5 +181,10 @@ def test_held_out_losses_by_hand(rows):
     of_bytes = np.where(targets < 20, token_bytes[targets.clip(max=19)], 0)
     assert found["bpb"] == pytest.approx(losses[of_bytes > 0].sum() / np.log(2) / of_bytes.sum())
     assert found["bytes"] == of_bytes.sum() and found["tokens"] == (of_bytes > 0).sum()
+    with pytest.MonkeyPatch.context() as patch:  # two ranks, one after the other
+        patch.setattr(loss_eval, "sum_over_ranks", lambda values, *_: list(values))
+        halves = [packed_losses(Guess(), packed, token_bytes, rows=rows, rank=r, world_size=2) for r in range(2)]
+    assert sum(half["nats"] for half in halves) == pytest.approx(found["nats"])
+    assert sum(half["tokens"] for half in halves) == found["tokens"]
     for name, mine in (("text", targets < 20), ("audio", targets >= 20)):
         assert found["losses"][name] == dict(nats=pytest.approx(losses[mine].mean()), tokens=mine.sum())

@@ -10,7 +10,7 @@ from test_gpt import MODERN, VARIANTS, build, random_ids
 from nanochat.engine import KVCache, decode, generate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.modality import Grammar, Modality
-from nanochat.routing import plan_route, route
+from nanochat.routing import grouped_linear, plan_route
 from nanochat.runtime import UserError
 
 TEXT = 50
@@ -18,6 +18,9 @@ AUDIO = Modality("audio", codebooks=2, codes=8, start=43)  # ids 50..65, end 66
 IMAGE = Modality("image", codebooks=1, codes=512, start=44)  # ids 67..578, end 579: nothing in the code knows its name
 BOTH = dict(modalities=(AUDIO, IMAGE), untie="mlp", output_layers="separate")
 ROUTES = ("sort", "where", "slice", "grouped")
+# Sums of |weight| at the start, loss, and sum of |gradient| of the text-only model before there were modalities.
+PLAIN = (25520.287301063538, 5.689936637878418, 132.73730024695396)
+PLAIN_MODERN = (12935.947427377105, 5.905224800109863, 327.41223472636193)
 
 
 def mixture(kind: str, rows: int = 3, length: int = 12) -> torch.Tensor:
@@ -99,10 +102,10 @@ def test_empty_batch_and_experts_without_tokens_have_zero_gradients():
         for key, parameter in model.named_parameters():
             if ".experts." in key:
                 assert parameter.grad is not None and not parameter.grad.any(), (name, key)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            plan = plan_route("sort", torch.zeros(0, 4, dtype=torch.uint8), 2)
-            assert route(torch.zeros(0, 4, 8), plan, [torch.relu, torch.relu]).shape == (0, 4, 8)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                plan = plan_route(name, torch.zeros(0, 4, dtype=torch.uint8), 3)
+                assert model.transformer.h[0].mlp(torch.zeros(0, 4, 32), plan).shape == (0, 4, 32)
 
 
 def test_random_experts_have_nothing_to_do_with_the_modality():
@@ -122,6 +125,23 @@ def test_slice_refuses_rows_that_differ():
     model.route, ids[1, 4] = "slice", AUDIO.start
     with pytest.raises(UserError, match="row 1 differs from row 0 at position 4"):
         model.features(ids)
+
+
+@pytest.mark.parametrize(("features", "expected"), [({}, PLAIN), (dict(tie_weights=True, **MODERN), PLAIN_MODERN)])
+def test_without_modalities_the_model_is_what_it_was(features, expected):
+    """Start, loss and gradient recorded before there were modalities, under the same seed."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(sequence_len=32, vocab_size=293, n_layer=4, n_head=2, n_kv_head=1, n_embd=64, **features))
+    model.init_weights()
+    found = [sum(p.abs().sum().item() for p in model.parameters())]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.arange(parameter.numel()).view(parameter.shape).sin())
+    ids = torch.arange(4 * 33).view(4, 33) * 7 % 293
+    loss = model(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    found += [loss.item(), sum(p.grad.abs().sum().item() for p in model.parameters())]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_modalities_nothing_is_new():
@@ -263,6 +283,40 @@ def test_several_samples_of_a_prompt_go_on_where_it_stops():
     samples = generate(model, [3, AUDIO.start, 51], 9, num_samples=3, temperature=5.0, frames=5)
     assert all(58 <= row[0] <= 65 and (50 <= row[1] <= 57 or row[1] == 66) for row in samples)
     assert samples[0] != samples[1]
+
+
+def test_parts_start_and_work_as_the_tables_say():
+    """An expert between adapters begins at zero and can learn; ids are looked up in their own table.
+
+    Red when c_proj starts at zero as well, or when the norm between the adapters is left out.
+    """
+    narrow = dataclasses.replace(AUDIO, expert_dim=24)
+    model = GPT(GPTConfig(**{**dataclasses.asdict(build().config), **BOTH, "modalities": (narrow, IMAGE)}))
+    model.init_weights()
+    expert = model.transformer.h[0].mlp.experts["audio"]
+    assert not expert.up_proj.weight.any() and expert.c_proj.weight.any() and expert.down_proj.weight.any()
+    assert not model.transformer.h[0].mlp.experts["image"].c_proj.weight.any()
+    with torch.no_grad():
+        expert.up_proj.weight.normal_()
+    x = torch.randn(5, 32)
+    hidden = x @ expert.down_proj.weight.T
+    hidden = hidden / (hidden.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    by_hand = (hidden @ expert.c_fc.weight.T).relu().square() @ expert.c_proj.weight.T @ expert.up_proj.weight.T
+    torch.testing.assert_close(expert(x), by_hand, rtol=1e-4, atol=1e-4)
+    ids = torch.tensor([[0, 49, 50, 66, 67, 579]])
+    tables = (
+        model.transformer.wte.weight,
+        model.transformer.wtes["audio"].weight,
+        model.transformer.wtes["image"].weight,
+    )
+    assert torch.equal(model.lookup(ids)[0], torch.stack([table[row] for table in tables for row in (0, -1)]))
+
+
+def test_grouped_mm_is_a_matmul_for_each_expert():
+    """The kernel itself in float32, with an empty group."""
+    x, weights = torch.randn(7, 16), [torch.randn(8, 16) for _ in range(3)]
+    out = grouped_linear(x, weights, torch.tensor([3, 3, 7], dtype=torch.int32))
+    torch.testing.assert_close(out, torch.cat([x[:3] @ weights[0].T, x[3:] @ weights[2].T]), rtol=1e-5, atol=1e-5)
 
 
 def test_eight_clips_are_learnt_by_heart():
