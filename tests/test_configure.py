@@ -280,7 +280,7 @@ def test_an_existing_config_gives_the_defaults_and_is_kept_without_consent():
     original = "depth = 3\nmodel_tag = 'mine'\n"
     Path("config.py").write_text(original)
     run = wizard(ENTERS)
-    assert "preset (cpu, gpu1, 8xh100, keep) [keep]" in run.text and "depth [3]" in run.text
+    assert "preset (cpu, audio, gpu1, 8xh100, keep) [keep]" in run.text and "depth [3]" in run.text
     assert "config.py exists and would change" in run.text and run.result is None
     assert Path("config.py").read_text() == original
     questions = run.text.count("]: ")

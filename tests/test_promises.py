@@ -344,7 +344,7 @@ def dangers(source: str) -> list[str]:
             wanted = [f"{node.module}.{alias.name}" for alias in node.names]
             found += [name for name in wanted if name.split(".")[0] in UNPICKLERS or name in CALLS | {"torch.load"}]
         elif isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "shell", "allow_pickle"):
-            found.append(node.arg)
+            found += [] if ast.unparse(node.value) == "False" else [node.arg]
         elif isinstance(node, ast.Constant) and node.value == "trust_remote_code":
             found.append(node.value)
         elif isinstance(node, ast.Call):
@@ -363,7 +363,13 @@ def test_our_source_runs_no_strangers_code():
         "f(trust_remote_code=True)", "f(**{'trust_remote_code': True})", "os.system(x)", "import dill",
     ):  # fmt: skip
         assert dangers(snippet), snippet
-    for snippet in ("torch.load(p, weights_only=True)", "model.eval()", "yaml.safe_load(x)", "np.load(p)"):
+    for snippet in (
+        "torch.load(p, weights_only=True)",
+        "model.eval()",
+        "yaml.safe_load(x)",
+        "np.load(p)",
+        "f(trust_remote_code=False)",
+    ):
         assert dangers(snippet) == [], snippet
     files = sorted(path for folder in ("nanochat", "scripts") for path in (CHECKOUT / folder).rglob("*.py"))
     assert len(files) > 30
