@@ -39,7 +39,7 @@ with gzip.open(transcript, "rt", encoding="utf-8") as transcript, open(sounds / 
             captions.write(json.dumps({"file_name": f"{name.strip()}.wav", "text": words.strip()}) + "\n")
 settings = dict(
     data=str(sounds), modalities="audio:1024", codec="frame", clip_seconds=8.0, vocab_size=400, depth=4, model_dim=192,
-    max_seq_len=448, tie_weights=True, smear=True, value_embeddings=True, num_iterations=300, total_batch_size=3584,
+    max_seq_len=448, tie_weights=True, smear=True, value_embeddings=True, num_iterations=150, total_batch_size=3584,
     device_batch_size=8, eval_every=100, sample_every=None, model_tag="asterisk",
 )
 config.write_text("".join(f"{name} = {value!r}\n" for name, value in settings.items()), encoding="utf-8")
