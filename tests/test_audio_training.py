@@ -13,7 +13,7 @@ from tiny_run import losses, metrics, rows_of, start, state_hashes, tag_dir
 
 from nanochat import checkpoint_manager as cm
 from nanochat.audio_generation import generate_codes, open_audio_model, stream_sound, to_sound
-from nanochat.audio_loss_eval import clips, count_baselines, evaluate_audio
+from nanochat.audio_loss_eval import clips, count_baselines, derangement, evaluate_audio
 from nanochat.core_eval import Row, score_rows
 from nanochat.dataloader import TokenStore, sound_ids
 from nanochat.dataset import prepare_for
@@ -237,6 +237,9 @@ def test_the_loss_over_codes_by_hand(spoken):
         nats -= logits[range(len(sound) - 1), torch.tensor(sound[1:]) - 300].sum().item()
         count += len(sound) - 1
     assert found["nats"] == pytest.approx(nats / count, rel=1e-5) and found["codes"] == count
+    assert found["baselines"]["shuffled_captions"] != found["nats"]
+    captions = ["a", "b", "a", "c", "d", "c"]
+    assert all(captions[i] != captions[other] for i, other in enumerate(derangement(captions, 0)))
     table: dict[tuple[int, int], int] = {}
     for _, codes, _ in clips(dataset, "train"):
         ids = sound_ids(model.vocabulary, codes)
@@ -335,6 +338,10 @@ def test_sounds_of_another_codec(spoken, train, tmp_path, capsys):
     more = SOUNDS | dict(data_limit=70)
     with pytest.raises(UserError, match=r"--codec=.*step_000008/codec"):
         train("astray", **more | dict(init_from="spoken"))
+    train("words2", num_iterations=1)
+    words = cm.step_dir(tag_dir("words2"), 1) / "tokenizer"
+    with pytest.raises(UserError, match="the tokenizer has hash"):
+        train("astray", **SOUNDS | dict(init_from="spoken", tokenizer=str(words), overwrite=True))
     codec = str(cm.step_dir(tag_dir("spoken"), 8) / "codec")
     train("on", **more | dict(init_from="spoken", codec=codec, num_iterations=1))
     assert "beginning with the weights of" in capsys.readouterr().out
