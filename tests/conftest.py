@@ -29,8 +29,9 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torch
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, print_blob=True, database=None)
 hypothesis.settings.load_profile("suite")
 
-# A shell starts background jobs with SIGINT ignored, and children inherit that: Ctrl-C could not be tested.
+# A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and children inherit that: untestable.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_unconfigure() -> None:
