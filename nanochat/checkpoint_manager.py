@@ -75,7 +75,9 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save(temporary / "tokenizer")
         if codec is not None:
-            shutil.copytree(codec, temporary / "codec")
+            (temporary / "codec").mkdir()
+            for file in sorted(codec.iterdir()):  # not copytree(), whose error does not say that the disk is full
+                shutil.copyfile(file, temporary / "codec" / file.name)
         (temporary / "state.json").write_text(json.dumps({**metadata, "step": step}, indent=1), encoding="utf-8")
         seal(temporary)
         if final.exists():

@@ -29,10 +29,8 @@ class Rows:
         """
         store.require(range(len(store.paths)))
         self.store, self.capacity = store, seq_len + 1
-        parts = [self._pieces(shard) for shard in range(len(store.paths))]
         # Of each piece: shard, document, first id, number of ids, whether it is part of a sound.
-        pieces = np.concatenate([part for part, _ in parts]) if parts else np.zeros((0, 5), np.int64)
-        self.tokens = sum(total for _, total in parts)
+        pieces = np.concatenate([self._pieces(shard) for shard in range(len(store.paths))])
         too_long = (pieces[:, 3] > self.capacity) & (pieces[:, 4] == 1)
         self._say_too_long(pieces, too_long, seq_len, say)
         pieces = pieces[~too_long]
@@ -47,8 +45,8 @@ class Rows:
         self._order = np.argsort(np.random.PCG64(0).random_raw(len(self.ends) - 1), kind="stable")
         if one_layout:
             self._keep_one_layout(say)
-        shown = sum(count for row in range(len(self)) for *_, count, _ in self._of(row))
-        filled = shown / (len(self) * self.capacity)
+        self.tokens = sum(count for row in range(len(self)) for *_, count, _ in self._of(row))
+        filled = self.tokens / (len(self) * self.capacity)
         say(f"{store.split}: {len(pieces)} documents, {len(self)} rows of {seq_len}, {filled:.0%} full")
 
     def __len__(self) -> int:
@@ -69,7 +67,7 @@ class Rows:
         place = self._order[row]
         return self.pieces[self.ends[place] : self.ends[place + 1]].tolist()
 
-    def _pieces(self, shard: int) -> tuple[np.ndarray, int]:
+    def _pieces(self, shard: int) -> np.ndarray:
         ids, offsets = self.store.shard(shard)
         lengths = np.diff(offsets)
         sound = np.zeros(len(lengths), bool)
@@ -82,7 +80,7 @@ class Rows:
         start = offsets[document] + number * step
         count = np.where(sound[document], lengths[document], np.minimum(offsets[document + 1] - start, self.capacity))
         columns = (np.full(len(document), shard), document, start, count, sound[document])
-        return np.stack([column.astype(np.int64) for column in columns], axis=1), len(ids)
+        return np.stack([column.astype(np.int64) for column in columns], axis=1)
 
     def _keep_one_layout(self, say: Say) -> None:
         """A sound's `start` counts as its modality, as it does for the experts."""
@@ -152,7 +150,8 @@ class PackedLoader(DataLoader):
         if self.tokens not in (None, self.packed.tokens):
             raise UserError(
                 f"the data order cannot go on: {self.store.dataset.name} has {self.packed.tokens} tokens here, "
-                f"{self.tokens} in the checkpoint; has a shard been left out as damaged, or repaired?"
+                f"{self.tokens} in the checkpoint; has a shard been left out as damaged, or repaired, or is "
+                "one of them of route=slice, which leaves rows out?"
             )
         epoch, place = divmod(cursor, len(self.packed))
         return epoch, place, min(BLOCK, len(self.packed) - place // BLOCK * BLOCK)

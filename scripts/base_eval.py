@@ -432,6 +432,8 @@ def evaluate(
             result["audio"] = evaluate_audio(model, tokenizer, dataset, max_clips=args.max_per_task, **shape)
         except UserError as error:  # too few sounds, on all ranks alike: the other parts have their results
             print0(f"audio left out: {error}")
+    elif "audio" in (args.eval or ()):
+        print0(f"audio left out: {dataset.name} holds no sounds")
     if bundle is not None:
         result["core"] = evaluate_core(model, tokenizer, bundle, **options)
     if "offline" in parts:

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> str:
                 f"tokenizer {tokenizer.name} has {token} at id {modality.start}, no reserved id: it cannot grow"
             )
     config = grown_config(model.config, new, args.untie, args.output_layers)
-    state = grow(model.state_dict(), config, args.seed, not args.fresh_experts)
+    state = grow(model.state_dict(), config, args.seed, not args.fresh_experts, before.tied_init_std)
     tag = args.output_tag or "-".join([checkpoint_dir.name, *(m.name for m in new)])
     validate(dataclasses.replace(before, model_tag=tag))
     folder = checkpoints_dir() / tag

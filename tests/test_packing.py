@@ -109,6 +109,12 @@ def test_rows_of_one_layout():
     rows = Rows(store, 15, say=said.append, one_layout=True)
     assert len(rows) == 6 and "6 of 9 rows have one layout" in said[0]
     assert {name for row in range(6) for name in rows.documents(row)} == {f"shard_0:{i}" for i in range(6)}
+    whole = PackedLoader(Rows(store, 15, say=said.append), 2, 15, seed=3)
+    whole.next()
+    sliced = PackedLoader(rows, 2, 15, seed=3)
+    sliced.load_state_dict(whole.state_dict())
+    with pytest.raises(UserError, match="route=slice"):  # a resumed run would see other rows
+        sliced.next()
 
 
 def loader(rank: int = 0, world_size: int = 1, count=None, rows: int = 4) -> PackedLoader:
