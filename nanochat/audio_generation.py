@@ -54,7 +54,7 @@ def codec_of(model: GPT, metadata: dict, folder: Path):
 def prompt_ids(model: GPT, tokenizer: Tokenizer, caption: str, frames: int | None) -> tuple[list[int], int]:
     """(BOS, caption, `start`; the most frames that may follow): what the training context has room for, or fewer."""
     audio = model.vocabulary.modality("audio")
-    ids = [*tokenizer.encode(caption, bos=True), audio.start]
+    ids = [*tokenizer.encode(caption, bos=True), *([] if audio.start is None else [audio.start])]
     room = (model.config.sequence_len - len(ids)) // audio.codebooks
     if room < 1:
         raise UserError(
@@ -66,13 +66,17 @@ def prompt_ids(model: GPT, tokenizer: Tokenizer, caption: str, frames: int | Non
 @torch.inference_mode()
 def generate_codes(
     model: GPT, tokenizer: Tokenizer, captions: list[str], *, frames: int | None = None, batch: int = 64, seed: int = 0,
-    temperature: float = 0.8, top_k: int | None = None,
+    temperature: float = 0.8, top_k: int | None = None, guidance: float = 1.0,
 ) -> list[np.ndarray]:  # fmt: skip
     """A sound for each caption, as codes int64 [Q, T] up to `end` (or the most frames); T may be 0.
 
     Captions of one length are decoded together, at most `batch` at a time; the seed gives every batch its own.
+    guidance: as decode() takes it; other than 1 it wants a model that was trained with captions left out.
     """
     audio, end = model.vocabulary.modality("audio"), model.vocabulary.end("audio")
+    further = dict(guidance=guidance, unguided=prompt_ids(model, tokenizer, "", frames)[0])
+    if audio.start is None:
+        further["inside"] = "audio"
     lengths = defaultdict(list)
     for number, caption in enumerate(captions):
         ids, room = prompt_ids(model, tokenizer, caption, frames)
@@ -82,10 +86,12 @@ def generate_codes(
         for group in (members[i : i + batch] for i in range(0, len(members), batch)):
             prompts = torch.tensor([ids for _, ids in group])
             how = dict(temperature=temperature, top_k=top_k, frames=room, seed=seed + 1_000_003 * group[0][0])
+            most = room * audio.codebooks + (end is not None)
             drawn, running = [], torch.ones(len(group), dtype=torch.bool, device=model.device)
-            for tokens in decode(model, prompts, room * audio.codebooks + 1, **how):
+            for tokens in decode(model, prompts, most, **how, **further):
                 drawn.append(tokens)
-                running &= tokens != end
+                if end is not None:
+                    running &= tokens != end
                 if not running.any():
                     break
             for (number, _), row in zip(group, torch.stack(drawn, dim=1).tolist(), strict=True):

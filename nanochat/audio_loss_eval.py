@@ -41,12 +41,13 @@ def evaluate_audio(
     fewer than 2 sounds fit a row.
     """
     vocabulary = model.vocabulary
-    room = model.config.sequence_len
+    room, start = model.config.sequence_len, vocabulary.modality("audio").start
+    begin = [] if start is None else [start]
     found, too_long = [], 0
     for caption, codes, attributes in clips(dataset, "val"):
-        sound = sound_ids(vocabulary, codes)
+        sound = sound_ids(vocabulary, codes)[len(begin) :]
         caption_ids = tokenizer.encode(caption, bos=True)
-        if len(caption_ids) + len(sound) > room + 1:
+        if len(caption_ids) + len(begin) + len(sound) > room + 1:
             too_long += 1
         elif max_clips is None or len(found) < max(2, max_clips):
             found.append((caption_ids, sound, attributes))
@@ -55,10 +56,10 @@ def evaluate_audio(
     captions = [caption for caption, _, _ in found]
     others = [captions[i] for i in derangement(captions, seed)]
     how = dict(rows=rows, rank=rank, world_size=world_size, stop=stop)
-    true = _nats(model, [(c, sound) for c, sound, _ in found], **how)
-    cut = [other[: room + 1 - len(sound)] for other, (_, sound, _) in zip(others, found, strict=True)]
-    shuffled = _nats(model, list(zip(cut, [sound for _, sound, _ in found], strict=True)), **how)
-    counts = np.array([len(sound) - 1 for _, sound, _ in found])
+    true = _nats(model, [(c + begin, sound) for c, sound, _ in found], **how)
+    pairs = [(other, sound) for other, (_, sound, _) in zip(others, found, strict=True)]
+    shuffled = _nats(model, [(c[: room + 1 - len(begin + sound)] + begin, sound) for c, sound in pairs], **how)
+    counts = np.array([len(sound) for _, sound, _ in found])
     unseen = np.array([attributes.get("unseen") for _, _, attributes in found])
     per_second = dataset.codec["frame_rate"] * dataset.codec["codebooks"] / math.log(2)
     nats = float(true.sum() / counts.sum())
@@ -88,7 +89,7 @@ def derangement(captions: list, seed: int) -> list[int]:
 
 @torch.no_grad()
 def _nats(model, documents: list[tuple[list, list]], rows: int, rank: int, world_size: int, stop) -> np.ndarray:
-    """Summed nats of the codes and `end` of each (caption ids, sound ids), float64 [n]."""
+    """Summed nats of the codes and `end` of each (ids before them, their ids), float64 [n]."""
     result = np.zeros(len(documents))
     order = sorted(range(len(documents)), key=lambda i: len(documents[i][0]) + len(documents[i][1]))
     groups = [order[i : i + rows] for i in range(0, len(order), rows)]
@@ -101,10 +102,9 @@ def _nats(model, documents: list[tuple[list, list]], rows: int, rank: int, world
         ids = np.zeros((len(group), longest), np.int64)
         targets = np.full((len(group), longest), IGNORED, np.int64)
         for place, i in enumerate(group):
-            caption, sound = documents[i]
-            ids[place, : len(caption) + len(sound)] = caption + sound
-            start = len(caption) + 1
-            targets[place, start - 1 : start - 2 + len(sound)] = sound[1:]
+            before, sound = documents[i]
+            ids[place, : len(before) + len(sound)] = before + sound
+            targets[place, len(before) - 1 : len(before) - 1 + len(sound)] = sound
         inputs, wanted = (torch.from_numpy(array).to(model.device) for array in (ids[:, :-1], targets[:, :-1]))
         losses = model(inputs, wanted, loss_reduction="none").double().sum(dim=1).tolist()
         for i, loss in zip(group, losses, strict=True):
@@ -114,10 +114,11 @@ def _nats(model, documents: list[tuple[list, list]], rows: int, rank: int, world
 
 
 def count_baselines(dataset: Dataset, vocabulary: Vocabulary, sounds: list[list[int]]) -> dict[str, float]:
-    """Nats a code of the uniform, unigram and bigram predictions for these sounds (ids from `start` to `end`)."""
+    """Nats a code of the uniform, unigram and bigram predictions for these sounds (ids behind `start`)."""
     audio = vocabulary.modality("audio")
-    size = audio.size + 1  # codes, end, and start as a code to come from
-    trained = [_symbols(vocabulary, sound_ids(vocabulary, codes)) for _, codes, _ in clips(dataset, "train")]
+    size = audio.size + 1  # codes, end, and the beginning as a code to come from
+    begin = int(audio.start is not None)
+    trained = [_symbols(vocabulary, sound_ids(vocabulary, codes)[begin:]) for _, codes, _ in clips(dataset, "train")]
     keys = np.concatenate([row[:-1] * size + row[1:] for row in trained])
     pairs, times = np.unique(keys, return_counts=True)  # most pairs never occur
     seen = np.bincount(pairs // size, times, size)
@@ -125,7 +126,8 @@ def count_baselines(dataset: Dataset, vocabulary: Vocabulary, sounds: list[list[
     legal = np.zeros((audio.codebooks, size), bool)  # by the codebook whose turn it is
     for book in range(audio.codebooks):
         legal[book, book * audio.codes : (book + 1) * audio.codes] = True
-    legal[0, audio.size - 1] = True
+    if audio.start is not None:
+        legal[0, audio.size - 1] = True  # end
     unigram = np.where(legal, followed + PRIOR, 0)
     unigram /= unigram.sum(axis=1, keepdims=True)
     totals = dict.fromkeys(("uniform", "unigram", "bigram"), 0.0)
@@ -148,7 +150,6 @@ def count_baselines(dataset: Dataset, vocabulary: Vocabulary, sounds: list[list[
 
 
 def _symbols(vocabulary: Vocabulary, sound: list[int]) -> np.ndarray:
-    """ids of a sound as 0 .. size - 1: codes, `end`, `start` the last."""
+    """ids behind `start` as 0 .. size - 1: the beginning, then codes and `end`."""
     ids = np.array(sound, dtype=np.int64)
-    audio = vocabulary.modality("audio")
-    return np.where(ids == audio.start, audio.size, ids - vocabulary.first("audio"))
+    return np.concatenate([[vocabulary.modality("audio").size], ids - vocabulary.first("audio")])

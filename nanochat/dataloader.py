@@ -66,9 +66,8 @@ class TokenStore:
         self.maker = os.environ.get("LOCAL_RANK", "0") == "0" if maker is None else maker
         self.workers = workers or min(8, os.cpu_count() or 1)
         self.patience_s = patience_s
-        sounds = f"-{self.vocabulary.first('audio')}" if dataset.codec is not None else ""  # ids depend on the layout
-        self.directory = dataset.directory / f"tokens-{tokenizer.hash[:8]}{sounds}"
-        self.dtype = np.dtype(np.uint16 if self.vocabulary.size <= 2**16 else np.uint32)
+        self.directory = dataset.directory / f"tokens-{tokenizer.hash[:8]}{self._layout()}"
+        self.dtype = np.dtype(np.uint16 if self.vocabulary.input_size <= 2**16 else np.uint32)
         self._sha256 = {entry["name"]: entry["sha256"] for entry in dataset.manifest["files"]}
         self._entries: dict[int, dict] = {}
         self._queue: list[int] = []
@@ -78,6 +77,14 @@ class TokenStore:
         self._seconds = 0.0  # spent on tokenising
         self._stop = threading.Event()
         self.shard = lru_cache(64)(self._open)
+
+    def _layout(self) -> str:
+        """What the ids of sounds depend on beside the tokenizer, for the folder's name."""
+        if self.dataset.codec is None:
+            return ""
+        start = self.vocabulary.modality("audio").start
+        beside = "-codes" if start is None else "" if start < self.vocabulary.text_size else "-rows"
+        return f"-{self.vocabulary.first('audio')}{beside}"
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -257,9 +264,9 @@ def _chunks(documents: Iterable[tuple]) -> Iterator[tuple[tuple, tuple]]:
 
 
 def sound_ids(vocabulary: Vocabulary, codes: np.ndarray) -> list[int]:
-    """`start`, the codes [T, Q] frame by frame, `end`."""
-    ids = vocabulary.ids_of("audio", codes).tolist()
-    return [vocabulary.modality("audio").start, *ids, vocabulary.end("audio")]
+    """`start`, the codes [T, Q] frame by frame, `end`; the codes alone where the vocabulary has no markers."""
+    ids, start = vocabulary.ids_of("audio", codes).tolist(), vocabulary.modality("audio").start
+    return ids if start is None else [start, *ids, vocabulary.end("audio")]
 
 
 def _check_sounds(dataset: Dataset, vocabulary: Vocabulary) -> None:

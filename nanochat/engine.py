@@ -48,26 +48,39 @@ def decode(
     top_k: int | None = None,
     seed: int = 42,
     frames: int | None = None,
+    inside: str | None = None,
+    unguided: list[int] | None = None,
+    guidance: float = 1.0,
 ) -> Iterator[torch.Tensor]:
     """Continue prompts int64 [B, P] of one length: yields the next ids int64 [B] of all rows, at most max_tokens times.
 
     num_samples: of a single prompt, which is read once (B is num_samples then). temperature 0 is greedy. frames: the
-    most frames of a sound; of a model with several modalities only legal ids come (see Grammar). The prompt with
-    max_tokens has to fit the rotary table, 10 times the training context.
+    most frames of a sound; of a model with several modalities only legal ids come (see Grammar). inside: a modality
+    without a start that the rows enter behind the prompt. unguided: a prompt without the caption, from whose logits
+    those of the prompts are taken `guidance` times as far: classifier-free guidance (arXiv 2207.12598).
+    The prompt with max_tokens has to fit the rotary table, 10 times the training context.
     """
     prompts = prompts.to(model.device)
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    cache = KVCache(model, len(prompts), prompts.size(1) + max_tokens)
-    grammar = Grammar(model.vocabulary, len(prompts), model.device, frames) if model.config.modalities else None
+    cache = model.new_cache(len(prompts), prompts.size(1) + max_tokens)
+    grammar = Grammar(model.vocabulary, len(prompts), model.device, frames) if model.vocabulary.modalities else None
     logits = model(prompts, kv_cache=cache)[:, -1]
     if grammar is not None:
         for column in prompts.unbind(1):
             grammar.advance(column)
+        if inside is not None:
+            grammar.enter(inside)
     if num_samples > 1:
         assert len(prompts) == 1, "several samples are drawn from a single prompt"
         cache, logits = cache.repeated(num_samples), logits.repeat(num_samples, 1)
         grammar = grammar and grammar.repeated(num_samples)
+    guided = unguided is not None and guidance != 1.0
+    if guided:
+        free_cache = model.new_cache(len(logits), len(unguided) + max_tokens)
+        free = model(torch.tensor([unguided] * len(logits), device=model.device), kv_cache=free_cache)[:, -1]
     for step in range(max_tokens):
+        if guided:
+            logits = free + guidance * (logits - free)
         if grammar is not None:
             logits = logits.masked_fill(~grammar.allowed(), -float("inf"))
         tokens = sample(logits, generator, temperature, top_k)
@@ -76,6 +89,8 @@ def decode(
         yield tokens[:, 0]
         if step < max_tokens - 1:
             logits = model(tokens, kv_cache=cache)[:, -1]
+            if guided:
+                free = model(tokens, kv_cache=free_cache)[:, -1]
 
 
 def generate(

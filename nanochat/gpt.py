@@ -414,6 +414,11 @@ class GPT(nn.Module):
             x = x + projected if self.config.output_projection_residual else projected
         return x
 
+    def new_cache(self, batch: int, length: int):
+        from nanochat.engine import KVCache  # which needs this module
+
+        return KVCache(self, batch, length)
+
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """features [..., C] of any positions -> softcapped float32 logits of all ids [..., V]."""
         matrices = [self.output_weight]

@@ -4,6 +4,7 @@ Text ids come first, 0..V-1. Each further modality has Q codebooks of K codes, f
 first + q*K + c, and the id behind them is its `end`. Its `start` is a reserved special token of the text tokenizer:
 a text id, which the position before it predicts like any other word, but which goes through the modality's expert, so
 that the position that predicts the first code is already the expert's. A frame is Q ids, codebook 0 first.
+Over a frozen model, which has no free row, `start` is an id of its own behind all others that is only ever an input.
 """
 
 from dataclasses import dataclass
@@ -20,18 +21,21 @@ LIMITS = dict(codebooks=32, codes=1_000_000, start=2**31, expert_dim=1_000_000)
 
 @dataclass(frozen=True)
 class Modality:
-    """One modality beside text: Q codebooks of K codes; start: a text id; expert_dim None: the model's own width."""
+    """One modality beside text: Q codebooks of K codes; expert_dim None: the model's own width.
+
+    start: a text id, or the first id behind the vocabulary (input only), or None: codes alone, without start and end.
+    """
 
     name: str
     codebooks: int
     codes: int
-    start: int
+    start: int | None
     expert_dim: int | None = None
 
     @property
     def size(self) -> int:
         """Ids that it adds: its codes and `end`."""
-        return self.codebooks * self.codes + 1
+        return self.codebooks * self.codes + (self.start is not None)
 
     @classmethod
     def read(cls, saved: object) -> "Modality":
@@ -64,7 +68,10 @@ def modalities_of(settings, vocab_size: int) -> tuple[Modality, ...]:
 
 
 class Vocabulary:
-    """The layout of all ids: `names` ("text" first), `ranges` (first, end of each, half open) and `size`."""
+    """The layout of all ids: `names` ("text" first), `ranges` (first, end of each, half open) and `size`.
+
+    size: of what can be predicted; input_size: with the starts that are only inputs.
+    """
 
     def __init__(self, text_size: int, modalities: tuple[Modality, ...] = ()):
         self.text_size, self.modalities = text_size, tuple(modalities)
@@ -74,9 +81,11 @@ class Vocabulary:
             first = self.ranges[-1][1]
             self.ranges.append((first, first + modality.size))
         self.size = self.ranges[-1][1]
-        starts = [m.start for m in self.modalities]
+        self.starts = {m.start: number for number, m in enumerate(self.modalities, 1) if m.start is not None}
+        self.input_size = self.size + (self.size in self.starts)
         assert len(set(self.names)) == len(self.names), self.names
-        assert len(set(starts)) == len(starts) and all(0 <= s < text_size for s in starts), (starts, text_size)
+        legal = all(0 <= start < text_size or start == self.size for start in self.starts)
+        assert legal and len(self.starts) == sum(m.start is not None for m in self.modalities), self.modalities
 
     def modality(self, name: str) -> Modality:
         return self.modalities[self._index(name) - 1]
@@ -85,8 +94,8 @@ class Vocabulary:
         """The id of code 0 of codebook 0."""
         return self.ranges[self._index(name)][0]
 
-    def end(self, name: str) -> int:
-        return self.ranges[self._index(name)][1] - 1
+    def end(self, name: str) -> int | None:
+        return None if self.modality(name).start is None else self.ranges[self._index(name)][1] - 1
 
     def _index(self, name: str) -> int:
         if name not in self.names[1:]:
@@ -96,15 +105,15 @@ class Vocabulary:
     # -- tables: modality numbers, 0 is text --------------------------------------------------------------------------
 
     def table(self, by_expert: bool) -> torch.Tensor:
-        """uint8 [size]: the modality of every id; by_expert: `start` counts as its modality's, else as text.
+        """uint8 [input_size]: the modality of every id; by_expert: `start` counts as its modality's, else as text.
 
         Experts go by the modality of the input token, output layers by that of the target.
         """
-        table = torch.zeros(self.size, dtype=torch.uint8)
-        for number, (modality, (first, end)) in enumerate(zip(self.modalities, self.ranges[1:], strict=True), 1):
+        table = torch.zeros(self.input_size, dtype=torch.uint8)
+        for number, (first, end) in enumerate(self.ranges[1:], 1):
             table[first:end] = number
-            if by_expert:
-                table[modality.start] = number
+        for start, number in self.starts.items() if by_expert else ():
+            table[start] = number
         return table
 
     def random_table(self) -> torch.Tensor:
@@ -148,13 +157,17 @@ class Grammar:
 
     allowed: bool [B, size] for the next id; advance(ids) tells which one it was. `end` may come after whole frames,
     and not before the first. Behind `end` comes text again. frames: the most frames of a sound, then only `end` fits.
+    A modality without a start begins with its first code, which only a prompt can hold, or enter(); it has no end.
     """
 
     def __init__(self, vocabulary: Vocabulary, rows: int, device="cpu", frames: int | None = None):
         self.vocabulary, self.frames = vocabulary, frames
         self.modality = torch.zeros(rows, dtype=torch.long, device=device)  # 0: text
         self.emitted = torch.zeros(rows, dtype=torch.long, device=device)  # codes since `start`
-        self._starts = [(m.start, number) for number, m in enumerate(vocabulary.modalities, 1)]
+
+    def enter(self, name: str) -> None:
+        """From here on all rows are sounds (or what the modality is), at their first code."""
+        self.modality[:], self.emitted[:] = self.vocabulary.names.index(name), 0
 
     def allowed(self) -> torch.Tensor:
         ids = torch.arange(self.vocabulary.size, device=self.modality.device)
@@ -166,20 +179,26 @@ class Grammar:
             low = first + book * modality.codes
             code = (ids >= low[:, None]) & (ids < low[:, None] + modality.codes)
             boundary = (book == 0) & (frame > 0)
-            if self.frames is not None:
-                code &= ~(boundary & (frame >= self.frames))[:, None]
-            legal = code | (boundary[:, None] & (ids == end - 1))
+            legal = code
+            if modality.start is not None:
+                if self.frames is not None:
+                    code &= ~(boundary & (frame >= self.frames))[:, None]
+                legal = code | (boundary[:, None] & (ids == end - 1))
             mask |= (self.modality == number)[:, None] & legal
         return mask
 
     def advance(self, ids: torch.Tensor) -> None:
         """ids int64 [B]: the next id of each row."""
         ended = torch.zeros_like(ids, dtype=torch.bool)
-        for first, end in self.vocabulary.ranges[1:]:
-            self.emitted += (ids >= first) & (ids < end - 1)
-            ended |= ids == end - 1
+        for number, (modality, (first, end)) in enumerate(
+            zip(self.vocabulary.modalities, self.vocabulary.ranges[1:], strict=True), 1
+        ):
+            inside = (ids >= first) & (ids < first + modality.codebooks * modality.codes)
+            self.emitted += inside
+            self.modality.masked_fill_(inside, number)
+            ended |= (ids >= first) & (ids < end) & ~inside
         self.modality.masked_fill_(ended, 0)
-        for start, number in self._starts:
+        for start, number in self.vocabulary.starts.items():
             began = ids == start
             self.modality.masked_fill_(began, number)
             self.emitted.masked_fill_(began, 0)
