@@ -184,9 +184,13 @@ def layer_map(text: str, have: int, want: int) -> tuple[int, ...]:
         raise UserError(f"layer_map={shown(text)} is neither a name nor a list of layers such as 0,2,3{close}")
     layers = tuple(int(part) for part in parts)
     if len(layers) != want:
-        raise UserError(f"layer_map={text} names {len(layers)} layers: the host has {want}, name one for each, or even")
+        raise UserError(
+            f"layer_map={shown(text)} names {len(layers)} layers: the host has {want}, name one for each, or even"
+        )
     if max(layers) >= have:
-        raise UserError(f"layer_map={text}: MusicGen has no layer {max(layers)}: name layers 0 to {have - 1}, or even")
+        raise UserError(
+            f"layer_map={shown(text)}: MusicGen has no layer {max(layers)}: name layers 0 to {have - 1}, or even"
+        )
     return layers
 
 
