@@ -1,7 +1,7 @@
 """config.py and the command line: read, written, and laid over each other.
 
 A config.py is a list of `name = literal` lines. It is parsed, never executed. Precedence: the field's default, then
-config.py, then a flag. --help is generated here from the fields of Settings.
+config.py, then a flag. --help is generated here from the fields of a stage's settings; kind says which stage's.
 """
 
 import ast
@@ -12,9 +12,22 @@ import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from nanochat.adapter_settings import AdapterSettings
 from nanochat.runtime import UserError, world_size_from_env
-from nanochat.settings import FIELDS, GROUPS, ON, TYPES, Settings, checked, nearest_name, shown, type_name, validate
+from nanochat.settings import (
+    ON,
+    RunSettings,
+    Settings,
+    checked,
+    fields_of,
+    nearest_name,
+    shown,
+    type_name,
+    types_of,
+    validate,
+)
 
+STAGES: dict[str, type[RunSettings]] = {kind.stage: kind for kind in (Settings, AdapterSettings)}
 DEFAULT_CONFIG = "config.py"
 MAX_CONFIG_BYTES = 1 << 20  # a rendered config has about 8 KB: anything far larger is another kind of file
 WORDS = {"true": True, "yes": True, "y": True, "on": True, "1": True}
@@ -25,7 +38,7 @@ WORDS |= {"false": False, "no": False, "n": False, "off": False, "0": False}
 class CommandLine:
     """A resolved command line: settings; where each given value came from; the switches; the config read, if any."""
 
-    settings: Settings
+    settings: RunSettings
     origins: dict[str, str] = field(default_factory=dict)
     switches: set[str] = field(default_factory=set)
     config_path: Path | None = None
@@ -35,12 +48,12 @@ class CommandLine:
 # reading config.py
 
 
-def read_config(path: str | Path) -> dict:
+def read_config(path: str | Path, kind: type[RunSettings] = Settings) -> dict:
     """The settings that a config.py assigns, as {name: checked value}; UserError names file and line."""
-    return {name: value for name, (value, _) in _read_with_lines(Path(path)).items()}
+    return {name: value for name, (value, _) in _read_with_lines(Path(path), kind).items()}
 
 
-def _read_with_lines(path: Path) -> dict[str, tuple[object, int]]:
+def _read_with_lines(path: Path, kind: type[RunSettings]) -> dict[str, tuple[object, int]]:
     text = _config_text(path)
     try:
         with warnings.catch_warnings():  # an odd escape such as "\d" is Python's to warn about, not ours
@@ -56,11 +69,11 @@ def _read_with_lines(path: Path) -> dict[str, tuple[object, int]]:
         if index == 0 and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # a docstring
         if not (isinstance(statement, ast.Assign) and [type(t) for t in statement.targets] == [ast.Name]):
-            kind = type(statement.value if isinstance(statement, ast.Expr) else statement).__name__.lower()
-            raise UserError(f"{where}: only lines of the form name = value are allowed, this is a Python {kind}")
+            form = type(statement.value if isinstance(statement, ast.Expr) else statement).__name__.lower()
+            raise UserError(f"{where}: only lines of the form name = value are allowed, this is a Python {form}")
         name = statement.targets[0].id
-        if name not in FIELDS:
-            raise UserError(f"{where}: unknown setting {name!r}{nearest_name(name, FIELDS)}")
+        if name not in fields_of(kind):
+            raise UserError(f"{where}: unknown setting {name!r}{meant(name, kind)}")
         if name in found:
             raise UserError(f"{where}: {name} is assigned a second time (first in line {found[name][1]})")
         try:
@@ -71,10 +84,18 @@ def _read_with_lines(path: Path) -> dict[str, tuple[object, int]]:
                 f"{where}: {name} = {shown(code)[1:-1]} is not a plain literal: config files are read, never executed"
             ) from None
         try:
-            found[name] = checked(name, value), statement.lineno
+            found[name] = checked(name, value, kind), statement.lineno
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return found
+
+
+def meant(name: str, kind: type[RunSettings], *further: str) -> str:
+    """What an unknown setting may be: one of another stage, or a misspelt one (further: other names that are known)."""
+    for stage, other in STAGES.items():
+        if name in fields_of(other):
+            return f": it belongs to stage {stage} ({other.script}), this is stage {kind.stage} ({kind.script})"
+    return nearest_name(name, [*fields_of(kind), *further])
 
 
 def _config_text(path: Path) -> str:
@@ -115,13 +136,13 @@ def _others(path: Path) -> str:
 # the command line
 
 
-def parse_value(name: str, text: str):
+def parse_value(name: str, text: str, kind: type[RunSettings] = Settings):
     """A setting's value from what a person typed: 'None' switches off, yes/no for truth, 1e9 and 4_096 for numbers."""
-    hint, text = TYPES[name], text.strip()
-    if text.lower() == "none" and "none" not in (FIELDS[name].metadata["choices"] or ()):
-        return checked(name, None)
+    hint, text = types_of(kind)[name], text.strip()
+    if text.lower() == "none" and "none" not in (fields_of(kind)[name].metadata["choices"] or ()):
+        return checked(name, None, kind)
     if hint in (str, str | None):
-        return checked(name, text)
+        return checked(name, text, kind)
     if hint is bool:
         if text.lower() not in WORDS:
             raise UserError(f"{name}={shown(text)} is not yes or no")
@@ -129,21 +150,25 @@ def parse_value(name: str, text: str):
     parts = text.strip("()[]").split(",") if hint == tuple[float, float] else [text]
     numbers = [number for part in parts if (number := _number(part)) is not None]
     if len(numbers) < len(parts):
-        raise UserError(f"{name}={shown(text)} is not {type_name(name)}")
-    return checked(name, numbers if hint == tuple[float, float] else numbers[0])
+        raise UserError(f"{name}={shown(text)} is not {type_name(name, kind)}")
+    return checked(name, numbers if hint == tuple[float, float] else numbers[0], kind)
 
 
 def _number(text: str) -> int | float | None:
-    for kind in (int, float):
+    for number in (int, float):
         try:
-            return kind(text)
+            return number(text)
         except ValueError:
             continue
     return None
 
 
 def from_command_line(
-    argv: list[str] | None = None, *, switches: tuple[str, ...] = ("resume",), usage: str = "[config.py]"
+    argv: list[str] | None = None,
+    *,
+    switches: tuple[str, ...] = ("resume",),
+    usage: str = "[config.py]",
+    kind: type[RunSettings] = Settings,
 ) -> CommandLine:
     """Settings from an optional config file and flags; flags win.
 
@@ -158,15 +183,15 @@ def from_command_line(
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
-            print(help_text(usage, switches))
+            print(help_text(usage, switches, kind))
             sys.exit(0)
         if not word.startswith("-"):
             paths.append(word)
             continue
         given, equals, text = word.partition("=")
         name = given.lstrip("-").replace("-", "_")
-        if not given.startswith("--") or name not in {*FIELDS, *switches}:
-            raise UserError(f"unknown flag {shown(given)}{nearest_name(name, [*FIELDS, *switches])}")
+        if not given.startswith("--") or name not in {*fields_of(kind), *switches}:
+            raise UserError(f"unknown flag {shown(given)}{meant(name, kind, *switches)}")
         if name in flags:
             raise UserError(f"--{name} is given twice")
         if name in switches:
@@ -176,28 +201,28 @@ def from_command_line(
             continue
         if not equals:
             if not words or words[0].startswith("--"):
-                raise UserError(f"--{name} needs a value: --{name}={type_name(name)}")
+                raise UserError(f"--{name} needs a value: --{name}={type_name(name, kind)}")
             text = words.pop(0)
-        flags[name] = parse_value(name, text)
+        flags[name] = parse_value(name, text, kind)
     if len(paths) > 1:
         raise UserError(f"one config file is expected, not {len(paths)}: {', '.join(paths)}; flags are --name=value")
     config = Path(paths[0]) if paths else Path(DEFAULT_CONFIG) if Path(DEFAULT_CONFIG).exists() else None
-    lines = _read_with_lines(config) if config else {}
+    lines = _read_with_lines(config, kind) if config else {}
     origins = {name: f"{config}:{line}" for name, (_, line) in lines.items()}
     origins |= {name: "command line" for name in flags}
-    settings = Settings(**{**{name: value for name, (value, _) in lines.items()}, **flags})
+    settings = kind(**{**{name: value for name, (value, _) in lines.items()}, **flags})
     if "resume" not in on:  # else the checkpoint's settings join in first, and resume.py validates
         validate(settings, world_size_from_env())
     return CommandLine(settings, origins, on, config)
 
 
-def differences(settings: Settings, origins: dict[str, str]) -> list[str]:
+def differences(settings: RunSettings, origins: dict[str, str]) -> list[str]:
     """Lines on what differs from the defaults and where it came from; a value without effect is said with its reason.
 
     A value given on the command line that has no effect is listed even when it equals the default.
     """
     lines = []
-    for name, declared in FIELDS.items():
+    for name, declared in fields_of(type(settings)).items():
         value, reason = getattr(settings, name), settings.inert(name)
         if value == declared.default and not (reason and origins.get(name) == "command line"):
             continue
@@ -219,54 +244,56 @@ def literal(value) -> str:
     return repr(value)
 
 
-def render_config(settings: Settings) -> str:
+def render_config(settings: RunSettings) -> str:
     """The text of a commented config.py in groups; read_config gives exactly these settings back."""
+    kind = type(settings)
     lines = [
-        "# Settings of one nanochat run: plain literals, read and never executed. None switches off.",
+        f"# Settings of one run, stage {kind.stage}: plain literals, read and never executed. None switches off.",
         "# Precedence: built-in default, then this file, then --name=value on the command line.",
     ]
-    for group in GROUPS:
+    for group in kind.groups:
         lines += ["", "", f"# {'-' * 20} {group} {'-' * (96 - len(group))}"]
-        for name in names_of(group):
+        for name in names_of(group, kind):
             note = settings.inert(name)
-            text = f"{facts(name)}{f' [{note}]' if note else ''}"
+            text = f"{facts(name, kind)}{f' [{note}]' if note else ''}"
             lines += ["", *textwrap.wrap(text, 118, initial_indent="# ", subsequent_indent="# ")]
             lines.append(f"{name} = {literal(getattr(settings, name))}")
     return "\n".join(lines) + "\n"
 
 
-def names_of(group: str) -> list[str]:
+def names_of(group: str, kind: type[RunSettings] = Settings) -> list[str]:
     """The settings of a group in the order of their declaration."""
-    return [name for name, declared in FIELDS.items() if declared.metadata["group"] == group]
+    return [name for name, declared in fields_of(kind).items() if declared.metadata["group"] == group]
 
 
-def facts(name: str) -> str:
+def facts(name: str, kind: type[RunSettings] = Settings) -> str:
     """One line on a setting: what it is, its choices or range, and when it matters."""
-    data = FIELDS[name].metadata
+    data = fields_of(kind)[name].metadata
     parts = [data["help"]]
     if data["choices"]:
         parts.append(f"one of {', '.join(data['choices'])}")
     if data["when"]:
         other, wanted = data["when"]
-        parts.append(f"matters only with {other}{'' if wanted is ON else f'={wanted!r}'}")
+        values = () if wanted is ON else wanted if isinstance(wanted, tuple) else (wanted,)
+        parts.append(f"matters only with {other}{'=' * bool(values)}{' or '.join(map(repr, values))}")
     return "; ".join(parts)
 
 
-def help_text(usage: str, switches: tuple[str, ...] = ()) -> str:
+def help_text(usage: str, switches: tuple[str, ...] = (), kind: type[RunSettings] = Settings) -> str:
     """The text of --help: every setting by group, at 80 columns."""
     lines = [f"usage: {usage} [--name=value ...]{''.join(f' [--{s}]' for s in switches)}", ""]
     lines += textwrap.wrap(
         "Precedence: default, then the config file (./config.py when none is named), then flags. None switches off.", 79
     )
-    for group in GROUPS:
+    for group in kind.groups:
         lines += ["", f"{group}:"]
-        for name in names_of(group):
-            lines.append(f"  --{name}={type_name(name)}")
-            about = f"{facts(name)} (default {literal(FIELDS[name].default)})"
+        for name in names_of(group, kind):
+            lines.append(f"  --{name}={type_name(name, kind)}")
+            about = f"{facts(name, kind)} (default {literal(fields_of(kind)[name].default)})"
             lines += textwrap.wrap(about, 79, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
-def as_dict(settings: Settings) -> dict:
+def as_dict(settings: RunSettings) -> dict:
     """The settings as plain values, ready for JSON (tuples become lists)."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}

@@ -19,7 +19,7 @@ from nanochat.optim import build_optimizer
 from nanochat.progress import duration
 from nanochat.runtime import Compute, device_name, gpu_peak_flops, measured_matmul_flops, pick_device_type, pick_dtype
 from nanochat.schedule import num_iterations
-from nanochat.settings import Settings
+from nanochat.settings import RunSettings, Settings
 
 MEASURE_SECONDS = 4.0
 # The part of the matmul peak that training reaches, where nobody has measured: large models on data-centre GPUs, and
@@ -39,7 +39,7 @@ class Hardware:
     peak: float
     dtype: torch.dtype
 
-    def activation_dtype(self, settings: Settings) -> torch.dtype:
+    def activation_dtype(self, settings: RunSettings) -> torch.dtype:
         return getattr(torch, settings.dtype) if settings.dtype else self.dtype
 
 
@@ -180,9 +180,7 @@ def estimate(settings: Settings, hardware: Hardware, flops: float | None = None)
     tokens = steps * settings.total_batch_size
     world = usable_devices(settings, hardware.count)
     rate = (flops or hardware.peak * ASSUMED_MFU[hardware.device_type]) * world
-    saves = -(-steps // settings.save_every) if settings.save_every else 1
-    # pruning waits for the newer checkpoint: one more than keep_last is on disk for a moment
-    kept = min(saves, settings.keep_last + 1) if settings.keep_last else saves
+    saves, kept = checkpoints_of(settings, steps)
     return Estimate(
         parameters=model.num_parameters(),
         flops_per_token=flops_per_token,
@@ -196,7 +194,14 @@ def estimate(settings: Settings, hardware: Hardware, flops: float | None = None)
     )
 
 
-def usable_devices(settings: Settings, count: int) -> int:
+def checkpoints_of(settings: RunSettings, steps: int) -> tuple[int, int]:
+    """(how many checkpoints a run saves, how many of them are on disk at a time)."""
+    saves = -(-steps // settings.save_every) if settings.save_every else 1
+    # pruning waits for the newer checkpoint: one more than keep_last is on disk for a moment
+    return saves, min(saves, settings.keep_last + 1) if settings.keep_last else saves
+
+
+def usable_devices(settings: RunSettings, count: int) -> int:
     """The largest number of ranks up to `count` among which the rows of a batch divide; 1 without devices."""
     rows, batch = settings.rows, settings.device_batch_size
     legal = (n for n in range(count, 1, -1) if rows % n == 0 and rows // n % min(batch, rows // n) == 0)

@@ -1,21 +1,22 @@
-"""Every setting of base training, declared once.
+"""Every setting of training, declared once: what all stages have in RunSettings, base training's own in Settings.
 
-Wizard questions, config.py, --flags and --help all come from the fields of `Settings`.
+Wizard questions, config.py, --flags and --help all come from the fields of these classes (and of AdapterSettings).
 Adding a setting is one line here. Presets are sets of values that differ from the defaults.
 """
 
 import dataclasses
+import functools
 import math
 import re
 import types
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nanochat.modality import RESERVED, modalities_of
 from nanochat.runtime import UserError
 
-GROUPS = ("run", "data", "model", "modalities", "horizon", "optimizer", "evaluation", "checkpoints")
 ON = "on"  # in `when`: any value but these
 OFF = (None, False, 0, "disabled", "none")
 
@@ -31,15 +32,36 @@ class IllegalCombination(UserError):
 def setting(default, help: str, group: str, *, choices=None, at_least=None, above=None, at_most=None, when=None):
     """One field: default, help (what it is and why, with the unit), group, and the range or choices that are legal.
 
-    when: (name of another setting, its value or ON): the setting has an effect only then.
+    when: (name of another setting, its value, a tuple of values, or ON): the setting has an effect only then.
     """
     facts = dict(help=help, group=group, choices=choices, at_least=at_least, above=above, at_most=at_most, when=when)
     return dataclasses.field(default=default, metadata=facts)
 
 
+def again(kind: type, name: str, default=dataclasses.MISSING, **facts):
+    """A field of another class once more: with this default and these facts, else as it is declared there."""
+    declared = fields_of(kind)[name]
+    kept = declared.default if default is dataclasses.MISSING else default
+    return dataclasses.field(default=kept, metadata={**declared.metadata, **facts})
+
+
 @dataclass(frozen=True)
-class Settings:
-    """All settings of one training run. None means off, or 'decide for me' where the help says so."""
+class RunSettings:
+    """What every stage of training has: where it runs, data, horizon, schedule, saving.
+
+    The one base class of this repository: a second copy of forty declarations would drift from the first. Each stage
+    declares its own settings behind these, may declare one of these again with another default, and says
+
+    stage, script       its name for the wizard, and the script that trains it
+    checkpoints         its folder under base_dir(), one folder a tag
+    groups              the sections of its config.py, in order
+    presets(), tag      its sets of values; the name of a run that has not been given one
+    """
+
+    stage: ClassVar[str]
+    script: ClassVar[str]
+    checkpoints: ClassVar[str]
+    groups: ClassVar[tuple[str, ...]]
 
     run: str = setting("dummy", "name of the run for trackers", "run", when=("wandb_mode", ON))
     device_type: str | None = setting(
@@ -51,9 +73,6 @@ class Settings:
         "run",
         choices=("float32", "bfloat16"),
     )
-    compile: bool = setting(
-        True, "compile the model with torch.compile; falls back to eager with a printed reason", "run"
-    )
     seed: int = setting(42, "seed of initialisation, data order and samples", "run", at_least=0, at_most=2**63 - 1)
     deterministic: bool = setting(
         False, "bit-equal runs on a GPU too, at the price of speed (a CPU's always are)", "run"
@@ -63,9 +82,6 @@ class Settings:
     )
     model_tag: str | None = setting(
         None, "name of the checkpoint folder; None says depth and variant, as in d4-tied", "run"
-    )
-    init_from: str | None = setting(
-        None, "begin with the weights of this model_tag's newest step, such as one that scripts.convert made", "run"
     )
     wandb_mode: str = setting(
         "disabled",
@@ -88,6 +104,160 @@ class Settings:
     skip_corrupt: bool = setting(
         False, "leave out unreadable shards and files, naming them, instead of stopping", "data"
     )
+
+    max_seq_len: int = setting(512, "context length in tokens", "model", at_least=2, at_most=2**24)
+
+    modalities: str | None = setting(
+        None, "modalities beside text and the codes in a codebook of each, as in audio:2048", "modalities"
+    )
+    codebooks: int = setting(
+        1, "codebooks of audio; each is one more position a frame", "modalities", at_least=1, at_most=32,
+        when=("modalities", ON),
+    )  # fmt: skip
+    codec: str = setting(
+        "frame",
+        "sound to codes: frame, pitch, mdct (fitted on the data); encodec:<hub name or folder>; a fitted one's name",
+        "modalities",
+        when=("modalities", ON),
+    )
+    clip_seconds: float | None = setting(
+        None, "sounds are cut to so many seconds; None keeps them whole", "modalities", above=0, when=("modalities", ON)
+    )
+    data_audio_column: str = setting(
+        "audio", "column that holds the sound in hub datasets", "modalities", when=("modalities", ON)
+    )
+
+    num_iterations: int | None = setting(
+        None, "optimizer steps; takes precedence over the other two horizons", "horizon", at_least=1
+    )
+    device_batch_size: int = setting(
+        16, "rows a device works on at a time; lower it when memory runs out", "horizon", at_least=1
+    )
+    total_batch_size: int = setting(
+        8192, "tokens per optimizer step over all devices", "horizon", at_least=2, at_most=2**40
+    )
+
+    grad_clip: float | None = setting(1.0, "largest gradient norm; None never clips", "optimizer", above=0)
+    adam_betas: tuple[float, float] = setting(
+        (0.8, 0.95), "AdamW's decay rates of the two moments", "optimizer", at_least=0, at_most=0.999999
+    )
+    warmup_steps: int = setting(0, "steps of linear warmup", "optimizer", at_least=0)
+    warmdown_ratio: float = setting(
+        0.4, "last part of the run in which the rate falls linearly", "optimizer", at_least=0, at_most=1
+    )
+    final_lr_frac: float = setting(
+        0.0, "rate at the end as a fraction of the full one", "optimizer", at_least=0, at_most=1
+    )
+
+    eval_every: int | None = setting(
+        250, "steps between measurements of val bpb; None only at the end", "evaluation", at_least=1
+    )
+
+    save_every: int | None = setting(None, "steps between checkpoints; None only at the end", "checkpoints", at_least=1)
+    keep_last: int | None = setting(
+        None,
+        "keep only the newest so many checkpoints; None keeps all",
+        "checkpoints",
+        at_least=1,
+        when=("save_every", ON),
+    )
+    overwrite: bool = setting(
+        False, "start over although the model_tag holds a run (the old one is moved aside)", "checkpoints"
+    )
+    ignore_lock: bool = setting(
+        False, "train although another process seems to be training this model_tag", "checkpoints"
+    )
+    log_rows: bool = setting(False, "log the documents of every row to rows_rank<k>.jsonl", "checkpoints")
+
+    # -- derived values: the same everywhere, without torch -----------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """Rows of max_seq_len tokens in one global batch."""
+        return self.total_batch_size // self.max_seq_len
+
+    def modality_codes(self) -> dict[str, int]:
+        """Codes in a codebook of each modality beside text, by name; UserError for what is not name:codes, ..."""
+        codes = {}
+        for part in (self.modalities or "").split(",") if self.modalities else ():
+            name, _, number = part.strip().partition(":")
+            legal = number.isascii() and number.isdigit() and len(number) < 8 and 1 < int(number) <= 1_000_000
+            if name in codes:
+                message = f"modalities={shown(self.modalities)} names {name} twice"
+                raise IllegalCombination("modalities", "audio:2048", message)
+            if not re.fullmatch("[a-z][a-z0-9]*", name) or name == "text" or not legal:
+                raise IllegalCombination(
+                    "modalities",
+                    "audio:2048",
+                    f"modalities={shown(self.modalities)}: {part.strip()!r} is not name:codes with a new lower-case "
+                    "name and 2 to 1000000 codes, as in audio:2048",
+                )
+            codes[name] = int(number)
+        if len(codes) > RESERVED:
+            message = f"modalities={shown(self.modalities)}: there are {RESERVED} reserved ids to start them with"
+            raise IllegalCombination("modalities", "audio:2048", message)
+        return codes
+
+    def batch_plan(self, world_size: int = 1) -> tuple[int, int]:
+        """(rows of one micro-batch, micro-batches a step) of each rank; UserError names the nearest legal values."""
+        if self.total_batch_size % (self.max_seq_len * world_size):
+            ranks = f" * {world_size} ranks" if world_size > 1 else ""
+            raise _not_multiple(self, "total_batch_size", f"max_seq_len{ranks}", self.max_seq_len * world_size)
+        rows = self.rows // world_size
+        micro = min(self.device_batch_size, rows)
+        if rows % micro:
+            nearest = nearest_divisor(rows, micro)
+            raise IllegalCombination(
+                "device_batch_size",
+                nearest,
+                f"device_batch_size={micro} does not divide the {rows} rows of a rank "
+                f"(total_batch_size {self.total_batch_size} / max_seq_len {self.max_seq_len} / {world_size} ranks): "
+                f"nearest legal value {nearest}",
+            )
+        return micro, rows // micro
+
+    def inert(self, name: str) -> str | None:
+        """Why a setting has no effect under the others, or None when it has one."""
+        other = name
+        while condition := fields_of(type(self))[other].metadata["when"]:  # what switches off a switch counts too
+            other, wanted = condition
+            value = getattr(self, other)
+            legal = wanted if isinstance(wanted, tuple) else (wanted,)
+            if value in OFF if wanted is ON else value not in legal:
+                return f"{name} has no effect while {other}={value!r}"
+        return None
+
+    def check(self, world_size: int = 1) -> None:
+        """Whether the values go together; IllegalCombination names the nearest legal value. Single ones are checked."""
+        tag = self.model_tag or ""
+        if tag.startswith(".") or set("/\\") & set(tag) or len(tag.encode()) > 200:
+            message = f"model_tag={shown(tag)} must be a folder's name: no slashes, no leading dot, at most 200 bytes"
+            raise IllegalCombination("model_tag", None, message)
+        if "audio" in self.modality_codes() and self.codec == "pitch" and self.codebooks < 2:
+            raise IllegalCombination(
+                "codebooks", 2, "codec=pitch codes the pitch and the rest apart: codebooks must be at least 2"
+            )
+        self.batch_plan(world_size)
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """All settings of one run of base training. None means off, or 'decide for me' where the help says so."""
+
+    stage: ClassVar[str] = "base"
+    script: ClassVar[str] = "scripts.base_train"
+    checkpoints: ClassVar[str] = "base_checkpoints"
+    groups: ClassVar[tuple[str, ...]] = (
+        *("run", "data", "model", "modalities", "horizon", "optimizer", "evaluation", "checkpoints"),
+    )
+
+    compile: bool = setting(
+        True, "compile the model with torch.compile; falls back to eager with a printed reason", "run"
+    )
+    init_from: str | None = setting(
+        None, "begin with the weights of this model_tag's newest step, such as one that scripts.convert made", "run"
+    )
+
     tokenizer: str | None = setting(None, "name or folder of a trained tokenizer; None trains one on this data", "data")
     vocab_size: int = setting(
         4096, "ids of the tokenizer, its 16 special and reserved ones included", "data", at_least=272, at_most=1_000_000
@@ -110,7 +280,6 @@ class Settings:
         None, "key/value heads (grouped-query attention); None means one for each query head", "model", at_least=1
     )
     mlp_ratio: float = setting(4.0, "hidden units of an MLP for each of its width", "model", above=0, at_most=64)
-    max_seq_len: int = setting(512, "context length in tokens", "model", at_least=2, at_most=2**24)
     tie_weights: bool = setting(False, "tie embedding weights: the embedding also makes the logits", "model")
     use_output_projection: bool = setting(
         False, "add a square output projection before the tied logits", "model", when=("tie_weights", True)
@@ -133,19 +302,6 @@ class Settings:
         False, "take a learned part of the middle block's output off the last one's (from depth 3 on)", "model"
     )
 
-    modalities: str | None = setting(
-        None, "modalities beside text and the codes in a codebook of each, as in audio:2048", "modalities"
-    )
-    codebooks: int = setting(
-        1, "codebooks of audio; each is one more position a frame", "modalities", at_least=1, at_most=32,
-        when=("modalities", ON),
-    )  # fmt: skip
-    codec: str = setting(
-        "frame",
-        "sound to codes: frame, pitch, mdct (fitted on the data); encodec:<hub name or folder>; a fitted one's name",
-        "modalities",
-        when=("modalities", ON),
-    )
     untie: str = setting(
         "mlp",
         "what each modality has of its own: nothing, the MLP, or attention's matrices too (random: a control)",
@@ -185,16 +341,7 @@ class Settings:
         choices=("sort", "where", "slice", "grouped"),
         when=("untie", ON),
     )
-    clip_seconds: float | None = setting(
-        None, "sounds are cut to so many seconds; None keeps them whole", "modalities", above=0, when=("modalities", ON)
-    )
-    data_audio_column: str = setting(
-        "audio", "column that holds the sound in hub datasets", "modalities", when=("modalities", ON)
-    )
 
-    num_iterations: int | None = setting(
-        None, "optimizer steps; takes precedence over the other two horizons", "horizon", at_least=1
-    )
     target_flops: float | None = setting(
         None,
         "train for so many FLOPs; takes precedence over the ratio",
@@ -208,12 +355,6 @@ class Settings:
         "horizon",
         above=0,
         when=("target_flops", None),
-    )
-    device_batch_size: int = setting(
-        16, "rows a device works on at a time; lower it when memory runs out", "horizon", at_least=1
-    )
-    total_batch_size: int = setting(
-        8192, "tokens per optimizer step over all devices", "horizon", at_least=2, at_most=2**40
     )
 
     embedding_lr: float = setting(
@@ -253,10 +394,6 @@ class Settings:
     cautious_weight_decay: bool = setting(
         True, "decay only where update and weight point the same way", "optimizer", when=("weight_decay", ON)
     )
-    grad_clip: float | None = setting(1.0, "largest gradient norm; None never clips", "optimizer", above=0)
-    adam_betas: tuple[float, float] = setting(
-        (0.8, 0.95), "AdamW's decay rates of the two moments", "optimizer", at_least=0, at_most=0.999999
-    )
     muon_method: str = setting(
         "polar_express", "orthogonalisation of Muon's update", "optimizer", choices=("polar_express", "newton_schulz")
     )
@@ -267,17 +404,7 @@ class Settings:
     muon_normalize: bool = setting(
         True, "normalise Muon's update per neuron by a running variance (NorMuon)", "optimizer"
     )
-    warmup_steps: int = setting(0, "steps of linear warmup", "optimizer", at_least=0)
-    warmdown_ratio: float = setting(
-        0.4, "last part of the run in which the rate falls linearly", "optimizer", at_least=0, at_most=1
-    )
-    final_lr_frac: float = setting(
-        0.0, "rate at the end as a fraction of the full one", "optimizer", at_least=0, at_most=1
-    )
 
-    eval_every: int | None = setting(
-        250, "steps between measurements of val bpb; None only at the end", "evaluation", at_least=1
-    )
     eval_tokens: int | None = setting(
         1_048_576, "held-out tokens of each measurement; None takes all", "evaluation", at_least=1
     )
@@ -291,24 +418,6 @@ class Settings:
         2000, "steps between printed samples; None only at the end", "evaluation", at_least=1
     )
 
-    save_every: int | None = setting(None, "steps between checkpoints; None only at the end", "checkpoints", at_least=1)
-    keep_last: int | None = setting(
-        None,
-        "keep only the newest so many checkpoints; None keeps all",
-        "checkpoints",
-        at_least=1,
-        when=("save_every", ON),
-    )
-    overwrite: bool = setting(
-        False, "start over although the model_tag holds a run (the old one is moved aside)", "checkpoints"
-    )
-    ignore_lock: bool = setting(
-        False, "train although another process seems to be training this model_tag", "checkpoints"
-    )
-    log_rows: bool = setting(False, "log the documents of every row to rows_rank<k>.jsonl", "checkpoints")
-
-    # -- derived values: the same everywhere, without torch -----------------------------------------------------------
-
     @property
     def n_embd(self) -> int:
         """Width: model_dim, or depth * aspect_ratio rounded up to a whole number of heads."""
@@ -317,11 +426,6 @@ class Settings:
     @property
     def n_head(self) -> int:
         return self.n_embd // self.head_dim
-
-    @property
-    def rows(self) -> int:
-        """Rows of max_seq_len tokens in one global batch."""
-        return self.total_batch_size // self.max_seq_len
 
     @property
     def tag(self) -> str:
@@ -333,28 +437,6 @@ class Settings:
         further = "".join(f"-{name}" for name in self.modality_codes())
         residual = projected and self.output_projection_residual
         return f"d{self.depth}{tied}{'-proj' * projected}{'-res' * residual}{further}"
-
-    def modality_codes(self) -> dict[str, int]:
-        """Codes in a codebook of each modality beside text, by name; UserError for what is not name:codes, ..."""
-        codes = {}
-        for part in (self.modalities or "").split(",") if self.modalities else ():
-            name, _, number = part.strip().partition(":")
-            legal = number.isascii() and number.isdigit() and 1 < int(number) <= 1_000_000
-            if name in codes:
-                message = f"modalities={shown(self.modalities)} names {name} twice"
-                raise IllegalCombination("modalities", "audio:2048", message)
-            if not re.fullmatch("[a-z][a-z0-9]*", name) or name == "text" or not legal:
-                raise IllegalCombination(
-                    "modalities",
-                    "audio:2048",
-                    f"modalities={shown(self.modalities)}: {part.strip()!r} is not name:codes with a new lower-case "
-                    "name and 2 to 1000000 codes, as in audio:2048",
-                )
-            codes[name] = int(number)
-        if len(codes) > RESERVED:
-            message = f"modalities={shown(self.modalities)}: there are {RESERVED} reserved ids to start them with"
-            raise IllegalCombination("modalities", "audio:2048", message)
-        return codes
 
     def model_arguments(self, vocab_size: int | None = None) -> dict:
         """Keyword arguments of GPTConfig (vocab_size: the tokenizer's, which may differ from the wish)."""
@@ -391,42 +473,76 @@ class Settings:
             return None
         return tuple(name.strip() for name in self.loss_modalities.split(","))
 
-    def batch_plan(self, world_size: int = 1) -> tuple[int, int]:
-        """(rows of one micro-batch, micro-batches a step) of each rank; UserError names the nearest legal values."""
-        if self.total_batch_size % (self.max_seq_len * world_size):
-            ranks = f" * {world_size} ranks" if world_size > 1 else ""
-            raise _not_multiple(self, "total_batch_size", f"max_seq_len{ranks}", self.max_seq_len * world_size)
-        rows = self.rows // world_size
-        micro = min(self.device_batch_size, rows)
-        if rows % micro:
-            nearest = nearest_divisor(rows, micro)
+    @classmethod
+    def presets(cls) -> dict[str, dict]:
+        return PRESETS
+
+    def check(self, world_size: int = 1) -> None:
+        if self.head_dim % 2:
+            even = self.head_dim + 1
             raise IllegalCombination(
-                "device_batch_size",
-                nearest,
-                f"device_batch_size={micro} does not divide the {rows} rows of a rank "
-                f"(total_batch_size {self.total_batch_size} / max_seq_len {self.max_seq_len} / {world_size} ranks): "
-                f"nearest legal value {nearest}",
+                "head_dim", even, f"head_dim={self.head_dim} is odd, rotary embedding needs pairs: use {even}"
             )
-        return micro, rows // micro
+        if self.n_embd % self.head_dim:
+            raise _not_multiple(self, "model_dim", "head_dim", self.head_dim)
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            nearest = nearest_divisor(self.n_head, self.n_kv_head)
+            raise IllegalCombination(
+                "n_kv_head",
+                nearest,
+                f"n_kv_head={self.n_kv_head} does not divide the {self.n_head} query heads "
+                f"(model_dim {self.n_embd} / head_dim {self.head_dim}): nearest legal value {nearest}",
+            )
+        if (self.num_iterations, self.target_flops, self.target_param_data_ratio) == (None, None, None):
+            message = "no horizon: set num_iterations, target_flops or target_param_data_ratio"
+            raise IllegalCombination("target_param_data_ratio", 20.0, message)
+        self._check_modalities()
+        super().check(world_size)
 
-    def inert(self, name: str) -> str | None:
-        """Why a setting has no effect under the others, or None when it has one."""
-        other = name
-        while condition := FIELDS[other].metadata["when"]:  # what switches off a switch counts too
-            other, wanted = condition
-            value = getattr(self, other)
-            if value in OFF if wanted is ON else value != wanted:
-                return f"{name} has no effect while {other}={value!r}"
-        return None
+    def _check_modalities(self) -> None:
+        names = ("text", *self.modality_codes())
+        if self.data == "synth" and "audio" not in names:
+            raise IllegalCombination(
+                "modalities", "audio:512", "data=synth is captioned sounds: set modalities=audio:512, or other data"
+            )
+        counted = self.counted_modalities or ("text",)
+        if wrong := [name for name in counted if name not in names]:
+            raise IllegalCombination(
+                "loss_modalities", "all",
+                f"loss_modalities={self.loss_modalities!r}: no modality {wrong[0]!r} among {', '.join(names)}",
+            )  # fmt: skip
+        if not {"text", "audio"} & set(counted):
+            raise IllegalCombination(
+                "loss_modalities", "all",
+                f"loss_modalities={self.loss_modalities!r}: data holds only text and audio, nothing would be learnt",
+            )  # fmt: skip
+        routed = self.modalities and self.route == "grouped" and self.untie != "none"
+        if routed and self.expert_dim not in (None, self.n_embd):
+            raise IllegalCombination(
+                "expert_dim", self.n_embd,
+                f"route=grouped needs experts of one width: expert_dim={self.expert_dim} is not {self.n_embd}",
+            )  # fmt: skip
 
 
-FIELDS: dict[str, dataclasses.Field] = {field.name: field for field in dataclasses.fields(Settings)}
-TYPES: dict[str, object] = typing.get_type_hints(Settings)
+@functools.cache
+def fields_of(kind: type[RunSettings]) -> dict[str, dataclasses.Field]:
+    """The declarations of a stage's settings by name."""
+    return {field.name: field for field in dataclasses.fields(kind)}
 
 
-def type_name(name: str) -> str:
+@functools.cache
+def types_of(kind: type[RunSettings]) -> dict[str, object]:
+    """The types of a stage's settings by name."""
+    hints = typing.get_type_hints(kind)
+    return {name: hints[name] for name in fields_of(kind)}
+
+
+GROUPS, FIELDS, TYPES = Settings.groups, fields_of(Settings), types_of(Settings)  # base training's
+
+
+def type_name(name: str, kind: type[RunSettings] = Settings) -> str:
     """The setting's type in words a person types: 'int or None', 'two numbers'."""
-    hint = TYPES[name]
+    hint = types_of(kind)[name]
     if hint == tuple[float, float]:
         return "two numbers"
     names = {int: "int", float: "number", bool: "True or False", str: "text", type(None): "None"}
@@ -434,30 +550,31 @@ def type_name(name: str) -> str:
     return " or ".join(names[part] for part in parts)
 
 
-def checked(name: str, value):
+def checked(name: str, value, kind: type[RunSettings] = Settings):
     """The value as the setting's own type; UserError for a wrong type, a non-finite number or an illegal value."""
-    if name not in FIELDS:
-        raise UserError(f"unknown setting {name!r}{nearest_name(name, FIELDS)}")
-    hint, facts = TYPES[name], FIELDS[name].metadata
+    fields = fields_of(kind)
+    if name not in fields:
+        raise UserError(f"unknown setting {name!r}{nearest_name(name, fields)}")
+    hint, facts = types_of(kind)[name], fields[name].metadata
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in allowed:
         return None
     if hint == tuple[float, float]:
         if not isinstance(value, (tuple, list)) or len(value) != 2:
-            raise UserError(f"{name}={shown(value)} is not two numbers, such as {FIELDS[name].default}")
+            raise UserError(f"{name}={shown(value)} is not two numbers, such as {fields[name].default}")
         return tuple(_checked_number(name, part, float, facts) for part in value)
-    for kind in allowed:
-        if kind is bool and isinstance(value, bool):
+    for one in allowed:
+        if one is bool and isinstance(value, bool):
             return value
-        if kind in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return _checked_number(name, value, kind, facts)
-        if kind is str and isinstance(value, str):
+        if one in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return _checked_number(name, value, one, facts)
+        if one is str and isinstance(value, str):
             if facts["choices"] and value not in facts["choices"]:
                 raise UserError(f"{name}={shown(value)} is not one of {', '.join(facts['choices'])}")
             if not value.strip() or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in value):
                 raise UserError(f"{name}={shown(value)} is empty or holds control characters")
             return value
-    raise UserError(f"{name}={shown(value)} is a {type(value).__name__}: expected {type_name(name)}")
+    raise UserError(f"{name}={shown(value)} is a {type(value).__name__}: expected {type_name(name, kind)}")
 
 
 def _checked_number(name, value, kind, facts):
@@ -497,72 +614,19 @@ def nearest_divisor(number: int, wish: int) -> int:
     return min(small + [number // n for n in small], key=lambda n: (abs(n - wish), n))
 
 
-def _not_multiple(settings: Settings, name: str, of: str, multiple: int) -> IllegalCombination:
+def _not_multiple(settings: RunSettings, name: str, of: str, multiple: int) -> IllegalCombination:
     value = settings.n_embd if name == "model_dim" else getattr(settings, name)
     nearest = max(1, (value + multiple // 2) // multiple) * multiple
     message = f"{name}={value} is not a multiple of {of} ({multiple}): nearest legal value {nearest}"
     return IllegalCombination(name, nearest, message)
 
 
-def validate(settings: Settings, world_size: int = 1) -> Settings:
+def validate(settings: RunSettings, world_size: int = 1) -> RunSettings:
     """Check single values and their combinations; returns the settings; UserError names the nearest legal value."""
-    for name in FIELDS:
-        checked(name, getattr(settings, name))
-    if settings.head_dim % 2:
-        even = settings.head_dim + 1
-        raise IllegalCombination(
-            "head_dim", even, f"head_dim={settings.head_dim} is odd, rotary embedding needs pairs: use {even}"
-        )
-    if settings.n_embd % settings.head_dim:
-        raise _not_multiple(settings, "model_dim", "head_dim", settings.head_dim)
-    if settings.n_kv_head and settings.n_head % settings.n_kv_head:
-        nearest = nearest_divisor(settings.n_head, settings.n_kv_head)
-        raise IllegalCombination(
-            "n_kv_head",
-            nearest,
-            f"n_kv_head={settings.n_kv_head} does not divide the {settings.n_head} query heads "
-            f"(model_dim {settings.n_embd} / head_dim {settings.head_dim}): nearest legal value {nearest}",
-        )
-    tag = settings.model_tag or ""
-    if tag.startswith(".") or set("/\\") & set(tag) or len(tag.encode()) > 200:
-        message = f"model_tag={shown(tag)} must be a folder's name: no slashes, no leading dot, at most 200 bytes"
-        raise IllegalCombination("model_tag", None, message)
-    if (settings.num_iterations, settings.target_flops, settings.target_param_data_ratio) == (None, None, None):
-        raise IllegalCombination(
-            "target_param_data_ratio", 20.0, "no horizon: set num_iterations, target_flops or target_param_data_ratio"
-        )
-    _validate_modalities(settings)
-    settings.batch_plan(world_size)
+    for name in fields_of(type(settings)):
+        checked(name, getattr(settings, name), type(settings))
+    settings.check(world_size)
     return settings
-
-
-def _validate_modalities(settings: Settings) -> None:
-    names = ("text", *settings.modality_codes())
-    if settings.data == "synth" and "audio" not in names:
-        raise IllegalCombination(
-            "modalities", "audio:512", "data=synth is captioned sounds: set modalities=audio:512, or other data"
-        )
-    counted = settings.counted_modalities or ("text",)
-    if wrong := [name for name in counted if name not in names]:
-        raise IllegalCombination(
-            "loss_modalities", "all",
-            f"loss_modalities={settings.loss_modalities!r}: no modality {wrong[0]!r} among {', '.join(names)}",
-        )  # fmt: skip
-    if not {"text", "audio"} & set(counted):
-        raise IllegalCombination(
-            "loss_modalities", "all",
-            f"loss_modalities={settings.loss_modalities!r}: data holds only text and audio, nothing would be learnt",
-        )  # fmt: skip
-    if "audio" in names and settings.codec == "pitch" and settings.codebooks < 2:
-        raise IllegalCombination(
-            "codebooks", 2, "codec=pitch codes the pitch and the rest apart: codebooks must be at least 2"
-        )
-    routed = settings.modalities and settings.route == "grouped" and settings.untie != "none"
-    if routed and settings.expert_dim not in (None, settings.n_embd):
-        raise IllegalCombination(
-            "expert_dim", settings.n_embd,
-            f"route=grouped needs experts of one width: expert_dim={settings.expert_dim} is not {settings.n_embd}",
-        )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -596,11 +660,12 @@ PRESETS: dict[str, dict] = {
 PRESET_WORLD = {"cpu": 1, "audio": 1, "gpu1": 1, "8xh100": 8}
 
 
-def preset(name: str, **changes) -> Settings:
-    """The settings of a preset, with some changed; UserError for an unknown name."""
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}{nearest_name(name, PRESETS)}")
-    return Settings(**{**PRESETS[name], **changes})
+def preset(name: str, kind: type[RunSettings] = Settings, **changes) -> RunSettings:
+    """The settings of a stage's preset, with some changed; UserError for an unknown name."""
+    presets = kind.presets()
+    if name not in presets:
+        raise UserError(f"unknown preset {name!r}{nearest_name(name, presets)}")
+    return kind(**{**presets[name], **changes})
 
 
 def hardware_preset(device_type: str, gpus: int = 0) -> str:

@@ -1,4 +1,4 @@
-# Settings of one nanochat run: plain literals, read and never executed. None switches off.
+# Settings of one run, stage base: plain literals, read and never executed. None switches off.
 # Precedence: built-in default, then this file, then --name=value on the command line.
 
 
@@ -13,9 +13,6 @@ device_type = None
 # dtype of activations; None takes bfloat16 where the hardware profits from it; one of float32, bfloat16
 dtype = None
 
-# compile the model with torch.compile; falls back to eager with a printed reason
-compile = True
-
 # seed of initialisation, data order and samples
 seed = 42
 
@@ -28,11 +25,14 @@ rank_timeout = 600
 # name of the checkpoint folder; None says depth and variant, as in d4-tied
 model_tag = None
 
-# begin with the weights of this model_tag's newest step, such as one that scripts.convert made
-init_from = None
-
 # Weights & Biases tracking; metrics.jsonl is always written; one of disabled, offline, online
 wandb_mode = "disabled"
+
+# compile the model with torch.compile; falls back to eager with a printed reason
+compile = True
+
+# begin with the weights of this model_tag's newest step, such as one that scripts.convert made
+init_from = None
 
 
 # -------------------- data --------------------------------------------------------------------------------------------
@@ -64,6 +64,9 @@ vocab_size = 65_536
 
 # -------------------- model -------------------------------------------------------------------------------------------
 
+# context length in tokens
+max_seq_len = 2048
+
 # number of transformer layers: the one dial
 depth = 20
 
@@ -81,9 +84,6 @@ n_kv_head = None
 
 # hidden units of an MLP for each of its width
 mlp_ratio = 4.0
-
-# context length in tokens
-max_seq_len = 2048
 
 # tie embedding weights: the embedding also makes the logits
 tie_weights = True
@@ -127,6 +127,14 @@ codebooks = 1
 # only with modalities [codec has no effect while modalities=None]
 codec = "frame"
 
+# sounds are cut to so many seconds; None keeps them whole; matters only with modalities [clip_seconds has no effect
+# while modalities=None]
+clip_seconds = None
+
+# column that holds the sound in hub datasets; matters only with modalities [data_audio_column has no effect while
+# modalities=None]
+data_audio_column = "audio"
+
 # what each modality has of its own: nothing, the MLP, or attention's matrices too (random: a control); one of none,
 # mlp, all, random; matters only with modalities [untie has no effect while modalities=None]
 untie = "mlp"
@@ -143,8 +151,8 @@ output_layers = "separate"
 # [loss_modalities has no effect while modalities=None]
 loss_modalities = "all"
 
-# source of text-only documents to mix with captioned sounds; matters only with modalities [text_data has no effect
-# while modalities=None]
+# source of text-only documents to mix with captioned sounds: as data, by its defaults, from column text; matters only
+# with modalities [text_data has no effect while modalities=None]
 text_data = None
 
 # share of the positions that text-only documents take; matters only with text_data [text_share has no effect while
@@ -155,25 +163,11 @@ text_share = 0.5
 # of sort, where, slice, grouped; matters only with untie [route has no effect while modalities=None]
 route = "sort"
 
-# sounds are cut to so many seconds; None keeps them whole; matters only with modalities [clip_seconds has no effect
-# while modalities=None]
-clip_seconds = None
-
-# column that holds the sound in hub datasets; matters only with modalities [data_audio_column has no effect while
-# modalities=None]
-data_audio_column = "audio"
-
 
 # -------------------- horizon -----------------------------------------------------------------------------------------
 
 # optimizer steps; takes precedence over the other two horizons
 num_iterations = None
-
-# train for so many FLOPs; takes precedence over the ratio; matters only with num_iterations=None
-target_flops = None
-
-# train for so many tokens per matmul parameter (Chinchilla: 20); matters only with target_flops=None
-target_param_data_ratio = 12.0
 
 # rows a device works on at a time; lower it when memory runs out
 device_batch_size = 16
@@ -181,8 +175,29 @@ device_batch_size = 16
 # tokens per optimizer step over all devices
 total_batch_size = 524_288
 
+# train for so many FLOPs; takes precedence over the ratio; matters only with num_iterations=None
+target_flops = None
+
+# train for so many tokens per matmul parameter (Chinchilla: 20); matters only with target_flops=None
+target_param_data_ratio = 12.0
+
 
 # -------------------- optimizer ---------------------------------------------------------------------------------------
+
+# largest gradient norm; None never clips
+grad_clip = 1.0
+
+# AdamW's decay rates of the two moments
+adam_betas = (0.8, 0.95)
+
+# steps of linear warmup
+warmup_steps = 0
+
+# last part of the run in which the rate falls linearly
+warmdown_ratio = 0.4
+
+# rate at the end as a fraction of the full one
+final_lr_frac = 0.0
 
 # AdamW rate of an untied embedding, before the (width/768)^-0.5 scaling; matters only with tie_weights=False
 # [embedding_lr has no effect while tie_weights=True]
@@ -214,12 +229,6 @@ weight_decay = 0.1
 # decay only where update and weight point the same way; matters only with weight_decay
 cautious_weight_decay = True
 
-# largest gradient norm; None never clips
-grad_clip = 1.0
-
-# AdamW's decay rates of the two moments
-adam_betas = (0.8, 0.95)
-
 # orthogonalisation of Muon's update; one of polar_express, newton_schulz
 muon_method = "polar_express"
 
@@ -231,15 +240,6 @@ muon_nesterov = True
 
 # normalise Muon's update per neuron by a running variance (NorMuon)
 muon_normalize = True
-
-# steps of linear warmup
-warmup_steps = 0
-
-# last part of the run in which the rate falls linearly
-warmdown_ratio = 0.4
-
-# rate at the end as a fraction of the full one
-final_lr_frac = 0.0
 
 
 # -------------------- evaluation --------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from unittest import mock
 
 import torch
 
-from nanochat.config_file import FIELDS, read_config, render_config
+from nanochat.config_file import read_config, render_config
 from nanochat.estimate import Hardware
 from nanochat.runtime import UserError, base_dir, run_script
-from nanochat.settings import PRESETS, Settings, preset
+from nanochat.settings import FIELDS, PRESETS, Settings, preset
 from scripts import configure
 
 WORDS = ["yes", "no", "y", "n", "None", "cpu", "gpu1", "8xh100", "keep", "cuda", "stdlib", "abc", "/", "..", "~", "~no"]

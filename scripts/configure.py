@@ -1,12 +1,14 @@
 """The wizard: ask what a person decides, show what the run will cost, write config.py.
 
-python -m scripts.configure [--output config.py] [--preset NAME] [--defaults] [--set key=value ...] [--force]
+python -m scripts.configure [--stage base|adapters] [--output config.py] [--preset NAME] [--defaults]
+                            [--set key=value ...] [--force]
 
 Enter keeps the default, ? explains, < goes back. Nothing is written before the last yes.
 """
 
 import argparse
 import os
+import re
 import sys
 import textwrap
 from dataclasses import dataclass, replace
@@ -14,17 +16,20 @@ from pathlib import Path
 
 import torch
 
-from nanochat.config_file import FIELDS, facts, literal, names_of, parse_value, read_config, render_config
-from nanochat.estimate import Hardware, find_hardware, measure, measure_bytes, report, tying_saves, usable_devices
+from nanochat import adapter_estimate, estimate
+from nanochat.adapter_settings import TEXT_SOURCES, AdapterSettings, adapter_hardware_preset
+from nanochat.config_file import STAGES, facts, literal, meant, names_of, parse_value, read_config, render_config
+from nanochat.estimate import Hardware, find_hardware, measure, measure_bytes, tying_saves, usable_devices
 from nanochat.runtime import UserError, pick_device_type, run_script, write_atomically
 from nanochat.settings import (
-    GROUPS,
-    PRESETS,
     IllegalCombination,
+    RunSettings,
     Settings,
+    fields_of,
     hardware_preset,
     nearest_name,
     preset,
+    shown,
     type_name,
     validate,
 )
@@ -32,7 +37,7 @@ from scripts.summary import typed
 
 # What a person decides; everything else is written with its value. A question whose setting has no effect under the
 # earlier answers is not asked, so the three tying questions follow one another and only a tied model gets them all.
-ASKED = {
+BASE = {
     "run": ("model_tag", "device_type", "wandb_mode", "run"),
     "data": ("data", "vocab_size"),
     "model": (
@@ -48,7 +53,19 @@ ASKED = {
     "evaluation": ("eval_every", "core_metric_every", "sample_every"),
     "checkpoints": ("save_every", "keep_last"),
 }
-QUESTIONS = tuple((group, name) for group in GROUPS for name in ASKED[group])
+ADAPTERS = {
+    "run": BASE["run"],
+    "host": ("host", "finetune_host", "unfreeze"),
+    "expert": ("expert", "musicgen", "expert_dim", "layer_map"),
+    "vocabulary": ("vocabulary", "output_layers", "train_output", "caption_dropout"),
+    "data": ("data",),
+    "modalities": ("modalities", "codebooks", "codec", "clip_seconds"),
+    "horizon": ("max_seq_len", "num_iterations", "total_batch_size", "device_batch_size"),
+    "optimizer": ("learning_rate", "weight_decay", "warmup_steps", "warmdown_ratio"),
+    "evaluation": ("eval_every", "eval_clips", "check_text"),
+    "checkpoints": BASE["checkpoints"],
+}
+ASKED = {Settings: BASE, AdapterSettings: ADAPTERS}
 WORDING = {
     "tie_weights": "tie embedding weights?",
     "use_output_projection": "add an output projection before the logits?",
@@ -58,8 +75,18 @@ WORDING = {
     "expert_dim": "width of the experts",
     "loss_modalities": "modalities in the loss",
     "text_data": "text-only documents from",
+    "finetune_host": "train the host's weights too?",
 }
 TYING = ("use_output_projection", "output_projection_residual", "tied_weights_lr", "embedding_lr", "unembedding_lr")
+PRESETS_ABOUT = {
+    "cpu": "minutes on a laptop",
+    "audio": "captioned melodies, minutes on a laptop",
+    "gpu1": "hours on one GPU",
+    "8xh100": "hours on a node of 8",
+    "llama": "Llama-3.2-1B and MusicGen-small, hours on one GPU",
+    "tiny": "a host of ours and captioned melodies, minutes on a laptop",
+}
+HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 BACK, HELP = "<", "?"
 KEEP = "keep"
 
@@ -69,13 +96,22 @@ class Dialogue:
     """What has been decided so far: the start (a preset, or an existing config) and the answers laid over it."""
 
     hardware: Hardware
-    start: Settings
+    start: RunSettings
     preset_name: str
     answers: dict
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> RunSettings:
         return replace(self.start, **self.answers)
+
+    @property
+    def kind(self) -> type[RunSettings]:
+        return type(self.start)
+
+    @property
+    def questions(self) -> list[tuple[str, str]]:
+        """(group, name of the setting) in the order in which they are asked."""
+        return [(group, name) for group in self.kind.groups for name in ASKED[self.kind][group]]
 
     def used_hardware(self) -> Hardware:
         """The machine as the run will use it: another device may have been chosen than the best one."""
@@ -84,17 +120,19 @@ class Dialogue:
         return self.hardware
 
 
-def main(argv: list[str] | None = None) -> Settings | None:
+def main(argv: list[str] | None = None) -> RunSettings | None:
     """Run the wizard; returns the settings written (or found unchanged on disk), None when the user declined."""
     args = _arguments(argv)
     path = Path(os.path.realpath(args.output))  # write through a link instead of replacing it
     _check_writable(path, args.output)
-    chosen = {name: parse_value(name, text) for name, text in args.set.items()}
-    existing = _existing(path) if args.preset is None else None
+    kind = STAGES[args.stage]
+    chosen = {name: parse_value(name, text, kind) for name, text in args.set.items()}
+    existing = _existing(path, kind) if args.preset is None else None
     hardware = find_hardware(chosen.get("device_type"))
-    own = hardware_preset(hardware.device_type, hardware.count)
+    suggest = adapter_hardware_preset if kind is AdapterSettings else hardware_preset
+    own = suggest(hardware.device_type, hardware.count)
     first = KEEP if existing is not None else args.preset or own
-    dialogue = Dialogue(hardware, _start(first, existing, chosen), first, {})
+    dialogue = Dialogue(hardware, _start(kind, first, existing, chosen), first, {})
     try:
         if not args.defaults:
             say(f"nanochat wizard. {hardware.name}: preset {own}. Enter keeps [the default], ? explains, < goes back.")
@@ -103,7 +141,7 @@ def main(argv: list[str] | None = None) -> Settings | None:
                 say("nothing was written")
                 return None
         settings = validate(_settled(dialogue.settings))
-        for name in TYING:
+        for name in _tying(kind):
             if (given := getattr(dialogue.settings, name)) != getattr(settings, name):
                 reason = dialogue.settings.inert(name)
                 say(f"note: {reason}: written as {_plain(getattr(settings, name))}, not {_plain(given)}")
@@ -125,7 +163,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m scripts.configure", description="Write config.py in a dialogue.", allow_abbrev=False
     )
     parser.add_argument("--output", default="config.py", help="file to write (default config.py)")
-    parser.add_argument("--preset", help=f"start from {', '.join(PRESETS)} and do not ask which")
+    parser.add_argument("--stage", default="base", help=f"what to train: {' or '.join(STAGES)} (default base)")
+    told = ", or ".join(f"{', '.join(kind.presets())} (stage {stage})" for stage, kind in STAGES.items())
+    parser.add_argument("--preset", help=f"start from {told} and do not ask which")
     parser.add_argument("--defaults", action="store_true", help="ask nothing")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="start from this value")
     parser.add_argument("--force", action="store_true", help="with --defaults: overwrite an existing file")
@@ -135,16 +175,19 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
     parser.error = refuse
     args = parser.parse_args(argv)
+    if args.stage not in STAGES:
+        raise UserError(f"unknown --stage {args.stage!r}{nearest_name(args.stage, STAGES)}")
+    kind = STAGES[args.stage]
     if args.preset is not None:
-        preset(args.preset)  # an unknown one is refused here, with the nearest name
+        preset(args.preset, kind)  # an unknown one is refused here, with the nearest name
     pairs = {}
     for pair in args.set:
         name, equals, text = pair.partition("=")
         name = name.strip().replace("-", "_")
         if not equals:
             raise UserError(f"--set {pair!r} is not KEY=VALUE")
-        if name not in FIELDS:
-            raise UserError(f"--set: unknown setting {name!r}{nearest_name(name, FIELDS)}")
+        if name not in fields_of(kind):
+            raise UserError(f"--set: unknown setting {name!r}{meant(name, kind)}")
         if name in pairs:
             raise UserError(f"--set: {name} is given twice")
         pairs[name] = text
@@ -152,14 +195,15 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _existing(path: Path) -> dict | None:
+def _existing(path: Path, kind: type[RunSettings]) -> dict | None:
     """The values of the file that would be overwritten, or None without one."""
     if not os.path.exists(path):
         return None
     try:
-        return read_config(path)
+        return read_config(path, kind)
     except UserError as error:
-        raise UserError(f"{error} (mend or delete the file, or start from --preset {'|'.join(PRESETS)})") from None
+        names = "|".join(kind.presets())
+        raise UserError(f"{error} (mend or delete the file, or start from --preset {names})") from None
 
 
 def _check_writable(path: Path, given: str) -> None:
@@ -179,15 +223,21 @@ def _check_writable(path: Path, given: str) -> None:
         raise UserError(f"--output {given!r} cannot be written: {folder} is not a writable folder")
 
 
-def _start(name: str, existing: dict | None, chosen: dict) -> Settings:
+def _start(kind: type[RunSettings], name: str, existing: dict | None, chosen: dict) -> RunSettings:
     """Settings before the first answer: the existing config or a preset, with --set on top."""
-    base = Settings(**existing) if name == KEEP else preset(name)
+    base = kind(**existing) if name == KEEP else preset(name, kind)
     return replace(base, **chosen)
 
 
-def _settled(settings: Settings) -> Settings:
+def _tying(kind: type[RunSettings]) -> tuple[str, ...]:
+    return TYING if kind is Settings else ()
+
+
+def _settled(settings: RunSettings) -> RunSettings:
     """Without effect means written with the default: the tying settings that the others switch off."""
-    return replace(settings, **{name: FIELDS[name].default for name in TYING if settings.inert(name)})
+    kind = type(settings)
+    off = {name: fields_of(kind)[name].default for name in _tying(kind) if settings.inert(name)}
+    return replace(settings, **off)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,18 +261,19 @@ def listen(prompt: str) -> str:
 def _ask_everything(dialogue: Dialogue, existing: dict | None, chosen: dict, ask_preset: bool, output: str) -> bool:
     """All questions in order, the table, the consent. `visited` is the way back. True: write it."""
     position, visited, group_shown = (-1 if ask_preset else 0), [], None
+    questions, groups, asked = dialogue.questions, dialogue.kind.groups, ASKED[dialogue.kind]
     while True:
         if position == -1:
             _ask_preset(dialogue, existing, chosen)
             position = 0
             visited.append(-1)
             continue
-        while position < len(QUESTIONS) and dialogue.settings.inert(QUESTIONS[position][1]):
+        while position < len(questions) and dialogue.settings.inert(questions[position][1]):
             position += 1
-        if position < len(QUESTIONS):
-            group, name = QUESTIONS[position]
+        if position < len(questions):
+            group, name = questions[position]
             if group != group_shown:
-                say(f"\n[{GROUPS.index(group) + 1}/{len(GROUPS)}] {group}")
+                say(f"\n[{groups.index(group) + 1}/{len(groups)}] {group}")
                 group_shown = group
             if _ask(dialogue, name, position):
                 visited.append(position)
@@ -232,14 +283,14 @@ def _ask_everything(dialogue: Dialogue, existing: dict | None, chosen: dict, ask
             problem = _problem(dialogue.settings)
             if problem is not None:  # what an answer made illegal further back
                 say(f"  {problem}")
-                names = [name for _, name in QUESTIONS]
+                names = [name for _, name in questions]
                 if problem.name not in names:
                     raise UserError(str(problem))
                 position = names.index(problem.name)
                 visited = [p for p in visited if p < position]
                 continue
             settings = _settled(dialogue.settings)
-            also = [n for g in GROUPS for n in names_of(g) if n not in ASKED[g]]
+            also = [n for g in groups for n in names_of(g, dialogue.kind) if n not in asked[g]]
             say(f"\nalso in the file, with their values: {', '.join(also)}\n")
             hardware = dialogue.used_hardware()
             _show(settings, hardware)
@@ -254,13 +305,13 @@ def _ask_everything(dialogue: Dialogue, existing: dict | None, chosen: dict, ask
 
 
 def _ask_preset(dialogue: Dialogue, existing: dict | None, chosen: dict) -> None:
-    names = [*PRESETS, *([KEEP] if existing is not None else [])]
+    presets = dialogue.kind.presets()
+    names = [*presets, *([KEEP] if existing is not None else [])]
     say("\nwhich preset to start from" + ("; keep takes the values of the existing file" if existing else ""))
     while True:
         answer = listen(f"preset ({', '.join(names)}) [{dialogue.preset_name}]: ") or dialogue.preset_name
         if answer == HELP:
-            say("cpu: minutes on a laptop. audio: captioned melodies, minutes on a laptop.", "  ")
-            say("gpu1: hours on one GPU. 8xh100: hours on a node of 8.", "  ")
+            say("\n".join(f"{name}: {PRESETS_ABOUT[name]}" for name in presets), "  ")
         elif answer == BACK:
             say("  this is the first question")
         elif answer not in names:
@@ -269,7 +320,7 @@ def _ask_preset(dialogue: Dialogue, existing: dict | None, chosen: dict) -> None
             if answer != dialogue.preset_name:
                 if dialogue.answers:
                     say("another preset: the answers so far are forgotten", "  ")
-                dialogue.start, dialogue.preset_name = _start(answer, existing, chosen), answer
+                dialogue.start, dialogue.preset_name = _start(dialogue.kind, answer, existing, chosen), answer
                 dialogue.answers = {}
             return
 
@@ -277,7 +328,7 @@ def _ask_preset(dialogue: Dialogue, existing: dict | None, chosen: dict) -> None
 def _ask(dialogue: Dialogue, name: str, position: int) -> bool:
     """Ask one setting until the answer is legal; False for going back."""
     default = getattr(dialogue.settings, name)
-    later = {n for _, n in QUESTIONS[position + 1 :]}
+    later = {n for _, n in dialogue.questions[position + 1 :]}
     say()
     say(_why(dialogue.settings, name))
     while True:
@@ -285,12 +336,12 @@ def _ask(dialogue: Dialogue, name: str, position: int) -> bool:
         if answer == BACK:
             return False
         if answer == HELP:
-            say(_help(name), "  ")
+            say(_help(name, dialogue.kind), "  ")
             continue
         try:
-            value = parse_value(name, answer) if answer else default
+            value = parse_value(name, answer, dialogue.kind) if answer else default
             if answer or name == "device_type":
-                _check_here(name, value)
+                _check_here(name, value, dialogue.kind)
         except UserError as error:
             say(str(error), "  ")
             continue
@@ -307,15 +358,16 @@ def _ask(dialogue: Dialogue, name: str, position: int) -> bool:
             default = problem.nearest
 
 
-def _why(settings: Settings, name: str) -> str:
+def _why(settings: RunSettings, name: str) -> str:
     """The line above a question; what tying saves is computed for this vocabulary and width."""
     if name == "tie_weights":
         return f"one matrix for the embedding and the logits {tying_saves(settings)}"
-    choices = FIELDS[name].metadata["choices"]
-    return FIELDS[name].metadata["help"] + (f" ({', '.join(choices)})" if choices else "")
+    data = fields_of(type(settings))[name].metadata
+    choices = data["choices"]
+    return data["help"] + (f" ({', '.join(choices)})" if choices else "")
 
 
-def _problem(settings: Settings) -> IllegalCombination | None:
+def _problem(settings: RunSettings) -> IllegalCombination | None:
     try:
         validate(settings)
     except IllegalCombination as problem:
@@ -323,24 +375,30 @@ def _problem(settings: Settings) -> IllegalCombination | None:
     return None
 
 
-def _check_here(name: str, value) -> None:
+def _check_here(name: str, value, kind: type[RunSettings]) -> None:
     """What only this machine can tell about a typed value."""
     if name == "device_type":
         pick_device_type(value)
-    sources = ("stdlib", "packages", "climbmix", "synth")[: 4 if name == "data" else 3]
-    if name in ("data", "text_data") and value not in (None, *sources) and not value.startswith("hf:"):
+    if name in ("data", "text_data", "check_text") and value is not None and not value.startswith("hf:"):
+        sounds = ("synth",) * (name == "data")
+        sources = sounds if kind is AdapterSettings and sounds else (*TEXT_SOURCES, *sounds)
         known = nearest_name(value, sources)
         hint = known if "did you mean" in known else f" ({', '.join(sources)}, hf:<dataset>, or a path)"
-        if not os.path.exists(os.path.expanduser(value)):
+        if value not in sources and not os.path.exists(os.path.expanduser(value)):
             raise UserError(f"{name}={value!r} is neither a known source nor a file or folder here{hint}")
+    if name in ("host", "musicgen") and value is not None and not value.startswith("nanochat:"):
+        folder = value.removeprefix("meta:")
+        if not (os.path.isdir(os.path.expanduser(folder)) or (HUB_NAME.fullmatch(folder) and folder == value)):
+            raise UserError(f"{name}={shown(value)} is neither a folder here nor a hub name, such as facebook/name")
 
 
-def _help(name: str) -> str:
-    data, lines = FIELDS[name].metadata, [facts(name)]
+def _help(name: str, kind: type[RunSettings]) -> str:
+    declared, lines = fields_of(kind)[name], [facts(name, kind)]
     limits = [("at_least", "at least"), ("above", "more than"), ("at_most", "at most")]
+    data = declared.metadata
     bounds = [f"{words} {data[key]:,}" for key, words in limits if data[key] is not None]
-    lines.append(f"{type_name(name)}{', ' if bounds else ''}{', '.join(bounds)}")
-    lines.append(f"built-in default {literal(FIELDS[name].default)}; flag --{name}")
+    lines.append(f"{type_name(name, kind)}{', ' if bounds else ''}{', '.join(bounds)}")
+    lines.append(f"built-in default {literal(declared.default)}; flag --{name}")
     return "\n".join(lines)
 
 
@@ -353,13 +411,19 @@ def _plain(value) -> str:
 # the end: table, consent, file, next command
 
 
-def _show(settings: Settings, hardware: Hardware, flops: float | None = None) -> None:
-    print("\n".join(report(settings, hardware, flops)), flush=True)
+def _show(settings: RunSettings, hardware: Hardware, flops: float | None = None) -> None:
+    if isinstance(settings, AdapterSettings):
+        lines = adapter_estimate.report(settings, hardware)
+    else:
+        lines = estimate.report(settings, hardware, flops)
+    print("\n".join(lines), flush=True)
 
 
-def _consent(settings: Settings, hardware: Hardware, output: str) -> str:
+def _consent(settings: RunSettings, hardware: Hardware, output: str) -> str:
     """'yes', 'no' or '<'."""
-    if not _fits(settings, hardware):
+    if isinstance(settings, AdapterSettings):
+        say()  # real steps would need the host: nothing is measured
+    elif not _fits(settings, hardware):
         say("\n(too little memory here for real steps: the speed is not measured)")
     else:
         say()
@@ -395,7 +459,7 @@ def _yes_no(question: str, default: bool) -> str:
         say(f"  {answer!r} is not yes, no or <")
 
 
-def _write(settings: Settings, path: Path, args: argparse.Namespace, hardware: Hardware) -> Settings:
+def _write(settings: RunSettings, path: Path, args: argparse.Namespace, hardware: Hardware) -> RunSettings:
     text = render_config(settings)
     if path.exists() and path.read_bytes() == text.encode():
         say(f"\n{args.output} already says exactly this: nothing to write")
@@ -413,25 +477,29 @@ def _write(settings: Settings, path: Path, args: argparse.Namespace, hardware: H
     return settings
 
 
-def next_commands(settings: Settings, output: str, hardware: Hardware) -> list[str]:
+def next_commands(settings: RunSettings, output: str, hardware: Hardware) -> list[str]:
     """What to type next: one process, all GPUs of this node, several nodes; no environment needs to be active."""
     devices = usable_devices(settings, hardware.count)
     gpus = hardware.count if hardware.device_type == "cuda" else 0
     idle = f", {gpus - devices} idle: the batch does not divide among all" if gpus > devices else ""
-    python, config = typed(sys.executable), typed(output)
+    python, config, script = typed(sys.executable), typed(output), settings.script
     nodes = typed(Path(__file__).resolve().parent.parent / "runs" / "nodes.sh")
-    return [
+    lines = [
         "",
         "next, one process:",
-        f"  {python} -m scripts.base_train {config}",
+        f"  {python} -m {script} {config}",
         f"next, torchrun on this node ({gpus} GPUs found{idle}):",
         f"  {python} -m torch.distributed.run \\",
-        f"    --standalone --nproc_per_node={devices} -m scripts.base_train {config}",
-        "next, torchrun on several nodes (the same line on each; HOST is one of them,",
-        "FOLDER a folder that all of them see):",
-        f"  NNODES=2 NPROC={devices} MASTER_ADDR=HOST NANOCHAT_BASE_DIR=FOLDER \\",
-        f"    bash {nodes} {config}",
+        f"    --standalone --nproc_per_node={devices} -m {script} {config}",
     ]
+    if isinstance(settings, Settings):  # what runs/nodes.sh starts
+        lines += [
+            "next, torchrun on several nodes (the same line on each; HOST is one of them,",
+            "FOLDER a folder that all of them see):",
+            f"  NNODES=2 NPROC={devices} MASTER_ADDR=HOST NANOCHAT_BASE_DIR=FOLDER \\",
+            f"    bash {nodes} {config}",
+        ]
+    return lines
 
 
 if __name__ == "__main__":

@@ -218,8 +218,8 @@ def test_differences_say_where_a_value_came_from_and_what_is_inert():
     config("depth = 6\nseed = 42\nuse_output_projection = True\n")
     line = from_command_line(["--unembedding_lr=0.004", "--tied_weights_lr=0.005", "--max_seq_len=256"])
     assert differences(line.settings, line.origins) == [
-        "depth = 6 (default 4, from config.py:1)",
         "max_seq_len = 256 (default 512, from command line)",
+        "depth = 6 (default 4, from config.py:1)",
         "use_output_projection = True (default False, from config.py:3); "
         "note: use_output_projection has no effect while tie_weights=False",
         "tied_weights_lr = 0.005 (default 0.005, from command line); "
