@@ -32,13 +32,13 @@ def clips(dataset: Dataset, split: str) -> Iterator[tuple[str, np.ndarray, dict]
 
 def evaluate_audio(
     model, tokenizer: Tokenizer, dataset: Dataset, *, rows: int, max_clips: int | None = None, seed: int = 0,
-    rank: int = 0, world_size: int = 1, stop: Callable[[], bool] = never,
+    rank: int = 0, world_size: int = 1, stop: Callable[[], bool] = never, counted: dict | None = None,
 ) -> dict:  # fmt: skip
     """{"nats", "bits", "bits_per_second", "clips", "codes", "baselines": {...}, "splits": {...}} of held-out sounds.
 
     nats and bits: of a code, `end` included. baselines: nats of uniform, unigram, bigram, and shuffled_captions.
     splits: nats by "seen" and "unseen" where the attributes say. max_clips: of so many sounds, at least 2. UserError:
-    fewer than 2 sounds fit a row.
+    fewer than 2 sounds fit a row. counted: the baselines of an earlier call, so that they are not counted again.
     """
     vocabulary = model.vocabulary
     room, start = model.config.sequence_len, vocabulary.modality("audio").start
@@ -63,7 +63,7 @@ def evaluate_audio(
     unseen = np.array([attributes.get("unseen") for _, _, attributes in found])
     per_second = dataset.codec["frame_rate"] * dataset.codec["codebooks"] / math.log(2)
     nats = float(true.sum() / counts.sum())
-    baselines = {**count_baselines(dataset, vocabulary, [sound for _, sound, _ in found])}
+    baselines = dict(counted or count_baselines(dataset, vocabulary, [sound for _, sound, _ in found]))
     baselines["shuffled_captions"] = float(shuffled.sum() / counts.sum())
     splits = {name: unseen == value for name, value in (("seen", False), ("unseen", True))}
     return dict(

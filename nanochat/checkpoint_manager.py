@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.modality import Modality
 from nanochat.runtime import UserError, base_dir, first_line, fsync, print0, sha256_of
+from nanochat.settings import RunSettings
 from nanochat.tokenizer import Tokenizer
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -29,6 +30,11 @@ STEP_NAME = re.compile(r"step_(\d{6,})")
 
 def checkpoints_dir() -> Path:
     return base_dir() / "base_checkpoints"
+
+
+def tag_dir(settings: RunSettings) -> Path:
+    """The folder of a run's checkpoints and logs."""
+    return base_dir() / settings.checkpoints / settings.tag
 
 
 def step_dir(checkpoint_dir: Path, step: int) -> Path:
@@ -198,11 +204,15 @@ def _tags(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("[!.]*") if path.is_dir())
 
 
+def _trainer(root: Path) -> str:
+    return f"scripts.{root.name.split('_')[0]}_train"
+
+
 def newest_tag(root: Path) -> str:
     """The tag whose newest step folder is the youngest; UserError when there is no checkpoint at all."""
     tags = [path for path in _tags(root) if list_steps(path)]
     if not tags:
-        raise UserError(f"no checkpoint in {root}: train one with `python -m scripts.base_train`")
+        raise UserError(f"no checkpoint in {root}: train one with `python -m {_trainer(root)}`")
     return max(tags, key=lambda tag: step_dir(tag, list_steps(tag)[-1]).stat().st_mtime).name
 
 
@@ -371,9 +381,12 @@ def load_model(
     return build_model(checkpoint_dir, step, device, phase)
 
 
-def find_checkpoint(model_tag: str | None, step: int | None) -> tuple[Path, int]:
-    """(tag folder, step): the named ones, else the newest; UserError says what was looked for and what exists."""
-    root = checkpoints_dir()
+def find_checkpoint(model_tag: str | None, step: int | None, root: Path | None = None) -> tuple[Path, int]:
+    """(tag folder, step) below root (None: base_checkpoints): the named ones, else the newest.
+
+    UserError says what was looked for and what exists.
+    """
+    root = root or checkpoints_dir()
     tag = model_tag or newest_tag(root)
     checkpoint_dir = root / tag
     if not checkpoint_dir.is_dir():
@@ -382,7 +395,7 @@ def find_checkpoint(model_tag: str | None, step: int | None) -> tuple[Path, int]
     if step is None:
         step = newest_step(checkpoint_dir)
         if step is None:
-            raise UserError(f"{checkpoint_dir} holds no whole step: train with `python -m scripts.base_train`")
+            raise UserError(f"{checkpoint_dir} holds no whole step: train with `python -m {_trainer(root)}`")
     return checkpoint_dir, step
 
 

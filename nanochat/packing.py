@@ -7,6 +7,7 @@ What stays empty at the end of a row is ignored. Text that is longer than a row 
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from nanochat.runtime import UserError
 from nanochat.settings import Say
 
 EMPTY = -1
+CAPTIONS = 3  # what a draw is for, beside the loader's orders
 
 
 class Rows:
@@ -59,6 +61,18 @@ class Rows:
             out[filled : filled + count] = self.store.shard(shard)[0][start : start + count]
             filled += count
         out[filled:] = EMPTY
+
+    def without_captions(self, row: int, ids: np.ndarray, drop: Callable[[], bool]) -> np.ndarray:
+        """The ids of a row without the captions of those sounds for which drop() says so; BOS stays."""
+        kept, begin = [], 0
+        first = self.store.vocabulary.text_size
+        for *_, count, sound in self._of(row):
+            document = ids[begin : begin + count]
+            if sound and drop():
+                document = np.delete(document, range(1, int(np.argmax(document >= first))))
+            kept.append(document)
+            begin += count
+        return np.concatenate(kept)
 
     def documents(self, row: int) -> list[str]:
         return [f"{self.store.paths[shard].stem}:{document}" for shard, document, *_ in self._of(row)]
@@ -139,12 +153,13 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 class PackedLoader(DataLoader):
     """The DataLoader of captioned sounds: batches of packed rows, ignored targets where they are empty.
 
-    count: modalities whose targets count in the loss, None for all. Everything else as the DataLoader has it.
+    count: modalities whose targets count in the loss, None for all. caption_dropout: the share of sounds whose caption
+    is left out, for classifier-free guidance (arXiv 2207.12598). Everything else as the DataLoader has it.
     """
 
-    def __init__(self, rows: Rows, *args, count: tuple[str, ...] | None = None, **kwargs):
+    def __init__(self, rows: Rows, *args, count: tuple[str, ...] | None = None, caption_dropout: float = 0.0, **kwargs):
         super().__init__(rows.store, *args, **kwargs)
-        self.packed, self.count = rows, count
+        self.packed, self.count, self.caption_dropout = rows, count, caption_dropout
 
     def _position(self, cursor: int) -> tuple[int, int, int]:
         if self.tokens not in (None, self.packed.tokens):
@@ -158,6 +173,10 @@ class PackedLoader(DataLoader):
 
     def _read(self, epoch: int, row: int, out: np.ndarray) -> None:
         self.packed.read(row, out)
+        if self.caption_dropout:
+            bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(CAPTIONS, epoch, row)))
+            kept = self.packed.without_captions(row, out, lambda: bits.random_raw() < self.caption_dropout * 2**64)
+            out[:] = np.pad(kept, (0, len(out) - len(kept)), constant_values=EMPTY)
 
     def _documents(self, epoch: int, row: int) -> list[str]:
         return self.packed.documents(row)

@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Loss, val bpb, tokens per second, MFU and time left of a run of `steps` steps; use as a context manager."""
+    """Loss, held-out figures, speed, MFU and time left of a run of `steps` steps; use as a context manager."""
 
     def __init__(self, steps: int, plain_every: float = 10.0):
         self.steps, self.plain_every = steps, plain_every
@@ -39,9 +39,13 @@ class Progress:
         if self.status is not None:
             self.status.stop()
 
-    def update(self, step: int, loss: float, bpb: float | None, tok_per_sec: float, mfu: float, eta: float) -> None:
-        """Show the state after `step` steps; plain lines come every few seconds and for the first and last."""
-        measured = "" if bpb is None else f" | bpb {bpb:.4f}"
+    def update(self, step: int, loss: float, figures: dict, tok_per_sec: float, mfu: float, eta: float) -> None:
+        """Show the state after `step` steps; plain lines come every few seconds and for the first and last.
+
+        figures: what was measured on held-out data by name, as {"val_bpb": 1.4}; None: not yet.
+        """
+        known = {name.removeprefix("val_"): value for name, value in figures.items() if value is not None}
+        measured = "".join(f" | {name} {value:.4f}" for name, value in known.items())
         line = (
             f"step {step:5d}/{self.steps} | loss {loss:.4f}{measured} | {tok_per_sec:,.0f} tok/s | "
             f"MFU {100 * mfu:.1f}% | {duration(eta)} left"

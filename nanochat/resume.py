@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,14 +22,14 @@ from nanochat.runtime import (
     world_size_from_env,
     write_atomically,
 )
-from nanochat.settings import FIELDS, Settings, checked, validate
+from nanochat.settings import RunSettings, Settings, checked, fields_of, validate
 
 # What a resumed run may change; everything else would make it another run.
 CHANGEABLE = {
     "num_iterations", "target_flops", "target_param_data_ratio", "eval_every", "eval_tokens", "core_metric_every",
     "core_metric_max_per_task", "sample_every", "save_every", "keep_last", "log_rows", "device_type", "dtype",
     "compile", "route", "device_batch_size", "wandb_mode", "run", "overwrite", "skip_corrupt", "ignore_lock",
-    "deterministic", "rank_timeout",
+    "deterministic", "rank_timeout", "eval_clips", "stall_evals", "check_tokens",
 }  # fmt: skip
 
 
@@ -46,26 +47,31 @@ class RunState:
     bad_in_a_row: int = 0  # of them, those since the last good step
     evaluated: int = 0  # the last step of which all evaluation that was due is done
 
+    def figures(self) -> dict[str, float | None]:
+        """What was last measured on held-out data, under the names of metrics.jsonl."""
+        return {"val_bpb": self.val_bpb}
+
     def note_loss(self, loss: float) -> None:
         self.smooth_loss = loss if self.smooth_loss is None else 0.9 * self.smooth_loss + 0.1 * loss
 
     def note_val_bpb(self, bpb: float) -> None:
         """Keep val bpb; warn once when it rises while the training loss falls: the model learns the text by heart."""
-        print0(f"step {self.step}: val bpb {bpb:.4f}")
-        rising = self.val_bpb is not None and bpb > self.val_bpb
+        self._note("val bpb", self.val_bpb, bpb)
+        self.val_bpb = bpb
+
+    def _note(self, name: str, before: float | None, now: float) -> None:
+        print0(f"step {self.step}: {name} {now:.4f}")
         falling = self.smooth_loss_at_eval is not None and self.smooth_loss < self.smooth_loss_at_eval
-        if rising and falling and not self.overfit_warned:
+        if before is not None and now > before and falling and not self.overfit_warned:
             self.overfit_warned = True
-            print0(
-                f"warning: val bpb rises ({self.val_bpb:.4f} -> {bpb:.4f}) while the training loss falls: over-fitting"
-            )
-        self.val_bpb, self.smooth_loss_at_eval = bpb, self.smooth_loss
+            print0(f"warning: {name} rises ({before:.4f} -> {now:.4f}) while the training loss falls: over-fitting")
+        self.smooth_loss_at_eval = self.smooth_loss
 
 
-def settle(command: CommandLine, resume: bool) -> tuple[Settings, int | None]:
+def settle(command: CommandLine, resume: bool) -> tuple[RunSettings, int | None]:
     """The settings that count and the step to resume from (None: a new run). All checks that need no device."""
     settings = command.settings
-    tag_dir = checkpoints.checkpoints_dir() / settings.tag
+    tag_dir = checkpoints.tag_dir(settings)
     if foreign := sorted(tag_dir.glob("model_*.pt")):
         raise UserError(
             f"{tag_dir} holds nanochat's own checkpoints ({foreign[0].name}), which are only read: "
@@ -79,7 +85,7 @@ def settle(command: CommandLine, resume: bool) -> tuple[Settings, int | None]:
         return resumed_settings(command, tag_dir, metadata.get("settings", {}), step), step
     if resume and (tag_dir / "config.py").is_file():
         print0(f"{tag_dir} holds no step yet: starting its run again")
-        return resumed_settings(command, tag_dir, read_config(tag_dir / "config.py"), 0), None
+        return resumed_settings(command, tag_dir, read_config(tag_dir / "config.py", type(settings)), 0), None
     if resume:
         validate(settings, world_size_from_env())
         print0(f"nothing to resume in {tag_dir}: starting a new run")
@@ -124,15 +130,16 @@ def begun_by_this_launcher(tag_dir: Path) -> bool:
     return noted == mine or elsewhere
 
 
-def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: int) -> Settings:
+def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: int) -> RunSettings:
     """The run's own settings with what the flags may change; any other flag that differs is refused by name.
 
     settings: as the checkpoint has them, or the tag's config.py when the run ended before its first one. The config.py
     of the command line has no say here, and what it says otherwise is told: the run is what its checkpoint says.
     """
-    saved = {name: checked(name, value) for name, value in settings.items()}
+    kind = type(command.settings)
+    saved = {name: checked(name, value, kind) for name, value in settings.items()}
     if saved:  # a setting that the checkpoint is too old to know was at its default, whatever a config.py says
-        saved = {name: field.default for name, field in FIELDS.items() if name not in CHANGEABLE} | saved
+        saved = {name: field.default for name, field in fields_of(kind).items() if name not in CHANGEABLE} | saved
     merged = dataclasses.replace(command.settings, **saved)
     if merged.tag != tag_dir.name:  # the folder was renamed or copied: it goes on where it lies
         merged = dataclasses.replace(merged, model_tag=tag_dir.name)
@@ -186,16 +193,40 @@ def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, datas
     checkpoints.check_tokenizer(tokenizer, metadata, where)
     if (saved := checkpoints.model_config(metadata)) != model.config:
         raise UserError(f"{where} holds another model than the settings describe: {saved}, not {model.config}")
+    return restore_progress(
+        where, metadata, dataset, loader, lambda: model.load_state_dict(model_state),
+        lambda: optimizer.load_state_dict(optimizer_state), RunState(),
+    )  # fmt: skip
+
+
+def progress_of(run: RunState, loader) -> dict:
+    """What a checkpoint says of where the run is; restore_progress() reads it."""
+    return dict(
+        loader=loader.state_dict(),
+        run=dataclasses.asdict(run),
+        rng=base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        threads=torch.get_num_threads(),
+        versions=dict(torch=torch.__version__, python=platform.python_version()),
+    )
+
+
+def restore_progress(
+    where: Path, metadata: dict, dataset, loader, load_weights: Callable, load_optimizer: Callable, run: RunState
+) -> RunState:
+    """Weights, optimizer, loader and generators of the step folder `where`; returns its run's state, of run's kind.
+
+    UserError when the data is another, or a part is missing or of another shape.
+    """
     if metadata.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint:
         raise UserError(
             f"{where} was trained on {metadata.get('data_fingerprint')}, the data is {dataset.fingerprint} now: "
             "bring the old data back, or start a new run with --model_tag=NAME"
         )
-    known = {field.name for field in dataclasses.fields(RunState)}
+    known = {field.name for field in dataclasses.fields(run)}
     numbers = {name: value for name, value in metadata.get("run", {}).items() if name in known}
     try:
-        model.load_state_dict(model_state)
-        optimizer.load_state_dict(optimizer_state)
+        load_weights()
+        load_optimizer()
         loader.load_state_dict(metadata["loader"])
         if "rng" in metadata:
             torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(metadata["rng"])), dtype=torch.uint8))
@@ -211,4 +242,5 @@ def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, datas
             f"note: {metadata.get('threads')} threads then, {torch.get_num_threads()} now: sums may round differently"
         )
     print0(f"resuming from {where}")
-    return RunState(**{"evaluated": step} | numbers | {"step": step})
+    step = metadata["step"]
+    return dataclasses.replace(run, **{"evaluated": step} | numbers | {"step": step})

@@ -19,13 +19,22 @@ def prepare_data(settings: Settings, compute: Compute, begun: Path | None = None
 
     begun: the step folder of the checkpoint that gives the run its weights, and so its tokenizer.
     """
+
+    def make() -> tuple[Dataset, Tokenizer]:
+        dataset = prepare_for(settings, say=print0)
+        own = begun and not settings.tokenizer and (begun / "tokenizer").is_dir()
+        return dataset, Tokenizer.load(begun / "tokenizer") if own else find_or_train(settings, dataset, say=print0)
+
+    return in_turns(compute, make)
+
+
+def in_turns(compute: Compute, make: Callable):
+    """What make() returns, on every rank: rank 0 makes it, then the others find what it left on disk."""
     for turn in (compute.rank == 0, compute.local_rank == 0 and compute.rank != 0, compute.local_rank != 0):
         if turn:
-            dataset = prepare_for(settings, say=print0)
-            own = begun and not settings.tokenizer and (begun / "tokenizer").is_dir()
-            tokenizer = Tokenizer.load(begun / "tokenizer") if own else find_or_train(settings, dataset, say=print0)
+            made = make()
         compute.barrier(patient=True)
-    return dataset, tokenizer
+    return made
 
 
 def vocabulary_of(settings: Settings, tokenizer: Tokenizer) -> Vocabulary:

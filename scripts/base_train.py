@@ -1,49 +1,45 @@
 """Train a base model: `python -m scripts.base_train [config.py] [--key=value ...] [--resume]`, or under torchrun.
 
-Read from top to bottom: settings, data, model, optimizer, then the loop with its evaluation, samples and checkpoints.
+Read from top to bottom: settings, data, model, optimizer, what is evaluated and saved, then the loop, which is that of
+scripts.adapter_train too.
 """
 
-import base64
-import contextlib
 import dataclasses
-import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import schedule
-from nanochat.config_file import as_dict, differences, from_command_line, render_config
+from nanochat.checkpoint_manager import tag_dir
+from nanochat.compiling import compile_model
+from nanochat.config_file import as_dict, from_command_line, render_config
+from nanochat.dataloader import DataLoader
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.guard import MAX_BAD_STEPS, StepGuard
+from nanochat.launch import begin
 from nanochat.loss_eval import CutShort
-from nanochat.micro_batches import accumulate, is_out_of_memory, naming_the_batch_that_fits, smaller
-from nanochat.optim import build_optimizer, weight_norms
+from nanochat.micro_batches import accumulate, naming_the_batch_that_fits, smaller
+from nanochat.optim import MuonAdamW, build_optimizer, weight_norms
 from nanochat.progress import Progress, duration
-from nanochat.resume import RunState, begin_from, begun_by_this_launcher, first_weights, note_launcher, restore, settle
-from nanochat.run_lock import run_lock
+from nanochat.resume import RunState, begin_from, first_weights, note_launcher, progress_of, restore
 from nanochat.runtime import (
     Compute,
-    UserError,
-    compiler_problem,
     device_name,
-    first_line,
-    import_compiler,
-    init_compute,
     launched,
     memory_mb,
     peak_flops,
     print0,
-    rank_from_env,
-    restarts_from_env,
     run_script,
     write_atomically,
 )
 from nanochat.saver import BackgroundSaver
-from nanochat.settings import Settings
+from nanochat.settings import RunSettings, Settings
 from nanochat.stop_signals import StopSignals
 from nanochat.tokenizer import Tokenizer
 from nanochat.tracker import MetricsLog, last_event, open_tracker
@@ -55,36 +51,20 @@ EXIT_CODES = {"done": 0, "nonfinite": 3, "preempted": 85}
 
 def main(argv: list[str] | None = None) -> dict:
     """Train as the settings say; returns {"model_tag", "step", "val_bpb", "train_seconds", "stopped"}."""
-    command = from_command_line(argv, usage="python -m scripts.base_train [config.py]")
-    folder = checkpoints.checkpoints_dir() / command.settings.tag
-    # A launcher that starts the ranks of this very run anew means: go on.
-    resume = "resume" in command.switches or (restarts_from_env() > 0 and begun_by_this_launcher(folder))
-    with run_lock(folder, command.settings.ignore_lock) if rank_from_env() == 0 else contextlib.nullcontext():
-        settings, resume_step = settle(command, resume)
-        for line in differences(settings, command.origins):
-            print0(f"  {line}")
-        # Meant this once, not for who copies the config.
-        settings = dataclasses.replace(settings, overwrite=False, ignore_lock=False)
-        compute = init_compute(
-            settings.device_type, settings.dtype, settings.seed, settings.deterministic, settings.rank_timeout
-        )
-        try:
-            return train(settings, resume_step, compute)
-        except torch.OutOfMemoryError as error:  # before the first step, or in a save
-            raise UserError(f"out of memory: a smaller depth or model_dim fits ({first_line(error)})") from error
+    return begin(from_command_line(argv, usage="python -m scripts.base_train [config.py]"), train)
 
 
 def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict:
     """The run itself; see main()."""
     # -- data and tokenizer -------------------------------------------------------------------------------------------
     print0(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
-    tag_dir = checkpoints.checkpoints_dir() / settings.tag
-    found = first_weights(settings, tag_dir, resume_step)
+    folder = tag_dir(settings)
+    found = first_weights(settings, folder, resume_step)
     dataset, tokenizer = prepare_data(settings, compute, found and checkpoints.step_dir(*found))
     say_what_is_idle(settings, dataset)
     loader = batches(settings, dataset, tokenizer, compute)
     held_out = held_out_measure(settings, dataset, tokenizer, compute)
-    micro_rows, accumulation = settings.batch_plan(compute.world_size)
+    micro_rows, _ = settings.batch_plan(compute.world_size)
 
     # -- model and optimizer ------------------------------------------------------------------------------------------
     config = GPTConfig(**settings.model_arguments(tokenizer.vocab_size))
@@ -97,73 +77,20 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     steps = schedule.num_iterations(settings, model.num_matmul_parameters(), model.flops_per_token())
     run = RunState()
     if resume_step is not None:
-        run = restore(tag_dir, resume_step, model, optimizer, loader, tokenizer, dataset)
+        run = restore(folder, resume_step, model, optimizer, loader, tokenizer, dataset)
     elif settings.init_from:
         begin_from(*found, model, tokenizer, dataset)
-    peak = peak_flops(compute) * compute.world_size
     model.uncompile()  # the compiled loss would outlive an earlier run in this process
     compile_seconds = compile_model(model, micro_rows) if settings.compile else 0.0
 
-    # -- logs ---------------------------------------------------------------------------------------------------------
+    # -- what the loop evaluates and saves ----------------------------------------------------------------------------
     counts = model.num_parameters()
     print0(f"parameters: {', '.join(f'{name} {n:,}' for name, n in counts.items())}")
-    print0(
-        f"{steps} steps of {settings.total_batch_size:,} tokens ({micro_rows} rows x {accumulation} micro-batches x "
-        f"{compute.world_size} ranks), {model.flops_per_token():,} FLOPs a token, peak {peak / 1e12:.3f} TFLOP/s"
-    )
-    log = rows_log = MetricsLog(None)
-    ended = compute.rank == 0 and last_event(tag_dir / "metrics.jsonl") == (run.step, "done")
-    if run.step >= steps and (compute.agreed(ended) or run.evaluated == run.step):
-        print0(f"{settings.tag} is finished: step {run.step} of {steps}; a larger --num_iterations goes on from there")
-        if compute.rank == 0 and not ended:  # a kill hid it
-            log = MetricsLog(tag_dir / "metrics.jsonl", keep_below=run.step)
-            log.write(run.step, event="done", train_seconds=run.train_seconds, val_bpb=run.val_bpb)
-        return finish(settings, run, log, rows_log)
-    if compute.rank == 0:
-        checkpoints.clear_litter(tag_dir)
-        note_launcher(tag_dir)
-        write_atomically(tag_dir / "config.py", render_config(settings))
-        tracker = open_tracker(settings.wandb_mode, settings.run, as_dict(settings), tag_dir)
-        log = MetricsLog(tag_dir / "metrics.jsonl", tracker, keep_below=run.step)
-        for path in tag_dir.glob("rows_rank*.jsonl"):  # also of ranks that this run no longer has
-            MetricsLog(path, keep_below=run.step).close()
-    compute.barrier()
-    if settings.log_rows:
-        rows_log = MetricsLog(tag_dir / f"rows_rank{compute.rank}.jsonl")
-    log.write(
-        run.step, event="start" if resume_step is None else "resume", steps=steps, device=device_name(compute),
-        dtype=str(compute.dtype)[6:], world_size=compute.world_size, peak_flops=peak, parameters=counts["total"],
-        data=dataset.fingerprint,
-    )  # fmt: skip
 
-    # -- the loop -----------------------------------------------------------------------------------------------------
-    codec = codec_files(dataset) if compute.rank == 0 else None
-    saver = BackgroundSaver(tag_dir, settings.keep_last, tokenizer, compute.rank, codec)
-
-    def save() -> None:
-        metadata = dict(
-            settings=as_dict(settings),
-            model_config=dataclasses.asdict(config),
-            derived=dict(num_iterations=steps, parameters=counts, flops_per_token=model.flops_per_token()),
-            tokenizer_hash=tokenizer.hash,
-            codec=dataset.manifest.get("codec"),
-            data_fingerprint=dataset.fingerprint,
-            loader=loader.state_dict(),
-            run=dataclasses.asdict(run),
-            rng=base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-            threads=torch.get_num_threads(),
-            versions=dict(torch=torch.__version__, python=platform.python_version()),
-        )
-        note_saved(saver.save(run.step, model.state_dict().items(), optimizer.state_items(), metadata))
-
-    def note_saved(folder) -> None:
-        if folder is not None:
-            log.write(checkpoints.step_of(folder), event="save", folder=folder.name)
-
-    def evaluate(last: bool) -> None:
-        ranks = dict(rank=compute.rank, world_size=compute.world_size, stop=lambda: signals.requested is not None)
+    def evaluate(last: bool, log: MetricsLog, stop: Callable[[], bool]) -> None:
+        ranks = dict(rank=compute.rank, world_size=compute.world_size, stop=stop)
         if last or schedule.is_due(settings.eval_every, run.step):
-            measured = held_out(model, stop=ranks["stop"])
+            measured = held_out(model, stop=stop)
             run.note_val_bpb(measured["bpb"])
             further = {f"val_loss/{name}": part["nats"] for name, part in measured.get("losses", {}).items()}
             log.write(run.step, event="eval", val_bpb=run.val_bpb, **further, **weight_norms(model, optimizer))
@@ -174,7 +101,92 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             print0(f"step {run.step}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
         if compute.rank == 0 and (last or schedule.is_due(settings.sample_every, run.step)):
             print_samples(model, tokenizer)
-        run.evaluated = run.step
+
+    facts = dict(
+        settings=as_dict(settings),
+        model_config=dataclasses.asdict(config),
+        derived=dict(num_iterations=steps, parameters=counts, flops_per_token=model.flops_per_token()),
+        tokenizer_hash=tokenizer.hash,
+        codec=dataset.manifest.get("codec"),
+        data_fingerprint=dataset.fingerprint,
+    )
+    codec = codec_files(dataset) if compute.rank == 0 else None
+    saver = BackgroundSaver(folder, settings.keep_last, tokenizer, compute.rank, codec)
+    trained = lambda: model.state_dict().items()  # noqa: E731
+    return loop(
+        Training(
+            settings, compute, model, optimizer, loader, run, steps, settings.matrix_lr, evaluate, saver, trained,
+            facts, compile_seconds, resume_step is not None,
+        )
+    )  # fmt: skip
+
+
+@dataclasses.dataclass
+class Training:
+    """What the loop trains, and what of it each stage has in its own way."""
+
+    settings: RunSettings
+    compute: Compute
+    model: torch.nn.Module  # as GPT: loss by modality, flops_per_token()
+    optimizer: MuonAdamW
+    loader: DataLoader
+    run: RunState
+    steps: int
+    rate: float  # the learning rate that the log tells
+    evaluate: Callable  # (last, log, stop) -> None: what is due at run.step; CutShort when stop() said so
+    saver: BackgroundSaver
+    trained: Callable[[], Iterable[tuple[str, torch.Tensor]]]  # what a checkpoint holds of the model
+    facts: dict  # and says about it, besides progress
+    compile_seconds: float = 0.0
+    resumed: bool = False
+
+
+def loop(training: Training) -> dict:
+    """Train to the end, or until a signal or a guard ends it; returns what main() does."""
+    settings, compute, model, optimizer = training.settings, training.compute, training.model, training.optimizer
+    loader, run, steps, saver = training.loader, training.run, training.steps, training.saver
+    folder = tag_dir(settings)
+
+    # -- logs ---------------------------------------------------------------------------------------------------------
+    peak = peak_flops(compute) * compute.world_size
+    micro_rows, accumulation = settings.batch_plan(compute.world_size)
+    print0(
+        f"{steps} steps of {settings.total_batch_size:,} tokens ({micro_rows} rows x {accumulation} micro-batches x "
+        f"{compute.world_size} ranks), {model.flops_per_token():,} FLOPs a token, peak {peak / 1e12:.3f} TFLOP/s"
+    )
+    log = rows_log = MetricsLog(None)
+    ended = compute.rank == 0 and last_event(folder / "metrics.jsonl") == (run.step, "done")
+    if run.step >= steps and (compute.agreed(ended) or run.evaluated == run.step):
+        print0(f"{settings.tag} is finished: step {run.step} of {steps}; a larger --num_iterations goes on from there")
+        if compute.rank == 0 and not ended:  # a kill hid it
+            log = MetricsLog(folder / "metrics.jsonl", keep_below=run.step)
+            log.write(run.step, event="done", train_seconds=run.train_seconds, **run.figures())
+        return finish(settings, run, log, rows_log)
+    if compute.rank == 0:
+        checkpoints.clear_litter(folder)
+        note_launcher(folder)
+        write_atomically(folder / "config.py", render_config(settings))
+        tracker = open_tracker(settings.wandb_mode, settings.run, as_dict(settings), folder)
+        log = MetricsLog(folder / "metrics.jsonl", tracker, keep_below=run.step)
+        for path in folder.glob("rows_rank*.jsonl"):  # also of ranks that this run no longer has
+            MetricsLog(path, keep_below=run.step).close()
+    compute.barrier()
+    if settings.log_rows:
+        rows_log = MetricsLog(folder / f"rows_rank{compute.rank}.jsonl")
+    log.write(
+        run.step, event="resume" if training.resumed else "start", steps=steps, device=device_name(compute),
+        dtype=str(compute.dtype)[6:], world_size=compute.world_size, peak_flops=peak,
+        parameters=training.facts["derived"]["parameters"]["total"], data=training.facts["data_fingerprint"],
+    )  # fmt: skip
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+    def save() -> None:
+        metadata = {**training.facts, **progress_of(run, loader)}
+        note_saved(saver.save(run.step, training.trained(), optimizer.state_items(), metadata))
+
+    def note_saved(folder: Path | None) -> None:
+        if folder is not None:
+            log.write(checkpoints.step_of(folder), event="save", folder=folder.name)
 
     step_times: list[float] = []
     guard = StepGuard(run.bad_in_a_row)
@@ -188,7 +200,8 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             if run.evaluated != run.step and not stopping:
                 try:
                     with naming_the_batch_that_fits(settings, compute.world_size):
-                        evaluate(last)
+                        training.evaluate(last, log, lambda: signals.requested is not None)
+                    run.evaluated = run.step
                 except CutShort:
                     stopping = True
             if run.step > started:  # else it was loaded from there
@@ -265,13 +278,13 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             tok_per_sec = settings.total_batch_size / seconds
             log.write(
                 run.step, tokens=run.step * settings.total_batch_size, loss=loss_value,
-                lr=multiplier * settings.matrix_lr, lr_multiplier=multiplier, grad_norm=grad_norm,
+                lr=multiplier * training.rate, lr_multiplier=multiplier, grad_norm=grad_norm,
                 tok_per_sec=tok_per_sec, mfu=tok_per_sec * model.flops_per_token() / peak, mem_mb=memory_mb(compute),
                 epoch=loader.epoch, **{f"norm/grad_{name}": value for name, value in group_norms.items()},
                 **model.loss_by_modality(loss, scored),
             )  # fmt: skip
             progress.update(
-                run.step, run.smooth_loss or loss_value, run.val_bpb, settings.total_batch_size / pace,
+                run.step, run.smooth_loss or loss_value, run.figures(), settings.total_batch_size / pace,
                 settings.total_batch_size / pace * model.flops_per_token() / peak, pace * (steps - run.step),
             )  # fmt: skip
             if stopped:
@@ -288,34 +301,12 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         if stopped == "preempted":
             print0(f"stopped by {signals.requested or 'a signal to another rank'} at step {run.step}: --resume goes on")
         if stopped == "nonfinite" and compute.rank == 0:
-            guard.write_report(tag_dir / "bad_batch.json")
+            guard.write_report(folder / "bad_batch.json")
         log.write(
-            run.step, event=stopped, train_seconds=run.train_seconds, compile_seconds=compile_seconds,
-            val_bpb=run.val_bpb, peak_flops=peak,
+            run.step, event=stopped, train_seconds=run.train_seconds, compile_seconds=training.compile_seconds,
+            peak_flops=peak, **run.figures(),
         )  # fmt: skip
         return finish(settings, run, log, rows_log, stopped)
-
-
-def compile_model(model: GPT, rows: int) -> float:
-    """Compile and try one forward and backward on zeros; a compiler that fails is said and left out. Seconds taken."""
-    start = time.perf_counter()
-    problem = compiler_problem() if model.device.type == "cpu" else None
-    if problem is None:
-        import_compiler()
-        model.compile()
-        ids = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=model.device)
-        try:
-            model(ids, ids, loss_reduction="sum").backward()
-        except Exception as error:  # any failure inside the compiler: eager computes the same
-            if not is_out_of_memory(error):  # eager would need more, not less; the first step takes smaller parts
-                problem = f"{type(error).__name__}: {first_line(error)}"
-        else:
-            print0(f"compiled in {duration(time.perf_counter() - start)}")
-        model.zero_grad(set_to_none=True)
-    if problem is not None:
-        model.uncompile()
-        print0(f"running without torch.compile ({problem})")
-    return time.perf_counter() - start
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer) -> None:
@@ -326,16 +317,15 @@ def print_samples(model: GPT, tokenizer: Tokenizer) -> None:
     print0(f"sample: {tokenizer.decode(new)!r}")
 
 
-def finish(settings: Settings, run: RunState, log: MetricsLog, rows_log: MetricsLog, stopped: str = "done") -> dict:
+def finish(settings: RunSettings, run: RunState, log: MetricsLog, rows_log: MetricsLog, stopped: str = "done") -> dict:
     """Close the logs, say where the model lies, and return the result of main()."""
     log.close(hurry=stopped == "preempted")
     rows_log.close()
     if EXIT_CODES[stopped] and not launched():
         sys.exit(EXIT_CODES[stopped])  # under torchrun any code but 0 would start the same step again
-    print0(f"{settings.tag}: {duration(run.train_seconds)} of training, {checkpoints.checkpoints_dir() / settings.tag}")
-    return dict(
-        model_tag=settings.tag, step=run.step, val_bpb=run.val_bpb, train_seconds=run.train_seconds, stopped=stopped
-    )
+    print0(f"{settings.tag}: {duration(run.train_seconds)} of training, {tag_dir(settings)}")
+    told = dict(model_tag=settings.tag, step=run.step, train_seconds=run.train_seconds, stopped=stopped)
+    return {**told, **run.figures()}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tiny_run import MODERN, TIED, TINY, flags, metrics, rows_of, start, state_h
 from torch._inductor import config as inductor
 
 from nanochat import checkpoint_manager as cm
+from nanochat import compiling
 from nanochat.config_file import read_config, render_config
 from nanochat.dataset import prepare
 from nanochat.resume import RunState
@@ -109,7 +110,7 @@ def test_compiled_runs_resume_to_the_bit_and_agree_with_eager(train, base, monke
     assert state_hashes("compiled", 6) == whole
     assert metrics("compiled")[-1]["compile_seconds"] > 0
 
-    monkeypatch.setattr(base_train, "compiler_problem", lambda: "no C++ compiler")
+    monkeypatch.setattr(compiling, "compiler_problem", lambda: "no C++ compiler")
     train("fallback", **small, compile=True)
     assert "running without torch.compile (no C++ compiler)" in capsys.readouterr().out
     assert state_hashes("fallback", 6) == state_hashes("eager", 6)

@@ -1,0 +1,32 @@
+"""Compiling a model before its first step, so that a compiler that fails is found before the run has begun."""
+
+import time
+
+import torch
+
+from nanochat.gpt import GPT
+from nanochat.micro_batches import is_out_of_memory
+from nanochat.progress import duration
+from nanochat.runtime import compiler_problem, first_line, import_compiler, print0
+
+
+def compile_model(model: GPT, rows: int) -> float:
+    """Compile and try one forward and backward on zeros; a compiler that fails is said and left out. Seconds taken."""
+    start = time.perf_counter()
+    problem = compiler_problem() if model.device.type == "cpu" else None
+    if problem is None:
+        import_compiler()
+        model.compile()
+        ids = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=model.device)
+        try:
+            model(ids, ids, loss_reduction="sum").backward()
+        except Exception as error:  # any failure inside the compiler: eager computes the same
+            if not is_out_of_memory(error):  # eager would need more, not less; the first step takes smaller parts
+                problem = f"{type(error).__name__}: {first_line(error)}"
+        else:
+            print0(f"compiled in {duration(time.perf_counter() - start)}")
+        model.zero_grad(set_to_none=True)
+    if problem is not None:
+        model.uncompile()
+        print0(f"running without torch.compile ({problem})")
+    return time.perf_counter() - start

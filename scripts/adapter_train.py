@@ -1,0 +1,167 @@
+"""Teach a frozen language model to emit audio codes: `python -m scripts.adapter_train [config.py] [--key=value ...]`.
+
+Settings come from `python -m scripts.configure --stage adapters`; --resume and torchrun as in scripts.base_train, whose
+loop this is. Trained are the adapters around the experts, the audio rows, and what else the settings ask for.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from nanochat import checkpoint_manager as checkpoints
+from nanochat import schedule
+from nanochat.adapter_checkpoint import AdapterRun, build, check_facts, load_trained
+from nanochat.adapter_settings import AdapterSettings
+from nanochat.adapters import AdapterModel, HostAlone
+from nanochat.audio_loss_eval import evaluate_audio
+from nanochat.config_file import as_dict, from_command_line
+from nanochat.dataloader import TokenStore
+from nanochat.dataset import prepare, prepare_for
+from nanochat.launch import begin
+from nanochat.loss_eval import bits_per_byte, never
+from nanochat.optim import MuonAdamW
+from nanochat.packing import PackedLoader, Rows
+from nanochat.resume import restore_progress
+from nanochat.runtime import Compute, device_name, print0, run_script
+from nanochat.saver import BackgroundSaver
+from nanochat.tracker import MetricsLog
+from nanochat.training_data import codec_files, in_turns
+from scripts.base_train import Training, loop
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Train; returns {"model_tag", "step", "val_loss/audio", "val_loss/text", "train_seconds", "stopped"}."""
+    usage = "python -m scripts.adapter_train [config.py]"
+    return begin(from_command_line(argv, usage=usage, kind=AdapterSettings), train)
+
+
+def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) -> dict:
+    """The run itself; see main()."""
+    # -- host, experts, data ------------------------------------------------------------------------------------------
+    print0(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
+    folder = checkpoints.tag_dir(settings)
+    dataset = in_turns(compute, lambda: prepare_for(settings, say=print0))
+    begins = resume_step is None
+    model, adapters = in_turns(compute, lambda: build(settings, compute.device, compute.dtype, begins))
+    tokenizer = model.host.tokenizer
+    store = TokenStore(dataset, tokenizer, "train", vocabulary=model.vocabulary, say=print0)
+    rows = Rows(store, settings.max_seq_len, print0)
+    loader = PackedLoader(
+        rows, settings.rows, settings.max_seq_len, settings.seed, compute.rank, compute.world_size, compute.device,
+        count=("audio",), caption_dropout=settings.caption_dropout,
+    )  # fmt: skip
+    text_loss = text_measure(settings, model, compute)
+
+    # -- optimizer, and where a run goes on ---------------------------------------------------------------------------
+    optimizer = build_optimizer(model, settings, compute.rank, compute.world_size)
+    run = AdapterRun()
+    if resume_step is not None:
+        state, optimizer_state, metadata = checkpoints.load_checkpoint(folder, resume_step, load_optimizer=True)
+        where = checkpoints.step_dir(folder, resume_step)
+        check_facts(metadata.get("adapters", {}), adapters, where)
+        checkpoints.check_codec(dataset, metadata, where)
+        run = restore_progress(
+            where, metadata, dataset, loader, lambda: load_trained(model, state, where),
+            lambda: optimizer.load_state_dict(optimizer_state), run,
+        )  # fmt: skip
+    elif text_loss:
+        run.text_before = text_loss(HostAlone(model), never)
+    counts = model.num_parameters()
+    print0(f"parameters: {', '.join(f'{name} {n:,}' for name, n in counts.items() if n)}")
+    size = 4 * counts["trained"]
+    print0(f"trained: {100 * counts['trained'] / counts['total']:.2f}% of all, {size / 1e6:,.1f} MB a checkpoint")
+    if settings.expert != "none" and resume_step is None and not settings.musicgen:
+        print0("experts: none of MusicGen's, drawn at random")
+
+    # -- what the loop evaluates and saves ----------------------------------------------------------------------------
+    counted: dict = {}
+
+    def evaluate(last: bool, log: MetricsLog, stop: Callable[[], bool]) -> None:
+        if not (last or schedule.is_due(settings.eval_every, run.step)):
+            return
+        how = dict(rows=settings.device_batch_size, rank=compute.rank, world_size=compute.world_size, stop=stop)
+        found = evaluate_audio(
+            model, tokenizer, dataset, max_clips=settings.eval_clips, counted=counted.get("baselines"), **how
+        )
+        ids = model.vocabulary.size if settings.output_layers == "shared" else model.config.audio_outputs
+        baselines = found["baselines"] | {"range": math.log(ids)}
+        if not counted:
+            told = ", ".join(f"{name} {baselines[name]:.4f}" for name in ("uniform", "unigram", "bigram"))
+            print0(f"nats a code that need no model: ln {ids} = {baselines['range']:.4f}, {told}")
+        counted["baselines"] = {name: nats for name, nats in found["baselines"].items() if name != "shuffled_captions"}
+        run.note_val_loss(found["nats"], settings.stall_evals)
+        if text_loss and (last or changes_text(settings)):
+            run.note_text(text_loss(model, stop))
+            if settings.train_output == "whole" and run.text_after != run.text_before:
+                print0(
+                    "warning: train_output=whole trains the rows of the host's words on sounds alone: see its text loss"
+                )
+        log.write(
+            run.step, event="eval", **run.figures(), **{f"baseline/{name}": nats for name, nats in baselines.items()}
+        )
+
+    facts = dict(
+        settings=as_dict(settings),
+        adapters=adapters,
+        derived=dict(
+            num_iterations=settings.num_iterations, parameters=counts, flops_per_token=model.flops_per_token()
+        ),
+        codec=dataset.codec,
+        data_fingerprint=dataset.fingerprint,
+    )
+    codec = codec_files(dataset) if compute.rank == 0 else None
+    saver = BackgroundSaver(folder, settings.keep_last, None, compute.rank, codec)
+    return loop(
+        Training(
+            settings, compute, model, optimizer, loader, run, settings.num_iterations, settings.learning_rate, evaluate,
+            saver, model.trained, facts, resumed=resume_step is not None,
+        )
+    )  # fmt: skip
+
+
+def build_optimizer(model: AdapterModel, settings: AdapterSettings, rank: int, world_size: int) -> MuonAdamW:
+    """AdamW over what is trained, and nothing else: one rate, a group for each kind of parameter."""
+    groups: dict[str, dict[str, torch.nn.Parameter]] = {}
+    for name, parameter in model.trained():
+        kind = "adapters" if name.endswith("_proj.weight") and name.startswith("experts.") else name.split(".")[0]
+        groups.setdefault(kind, {})[name] = parameter
+    common = dict(
+        kind="adamw", lr=settings.learning_rate, initial_lr=settings.learning_rate, betas=settings.adam_betas, eps=1e-8,
+        weight_decay=settings.weight_decay,
+    )  # fmt: skip
+    named = [
+        dict(name=kind, params=list(found.values()), param_names=list(found), **common)
+        for kind, found in groups.items()
+    ]
+    return MuonAdamW(named, rank, world_size)
+
+
+def changes_text(settings: AdapterSettings) -> bool:
+    """Whether training can change what the model makes of text; else its text path is the host's own."""
+    whole = settings.train_output == "whole" or settings.output_layers == "shared"
+    return whole or settings.finetune_host or settings.unfreeze is not None
+
+
+def text_measure(settings: AdapterSettings, model: AdapterModel, compute: Compute) -> Callable | None:
+    """measure(model, stop) -> nats a token of held-out text, of at most check_tokens; None without check_text."""
+    if settings.check_text is None:
+        return None
+    dataset = in_turns(compute, lambda: prepare(settings.check_text, skip_corrupt=settings.skip_corrupt, say=print0))
+    tokenizer = model.host.tokenizer
+    stream = TokenStore(dataset, tokenizer, "val", say=print0).stream(settings.check_tokens + 1)
+    counts = torch.ones(model.config.vocab_size, dtype=torch.int64).numpy()
+    counts[tokenizer.bos_id] = 0  # the beginning of a document is nobody's to predict
+
+    def measure(scored, stop: Callable[[], bool]) -> float:
+        found = bits_per_byte(
+            scored, stream, counts, rows=settings.device_batch_size, seq_len=settings.max_seq_len,
+            max_tokens=settings.check_tokens, rank=compute.rank, world_size=compute.world_size, stop=stop,
+        )  # fmt: skip
+        return found["nats"] / found["tokens"]
+
+    return measure
+
+
+if __name__ == "__main__":
+    run_script(main)
