@@ -38,7 +38,7 @@ from nanochat.transformers_format import FILES, HostTokenizer, model_folder, rea
 
 FITTING = "take a decoder with gated MLPs: Llama, Mistral, SmolLM, Qwen2 or Qwen3"
 # What transformers raises, by what is wrong. safetensors' own error is none of them, but those files are read before.
-WRONG = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+WRONG = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError)
 
 
 class TransformersHost:
@@ -180,13 +180,15 @@ def _transformers(name: str, device, dtype: torch.dtype, say: Say) -> Transforme
 
     folder = model_folder(name, say)
     described = read_json(name, folder / "config.json")
-    kind = described.get("model_type")
     if described.get("quantization_config") is not None:
         raise UserError(f"host={name!r} is quantized: take the weights that it was made from, in bfloat16 or float32")
-    if described.get("is_encoder_decoder") or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"host={name!r} is a model of type {kind}, no text decoder of transformers: {FITTING}")
+    kind = str(described.get("model_type"))
     with _quiet(), _told(name):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = None
+        if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if config is None or config.is_encoder_decoder:
+            raise UserError(f"host={name!r} is a model of type {kind}, no text decoder of transformers: {FITTING}")
         with torch.device("meta"):  # no weight is read of a model that does not fit
             check_gated(name, AutoModelForCausalLM.from_config(config))
     weights = weights_hash(read_weights(name, folder))
@@ -218,11 +220,14 @@ def _loaded(name: str, say: Say, kind, place: Path | None, **options) -> nn.Modu
 @contextmanager
 def _told(name: str):
     """What transformers raises about a host's files becomes the user's one line."""
+    from huggingface_hub import errors
+
+    strict = getattr(errors, "StrictDataclassError", ValueError)  # of newer versions, about values in config.json
     try:
         yield
     except UserError:
         raise
-    except WRONG as error:
+    except (*WRONG, strict) as error:
         raise UserError(f"host={name!r}: transformers cannot read it ({first_line(error)}): name {FILES}") from error
 
 
@@ -259,7 +264,8 @@ def _meta(name: str, place: str, device, dtype: torch.dtype, say: Say) -> Transf
         tokenizer = meta_format.MetaTokenizer(folder)
     except UserError as error:
         raise UserError(f"host={name!r}: {error}") from error
-    config = LlamaConfig(**fields)
+    with _told(name):
+        config = LlamaConfig(**fields)
     model = _loaded(name, say, LlamaForCausalLM, None, config=config, state_dict=state, dtype=dtype)
     return TransformersHost(name, model.to(device), tokenizer, weights)
 
