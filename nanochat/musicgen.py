@@ -212,7 +212,7 @@ def _folder(source: str) -> Path | None:
         if folder.is_dir():
             return folder
         if folder.exists() or source.startswith((".", "~")) or source.count("/") != 1 or folder.is_absolute():
-            raise UserError(f"musicgen={shown(source)} is no folder; {WAY_OUT}")
+            raise UserError(f"musicgen={shown(source)} is no size and no folder; {WAY_OUT}")
     return None
 
 
@@ -292,7 +292,7 @@ def _read_tensor(path: Path, key: str, size: tuple[int, ...], dtype: torch.dtype
         raise UserError(f"{path}: {key} is {list(tensor.shape)}, and config.json says {list(size)}: fetch both again")
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"{path}: {key} is {tensor.dtype}: take the model before its quantization; {WAY_OUT}")
-    tensor = tensor.to(dtype, copy=True)  # not the file itself, mapped, which two experts would share
+    tensor = tensor.to(dtype, copy=True)  # not the file itself, mapped, which may change or shrink
     if not tensor.isfinite().all():
         raise UserError(f"{path}: {key} holds values that are no finite numbers (as {dtype}): fetch it again")
     return tensor

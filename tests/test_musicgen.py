@@ -96,18 +96,27 @@ def test_an_expert_computes_what_transformers_layer_computes(models, name):
         torch.testing.assert_close(before + added, after, atol=1e-6, rtol=1e-6)
 
 
-def test_layers_come_in_the_order_asked_for_and_own_their_memory(models):
-    """Red when layers are sorted or made unique, or a tensor is the mapped file (copy=True left out)."""
+def test_layers_come_in_the_order_asked_for_and_twice_if_asked_twice(models):
+    """Red when layers are sorted or made unique, or come in the file's dtype."""
     folder, model = models["one"]
     layers = model.decoder.model.decoder.layers
     experts = read_experts(folder, (4, 1, 1), torch.bfloat16, say=silent)
     for expert, number in zip(experts, (4, 1, 1), strict=True):
         assert list(expert) == ["norm.weight", "norm.bias", "fc1.weight", "fc2.weight"]
         assert torch.equal(expert["fc2.weight"], layers[number].fc2.weight.bfloat16())
-    twice = read_experts(folder, (1, 1), say=silent)
-    twice[0]["fc1.weight"].zero_()
-    assert torch.equal(twice[1]["fc1.weight"], layers[1].fc1.weight)
+    experts[1]["fc1.weight"].zero_()
+    assert torch.equal(experts[2]["fc1.weight"], layers[1].fc1.weight.bfloat16())
     assert read_shape(folder) == Shape(16, 6, 64)
+
+
+def test_what_happens_to_the_file_later_does_not_reach_the_experts(tiny):
+    """Red when a tensor is the file itself, mapped (copy=True left out)."""
+    folder, _, _ = tiny
+    experts = read_experts(str(folder), (0, 2), say=silent)
+    before = experts_hash(experts)
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.write(bytes(file.seek(0, 2) - file.seek(0)))
+    assert experts_hash(experts) == before
 
 
 def test_only_what_is_needed_is_opened(models, tmp_path):
@@ -198,7 +207,7 @@ def test_what_is_no_layer_map_is_named(text, message):
         layer_map(text, 3, 4)
 
 
-def test_published_sizes_are_known_without_a_file(models):
+def test_published_sizes_are_known_without_a_file(models, tmp_path, monkeypatch):
     """Small is transformers' default decoder, and its 24 networks have 201.3M weights in fc1 and fc2.
 
     Red when a size's figure is changed, or known_ok is not looked at (there is no network here).
@@ -212,7 +221,10 @@ def test_published_sizes_are_known_without_a_file(models):
     for size, shape in SIZES.items():
         assert read_shape(f"facebook/musicgen-{size}", known_ok=True) == read_shape(size, known_ok=True) == shape
         assert shape.hidden == 4 * shape.width
-    assert read_shape(models["one"][0], known_ok=True) == Shape(16, 6, 64)
+    (tmp_path / "facebook").mkdir()
+    (tmp_path / "facebook" / "musicgen-large").symlink_to(models["one"][0])
+    monkeypatch.chdir(tmp_path)
+    assert read_shape("facebook/musicgen-large", known_ok=True) == Shape(16, 6, 64)  # a folder comes first
 
 
 def test_the_licence_is_told_once_and_only_when_weights_are_read(models, monkeypatch):
