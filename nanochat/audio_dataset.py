@@ -86,7 +86,7 @@ def _documents(
             clips[split := _split(sound)] += 1
             yield Document(sound.name, sound.caption, coded, sound.attributes, split)
 
-    yield from _mixed(documents(), text, settings.text_share, say)
+    yield from documents() if text is None else _mixed(documents(), text, settings.text_share, say)
     log.close()
     manifest["altered"] = dict(sorted(log.altered.items()))
     _check(settings, sounds, clips, counts)
@@ -96,11 +96,8 @@ def _split(sound: Sound) -> str:
     return sound.split or ("val" if held_out(sound.name) else "train")
 
 
-def _mixed(sounds: Iterable[Document], text: Dataset | None, share: float, say: Say) -> Iterator[Document]:
+def _mixed(sounds: Iterable[Document], text: Dataset, share: float, say: Say) -> Iterator[Document]:
     """The sounds' documents, and after each the text-only ones that are due in its split, whole."""
-    if text is None:
-        yield from sounds
-        return
     texts = {split: _shuffled(text, split) for split in SPLITS}
     due = dict.fromkeys(SPLITS, 0.0)  # positions of text owed to a split
     for sound in sounds:

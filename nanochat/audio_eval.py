@@ -260,6 +260,21 @@ def adherence_table(codec: Sequence[tuple], generated: Sequence[tuple], seed: in
             quantity: max(Counter(attributes[key] for _, attributes in made).values()) / len(made) if made else None
             for quantity, key in ATTRIBUTES.items()
         }
+        table[split]["above shuffled"] = above(made, shuffled)
+    return table
+
+
+def above(made: Sequence[tuple], shuffled: Sequence[tuple]) -> dict:
+    """For each quantity how much more of the sounds hit their own caption than another's: mean and 95% interval.
+
+    The difference of each sound is -1, 0 or 1; the interval is the normal one of their mean.
+    """
+    table = {}
+    pairs = [(hits(*own), hits(*other)) for own, other in zip(made, shuffled, strict=True)]
+    for quantity in QUANTITIES if len(pairs) > 1 else ():
+        differences = np.array([float(own[quantity]) - float(other[quantity]) for own, other in pairs])
+        mean, half = float(differences.mean()), float(1.96 * differences.std(ddof=1) / len(pairs) ** 0.5)
+        table[quantity] = {"mean": mean, "low": mean - half, "high": mean + half}
     return table
 
 
@@ -308,5 +323,10 @@ def adherence_text(table: dict) -> str:
             lines.append(f"{name:<17}{rows[row]['n']:>5}  " + "".join(f"{cell:<19}" for cell in cells))
         chances = "".join(f"{rows['chance'][quantity]:<19.2f}" for quantity in QUANTITIES)
         lines.append(f"{'chance':<24}{chances}")
+        gains = [
+            f"{gain['mean']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]" for gain in rows["above shuffled"].values()
+        ]
+        if gains:
+            lines.append(f"{'above shuffled':<24}" + "".join(f"{gain:<19}" for gain in gains))
         blocks.append("\n".join(line.rstrip() for line in lines))
     return "\n\n".join(blocks)

@@ -46,10 +46,28 @@ def main(argv: list[str] | None = None) -> dict:
     dataset = prepare_for(settings_of(metadata), say=print0)
     check_codec(dataset, metadata, folder)
     warn_of_other_data(dataset, metadata.get("data_fingerprint"))
+    result = listen(model, tokenizer, codec, dataset, args, tag, step)
+    write_result(result, "audio_eval")
+    return result
+
+
+def write_result(result: dict, kind: str) -> None:
+    """base_dir()/<kind>/<tag>_<step>.json."""
+    path = base_dir() / kind / f"{result['model_tag']}_{result['step']:06d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    print0(f"written: {path}")
+
+
+def listen(
+    model, tokenizer, codec, dataset, args: argparse.Namespace, tag: str, step: int, guidance: float = 1.0
+) -> dict:
+    """Generate for held-out captions, measure, write the page; returns the figures."""
     held_out = chosen(list(clips(dataset, "val")), args.num)
     begun = time.perf_counter()
     captions = [caption for caption, _, _ in held_out]
-    codes = generate_codes(model, tokenizer, captions, seed=args.seed, temperature=args.temperature, top_k=args.top_k)
+    how = dict(seed=args.seed, temperature=args.temperature, top_k=args.top_k, guidance=guidance)
+    codes = generate_codes(model, tokenizer, captions, **how)
     generated = to_sound(codec, codes)
     seconds = time.perf_counter() - begun
     print0(f"{len(generated)} sounds of {sum(map(len, generated)) / codec.sample_rate:.0f} s in {seconds:.1f} s")
@@ -66,10 +84,7 @@ def main(argv: list[str] | None = None) -> dict:
         result["distances"] = table
     print0(text)
     page = write_page(base_dir() / "audio" / tag / "listen.html", f"{tag}, step {step}", items, text)
-    path = base_dir() / "audio_eval" / f"{tag}_{step:06d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(result, indent=1) + "\n")
-    print0(f"written: {path}\nlisten: {page}")
+    print0(f"listen: {page}")
     return result
 
 

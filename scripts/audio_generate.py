@@ -18,12 +18,7 @@ from nanochat.runtime import UserError, init_compute, run_script
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("scripts.audio_generate", __doc__)
-    parser.add_argument("--prompt", required=True, help="the caption")
-    parser.add_argument("--out", type=Path, help="wav file to write (needed without --stream)")
-    parser.add_argument("--num", type=number(int, 1), default=1, help="how many sounds")
-    parser.add_argument(
-        "--seconds", type=number(float, 0.02), help="the longest sound (default: what the context holds)"
-    )
+    add_request(parser)
     parser.add_argument("--stream", action="store_true", help="16-bit samples to the standard output as they come")
     add_sampling(parser)
     args = parser.parse(argv)
@@ -31,14 +26,29 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--stream plays one sound: leave --num out")
     if args.out is None and not args.stream:
         raise UserError("name a file with --out x.wav, or play with --stream")
-    if args.out is not None and args.out.suffix.lower() != ".wav":
-        raise UserError(f"--out={args.out}: only .wav files are written")
     if args.out is not None:
-        try:  # now, not when the sounds are made
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out={args.out} cannot be written ({error.strerror}): name another folder") from error
+        check_out(args.out)
     return args
+
+
+def add_request(parser: Parser) -> None:
+    """The flags that say which sounds, and where to."""
+    parser.add_argument("--prompt", required=True, help="the caption")
+    parser.add_argument("--out", type=Path, help="wav file to write")
+    parser.add_argument("--num", type=number(int, 1), default=1, help="how many sounds")
+    parser.add_argument(
+        "--seconds", type=number(float, 0.02), help="the longest sound (default: what the context holds)"
+    )
+
+
+def check_out(out: Path) -> None:
+    """UserError for a file that cannot be written, now and not when the sounds are made."""
+    if out.suffix.lower() != ".wav":
+        raise UserError(f"--out={out}: only .wav files are written")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written ({error.strerror}): name another folder") from error
 
 
 def add_sampling(parser: Parser) -> None:
@@ -46,7 +56,7 @@ def add_sampling(parser: Parser) -> None:
     parser.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same sounds")
     parser.add_argument("--temperature", type=temperature, default=0.8, help="0 takes the likeliest code each time")
     parser.add_argument("--top-k", type=number(int, 1), help="draw among the k likeliest codes")
-    parser.add_argument("--model-tag", help="folder under base_checkpoints (default: the newest)")
+    parser.add_argument("--model-tag", help="folder of the checkpoints (default: the newest)")
     parser.add_argument("--step", type=number(int, 0), help="step to take (default: the newest whole one)")
     parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")
 
@@ -79,11 +89,16 @@ def generate(args: argparse.Namespace, output) -> list[Path]:
         sounds = [np.concatenate([*pieces, np.zeros(0, np.float32)])]
     else:
         sounds = to_sound(codec, generate_codes(model, tokenizer, [args.prompt] * args.num, **how))
+    return write_all(args.out, sounds, codec.sample_rate) if args.out else []
+
+
+def write_all(out: Path, sounds: list[np.ndarray], sample_rate: int) -> list[Path]:
+    """Write x.wav, or x-1.wav, x-2.wav, ...; returns the files."""
     paths = []
-    for place, wav in enumerate(sounds if args.out else [], 1):
-        path = args.out if args.num == 1 else args.out.with_name(f"{args.out.stem}-{place}{args.out.suffix}")
-        write_wav(path, wav, codec.sample_rate)
-        print(f"{path}: {len(wav) / codec.sample_rate:.2f} s")
+    for place, wav in enumerate(sounds, 1):
+        path = out if len(sounds) == 1 else out.with_name(f"{out.stem}-{place}{out.suffix}")
+        write_wav(path, wav, sample_rate)
+        print(f"{path}: {len(wav) / sample_rate:.2f} s, {len(wav)} samples")
         paths.append(path)
     return paths
 

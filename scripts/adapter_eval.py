@@ -1,0 +1,63 @@
+"""What adapters have learnt: python -m scripts.adapter_eval [--model-tag llama-3.2-1b-musicgen-small] [--num 200]
+
+Prints the held-out loss over codes beside baselines that need no model, the host's text loss now and before the
+training, and, as scripts.audio_eval, whether generated sounds do what their captions say, beside shuffled captions.
+Writes base_dir()/adapter_eval/<tag>_<step>.json and base_dir()/audio/<tag>/listen.html.
+"""
+
+import argparse
+
+from nanochat.adapter_checkpoint import open_adapters
+from nanochat.arguments import Parser, number
+from nanochat.audio_loss_eval import evaluate_audio
+from nanochat.checkpoint_manager import check_codec
+from nanochat.dataset import prepare_for
+from nanochat.loss_eval import never
+from nanochat.runtime import init_compute, print0, run_script
+from scripts.adapter_generate import add_adapters
+from scripts.adapter_train import text_measure
+from scripts.audio_eval import listen, write_result
+from scripts.base_eval import warn_of_other_data
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser("scripts.adapter_eval", __doc__)
+    parser.add_argument(
+        "--num", type=number(int, 2), default=200, help="sounds to generate, half of them of unseen combinations"
+    )
+    add_adapters(parser)
+    return parser.parse(argv)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Measure; returns what is written."""
+    args = parse(argv)
+    compute = init_compute(args.device_type, None, args.seed)
+    model, codec, metadata, settings, folder = open_adapters(
+        args.model_tag, args.step, compute.device, args.host, args.musicgen
+    )
+    tokenizer = model.host.tokenizer
+    dataset = prepare_for(settings, say=print0)
+    check_codec(dataset, metadata, folder)
+    warn_of_other_data(dataset, metadata.get("data_fingerprint"))
+    loss = evaluate_audio(model, tokenizer, dataset, rows=settings.device_batch_size)
+    print0(
+        f"held-out audio loss {loss['nats']:.4f} nats a code ({loss['bits_per_second']:.0f} bit/s) on {loss['clips']} "
+        f"sounds; {', '.join(f'{name} {nats:.4f}' for name, nats in loss['baselines'].items())}"
+    )
+    measure = text_measure(settings, model, compute)
+    before = metadata["run"].get("text_before")
+    after = measure(model, never) if measure else None
+    if measure and before is not None:
+        told = "the same to the last bit" if after == before else f"{after - before:+.4f}"
+        print0(f"the host's text loss {after:.6f} nats a token, {before:.6f} before the training: {told}")
+    result = listen(
+        model, tokenizer, codec, dataset, args, folder.parent.name, metadata["step"], guidance=args.guidance
+    )
+    result |= dict(guidance=args.guidance, loss=loss, text=dict(before=before, after=after))
+    write_result(result, "adapter_eval")
+    return result
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,62 @@
+"""Sound from a caption, by a model with adapters: python -m scripts.adapter_generate --prompt "..." --out x.wav
+
+--guidance 3 takes the caption three times as seriously (it wants a training with --caption_dropout). --text continues
+the prompt in words instead: through the same model, whose words are the host's. --host and --musicgen say where these
+lie, if not where they lay in training.
+"""
+
+import argparse
+
+import torch
+
+from nanochat.adapter_checkpoint import open_adapters
+from nanochat.arguments import Parser, number
+from nanochat.audio_generation import generate_codes, to_sound
+from nanochat.engine import generate
+from nanochat.runtime import UserError, init_compute, run_script
+from scripts.audio_generate import add_request, add_sampling, check_out, write_all
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser("scripts.adapter_generate", __doc__)
+    add_request(parser)
+    parser.add_argument("--text", action="store_true", help="continue the prompt in words")
+    parser.add_argument("--max-tokens", type=number(int, 1), default=64, help="the most words with --text, in tokens")
+    add_adapters(parser)
+    args = parser.parse(argv)
+    if args.text == (args.out is not None):
+        raise UserError("name a file with --out x.wav for sound, or --text for words: one of the two")
+    if args.out is not None:
+        check_out(args.out)
+    return args
+
+
+def add_adapters(parser: Parser) -> None:
+    """The flags that choose a checkpoint, find what belongs to it, and say how to draw."""
+    parser.add_argument("--guidance", type=number(float, 0.0), default=1.0, help="classifier-free guidance; 1 is none")
+    parser.add_argument("--host", help="where the host lies (default: as in training)")
+    parser.add_argument("--musicgen", help="where MusicGen lies (default: as in training)")
+    add_sampling(parser)
+
+
+def main(argv: list[str] | None = None) -> list:
+    """Generate; returns the files written, or the words."""
+    args = parse(argv)
+    compute = init_compute(args.device_type, None, args.seed)
+    model, codec, _, _, _ = open_adapters(args.model_tag, args.step, compute.device, args.host, args.musicgen)
+    tokenizer = model.host.tokenizer
+    how = dict(seed=args.seed, temperature=args.temperature, top_k=args.top_k)
+    if args.text:
+        ids = tokenizer.encode(args.prompt, bos=True)
+        found = generate(model, ids, args.max_tokens, num_samples=args.num, stop=(tokenizer.bos_id,), **how)
+        words = [tokenizer.decode(one) for one in found]
+        print("\n".join(words))
+        return words
+    frames = args.seconds and max(1, round(args.seconds * codec.frame_rate))
+    with torch.inference_mode():
+        codes = generate_codes(model, tokenizer, [args.prompt] * args.num, frames=frames, guidance=args.guidance, **how)
+    return write_all(args.out, to_sound(codec, codes), codec.sample_rate)
+
+
+if __name__ == "__main__":
+    run_script(main)
