@@ -9,25 +9,32 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from nanochat.checkpoint_manager import checkpoints_dir
 from nanochat.runtime import UserError, base_dir, write_atomically
 
 NO_CONFIG = "no_config.py"  # an empty file, so that a ./config.py has no say
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # two-sided 95%
 
 
-def base_train(key: str, settings: dict) -> list[dict]:
-    """One training run with one thread, in a process of its own, under a tag made of its key: its metrics.jsonl."""
-    tag = "".join(c if c.isalnum() or c in "._-" else "_" for c in key)
+def tag_of(key: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in key)
+
+
+def base_train(key: str, settings: dict, stage: str = "base") -> list[dict]:
+    """One training run with one thread, in a process of its own, under a tag made of its key: its metrics.jsonl.
+
+    stage: "base", or "adapter" for scripts.adapter_train.
+    """
+    tag = tag_of(key)
     flags = [f"--{name}={value}" for name, value in {**settings, "model_tag": tag, "overwrite": True}.items()]
     write_atomically(base_dir() / NO_CONFIG, "")
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.base_train", str(base_dir() / NO_CONFIG), *flags],
+        [sys.executable, "-m", f"scripts.{stage}_train", str(base_dir() / NO_CONFIG), *flags],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         raise UserError(f"run {key} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
-    return [json.loads(line) for line in (checkpoints_dir() / tag / "metrics.jsonl").read_text().splitlines()]
+    metrics = base_dir() / f"{stage}_checkpoints" / tag / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
 def run_missing(
