@@ -1,8 +1,10 @@
 """What adapter training will cost, before it starts: parameters by group, memory of the weights, disk.
 
-Counts come from modules on the meta device (nanochat.adapters.parameter_counts), so that no second formula can drift
+Counts come from modules on the meta device (nanochat.adapter_counts), so that no second formula can drift
 away from them. Activations are not predicted: they are the host's own, whose code is not ours.
 """
+
+import textwrap
 
 from nanochat.adapter_settings import AdapterSettings
 from nanochat.estimate import Hardware, checkpoints_of, gigabytes, millions
@@ -12,18 +14,20 @@ TRAINED_BYTES = {"weights": 4, "gradients": 4, "optimizer": 8}  # a trained para
 
 
 def report(settings: AdapterSettings, hardware: Hardware) -> list[str]:
-    """The prediction as lines of at most 80 columns; one line instead where the host or expert cannot be counted."""
-    from nanochat.adapters import parameter_counts  # with transformers, for a host of its kind
+    """The prediction as lines of at most 80 columns; what cannot be counted, for want of a host, is said with why."""
+    from nanochat.adapter_counts import parameter_counts  # hosts and experts, which base training does without
 
     steps, batch = settings.num_iterations, settings.total_batch_size
     horizon = f"steps and tokens  {steps:,} steps of {batch:,} = {steps * batch:,} tokens"
     try:
         count = parameter_counts(settings)
     except UserError as error:
-        return [f"parameters, memory and disk are not known yet: {error}", "", horizon]
+        return [*textwrap.wrap(f"parameters, memory and disk are not known yet: {error}", 79), "", horizon]
     trained, dtype = count["trained"], hardware.activation_dtype(settings)
     frozen = count["total"] - trained
-    memory = {f"frozen weights in {str(dtype).removeprefix('torch.')}": frozen * dtype.itemsize}
+    names = ("bfloat16", "float32") if dtype.itemsize == 2 else ("float32", "bfloat16")
+    other = gigabytes(frozen * (6 - dtype.itemsize))  # 2 bytes or 4, whichever it is not
+    memory = {f"frozen weights in {names[0]} ({other} in {names[1]})": frozen * dtype.itemsize}
     memory |= {f"trained {part} in float32": size * trained for part, size in TRAINED_BYTES.items()}
     whole = sum(memory.values())
     saves, kept = checkpoints_of(settings, steps)
@@ -34,7 +38,7 @@ def report(settings: AdapterSettings, hardware: Hardware) -> list[str]:
         "",
         horizon,
         f"memory            {gigabytes(whole)} per device and activations on top, of which",
-        *(f"                  {gigabytes(size):>12}  {part}" for part, size in memory.items()),
+        *(f"                  {gigabytes(size):>10}  {part}" for part, size in memory.items()),
         f"checkpoint        {megabytes(checkpoint)}: {megabytes(weights)} of trained tensors, the optimizer's state",
         f"disk              {megabytes(kept * checkpoint)}: {kept:,} of {saves:,} checkpoints at a time",
     ]
@@ -44,24 +48,20 @@ def report(settings: AdapterSettings, hardware: Hardware) -> list[str]:
 
 
 def parameter_table(settings: AdapterSettings, count: dict[str, int]) -> list[str]:
-    """Lines `label  count  millions` with a header: each group, whether it is trained, and the trained share.
-
-    count: as nanochat.adapters.parameter_counts gives it. The whole output matrix is told whether it is trained or not.
-    """
+    """Lines `label  count  millions` with a header: each group and what happens to it, the total, what is trained."""
     host = "trained" if settings.finetune_host else "parts trained" if settings.unfreeze else "frozen"
-    output = {"rows": "trained", "whole": "in the whole matrix", "none": "zero, frozen"}[settings.train_output]
     notes = {
         "host": host,
         "experts": "trained" if settings.expert == "trained" else "frozen",
         "adapters": "trained",
         "audio embedding": "trained",
-        "audio output": output,
-        "whole output": "trained" if settings.train_output == "whole" else "if it were trained",
+        "audio output": "trained" if settings.train_output == "rows" else "zero, frozen",
+        "whole output": "trained" if settings.train_output == "whole" else "not trained, not in the total",
     }
-    rows = [(f"{name} ({note})", count[name]) for name, note in notes.items()]
+    rows = [(f"{name} ({note})", count[name]) for name, note in notes.items() if count[name]]
     rows += [("total", count["total"]), (f"trained ({count['trained'] / count['total']:.1%})", count["trained"])]
-    head = f"{'parameters':<34}{'count':>20}{'millions':>14}"
-    return [head, *(f"{label:<34}{number:>20,}{millions(number):>14}" for label, number in rows)]
+    head = f"{'parameters':<44}{'count':>16}{'millions':>14}"
+    return [head, *(f"{label:<44}{number:>16,}{millions(number):>14}" for label, number in rows)]
 
 
 def megabytes(size: float) -> str:

@@ -50,9 +50,12 @@ class AdapterSettings(RunSettings):
         "expert",
     )
     expert_dim: int | None = setting(
-        None, "width of an expert that is not MusicGen's; None takes MusicGen's", "expert", at_least=1,
-        at_most=1_000_000, when=("expert", ("trained", "random", "none")),
-    )  # fmt: skip
+        None,
+        "width of an expert that is drawn, or of the adapters alone; None takes MusicGen's, which expert=frozen has",
+        "expert",
+        at_least=1,
+        at_most=1_000_000,
+    )
     layer_map: str = setting(
         "even", "MusicGen's layer for each of the host's: even, first, last, or a list as in 0,2,3", "expert",
         when=("expert", ("frozen", "trained")),
@@ -154,23 +157,26 @@ class AdapterSettings(RunSettings):
         return "-".join(parts)
 
     def inert(self, name: str) -> str | None:
-        if name == "layer_map" and self.musicgen is None:
+        drawn = self.expert in ("random", "none") and self.expert_dim is not None
+        if name == "musicgen" and drawn:
+            return f"musicgen has no effect while expert={self.expert!r} and expert_dim={self.expert_dim}"
+        if name == "layer_map" and self.expert == "trained" and self.musicgen is None:
             return "layer_map has no effect while musicgen=None"
-        if name == "expert_dim" and self.expert == "trained" and self.musicgen:
-            return f"expert_dim has no effect while expert='trained' and musicgen={self.musicgen!r}"
         return super().inert(name)
 
     def check(self, world_size: int = 1) -> None:
-        if self.host.rpartition(":")[2].strip() == "":
+        if not self.host.rpartition(":")[2].strip():
             message = f"host={shown(self.host)} names no model: a hub name, a folder, meta:<folder> or nanochat:<tag>"
             raise IllegalCombination("host", type(self).host, message)
-        if self.musicgen is None and self.expert == "frozen":
-            raise IllegalCombination(
-                "musicgen", type(self).musicgen, "expert=frozen is MusicGen's: name one with musicgen, or set "
-                "expert=random, which draws one",
-            )  # fmt: skip
+        if self.expert == "frozen" and self.musicgen is None:
+            message = "expert=frozen is MusicGen's: name one with musicgen, or set expert=random, which draws one"
+            raise IllegalCombination("musicgen", type(self).musicgen, message)
+        if self.expert in ("frozen", "trained") and self.musicgen and self.expert_dim:
+            message = f"expert={self.expert} has MusicGen's width: set expert_dim=None, not {self.expert_dim}, or "
+            other = "expert=random" if self.expert == "frozen" else "musicgen=None"
+            raise IllegalCombination("expert_dim", None, f"{message}{other}, which draws one of that width")
         if self.musicgen is None and self.expert_dim is None:
-            message = f"expert={self.expert} without musicgen has no width: set expert_dim"
+            message = f"expert={self.expert} without musicgen has no width: set expert_dim, such as 1024"
             raise IllegalCombination("expert_dim", 1024, message)
         if self.layer_map not in LAYER_MAPS and not re.fullmatch(r"\s*\d{1,3}\s*(,\s*\d{1,3}\s*)*", self.layer_map):
             message = (
@@ -178,10 +184,11 @@ class AdapterSettings(RunSettings):
             )
             raise IllegalCombination("layer_map", "even", message)
         if self.train_output == "whole" and self.output_layers == "separate":
-            raise IllegalCombination(
-                "train_output", "rows", "train_output=whole with output_layers=separate: a softmax over audio alone "
-                "gives the rows of text no gradient; take output_layers=shared, or train_output=rows",
-            )  # fmt: skip
+            message = (
+                "train_output=whole with output_layers=separate: a softmax over audio alone gives the rows of text no "
+                "gradient; set train_output=rows, or output_layers=shared"
+            )
+            raise IllegalCombination("train_output", "rows", message)
         if list(self.modality_codes()) != ["audio"]:
             message = (
                 f"modalities={shown(self.modalities)}: the adapters speak audio, as in audio:2048, and nothing else"

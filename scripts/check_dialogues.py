@@ -1,6 +1,6 @@
 """Talk to the wizard at random: `python -m scripts.check_dialogues [--dialogues 10000] [--seed 0]`.
 
-Each dialogue has its own hardware, destination, answers and end, all drawn from (seed, number): sensible, wrong and
+Each dialogue has its own stage, hardware, destination, answers and end, drawn from (seed, number): sensible, wrong and
 absurd answers; input that ends, Ctrl-C at a question or inside the write, a full disk. Prints how they ended, every
 traceback and every file that is neither the old one nor a whole config the wizard announced; exit code 1 for any.
 """
@@ -21,13 +21,15 @@ from unittest import mock
 
 import torch
 
-from nanochat.config_file import read_config, render_config
+from nanochat import adapter_counts
+from nanochat.config_file import STAGES, read_config, render_config
 from nanochat.estimate import Hardware
 from nanochat.runtime import UserError, base_dir, run_script
-from nanochat.settings import FIELDS, PRESETS, Settings, preset
+from nanochat.settings import RunSettings, fields_of, preset
 from scripts import configure
 
 WORDS = ["yes", "no", "y", "n", "None", "cpu", "gpu1", "8xh100", "keep", "cuda", "stdlib", "abc", "/", "..", "~", "~no"]
+WORDS += ["llama", "tiny", "frozen", "trained", "none", "whole", "shared", "small", "0,2", "nanochat:", "meta:/", "a/b"]
 NUMBERS = ["1", "2", "3", "64", "128", "256", "1000", "4096", "0.5", "1e4", "1_000", "-1", "0"]
 ABSURD = [
     *("1e30", "1e400", "-1e400", "nan", "inf", "-inf", "-0", "9" * 19, "9" * 5000, "-" + "9" * 30, "0x10", "1e-400"),
@@ -90,14 +92,14 @@ def answers(rng: random.Random) -> list[bytes]:
     return lines[: rng.randrange(60)] if rng.random() < 0.3 else lines
 
 
-def destination(kind: str, folder: Path, rng: random.Random) -> Path:
+def destination(kind: str, folder: Path, rng: random.Random, stage: type[RunSettings]) -> Path:
     """Prepare the folder for one kind of --output and return its path."""
     path = folder / "config.py"
-    old = render_config(preset(rng.choice(list(PRESETS)), seed=rng.randrange(100)))
+    old = render_config(preset(rng.choice(list(stage.presets())), stage, seed=rng.randrange(100)))
     if kind in ("config", "read-only"):
         path.write_text(old)
     elif kind == "same":
-        path.write_text(render_config(preset("cpu")))
+        path.write_text(render_config(preset(next(iter(stage.presets())), stage)))
     elif kind == "damaged":
         path.write_text(rng.choice(["depth = 4\nwhat is this\n", "depth =", "", old[: len(old) // 2], "depth = 0\n"]))
     elif kind == "folder":
@@ -127,16 +129,25 @@ def contents(folder: Path) -> dict[str, bytes | str]:
     }
 
 
+def host_counts(rng: random.Random):
+    """Stands for parameter_counts(): no host is here, and none is looked for on the hub."""
+    kinds = ("host", "experts", "adapters", "audio embedding", "audio output", "whole output", "trained")
+    count = {kind: rng.randrange(10**9) for kind in kinds}
+    count["total"] = sum(count.values())
+    return mock.Mock(side_effect=None if rng.random() < 0.7 else UserError("no such host"), return_value=count)
+
+
 def one(rng: random.Random, folder: Path) -> tuple[str, str | None, str | None]:
     """One dialogue in an empty folder: how it ended, its traceback and what is wrong with the files, if any."""
-    path = destination(rng.choice(DESTINATIONS), folder, rng)
+    stage, other = rng.sample(list(STAGES.values()), 2)
+    path = destination(rng.choice(DESTINATIONS), folder, rng, other if rng.random() < 0.03 else stage)
     before = contents(folder)
     hardware, measured = rng.choice(HARDWARE), rng.choice([1e10, torch.OutOfMemoryError("out of memory")])
-    argv = [f"--output={path}"]
+    argv = [f"--output={path}", f"--stage={stage.stage}"]
     if rng.random() < 0.3:
-        argv.append(f"--preset={rng.choice(list(PRESETS))}")
+        argv.append(f"--preset={rng.choice(list(stage.presets()))}")
     if rng.random() < 0.1:
-        argv.append(f"--set={rng.choice(list(FIELDS))}={rng.choice(NUMBERS + WORDS + ABSURD)}")
+        argv.append(f"--set={rng.choice(list(fields_of(stage)))}={rng.choice(NUMBERS + WORDS + ABSURD)}")
     fault = rng.choice([KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
     faulty = rng.choice(["os.fsync", "os.replace"]) if rng.random() < 0.15 else None
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
@@ -144,6 +155,7 @@ def one(rng: random.Random, folder: Path) -> tuple[str, str | None, str | None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(configure, "find_hardware", lambda device_type=None: hardware))
         stack.enter_context(mock.patch.object(configure, "measure", mock.Mock(side_effect=[measured] * 1000)))
+        stack.enter_context(mock.patch.object(adapter_counts, "parameter_counts", host_counts(rng)))
         if faulty:
             stack.enter_context(mock.patch(faulty, side_effect=fault))
         stack.enter_context(mock.patch.object(sys, "stdin", Keyboard(answers(rng), rng.random() < 0.4)))
@@ -162,7 +174,7 @@ def one(rng: random.Random, folder: Path) -> tuple[str, str | None, str | None]:
     return end, problem, damage(folder, path, before, result)
 
 
-def damage(folder: Path, path: Path, before: dict, result: Settings | None) -> str | None:
+def damage(folder: Path, path: Path, before: dict, result: RunSettings | None) -> str | None:
     """What is wrong with the files after a dialogue that announced this result; None when all is well."""
     after = contents(folder)
     if result is None:
@@ -172,7 +184,8 @@ def damage(folder: Path, path: Path, before: dict, result: Settings | None) -> s
     if others != {k: v for k, v in before.items() if k != target}:
         return f"other files changed: {sorted(others)}"
     try:
-        whole = Settings(**read_config(path)) == result and after[target] == render_config(result).encode()
+        kind = type(result)
+        whole = kind(**read_config(path, kind)) == result and after[target] == render_config(result).encode()
     except (UserError, KeyError, OSError) as error:
         return f"not a config: {error}"
     return None if whole else "not the config that was agreed to"

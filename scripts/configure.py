@@ -284,7 +284,7 @@ def _ask_everything(dialogue: Dialogue, existing: dict | None, chosen: dict, ask
             if problem is not None:  # what an answer made illegal further back
                 say(f"  {problem}")
                 names = [name for _, name in questions]
-                if problem.name not in names:
+                if problem.name not in names or dialogue.settings.inert(problem.name):
                     raise UserError(str(problem))
                 position = names.index(problem.name)
                 visited = [p for p in visited if p < position]
@@ -345,16 +345,17 @@ def _ask(dialogue: Dialogue, name: str, position: int) -> bool:
         except UserError as error:
             say(str(error), "  ")
             continue
-        problem = _problem(replace(dialogue.settings, **{name: value}))
-        # A question still to come can mend it, and is asked again then; what cannot be mended is refused here.
-        if problem is None or problem.name in later:
+        old, problem = _problem(dialogue.settings), _problem(replace(dialogue.settings, **{name: value}))
+        # A question still to come can mend it, and is asked again then; what this answer breaks is refused here, and
+        # what was broken before it, by --set or a file, is for the end.
+        if problem is None or problem.name in later or (old is not None and old.name == problem.name != name):
             if value != getattr(dialogue.start, name):
                 dialogue.answers[name] = value
             else:
                 dialogue.answers.pop(name, None)
             return True
         say(str(problem), "  ")
-        if problem.name == name and problem.nearest is not None:
+        if problem.name == name:
             default = problem.nearest
 
 

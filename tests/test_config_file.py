@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nanochat.config_file import (
     MAX_CONFIG_BYTES,
+    STAGES,
     differences,
     from_command_line,
     help_text,
@@ -19,7 +20,9 @@ from nanochat.config_file import (
     render_config,
 )
 from nanochat.runtime import UserError
-from nanochat.settings import FIELDS, GROUPS, PRESETS, TYPES, Settings, preset
+from nanochat.settings import RunSettings, Settings, fields_of, preset, types_of
+
+KINDS = list(STAGES.values())
 
 
 @pytest.fixture(autouse=True)
@@ -35,9 +38,9 @@ def config(text: str | bytes, name: str = "config.py") -> str:
     return name
 
 
-def value_of(name: str) -> st.SearchStrategy:
+def value_of(name: str, kind: type[RunSettings]) -> st.SearchStrategy:
     """Any legal single value of a setting."""
-    facts, hint = FIELDS[name].metadata, TYPES[name]
+    facts, hint = fields_of(kind)[name].metadata, types_of(kind)[name]
     if facts["choices"]:
         found = st.sampled_from(facts["choices"])
     elif hint is bool:
@@ -55,28 +58,31 @@ def value_of(name: str) -> st.SearchStrategy:
     return st.none() | found if type(None) in typing.get_args(hint) else found
 
 
-@given(st.fixed_dictionaries({name: value_of(name) for name in FIELDS}))
-def test_what_is_written_reads_back_exactly(tmp_path_factory, values):
+@pytest.mark.parametrize("kind", KINDS)
+@given(st.data())
+def test_what_is_written_reads_back_exactly(tmp_path_factory, kind, data):
     """Red when render_config leaves a setting out, or writes a string without escapes."""
+    values = data.draw(st.fixed_dictionaries({name: value_of(name, kind) for name in fields_of(kind)}))
     path = tmp_path_factory.getbasetemp() / "roundtrip.py"
-    path.write_text(render_config(Settings(**values)), encoding="utf-8")
-    assert read_config(path) == values
+    path.write_text(render_config(kind(**values)), encoding="utf-8")
+    assert read_config(path, kind) == values
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_round_trip_through_the_file_and_the_command_line(name):
-    config(render_config(preset(name)))
-    assert from_command_line([]).settings == preset(name)
-    flags = [f"--{key}={value}" for key, value in dataclasses.asdict(preset(name)).items()]
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in kind.presets()])
+def test_presets_round_trip_through_the_file_and_the_command_line(kind, name):
+    config(render_config(preset(name, kind)))
+    assert from_command_line([], kind=kind).settings == preset(name, kind)
+    flags = [f"--{key}={value}" for key, value in dataclasses.asdict(preset(name, kind)).items()]
     os.remove("config.py")
-    assert from_command_line(flags).settings == preset(name)
+    assert from_command_line(flags, kind=kind).settings == preset(name, kind)
 
 
-def test_the_file_is_in_groups_with_comments():
-    text = render_config(Settings())
-    positions = [text.index(f" {group} ---") for group in GROUPS]
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_is_in_groups_with_comments(kind):
+    text = render_config(kind())
+    positions = [text.index(f" {group} ---") for group in kind.groups]
     assert positions == sorted(positions)
-    for name, field in FIELDS.items():
+    for name, field in fields_of(kind).items():
         comment = re.search(rf"((?:# .*\n)+){name} = ", text).group(1)
         assert field.metadata["help"][:30] in comment.replace("\n# ", " ")
     assert max(map(len, text.splitlines())) <= 120
@@ -227,19 +233,33 @@ def test_differences_say_where_a_value_came_from_and_what_is_inert():
     ]
 
 
-def test_help_names_every_setting_within_80_columns(capsys):
+@pytest.mark.parametrize("kind", KINDS)
+def test_help_names_every_setting_within_80_columns(capsys, kind):
+    usage = f"python -m {kind.script} [config.py]"
     with pytest.raises(SystemExit) as end:
-        from_command_line(["missing.py", "--help"], usage="python -m scripts.base_train [config.py]")
+        from_command_line(["missing.py", "--help"], usage=usage, kind=kind)
     text = capsys.readouterr().out
-    assert end.value.code == 0 and text.strip() == help_text("python -m scripts.base_train [config.py]", ("resume",))
-    assert [name for name in FIELDS if f"--{name}=" not in text] == []
+    assert end.value.code == 0 and text.strip() == help_text(usage, ("resume",), kind)
+    assert [name for name in fields_of(kind) if f"--{name}=" not in text] == []
     assert "[--resume]" in text and max(map(len, text.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_no_text_makes_the_parser_fail_otherwise_than_with_a_user_error(name):
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in fields_of(kind)])
+def test_no_text_makes_the_parser_fail_otherwise_than_with_a_user_error(kind, name):
     for text in ("", "?", "None", "nan", "-1", "1e400", "1,2", "(1,2", "[]", "\x00", "\ud800", "٣", "9" * 5000):
         try:
-            parse_value(name, text)
+            parse_value(name, text, kind)
         except UserError as error:
             assert name in str(error)
+
+
+@pytest.mark.parametrize(("mine", "other", "theirs"), [(*KINDS, "host"), (*KINDS[::-1], "depth")])
+def test_a_config_or_flag_of_the_other_stage_is_refused_as_such(mine, other, theirs):
+    """Red when `meant` does not look at the other stages: a near name of this one would be offered."""
+    said = f"unknown .*: it belongs to stage {other.stage} .{other.script}., this is stage {mine.stage} .{mine.script}."
+    with pytest.raises(UserError, match=f"config.py:[0-9]+: {said}"):
+        read_config(config(render_config(other())), mine)
+    os.remove("config.py")
+    with pytest.raises(UserError, match=said):
+        from_command_line([f"--{theirs}=4"], kind=mine)
+    assert render_config(other()).startswith(f"# Settings of one run, stage {other.stage}:")

@@ -362,7 +362,7 @@ def test_random_dialogues_end_in_a_valid_config_or_a_clean_refusal(tmp_path, mon
 def test_random_dialogues_notice_what_they_look_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setattr(configure, "write_atomically", lambda path, text: path.write_text(text[:99]))
-    monkeypatch.setattr(configure, "next_commands", lambda settings, output, hardware: 1 / (settings.depth - 12))
+    monkeypatch.setattr(configure, "next_commands", lambda settings, output, hardware: 1 / (settings.seed - 42))
     with pytest.raises(SystemExit) as caught:
         check_dialogues.main(["--dialogues=30"])
     assert caught.value.code == 1

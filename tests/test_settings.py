@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat.config_file import STAGES
 from nanochat.runtime import UserError
 from nanochat.settings import (
-    FIELDS,
-    GROUPS,
     PRESET_WORLD,
     PRESETS,
     IllegalCombination,
     Settings,
     checked,
+    fields_of,
     hardware_preset,
     nearest_divisor,
     preset,
@@ -23,16 +23,18 @@ from nanochat.settings import (
 )
 
 
-def test_every_setting_is_declared_with_help_group_and_a_legal_default():
+@pytest.mark.parametrize("kind", STAGES.values())
+def test_every_setting_is_declared_with_help_group_and_a_legal_default(kind):
     """Red when a field is added without setting(...), or `validate` stops calling `checked`."""
-    for name, field in FIELDS.items():
-        assert field.metadata["group"] in GROUPS and len(field.metadata["help"]) > 10, name
-        assert checked(name, field.default) == field.default
+    fields = fields_of(kind)
+    for name, field in fields.items():
+        assert field.metadata["group"] in kind.groups and len(field.metadata["help"]) > 10, name
+        assert checked(name, field.default, kind) == field.default
         if field.metadata["when"]:
-            assert field.metadata["when"][0] in FIELDS
-    validate(Settings())
-    with pytest.raises(UserError, match="depth=0 is too small: at least 1"):
-        validate(Settings(depth=0))
+            assert field.metadata["when"][0] in fields
+    validate(kind())
+    with pytest.raises(UserError, match="save_every=0 is too small: at least 1"):
+        validate(kind(save_every=0))
 
 
 @pytest.mark.parametrize(
