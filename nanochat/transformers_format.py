@@ -31,10 +31,11 @@ def model_folder(name: str, say: Say) -> Path:
     wanted = dict(allow_patterns=["*.json", "*.safetensors"], ignore_patterns=["*/*", "consolidated*"])
     try:
         folder = Path(snapshot_download(name, **wanted, local_files_only=True))
-        weight_files(name, folder)
-        return folder
-    except (UserError, *hub_errors()) as error:  # not in the cache, or a part of it
-        say(f"host {name}: not whole in the local cache ({first_line(error)}), looking on the hub")
+        if weight_files(name, folder) and (folder / "tokenizer.json").is_file():
+            return folder
+    except (UserError, *hub_errors()):
+        pass  # nothing of it is here, or not all: said in the next line
+    say(f"host {name}: not in the local cache, or only in part; looking on the hub")
     try:
         probe(f"host={name!r}")
         return Path(snapshot_download(name, **wanted))

@@ -1,7 +1,10 @@
 """Folders and hub repositories in transformers' format: whole, damaged, absent; and their tokenizers."""
 
+import hashlib
 import json
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -128,6 +131,81 @@ def test_a_hub_name_in_the_local_cache_needs_no_network(made, tmp_path, monkeypa
     assert host.name == "some/model" and host.hash == load_host(str(made), "cpu", torch.float32).hash
     next((repository / "snapshots" / commit).glob("model-*")).unlink()
     assert "forbids the network" in refusal("some/model")
+
+
+@pytest.fixture
+def hub(made, tmp_path, monkeypatch):
+    """A hub on this machine with one repository, some/model; the requests that it got, as (method, path)."""
+    from huggingface_hub import constants
+
+    commit, asked = "0123456789" * 4, []
+    files = {path.name: path.read_bytes() for path in made.iterdir()}
+    files |= {
+        "original/params.json": b"{}",
+        "consolidated.safetensors": b"",
+        "pytorch_model.bin": b"",
+        "README.md": b"",
+    }
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path, status, body = self.path.partition("?")[0], 200, b""
+            asked.append((self.command, path))
+            if path.startswith(f"/some/model/resolve/{commit}/"):
+                body = files[path.split(commit + "/")[1]]
+            elif path.startswith("/api/models/some/model/tree/"):
+                tree = [dict(type="file", path=name, size=len(data), oid="0" * 40) for name, data in files.items()]
+                body = json.dumps(tree).encode()
+            elif path.startswith("/api/models/some/model"):
+                body = json.dumps(
+                    dict(id="some/model", sha=commit, siblings=[dict(rfilename=f) for f in files])
+                ).encode()
+            elif path != "/":
+                status, body = 404, b"{}"
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header("X-Repo-Commit", commit)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name, value in dict(HF_HUB_OFFLINE="0", HF_ENDPOINT=address, NO_PROXY="127.0.0.1").items():
+            monkeypatch.setenv(name, value)
+        bound = dict(  # what huggingface_hub read of the environment when it was imported
+            HF_HUB_OFFLINE=False,
+            ENDPOINT=address,
+            HF_HUB_CACHE=str(tmp_path / "cache"),
+            HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        for name, value in bound.items():
+            monkeypatch.setattr(constants, name, value)
+        yield asked
+        server.shutdown()
+
+
+def test_a_hub_name_is_fetched_once(hub, made, tmp_path):
+    """Only the files that are read, and on the second time none. Red when all of the repository is fetched, the cache
+    is not looked at, or a part that is missing from it is not fetched."""
+    wanted, said = load_host(str(made), "cpu", torch.float32, say=lambda line: None).hash, []
+    assert load_host("some/model", "cpu", torch.float32, say=said.append).hash == wanted
+    assert "looking on the hub" in said[0]
+    fetched = {path.rsplit("/", 1)[1] for method, path in hub if method == "GET" and "/resolve/" in path}
+    assert fetched == {path.name for path in made.iterdir()}
+    hub.clear()
+    assert load_host("some/model", "cpu", torch.float32, say=said.append).hash == wanted and not hub
+    for pattern in ("model-00002*", "tokenizer.json"):
+        next((tmp_path / "cache").glob(f"*/snapshots/*/{pattern}")).unlink()
+        assert load_host("some/model", "cpu", torch.float32, say=said.append).hash == wanted and hub
+    assert "404" in refusal("some/other")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
