@@ -84,6 +84,7 @@ def test_values_take_the_setting_s_own_type():
         (dict(total_batch_size=100), "total_batch_size", 512),
         (dict(device_batch_size=7), "device_batch_size", 8),
         (dict(target_param_data_ratio=None), "target_param_data_ratio", 20.0),
+        (dict(modalities="audio:" + "9" * 5000), "modalities", "audio:2048"),
     ],
 )
 def test_an_impossible_combination_names_the_nearest_legal_value(changes, name, nearest):
