@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from nanochat import checkpoint_manager as cm
-from nanochat.runtime import run_script
+from nanochat.runtime import base_dir, run_script
 from scripts import base_train
 
 TINY = dict(
@@ -29,24 +29,24 @@ def flags(settings: dict) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
-def tag_dir(tag: str) -> Path:
-    return cm.checkpoints_dir() / tag
+def tag_dir(tag: str, stage: str = "base") -> Path:
+    return base_dir() / f"{stage}_checkpoints" / tag
 
 
-def metrics(tag: str, key: str | None = None) -> list:
+def metrics(tag: str, key: str | None = None, stage: str = "base") -> list:
     """The lines of metrics.jsonl, or the values of one key in their order."""
-    lines = [json.loads(line) for line in (tag_dir(tag) / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tag_dir(tag, stage) / "metrics.jsonl").read_text().splitlines()]
     return lines if key is None else [line[key] for line in lines if key in line]
 
 
-def losses(tag: str) -> list[float]:
+def losses(tag: str, stage: str = "base") -> list[float]:
     """Of every step, in order; the events repeat some of them."""
-    return [line["loss"] for line in metrics(tag) if "tokens" in line]
+    return [line["loss"] for line in metrics(tag, stage=stage) if "tokens" in line]
 
 
-def state_hashes(tag: str, step: int) -> list[str]:
+def state_hashes(tag: str, step: int, stage: str = "base") -> list[str]:
     """Of the weights and of the optimizer's state."""
-    folder = cm.step_dir(tag_dir(tag), step)
+    folder = cm.step_dir(tag_dir(tag, stage), step)
     return [cm.weights_hash(load_file(folder / f"{name}.safetensors")) for name in ("model", "optimizer")]
 
 
@@ -56,11 +56,11 @@ def exit_code(run) -> int:
     return caught.value.code
 
 
-def rows_of(tag: str, ranks: int) -> dict[int, list]:
+def rows_of(tag: str, ranks: int, stage: str = "base") -> dict[int, list]:
     """The rows of each step, the ranks' shares one behind the other."""
     steps: dict[int, list] = {}
     for rank in range(ranks):
-        for line in (tag_dir(tag) / f"rows_rank{rank}.jsonl").read_text().splitlines():
+        for line in (tag_dir(tag, stage) / f"rows_rank{rank}.jsonl").read_text().splitlines():
             record = json.loads(line)
             steps.setdefault(record["step"], []).append([(row["epoch"], row["row"]) for row in record["rows"]])
     for shares in steps.values():
@@ -69,7 +69,13 @@ def rows_of(tag: str, ranks: int) -> dict[int, list]:
 
 
 def start(
-    base: Path, *words: str, ranks: int = 1, restarts: int = 0, script: Path | None = None, **environment: str
+    base: Path,
+    *words: str,
+    ranks: int = 1,
+    restarts: int = 0,
+    script: Path | None = None,
+    module: str = "scripts.base_train",
+    **environment: str,
 ) -> subprocess.Popen:
     """The training script (or another) in a process of its own; with ranks under torchrun, gloo, one thread a rank."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
@@ -78,7 +84,7 @@ def start(
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
-    command += [str(script)] if script else ["-m", "scripts.base_train"]
+    command += [str(script)] if script else ["-m", module]
     process = subprocess.Popen(
         [*command, *words], env=inherited | environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
