@@ -10,7 +10,8 @@ from nanochat.adapter_settings import AdapterSettings
 from nanochat.estimate import Hardware, checkpoints_of, gigabytes, millions
 from nanochat.runtime import UserError
 
-TRAINED_BYTES = {"weights": 4, "gradients": 4, "optimizer": 8}  # a trained parameter: float32, AdamW's two moments
+# of each trained parameter, all float32; the last are AdamW's two moments
+TRAINED_BYTES = {"trained weights": 4, "their gradients": 4, "their optimizer state": 8}
 
 
 def report(settings: AdapterSettings, hardware: Hardware) -> list[str]:
@@ -28,18 +29,18 @@ def report(settings: AdapterSettings, hardware: Hardware) -> list[str]:
     names = ("bfloat16", "float32") if dtype.itemsize == 2 else ("float32", "bfloat16")
     other = gigabytes(frozen * (6 - dtype.itemsize))  # 2 bytes or 4, whichever it is not
     memory = {f"frozen weights in {names[0]} ({other} in {names[1]})": frozen * dtype.itemsize}
-    memory |= {f"trained {part} in float32": size * trained for part, size in TRAINED_BYTES.items()}
+    memory |= {f"{part} in float32": size * trained for part, size in TRAINED_BYTES.items()}
     whole = sum(memory.values())
     saves, kept = checkpoints_of(settings, steps)
-    weights = TRAINED_BYTES["weights"] * trained
-    checkpoint = weights + TRAINED_BYTES["optimizer"] * trained
+    weights = TRAINED_BYTES["trained weights"] * trained
+    checkpoint = weights + TRAINED_BYTES["their optimizer state"] * trained
     lines = [
         *parameter_table(settings, count),
         "",
         horizon,
         f"memory            {gigabytes(whole)} per device and activations on top, of which",
         *(f"                  {gigabytes(size):>10}  {part}" for part, size in memory.items()),
-        f"checkpoint        {megabytes(checkpoint)}: {megabytes(weights)} of trained tensors, the optimizer's state",
+        f"checkpoint        {megabytes(checkpoint)}, of which trained tensors {megabytes(weights)}",
         f"disk              {megabytes(kept * checkpoint)}: {kept:,} of {saves:,} checkpoints at a time",
     ]
     if hardware.memory and whole > hardware.memory:

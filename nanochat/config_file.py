@@ -94,7 +94,7 @@ def meant(name: str, kind: type[RunSettings], *further: str) -> str:
     """What an unknown setting may be: one of another stage, or a misspelt one (further: other names that are known)."""
     for stage, other in STAGES.items():
         if name in fields_of(other):
-            return f": it belongs to stage {stage} ({other.script}), this is stage {kind.stage} ({kind.script})"
+            return f": it belongs to stage {stage} ({other.script}), and this command reads stage {kind.stage}"
     return nearest_name(name, [*fields_of(kind), *further])
 
 

@@ -279,8 +279,8 @@ def test_the_table_counts_what_is_trained_and_what_it_takes(monkeypatch):
         "steps and tokens 2,000 steps of 65,536 = 131,072,000 tokens",
         "memory 3.87 GiB per device and activations on top, of which",  # 1200 M x 2 and 110 M x 16
         "2.24 GiB frozen weights in bfloat16 (4.47 GiB in float32)",
-        "0.82 GiB trained optimizer in float32",
-        "checkpoint 1,320.0 MB: 440.0 MB of trained tensors, the optimizer's state",
+        "0.82 GiB their optimizer state in float32",
+        "checkpoint 1,320.0 MB, of which trained tensors 440.0 MB",
         "disk 3,960.0 MB: 3 of 10 checkpoints at a time",
     ):
         assert line in words, line

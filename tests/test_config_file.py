@@ -256,7 +256,7 @@ def test_no_text_makes_the_parser_fail_otherwise_than_with_a_user_error(kind, na
 @pytest.mark.parametrize(("mine", "other", "theirs"), [(*KINDS, "host"), (*KINDS[::-1], "depth")])
 def test_a_config_or_flag_of_the_other_stage_is_refused_as_such(mine, other, theirs):
     """Red when `meant` does not look at the other stages: a near name of this one would be offered."""
-    said = f"unknown .*: it belongs to stage {other.stage} .{other.script}., this is stage {mine.stage} .{mine.script}."
+    said = f"unknown .*: it belongs to stage {other.stage} .{other.script}., and this command reads stage {mine.stage}"
     with pytest.raises(UserError, match=f"config.py:[0-9]+: {said}"):
         read_config(config(render_config(other())), mine)
     os.remove("config.py")
