@@ -29,7 +29,8 @@ CHANGEABLE = {
     "num_iterations", "target_flops", "target_param_data_ratio", "eval_every", "eval_tokens", "core_metric_every",
     "core_metric_max_per_task", "sample_every", "save_every", "keep_last", "log_rows", "device_type", "dtype",
     "compile", "route", "device_batch_size", "wandb_mode", "run", "overwrite", "skip_corrupt", "ignore_lock",
-    "deterministic", "rank_timeout", "eval_clips", "stall_evals", "check_tokens",
+    "deterministic", "rank_timeout", "eval_clips", "stall_evals",
+    "host", "musicgen",  # where they lie now: other weights than the checkpoint's are refused
 }  # fmt: skip
 
 

@@ -97,6 +97,7 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
                 print0(
                     "warning: train_output=whole trains the rows of the host's words on sounds alone: see its text loss"
                 )
+        baselines["text"] = run.text_before
         log.write(
             run.step, event="eval", **run.figures(), **{f"baseline/{name}": nats for name, nats in baselines.items()}
         )

@@ -2,23 +2,31 @@
 
 SOURCE is synth, hf:<dataset> or a folder of sounds with captions. Fits or opens the codec, encodes every sound, mixes
 in the documents of --text_data, and prints what the dataset holds. --caption-from-names takes the files' names as
-captions, as --data_column=file_name does here and in training.
+captions, as --data_column=file_name does here and in training. --adapters: the config.py and flags are those of
+scripts.adapter_train.
 """
 
 import dataclasses
 import math
+import sys
 
+from nanochat.adapter_settings import AdapterSettings
 from nanochat.audio_dataset import BYTES_PER_POSITION
 from nanochat.audio_sources import FROM_NAMES
 from nanochat.config_file import from_command_line
 from nanochat.dataset import SPLITS, Dataset, prepare_for
 from nanochat.runtime import UserError, print0, run_script
+from nanochat.settings import Settings
 from scripts.data import describe
 
 
 def main(argv: list[str] | None = None) -> Dataset:
     """Prepare and describe the dataset of sounds that the command line names; returns it."""
-    line = from_command_line(argv, switches=("caption_from_names",), usage="python -m scripts.audio_data [config.py]")
+    words = sys.argv[1:] if argv is None else argv
+    line = from_command_line(
+        words, switches=("caption_from_names", "adapters"), usage="python -m scripts.audio_data [config.py]",
+        kind=AdapterSettings if "--adapters" in words else Settings,
+    )  # fmt: skip
     settings = line.settings
     if "audio" not in settings.modality_codes():
         raise UserError(f"modalities={settings.modalities!r} names no audio: set --modalities=audio:2048, say")

@@ -114,7 +114,11 @@ def report(lines: dict[str, dict]) -> list[str]:
     if any(len(runs) < len(SEEDS) for runs in final.values()):
         return out
     baselines = final["random"][0]["baselines"]
-    out += ["", "nats a code: " + ", ".join(f"{k} {v:.4f}" for k, v in baselines.items() if k != "shuffled_captions")]
+    out += [
+        "",
+        "nats a code: "
+        + ", ".join(f"{k} {v:.4f}" for k, v in baselines.items() if k not in ("shuffled_captions", "text")),
+    ]
     out += [
         "",
         "| variant | rate | held-out nats by seed | minus random, paired, 95% (n=3) | other captions | text, nats |",

@@ -282,7 +282,7 @@ def test_resume_keeps_to_its_host(teach, base, models):
 def test_contexts_and_stages_are_checked(teach, base, train, models):
     with pytest.raises(UserError, match="max_seq_len=1024 is beyond the 512 positions"):
         teach("long", max_seq_len=1024, total_batch_size=3072)
-    with pytest.raises(UserError, match="there is no .*adapter_checkpoints/nobody"):
+    with pytest.raises(UserError, match=r"there is no .*adapter_checkpoints/nobody"):
         open_adapters("nobody", None, "cpu")
     assert exit_code(lambda: adapter_generate.main(["--prompt=x"])) == 2
     assert exit_code(lambda: adapter_generate.main(["--prompt=x", "--out=x.mp3"])) == 2

@@ -266,7 +266,7 @@ def test_shell_scripts_parse():
         "speedrun.sh",
         ".ci/run",
         "tests/run.sh",
-        *(f"runs/{n}.sh" for n in ("setup", "nodes", "audio_demo", "asterisk")),
+        *(f"runs/{n}.sh" for n in ("setup", "nodes", "audio_demo", "asterisk", "llama_musicgen")),
     ):
         subprocess.run(["bash", "-n", ROOT / path], check=True)
 
