@@ -9,10 +9,12 @@ from nanochat import meta_format
 from nanochat.adapter_checkpoint import config_of, expert_shape
 from nanochat.adapter_settings import AdapterSettings
 from nanochat.adapters import Parts, count_parts
-from nanochat.checkpoint_manager import find_checkpoint, model_config, read_metadata, step_dir
+from nanochat.checkpoint_manager import model_config, read_metadata, step_dir
 from nanochat.gpt import GPT
+from nanochat.hosts import find_nanochat
 from nanochat.hub import place_caches
 from nanochat.runtime import UserError, first_line
+from nanochat.sources import looking_up
 
 # Published shapes, for hosts whose config.json is not on this disk yet.
 LLAMA = dict(num_attention_heads=32, num_key_value_heads=8, intermediate_size=8192, vocab_size=128_256)
@@ -44,8 +46,11 @@ def parameter_counts(settings: AdapterSettings) -> dict[str, int]:
 def host_on_meta(name: str) -> tuple[nn.Module, torch.Size, int]:
     """(the host without its weights, rows and width of its embedding, number of layers); nothing is downloaded."""
     kind, _, place = name.partition(":")
+    with looking_up("host", name):
+        folder = Path(place if kind == "meta" else name).expanduser()
+        here = folder.is_dir()
     if kind == "nanochat":
-        config = model_config(read_metadata(step_dir(*find_checkpoint(place, None))))
+        config = model_config(read_metadata(step_dir(*find_nanochat(name, place))))
         with torch.device("meta"):
             model = GPT(config)
         return model, model.transformer.wte.weight.shape, config.n_layer
@@ -55,13 +60,12 @@ def host_on_meta(name: str) -> tuple[nn.Module, torch.Size, int]:
     except ImportError as error:
         raise UserError(f"host={name!r} needs transformers: pip install -e '.[hf]'") from error
     if kind == "meta":
-        config = LlamaConfig(**meta_format.read_config(Path(place).expanduser() / "params.json"))
+        config = LlamaConfig(**meta_format.read_config(folder)[0])
     else:
         try:
             config = AutoConfig.from_pretrained(
-                str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name, local_files_only=True,
-                trust_remote_code=False,
-            )  # fmt: skip
+                str(folder) if here else name, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError) as error:
             if name not in KNOWN:
                 raise UserError(f"host={name!r} is not here yet ({first_line(error)})") from error

@@ -13,6 +13,7 @@ A host is a model in eval mode without a trainable parameter, and what adapters 
     features(ids, cache=None), text_logits(features), logits(ids), new_cache(batch, length)
 """
 
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -121,8 +122,9 @@ Host = TransformersHost | NanochatHost
 def load_host(name: str, device: torch.device | str, dtype: torch.dtype, *, say: Say = print0) -> Host:
     """The frozen model that `name` names, computing in `dtype`.
 
-    name: a hub name or a local folder of transformers, meta:FOLDER with Meta's own files, or nanochat:TAG for the
-    newest step of a checkpoint of ours. UserError: not there, not whole, without a tokenizer, or of another kind.
+    name: a hub name or a local folder of transformers, meta:FOLDER with Meta's own files, or a checkpoint of ours:
+    nanochat:TAG, its newest step, or nanochat:TAG@STEP. UserError: not there, not whole, without a tokenizer, or of
+    another kind.
     """
     kind, _, place = name.partition(":")
     if kind == "nanochat":
@@ -270,15 +272,24 @@ def _meta(name: str, place: str, device, dtype: torch.dtype, say: Say) -> Transf
     return TransformersHost(name, model.to(device), tokenizer, weights)
 
 
-def _nanochat(name: str, tag: str, device, dtype: torch.dtype) -> NanochatHost:
-    if not tag:
-        raise UserError(f"host={name!r} names no model_tag, as in nanochat:d4-tied")
+def find_nanochat(name: str, place: str) -> tuple[Path, int]:
+    """(tag folder, step) of nanochat:TAG, its newest step, or nanochat:TAG@STEP."""
+    tag, at, number = place.partition("@")
+    if not tag or (at and not re.fullmatch("[0-9]{1,12}", number)):
+        raise UserError(f"host={name!r} names no model_tag, as in nanochat:d4-tied or nanochat:d4-tied@800")
     if old := sorted((checkpoints_dir() / tag).glob("model_*.pt")):
         raise UserError(
             f"host={name!r}: {old[0].name} is nanochat's own format, too old to be opened yet: take a checkpoint of "
             "`python -m scripts.base_train`"
         )
-    checkpoint_dir, step = find_checkpoint(tag, None)
+    try:
+        return find_checkpoint(tag, int(number) if at else None)
+    except UserError as error:
+        raise UserError(f"host={name!r}: {error}") from error
+
+
+def _nanochat(name: str, place: str, device, dtype: torch.dtype) -> NanochatHost:
+    checkpoint_dir, step = find_nanochat(name, place)
     model, tokenizer, _ = build_model(checkpoint_dir, step, device, "eval")
     folder = step_dir(checkpoint_dir, step)
     if model.config.modalities:

@@ -33,11 +33,10 @@ OTHER_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "ou
 TRANSFORMERS_FORMAT = "take the model in transformers' format (config.json, *.safetensors), which hub repositories have"
 
 
-def read_weights(folder: Path) -> tuple[dict, dict[str, torch.Tensor], str]:
-    """(fields of transformers' LlamaConfig, tensors under its names, hash of the weights as the file has them).
+def read_config(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(fields of transformers' LlamaConfig, Meta's own tensors, mapped); the weights tell vocabulary and tying.
 
-    `output` is dropped where it repeats the embedding, or taken as tied where it is absent. UserError: a file that is
-    missing or damaged, one of several parts of a model, or tensors that do not fit params.json.
+    UserError: a file that is missing or damaged, or one of several parts of a model.
     """
     parts = sorted(folder.glob("consolidated.*.pth"))
     if not parts:
@@ -50,23 +49,32 @@ def read_weights(folder: Path) -> tuple[dict, dict[str, torch.Tensor], str]:
     config = _config(folder / "params.json")
     weights = read_pt(parts[0])
     weights.pop("rope.freqs", None)  # Llama 2's rotary frequencies, which follow from params.json
-    state = {}
-    for name, tensor in weights.items():
-        if (renamed := _renamed(name)) is None:
-            raise UserError(f"{parts[0]} holds {name!r}, which no Llama has: {TRANSFORMERS_FORMAT}")
-        if renamed.endswith(("q_proj.weight", "k_proj.weight")):
-            if tensor.ndim != 2 or tensor.size(0) % config["head_dim"]:
-                shape = tuple(tensor.shape)
-                raise UserError(f"{parts[0]}: {name} has shape {shape}, params.json says heads of {config['head_dim']}")
-            tensor = half_split(tensor, config["head_dim"])
-        state[renamed] = tensor
-    table, output = (state.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head"))
+    table, output = weights.get("tok_embeddings.weight"), weights.get("output.weight")
     if table is None:
         raise UserError(f"{parts[0]} lacks tok_embeddings.weight: fetch it again")
     config["tie_word_embeddings"] = output is None or torch.equal(output, table)
+    config["vocab_size"] = len(table)  # params.json of Llama 2 says -1
+    return config, weights
+
+
+def read_weights(folder: Path) -> tuple[dict, dict[str, torch.Tensor], str]:
+    """(fields of transformers' LlamaConfig, tensors under its names, hash of the weights as the file has them).
+
+    `output` is dropped where it repeats the embedding. UserError: as read_config, and tensors that do not fit it.
+    """
+    config, weights = read_config(folder)
+    file, state = folder / "consolidated.00.pth", {}
+    for name, tensor in weights.items():
+        if (renamed := _renamed(name)) is None:
+            raise UserError(f"{file} holds {name!r}, which no Llama has: {TRANSFORMERS_FORMAT}")
+        if renamed.endswith(("q_proj.weight", "k_proj.weight")):
+            if tensor.ndim != 2 or tensor.size(0) % config["head_dim"]:
+                shape = tuple(tensor.shape)
+                raise UserError(f"{file}: {name} has shape {shape}, params.json says heads of {config['head_dim']}")
+            tensor = half_split(tensor, config["head_dim"])
+        state[renamed] = tensor
     if config["tie_word_embeddings"]:
         state.pop("lm_head.weight", None)
-    config["vocab_size"] = len(table)  # params.json of Llama 2 says -1
     return config, state, weights_hash(weights)
 
 

@@ -133,9 +133,7 @@ def draw(final: dict[str, list[dict]], plot: Path) -> None:
         for name, runs in final.items():
             curves = zip(*(run["curve"][modality] for run in runs), strict=True)
             axes.plot(runs[0]["steps"], [statistics.fmean(values) for values in curves], lw=1.2, label=name)
-        axes.set(
-            title=modality, xlabel="step of 4,096 positions", ylabel="held-out nats, mean of 3 seeds", yscale="log"
-        )
+        axes.set(title=modality, xlabel="step of 4,096 positions", ylabel="held-out nats, mean of 3 seeds")
     panels[0].legend()
     figure.tight_layout()
     figure.savefig(plot, dpi=120)
