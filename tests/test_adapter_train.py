@@ -14,6 +14,7 @@ from tiny_run import exit_code, flags, losses, metrics, rows_of, start, state_ha
 
 from nanochat import checkpoint_manager as cm
 from nanochat.adapter_checkpoint import AdapterRun, open_adapters
+from nanochat.adapter_counts import parameter_counts
 from nanochat.audio import load_codec
 from nanochat.audio_generation import generate_codes
 from nanochat.dataset import prepare_for
@@ -107,7 +108,9 @@ def test_opened_is_what_was_trained(teach, base, models, expert):
     model, _, metadata, settings, _ = open_adapters(f"kinds-{expert}", None, "cpu")
     again = evaluate_audio(model, model.host.tokenizer, prepare_for(settings, say=print), rows=4, max_clips=4)
     assert again["nats"] == pytest.approx(found["val_loss/audio"], abs=1e-6)
-    assert metadata["derived"]["parameters"]["trained"] == sum(p.numel() for _, p in model.trained())
+    counts = metadata["derived"]["parameters"]
+    assert counts["trained"] == sum(p.numel() for _, p in model.trained())
+    assert parameter_counts(settings) == counts | {"whole output": (272 + 65) * 32}  # what the wizard shows
     expected = None if expert in ("none", "trained") else 64
     assert expected is None or len(metadata["adapters"]["expert_hash"]) == expected
 
@@ -156,7 +159,10 @@ def test_a_host_of_ours(teach, base, train, capsys):
     """
     modern = dict(value_embeddings=True, smear=True, residual_scalars=True, tie_weights=True, max_seq_len=112)
     train("host", **modern, total_batch_size=1344, num_iterations=6)
-    host = load_host("nanochat:host", "cpu", torch.float32, say=print)
+    host = load_host("nanochat:host@6", "cpu", torch.float32, say=print)
+    for place, said in (("host@7", "step 7 is not in"), ("host@", "nanochat:d4-tied@800"), ("nobody", "no .*nobody")):
+        with pytest.raises(UserError, match=said):
+            load_host(f"nanochat:{place}", "cpu", torch.float32, say=print)
     tokenizer, stream = host.tokenizer, np.array(host.tokenizer.encode("It was a bright cold day. " * 20, bos=True))
     how = dict(rows=2, seq_len=64)
     before = bits_per_byte(host.model, stream, tokenizer.token_bytes, **how)
@@ -166,7 +172,9 @@ def test_a_host_of_ours(teach, base, train, capsys):
     )  # fmt: skip
     assert "unchanged" in capsys.readouterr().out
     assert found["val_loss/audio"] < np.log(65) - 0.05
-    model, *_ = open_adapters("ours", None, "cpu")
+    model, _, metadata, settings, _ = open_adapters("ours", None, "cpu")
+    counts = metadata["derived"]["parameters"]
+    assert parameter_counts(settings) == counts | {"whole output": (300 + 65) * 64}
     assert bits_per_byte(model.host.model, stream, tokenizer.token_bytes, **how) == before
     assert bits_per_byte(model, stream, tokenizer.token_bytes, **how)["bpb"] == pytest.approx(before["bpb"], abs=1e-6)
 

@@ -9,6 +9,7 @@ import torch
 from hosts_fixtures import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nanochat.adapter_counts import host_on_meta
 from nanochat.hosts import load_host
 from nanochat.meta_format import MetaTokenizer, _config, read_weights
 from nanochat.runtime import UserError
@@ -80,6 +81,9 @@ def test_logits_are_those_of_the_same_model_in_transformers(tmp_path, tied, outp
     check_logits(host, model)
     assert host.tied == tied and (host.width, host.n_layer, host.vocab_size) == (WIDTH, 2, len(RANKS) + 256)
     assert host.context == 4096 and host.model.config.intermediate_size == 128
+    without, shape, layers = host_on_meta(f"meta:{tmp_path / 'meta'}")  # for the wizard's counts
+    assert (tuple(shape), layers) == ((host.vocab_size, WIDTH), 2)
+    assert sum(p.numel() for p in without.parameters()) == sum(p.numel() for p in host.model.parameters())
 
 
 def test_the_rows_matter(tmp_path):
