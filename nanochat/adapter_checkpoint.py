@@ -15,7 +15,15 @@ from nanochat.adapters import AdapterConfig, AdapterModel
 from nanochat.audio import load_codec
 from nanochat.hosts import Host, load_host
 from nanochat.modality import Modality
-from nanochat.musicgen import Shape, experts_hash, layer_map, random_experts, read_experts, read_shape
+from nanochat.musicgen import (
+    Shape,
+    experts_hash,
+    layer_map,
+    random_experts,
+    read_experts,
+    read_shape,
+    say_licence,
+)
 from nanochat.resume import RunState
 from nanochat.runtime import UserError, base_dir, pick_dtype, print0
 from nanochat.settings import checked
@@ -30,6 +38,7 @@ class AdapterRun(RunState):
     evals_since_best: int = 0
     stall_warned: bool = False
     text_before: float | None = None  # nats a token of the untouched host
+    text_begin: float | None = None  # and of the model before its first step, where a softmax is shared
     text_after: float | None = None
 
     def figures(self) -> dict[str, float | None]:
@@ -54,6 +63,8 @@ class AdapterRun(RunState):
         """Keep the host's text loss, nats a token, and say what the training did to it."""
         before, self.text_after = self.text_before, after
         told = "unchanged" if after == before else f"changed by {after - before:+.4f}"
+        if self.text_begin not in (None, before):
+            told += f", of which {self.text_begin - before:+.4f} by the shared softmax before the first step"
         print0(f"step {self.step}: the host's text loss {after:.4f} nats a token, {before:.4f} before: {told}")
 
 
@@ -100,6 +111,8 @@ def build(settings: AdapterSettings, device, dtype: torch.dtype, begin: bool = T
             experts = read_experts(settings.musicgen, layers)
         else:
             experts = random_experts(shape, host.n_layer, settings.seed)
+            if layers:
+                say_licence(print0)
     config = config_of(settings, host.vocab_size, host.width, host.n_layer, shape)
     model = AdapterModel(host, config, experts, settings.seed)
     facts = dict(
@@ -128,9 +141,11 @@ def check_facts(saved: dict, mine: dict, where: Path) -> None:
             f"{mine['host']} has {mine['host_hash'][:8]}: name the same host with --host"
         )
     if saved.get("expert_hash") != mine["expert_hash"]:
+        there, here = (
+            f"{facts.get('musicgen') or 'a draw'} ({str(facts.get('expert_hash'))[:8]})" for facts in (saved, mine)
+        )
         raise UserError(
-            f"{where} was trained around experts {str(saved.get('expert_hash'))[:8]} of {saved.get('musicgen')}, those "
-            f"of {mine['musicgen']} are {str(mine['expert_hash'])[:8]}: name the same ones with --musicgen"
+            f"{where} was trained around experts of {there}, these are of {here}: name the same ones with --musicgen"
         )
     for name in ("tokenizer_hash", "expert", "layer_map", "ranges", "start"):
         if saved.get(name) != mine[name]:

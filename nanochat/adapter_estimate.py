@@ -6,6 +6,8 @@ away from them. Activations are not predicted: they are the host's own, whose co
 
 import textwrap
 
+import torch
+
 from nanochat.adapter_settings import AdapterSettings
 from nanochat.estimate import Hardware, checkpoints_of, gigabytes, millions
 from nanochat.runtime import UserError
@@ -25,6 +27,8 @@ def report(settings: AdapterSettings, hardware: Hardware) -> list[str]:
     except UserError as error:
         return [*textwrap.wrap(f"parameters, memory and disk are not known yet: {error}", 79), "", horizon]
     trained, dtype = count["trained"], hardware.activation_dtype(settings)
+    if settings.host.startswith("nanochat:") or settings.finetune_host or settings.unfreeze:
+        dtype = torch.float32  # our own models' weights are cast where they are used; trained ones are float32
     frozen = count["total"] - trained
     names = ("bfloat16", "float32") if dtype.itemsize == 2 else ("float32", "bfloat16")
     other = gigabytes(frozen * (6 - dtype.itemsize))  # 2 bytes or 4, whichever it is not

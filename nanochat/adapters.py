@@ -49,6 +49,15 @@ class AdapterConfig:
         return Vocabulary(self.vocab_size, self.modalities)
 
     @property
+    def trains_host(self) -> bool:
+        return self.finetune_host or self.unfreeze is not None
+
+    @property
+    def changes_text(self) -> bool:
+        """Whether training can change what the model makes of text; else its text path is the host's own."""
+        return self.trains_host or self.train_output == "whole" or self.output_layers == "shared"
+
+    @property
     def audio_inputs(self) -> int:
         return self.vocabulary.input_size - self.vocab_size
 
@@ -114,8 +123,8 @@ class AdapterModel(Parts):
         self.register_buffer("head_of_id", self.vocabulary.table(by_expert=False).to(self.device), persistent=False)
         self.init_weights(seed)
         self.take_experts(experts)
-        if config.finetune_host or config.unfreeze:
-            self.host_model = host.model.float()
+        if config.trains_host:
+            self.host_model = host.model.float()  # what is trained is float32
             for name, parameter in host.model.named_parameters():
                 parameter.requires_grad_(config.finetune_host or config.unfreeze in name)
         check_trained(self)
@@ -126,7 +135,7 @@ class AdapterModel(Parts):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """The same on every machine for a seed.
+        """Drawn on the CPU from the seed.
 
         | tensor | start |
         | down_proj | U(-s, s) with s = sqrt(3 / C): what it gives out has the variance of what it reads |
@@ -144,7 +153,9 @@ class AdapterModel(Parts):
         for expert in self.experts:
             draw(expert.down_proj.weight, "uniform_", (3 / self.config.width) ** 0.5)
             nn.init.zeros_(expert.up_proj.weight)
-        draw(self.audio_embedding.weight, "normal_", self.host.embeddings[0].weight.float().std().item())
+        # What the module gives out, not its weight: some scale what they look up.
+        rows = self.host.embeddings[0](torch.arange(min(self.config.vocab_size, 8192), device=self.device))
+        draw(self.audio_embedding.weight, "normal_", rows.float().std().item())
         if self.config.train_output == "whole":
             nn.init.zeros_(self.output.weight)
             self.output.weight[: self.config.vocab_size] = self.host.output_weight.float()
@@ -155,15 +166,12 @@ class AdapterModel(Parts):
     def take_experts(self, experts: list[dict[str, torch.Tensor]] | None) -> None:
         if self.config.expert == "none":
             return
-        dtype = (
-            None if self.config.expert == "trained" else self.host.output_weight.dtype
-        )  # frozen ones need no float32
         for expert, tensors in zip(self.experts, experts, strict=True):
             for name, tensor in tensors.items():
                 expert.get_parameter(name).copy_(tensor)
-            if dtype is not None:
+            if self.config.expert != "trained":  # frozen ones need no float32
                 for part in (expert.norm, expert.fc1, expert.fc2):
-                    part.to(dtype)
+                    part.to(self.host.output_weight.dtype)
 
     # -- through the host ---------------------------------------------------------------------------------------------
 
@@ -254,6 +262,12 @@ class AdapterModel(Parts):
 
     # -- what the training loop asks ----------------------------------------------------------------------------------
 
+    def train(self, mode: bool = True) -> "AdapterModel":
+        """The host stays in eval mode, trained or not: no dropout."""
+        super().train(mode)
+        self.host.model.eval()
+        return self
+
     @property
     def device(self) -> torch.device:
         return self.audio_embedding.weight.device
@@ -279,10 +293,11 @@ class AdapterModel(Parts):
         """
         config, host = self.config, self.host
         met = sum(p.numel() for p in host.model.parameters())
-        met -= sum(m.weight.numel() for m in host.embeddings) + sum(
-            p.numel() for m in host.mlps for p in m.parameters()
-        )
-        if not host.tied:
+        if config.output_layers == "shared" and config.train_output != "whole" and host.tied:
+            met += host.output_weight.numel()  # looked up and multiplied with
+        met -= sum(table.weight.numel() for table in host.embeddings)
+        met -= sum(p.numel() for mlp in host.mlps for p in mlp.parameters())
+        if not host.tied and (config.output_layers == "separate" or config.train_output == "whole"):
             met -= host.output_weight.numel()
         ours = [(p.numel(), p.requires_grad) for name, p in Parts.named_parameters(self) if "host_model" not in name]
         flops = sum((6 if trained else 4) * count for count, trained in ours) - 6 * self.audio_embedding.weight.numel()
@@ -316,6 +331,13 @@ def check_trained(model: AdapterModel) -> None:
             f"unfreeze={config.unfreeze!r} names no parameter of {model.host.name}{tied}: nothing of the host would be "
             f"trained. Its parameters are {names[0]}, ..., {names[-1]}; train_output=rows trains new audio rows alone, "
             "train_output=whole a copy of the whole output"
+        )
+    idle = config.output_layers == "separate" or config.train_output == "whole"
+    if config.unfreeze and idle and not model.host.tied and model.host.output_weight.requires_grad:
+        raise UserError(
+            f"unfreeze={config.unfreeze!r} takes in the host's output matrix, which no sound's loss meets with "
+            f"output_layers={config.output_layers}, train_output={config.train_output}: it would stay as it is; take "
+            "output_layers=shared, train_output=rows"
         )
 
 

@@ -80,6 +80,8 @@ def generate_codes(
     lengths = defaultdict(list)
     for number, caption in enumerate(captions):
         ids, room = prompt_ids(model, tokenizer, caption, frames)
+        if frames is not None and room < frames:
+            print0(f"{frames} frames were asked for, behind this caption the context holds {room}: {caption[:60]!r}")
         lengths[len(ids), room].append((number, ids))
     found: list[np.ndarray] = [np.zeros((audio.codebooks, 0), np.int64)] * len(captions)
     for (_, room), members in sorted(lengths.items()):

@@ -6,7 +6,7 @@ A host is a model in eval mode without a trainable parameter, and what adapters 
     model, tokenizer    the module; encode, encode_batch, decode, bos_id, vocab_size, hash, name
     width, n_layer      C, and the number of layers
     vocab_size          V, the rows of its embedding with those that only pad; ids from V on are not the host's
-    context             most positions that it was trained for
+    context, stop       most positions that it was trained for; ids that end a text
     tied, softcap       whether the output matrix is the embedding; logits are softcap tanh(x / softcap), None: plain x
     mlps, embeddings    the MLP of every layer; all modules that are called with token ids
     output_weight       [V, C]
@@ -54,6 +54,8 @@ class TransformersHost:
         self.vocab_size, self.width = table.weight.shape
         self.tied, self.output_weight = output.weight is table.weight, output.weight
         self.context = model.config.max_position_embeddings
+        ends = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
+        self.stop = (tokenizer.bos_id,) if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
         self.mlps, self.embeddings = [layer.mlp for layer in model.base_model.layers], [table]
         self.n_layer = len(self.mlps)
         ids = torch.arange(min(8, self.vocab_size), device=model.device)[None]
@@ -83,7 +85,14 @@ class TransformersHost:
         """Keys and values of `batch` rows for features(); it grows by itself."""
         from transformers import DynamicCache
 
-        return DynamicCache(config=self.model.config)
+        cache = DynamicCache(config=self.model.config)
+
+        def repeated(rows: int) -> DynamicCache:
+            cache.batch_repeat_interleave(rows)
+            return cache
+
+        cache.repeated = repeated  # as our own cache: one prompt, several continuations
+        return cache
 
 
 class NanochatHost:
@@ -96,6 +105,7 @@ class NanochatHost:
         self.vocab_size, self.width = model.transformer.wte.weight.shape
         self.tied, self.output_weight = model.config.tie_weights, model.output_weight
         self.context, self.n_layer = model.config.sequence_len, model.config.n_layer
+        self.stop = (tokenizer.bos_id,)
         self.mlps = [block.mlp for block in model.transformer.h]
         self.embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
 
@@ -267,7 +277,7 @@ def _meta(name: str, place: str, device, dtype: torch.dtype, say: Say) -> Transf
     except UserError as error:
         raise UserError(f"host={name!r}: {error}") from error
     with _told(name):
-        config = LlamaConfig(**fields)
+        config = LlamaConfig(**fields, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids)
     model = _loaded(name, say, LlamaForCausalLM, None, config=config, state_dict=state, dtype=dtype)
     return TransformersHost(name, model.to(device), tokenizer, weights)
 
@@ -285,7 +295,9 @@ def find_nanochat(name: str, place: str) -> tuple[Path, int]:
     try:
         return find_checkpoint(tag, int(number) if at else None)
     except UserError as error:
-        raise UserError(f"host={name!r}: {error}") from error
+        raise UserError(
+            f"host={name!r}: {error}; `python -m scripts.base_train runs/cpu.py --model_tag={tag}` trains one"
+        ) from error
 
 
 def _nanochat(name: str, place: str, device, dtype: torch.dtype) -> NanochatHost:

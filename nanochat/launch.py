@@ -31,4 +31,4 @@ def begin(command: CommandLine, train: Callable[[RunSettings, int | None, Comput
         try:
             return train(settings, resume_step, compute)
         except torch.OutOfMemoryError as error:  # before the first step, or in a save
-            raise UserError(f"out of memory: a smaller depth or model_dim fits ({first_line(error)})") from error
+            raise UserError(f"out of memory: a smaller model fits ({first_line(error)})") from error

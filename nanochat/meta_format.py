@@ -172,6 +172,7 @@ class MetaTokenizer:
             "llama3", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=special_ids
         )
         self.name, self.vocab_size, self.bos_id = folder.name, len(ranks) + len(SPECIALS), len(ranks)
+        self.eos_ids = [special_ids[f"<|{name}|>"] for name in ("end_of_text", "eom_id", "eot_id")]
         self.hash = hashlib.sha256(f"meta-1 {sha256_of(path)}".encode()).hexdigest()
 
     def encode(self, text: str, bos: bool = False) -> list[int]:

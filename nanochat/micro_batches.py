@@ -46,7 +46,7 @@ def smaller(settings: Settings, world_size: int) -> Settings:
     if micro == 1:
         raise UserError(
             f"out of memory with a single row of max_seq_len={settings.max_seq_len}: a shorter max_seq_len or a "
-            "smaller depth fits"
+            "smaller model fits"
         )
     rows = micro * accumulation
     half = next(n for n in range(micro // 2, 0, -1) if rows % n == 0)

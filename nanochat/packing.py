@@ -65,11 +65,11 @@ class Rows:
     def without_captions(self, row: int, ids: np.ndarray, drop: Callable[[], bool]) -> np.ndarray:
         """The ids of a row without the captions of those sounds for which drop() says so; BOS stays."""
         kept, begin = [], 0
-        first = self.store.vocabulary.text_size
+        sounds = self.store.vocabulary.table(by_expert=True).numpy() > 0
         for *_, count, sound in self._of(row):
             document = ids[begin : begin + count]
             if sound and drop():
-                document = np.delete(document, range(1, int(np.argmax(document >= first))))
+                document = np.delete(document, range(1, int(np.argmax(sounds[document]))))
             kept.append(document)
             begin += count
         return np.concatenate(kept)

@@ -30,6 +30,14 @@ fi
 stage "configuration"
 "$python" -m scripts.configure --stage adapters --defaults --preset $preset --output "$work/$preset.py" --force
 tag=$preset-adapters
+given=()
+for word in "$@"; do
+    case $word in
+        --model_tag=*) tag=${word#--model_tag=} ;;
+        *) given+=("$word") ;;
+    esac
+done
+set -- ${given[@]+"${given[@]}"}
 
 stage "sounds to codes"
 "$python" -m scripts.audio_data "$work/$preset.py" --adapters "$@"

@@ -2,12 +2,13 @@
 
 Prints the held-out loss over codes beside baselines that need no model, the host's text loss now and before the
 training, and, as scripts.audio_eval, whether generated sounds do what their captions say, beside shuffled captions.
-Writes base_dir()/adapter_eval/<tag>_<step>.json and base_dir()/audio/<tag>/listen.html.
+Writes base_dir()/adapter_eval/<tag>_<step>.json and base_dir()/adapter_audio/<tag>/listen.html.
 """
 
 import argparse
 
 from nanochat.adapter_checkpoint import open_adapters
+from nanochat.adapters import HostAlone
 from nanochat.arguments import Parser, number
 from nanochat.audio_loss_eval import evaluate_audio
 from nanochat.checkpoint_manager import check_codec
@@ -46,13 +47,16 @@ def main(argv: list[str] | None = None) -> dict:
         f"sounds; {', '.join(f'{name} {nats:.4f}' for name, nats in loss['baselines'].items())}"
     )
     measure = text_measure(settings, model, compute)
-    before = metadata["run"].get("text_before")
     after = measure(model, never) if measure else None
+    # By this device and dtype, where the host is still there as it was.
+    before = metadata["run"].get("text_before")
+    if measure and not model.config.trains_host:
+        before = measure(HostAlone(model), never)
     if measure and before is not None:
         told = "the same to the last bit" if after == before else f"{after - before:+.4f}"
         print0(f"the host's text loss {after:.6f} nats a token, {before:.6f} before the training: {told}")
     result = listen(
-        model, tokenizer, codec, dataset, args, folder.parent.name, metadata["step"], guidance=args.guidance
+        model, tokenizer, codec, dataset, args, folder.parent.name, metadata["step"], "adapter_audio", args.guidance
     )
     result |= dict(guidance=args.guidance, loss=loss, text=dict(before=before, after=after))
     write_result(result, "adapter_eval")

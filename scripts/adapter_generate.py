@@ -1,8 +1,8 @@
 """Sound from a caption, by a model with adapters: python -m scripts.adapter_generate --prompt "..." --out x.wav
 
 --guidance 3 takes the caption three times as seriously (it wants a training with --caption_dropout). --text continues
-the prompt in words instead: through the same model, whose words are the host's. --host and --musicgen say where these
-lie, if not where they lay in training.
+the prompt in words instead, which are the host's unless its output or weights were trained. --host and --musicgen say
+where these lie, if not where they lay in training.
 """
 
 import argparse
@@ -48,7 +48,12 @@ def main(argv: list[str] | None = None) -> list:
     how = dict(seed=args.seed, temperature=args.temperature, top_k=args.top_k)
     if args.text:
         ids = tokenizer.encode(args.prompt, bos=True)
-        found = generate(model, ids, args.max_tokens, num_samples=args.num, stop=(tokenizer.bos_id,), **how)
+        if len(ids) + args.max_tokens > (room := model.host.context):
+            raise UserError(
+                f"--max-tokens={args.max_tokens} behind a prompt of {len(ids)} is beyond the {room} positions that the "
+                f"host knows: {room - len(ids)} or fewer"
+            )
+        found = generate(model, ids, args.max_tokens, num_samples=args.num, stop=model.host.stop, **how)
         words = [tokenizer.decode(one) for one in found]
         print("\n".join(words))
         return words

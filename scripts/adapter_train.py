@@ -18,6 +18,7 @@ from nanochat.audio_loss_eval import evaluate_audio
 from nanochat.config_file import as_dict, from_command_line
 from nanochat.dataloader import TokenStore
 from nanochat.dataset import prepare, prepare_for
+from nanochat.hosts import state_hash
 from nanochat.launch import begin
 from nanochat.loss_eval import bits_per_byte, never
 from nanochat.optim import MuonAdamW
@@ -41,9 +42,9 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     # -- host, experts, data ------------------------------------------------------------------------------------------
     print0(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
     folder = checkpoints.tag_dir(settings)
-    dataset = in_turns(compute, lambda: prepare_for(settings, say=print0))
     begins = resume_step is None
     model, adapters = in_turns(compute, lambda: build(settings, compute.device, compute.dtype, begins))
+    dataset = in_turns(compute, lambda: prepare_for(settings, say=print0))
     tokenizer = model.host.tokenizer
     store = TokenStore(dataset, tokenizer, "train", vocabulary=model.vocabulary, say=print0)
     rows = Rows(store, settings.max_seq_len, print0)
@@ -65,12 +66,20 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
             where, metadata, dataset, loader, lambda: load_trained(model, state, where),
             lambda: optimizer.load_state_dict(optimizer_state), run,
         )  # fmt: skip
-    elif text_loss:
+    changes = model.config.changes_text
+    if text_loss and (begins or not changes):  # by the same device and dtype as afterwards
         run.text_before = text_loss(HostAlone(model), never)
+    if text_loss and begins and changes:
+        run.text_begin = text_loss(model, never)
     counts = model.num_parameters()
     print0(f"parameters: {', '.join(f'{name} {n:,}' for name, n in counts.items() if n)}")
-    size = 4 * counts["trained"]
-    print0(f"trained: {100 * counts['trained'] / counts['total']:.2f}% of all, {size / 1e6:,.1f} MB a checkpoint")
+    size = 4 * counts["trained"] / 1e6
+    print0(
+        f"trained: {100 * counts['trained'] / counts['total']:.2f}% of all; a checkpoint has {size:,.1f} MB of it, and "
+        f"{2 * size:,.1f} MB of the optimizer's state"
+    )
+    if model.config.trains_host:
+        print0("the host is trained, too: in float32")
     if settings.expert != "none" and resume_step is None and not settings.musicgen:
         print0("experts: none of MusicGen's, drawn at random")
 
@@ -90,12 +99,14 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
             told = ", ".join(f"{name} {baselines[name]:.4f}" for name in ("uniform", "unigram", "bigram"))
             print0(f"nats a code that need no model: ln {ids} = {baselines['range']:.4f}, {told}")
         counted["baselines"] = {name: nats for name, nats in found["baselines"].items() if name != "shuffled_captions"}
+        text = text_loss(model, stop) if text_loss and (last or changes) else None
         run.note_val_loss(found["nats"], settings.stall_evals)
-        if text_loss and (last or changes_text(settings)):
-            run.note_text(text_loss(model, stop))
-            if settings.train_output == "whole" and run.text_after != run.text_before:
+        if text is not None:
+            run.note_text(text)
+            if settings.train_output == "whole" and text != run.text_begin:
                 print0(
-                    "warning: train_output=whole trains the rows of the host's words on sounds alone: see its text loss"
+                    f"warning: train_output=whole trains the rows of the host's words on sounds alone: its text loss "
+                    f"changed by {text - run.text_begin:+.4f} nats a token since the first step"
                 )
         baselines["text"] = run.text_before
         log.write(
@@ -113,12 +124,17 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     )
     codec = codec_files(dataset) if compute.rank == 0 else None
     saver = BackgroundSaver(folder, settings.keep_last, None, compute.rank, codec)
-    return loop(
+    hashed = state_hash(model.host)
+    result = loop(
         Training(
             settings, compute, model, optimizer, loader, run, settings.num_iterations, settings.learning_rate, evaluate,
             saver, model.trained, facts, resumed=resume_step is not None,
         )
     )  # fmt: skip
+    if not model.config.trains_host:
+        assert state_hash(model.host) == hashed, "a tensor of the frozen host has changed"
+        print0(f"the host's tensors are as they were: {hashed[:8]}")
+    return result
 
 
 def build_optimizer(model: AdapterModel, settings: AdapterSettings, rank: int, world_size: int) -> MuonAdamW:
@@ -136,12 +152,6 @@ def build_optimizer(model: AdapterModel, settings: AdapterSettings, rank: int, w
         for kind, found in groups.items()
     ]
     return MuonAdamW(named, rank, world_size)
-
-
-def changes_text(settings: AdapterSettings) -> bool:
-    """Whether training can change what the model makes of text; else its text path is the host's own."""
-    whole = settings.train_output == "whole" or settings.output_layers == "shared"
-    return whole or settings.finetune_host or settings.unfreeze is not None
 
 
 def text_measure(settings: AdapterSettings, model: AdapterModel, compute: Compute) -> Callable | None:

@@ -60,10 +60,16 @@ def write_result(result: dict, kind: str) -> None:
 
 
 def listen(
-    model, tokenizer, codec, dataset, args: argparse.Namespace, tag: str, step: int, guidance: float = 1.0
-) -> dict:
-    """Generate for held-out captions, measure, write the page; returns the figures."""
-    held_out = chosen(list(clips(dataset, "val")), args.num)
+    model, tokenizer, codec, dataset, args: argparse.Namespace, tag: str, step: int, place: str = "audio",
+    guidance: float = 1.0,
+) -> dict:  # fmt: skip
+    """Generate for held-out captions, measure, write the page base_dir()/<place>/<tag>/listen.html; the figures."""
+    found = list(clips(dataset, "val"))
+    room = model.config.sequence_len - codec.codebooks
+    fitting = [clip for clip in found if len(tokenizer.encode(clip[0], bos=True)) < room]
+    if len(fitting) < len(found):
+        print0(f"{len(found) - len(fitting)} of {len(found)} captions leave no room for sound: left out")
+    held_out = chosen(fitting, args.num)
     begun = time.perf_counter()
     captions = [caption for caption, _, _ in held_out]
     how = dict(seed=args.seed, temperature=args.temperature, top_k=args.top_k, guidance=guidance)
@@ -83,7 +89,7 @@ def listen(
                  for c, g, r in zip(captions, generated, real, strict=True)][:SHOWN]  # fmt: skip
         result["distances"] = table
     print0(text)
-    page = write_page(base_dir() / "audio" / tag / "listen.html", f"{tag}, step {step}", items, text)
+    page = write_page(base_dir() / place / tag / "listen.html", f"{tag}, step {step}", items, text)
     print0(f"listen: {page}")
     return result
 

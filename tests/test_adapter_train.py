@@ -18,6 +18,7 @@ from nanochat.adapter_counts import parameter_counts
 from nanochat.audio import load_codec
 from nanochat.audio_generation import generate_codes
 from nanochat.dataset import prepare_for
+from nanochat.engine import decode
 from nanochat.hosts import load_host, state_hash
 from nanochat.listen_page import read_wav
 from nanochat.loss_eval import bits_per_byte
@@ -61,6 +62,14 @@ def teach(models, base, train):
     return run
 
 
+@pytest.fixture
+def speaks(teach, base):
+    """A checkpoint to open, made once."""
+    if not tag_dir("speaks", STAGE).exists():
+        teach("speaks", check_text="stdlib", check_tokens=300, clip_seconds=0.5)
+    return "speaks"
+
+
 def same_run(tag: str, step: int, ranks: int = 1) -> list:
     return [state_hashes(tag, step, STAGE), losses(tag, STAGE), rows_of(tag, ranks, STAGE)]
 
@@ -74,7 +83,7 @@ def test_from_folders_to_a_sound(teach, models, base, name, tmp_path):
     hashed = state_hash(load_host(str(models / name), "cpu", torch.float32, say=print))
     teach(
         name, host=models / name, codec=f"encodec:{models / 'encodec'}", modalities="audio:64", codebooks=4,
-        clip_seconds=0.4, num_iterations=20, max_seq_len=160, total_batch_size=640, vocabulary="expanded",
+        clip_seconds=0.4, num_iterations=20, max_seq_len=160, total_batch_size=480, vocabulary="expanded",
         learning_rate=0.003,
     )  # fmt: skip
     assert losses(name, STAGE)[-1] < losses(name, STAGE)[0] == pytest.approx(np.log(256), abs=1e-4)
@@ -138,7 +147,7 @@ def test_two_ranks_are_one(teach, base, models):
 
 
 def test_killed_at_once_and_resumed(teach, base, models):
-    """SIGKILL after the first save; the resumed run ends as the whole one does."""
+    """SIGKILL after the first save; the resumed run ends as the whole one does. Red when the loader starts anew."""
     teach("whole", num_iterations=8, save_every=2)
     given = dict(host=models / "tied", musicgen=models / "musicgen", **SOUNDS)
     words = flags(given | dict(model_tag="killed", num_iterations=8, save_every=2))
@@ -170,20 +179,28 @@ def test_a_host_of_ours(teach, base, train, capsys):
         "ours", host="nanochat:host", expert="random", musicgen=None, expert_dim=32, num_iterations=12,
         check_text="stdlib", check_tokens=500,
     )  # fmt: skip
-    assert "unchanged" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "unchanged" in out and "the host's tensors are as they were" in out
     assert found["val_loss/audio"] < np.log(65) - 0.05
     model, _, metadata, settings, _ = open_adapters("ours", None, "cpu")
     counts = metadata["derived"]["parameters"]
     assert parameter_counts(settings) == counts | {"whole output": (300 + 65) * 64}
     assert bits_per_byte(model.host.model, stream, tokenizer.token_bytes, **how) == before
     assert bits_per_byte(model, stream, tokenizer.token_bytes, **how)["bpb"] == pytest.approx(before["bpb"], abs=1e-6)
+    model.plan = True  # as inside of features()
+    values = model.host.embeddings[1](torch.tensor([[3, 302]]))
+    model.plan = None
+    assert torch.equal(values[0, 0], model.host.embeddings[1].weight[3]) and (values[0, 1] == 0).all()
+    with torch.no_grad():
+        model.audio_output.weight.normal_(std=100.0)
+        assert 14 < model(torch.tensor([[3, 302]])).abs().max() <= 15  # capped like the host's words
 
 
 def test_whole_output_is_warned_about(teach, capsys):
     """With the measured change. Red when the text is measured by the host alone afterwards."""
     teach("whole-output", train_output="whole", output_layers="shared", check_text="stdlib", check_tokens=500)
     out = capsys.readouterr().out
-    assert "warning: train_output=whole" in out and "changed by" in out
+    assert "warning: train_output=whole" in out and "changed by" in out and "by the shared softmax" in out
     (line,) = [m for m in metrics("whole-output", stage=STAGE) if m.get("event") == "done"]
     assert line["val_loss/text"] > 0
 
@@ -195,9 +212,11 @@ def test_refused_filter_trains_nothing(models, base, teach):
     assert not cm.list_steps(tag_dir("filter", STAGE))
 
 
-def test_generation_and_evaluation(teach, base, tmp_path, capsys):
-    """Words equal the host's; several sounds; guidance; the evaluation's file tells loss, text and captions obeyed."""
-    teach("speaks", check_text="stdlib", check_tokens=300, clip_seconds=0.5)
+def test_generation_and_evaluation(speaks, base, tmp_path, capsys):
+    """Words equal the host's; several sounds; guidance; the evaluation's file tells loss, text and captions obeyed.
+
+    Red when the evaluation takes the text loss of the training's first step for the present one.
+    """
     model, *_ = open_adapters("speaks", None, "cpu")
     prompt = model.host.tokenizer.encode("the king", bos=True)
     theirs = model.host.model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -219,20 +238,56 @@ def test_generation_and_evaluation(teach, base, tmp_path, capsys):
     assert "the same to the last bit" in capsys.readouterr().out
 
 
-def test_guidance_of_one_is_none(teach, base):
-    model, *_ = open_adapters("speaks", None, "cpu")
-    how = dict(frames=4, temperature=0.8, seed=3)
-    plain, one, three = (
-        generate_codes(model, model.host.tokenizer, ["a low organ"], guidance=g, **how)[0] for g in (1.0, 1.0, 30.0)
+def test_guidance_between_none_and_without_caption(speaks, base):
+    """0 is the sound of no caption, 1 that of the caption alone. Red when 0 is taken as off."""
+    model, *_ = open_adapters(speaks, None, "cpu")
+    with torch.no_grad():
+        for expert in model.experts:
+            expert.up_proj.weight.normal_(std=0.5)  # captions matter
+        model.audio_output.weight.normal_(std=0.5)
+    caption, how = "a low organ plays", dict(frames=6, temperature=0)
+
+    def codes(words: str, guidance: float) -> np.ndarray:
+        return generate_codes(model, model.host.tokenizer, [words], guidance=guidance, **how)[0]
+
+    assert np.array_equal(codes(caption, 0.0), codes("", 1.0))
+    start = model.vocabulary.modality("audio").start
+    prompt = torch.tensor([[*model.host.tokenizer.encode(caption, bos=True), start]])
+    plain = [int(t) for t in decode(model, prompt, 13, frames=6, temperature=0)]
+    drawn = model.vocabulary.ids_of("audio", codes(caption, 1.0).T).tolist()
+    assert drawn == plain[: len(drawn)] and not np.array_equal(codes(caption, 1.0), codes("", 1.0))
+
+
+def test_several_words_from_one_prompt(speaks, base):
+    """Each sample as decoded alone, at temperature 0 all the same. Red when the cache is not repeated."""
+    words = adapter_generate.main(
+        ["--prompt=the king", "--text", "--num=3", "--max-tokens=5", f"--model-tag={speaks}", "--temperature=0"]
     )
-    assert np.array_equal(plain, one) and not np.array_equal(plain, three)
+    assert len(words) == 3 and len(set(words)) == 1
+    with pytest.raises(UserError, match="beyond the 512 positions"):
+        adapter_generate.main(["--prompt=the", "--text", "--max-tokens=600", f"--model-tag={speaks}"])
+
+
+def test_words_end_where_the_host_ends_them(teach, models, base, tmp_path):
+    """At its eos, as transformers' generate(). Red when only BOS ends a text."""
+    model = tiny_llama(tmp_path, tied=True, seed=3)
+    prompt = load_host(str(tmp_path), "cpu", torch.float32, say=print).tokenizer.encode("so", bos=True)
+    free = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, len(prompt) :]
+    eos = free[3].item()
+    model.config.eos_token_id = model.generation_config.eos_token_id = eos
+    model.save_pretrained(tmp_path)
+    teach("ends", host=tmp_path, num_iterations=1)
+    ended = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=eos)
+    wanted = [token for token in ended[0, len(prompt) :].tolist() if token != eos]
+    (words,) = adapter_generate.main(["--prompt=so", "--text", "--max-tokens=8", "--model-tag=ends", "--temperature=0"])
+    assert words == load_host(str(tmp_path), "cpu", torch.float32, say=print).tokenizer.decode(wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what does not belong together
 
 
-def test_another_host_expert_or_codec_is_refused(teach, base, models, tmp_path):
+def test_another_host_expert_or_codec_is_refused(teach, speaks, base, models, tmp_path):
     """Each by name, with the way out. Red when hashes are not compared."""
     teach("owned")
     for options, said in (
@@ -258,6 +313,21 @@ def test_another_host_expert_or_codec_is_refused(teach, base, models, tmp_path):
         path.write_bytes(content)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_hash", "expert", "layer_map", "ranges", "start"])
+def test_what_else_must_agree(speaks, base, name):
+    """Red when one of these is not compared."""
+    folder = cm.step_dir(tag_dir(speaks, STAGE), 4)
+    before = (folder / "state.json").read_bytes()
+    state = json.loads(before)
+    state["adapters"][name] = "another"
+    (folder / "state.json").write_text(json.dumps(state))
+    cm.seal(folder)
+    with pytest.raises(UserError, match=f"{name} is .* here, 'another' in the checkpoint"):
+        open_adapters(speaks, None, "cpu")
+    (folder / "state.json").write_bytes(before)
+    cm.seal(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -267,6 +337,7 @@ def test_another_host_expert_or_codec_is_refused(teach, base, models, tmp_path):
     ],
 )
 def test_tensors_that_do_not_fit_are_named(teach, base, change, said):
+    """Red when tensors are loaded without strictness."""
     teach("tensors", num_iterations=1, overwrite=True)
     folder = cm.step_dir(tag_dir("tensors", STAGE), 1)
     state = load_file(folder / "model.safetensors")
@@ -308,7 +379,7 @@ def test_stalling_and_over_fitting_are_said_once(capsys):
     assert "has not been below 3.0000 for 2 evaluations" in out
 
 
-def test_captions_are_left_out_at_the_rate(teach, base, models):
+def test_captions_are_left_out_at_the_rate(speaks, base, models):
     """Sounds keep their start and codes, about half lose their words, always the same ones. Red at a wrong end."""
     from nanochat.dataloader import TokenStore
 

@@ -75,7 +75,7 @@ def fit(model: AdapterModel, steps: int = 20, rate: float = 1e-2) -> float:
 
 @pytest.mark.parametrize("name", ["tied", "untied", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_text_is_the_hosts(folders, name, dtype):
+def test_text_is_the_hosts(folders, name, dtype, monkeypatch):
     """Logits of text, its tensors, its words: equal before and after 20 steps. Red when text takes the routed path, or
     when a tensor of the host is trained."""
     alone = load_host(str(folders / name), "cpu", dtype, say=quiet)
@@ -85,6 +85,7 @@ def test_text_is_the_hosts(folders, name, dtype):
     for trained in (False, True):
         if trained:
             assert fit(model) < 1.5
+            monkeypatch.setattr("nanochat.adapters.plan_route", None)  # text has no need of it
         assert torch.equal(model.host.logits(text), wanted)
         V = model.config.vocab_size
         assert torch.equal(model(text)[..., :V], wanted.float())
@@ -166,7 +167,10 @@ def test_a_filter_by_name_that_matches_nothing_is_refused(folders):
         adapters(folders / "tied", unfreeze="output")
     with pytest.raises(UserError, match="names no parameter"):
         adapters(folders / "tied", unfreeze="lm_head")
-    names = {name for name, _ in adapters(folders / "untied", unfreeze="lm_head").trained()}
+    with pytest.raises(UserError, match="takes in the host's output matrix, which no sound's loss meets"):
+        adapters(folders / "untied", unfreeze="lm_head")
+    options = dict(unfreeze="lm_head", output_layers="shared")
+    names = {name for name, _ in adapters(folders / "untied", **options).trained()}
     assert names == TRAINED | {"audio_output.weight", "host_model.lm_head.weight"}
     everything = adapters(folders / "tied", finetune_host=True)
     theirs = {f"host_model.{name}" for name, _ in everything.host.model.named_parameters()}
@@ -206,7 +210,8 @@ def test_training_the_whole_output_on_sounds_alone_costs_the_text(tmp_path):
 
 
 def test_one_softmax_leaks_and_two_do_not(folders):
-    """New rows alone under a shared softmax: the text logits stay and the text loss does not."""
+    """New rows alone under a shared softmax: the text logits stay and the text loss does not. Red when `shared` is
+    taken as separate."""
     text = torch.randint(0, 200, (4, 16), generator=torch.Generator().manual_seed(2))
     model = adapters(folders / "tied", output_layers="shared")
     wanted = model.host.logits(text)
@@ -219,7 +224,8 @@ def test_one_softmax_leaks_and_two_do_not(folders):
 
 @pytest.mark.parametrize("output_layers", ["separate", "shared"])
 def test_losses_by_hand(folders, output_layers):
-    """From the logits, per modality, over ignored targets and rows of different captions."""
+    """From the logits, per modality, over ignored targets and rows of different captions. Red when a target is taken
+    for its neighbour."""
     model = adapters(folders / "tied", output_layers=output_layers)
     fit(model, 5)
     inputs, targets = sounds(model, seed=3)
@@ -356,6 +362,26 @@ def test_what_starts_where(folders):
     assert model.experts[0].down_proj.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
     inputs, targets = sounds(model)
     assert model(inputs, targets).item() == pytest.approx(math.log(Q * K + 1), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+@pytest.mark.parametrize("output_layers", ["separate", "shared"])
+def test_flops_by_the_closed_formula(folders, name, output_layers):
+    """4 a frozen weight met, 6 a trained one. Red when the host's MLP, which no sound goes through, is counted."""
+    model = adapters(folders / name, output_layers=output_layers)
+    V, C, E, hidden, layers = 272, 32, 16, 32, 2
+    attention = C * C * 2 + 2 * C * 16  # q, o; k and v of 2 heads of 8
+    norms = (2 * layers + 1) * C
+    frozen = layers * (attention + 2 * E * hidden + 2 * E) + norms + (V * C if output_layers == "shared" else 0)
+    trained = layers * 2 * C * E + (Q * K + 1) * C
+    assert model.flops_per_token() == 4 * frozen + 6 * trained + 12 * layers * C * 64
+
+
+def test_the_host_never_drops_out(folders):
+    """Red when train() reaches a host that is trained."""
+    model = adapters(folders / "tied", finetune_host=True)
+    model.eval().train()
+    assert model.training and not any(module.training for module in model.host.model.modules())
 
 
 def test_counts_at_real_size():
