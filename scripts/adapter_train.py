@@ -15,7 +15,7 @@ from nanochat.adapter_checkpoint import AdapterRun, build, check_facts, load_tra
 from nanochat.adapter_settings import AdapterSettings
 from nanochat.adapters import AdapterModel, HostAlone
 from nanochat.audio_loss_eval import evaluate_audio
-from nanochat.config_file import as_dict, from_command_line
+from nanochat.config_file import from_command_line
 from nanochat.dataloader import TokenStore
 from nanochat.dataset import prepare, prepare_for
 from nanochat.hosts import state_hash
@@ -114,7 +114,6 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
         )
 
     facts = dict(
-        settings=as_dict(settings),
         adapters=adapters,
         derived=dict(
             num_iterations=settings.num_iterations, parameters=counts, flops_per_token=model.flops_per_token()

@@ -103,7 +103,6 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             print_samples(model, tokenizer)
 
     facts = dict(
-        settings=as_dict(settings),
         model_config=dataclasses.asdict(config),
         derived=dict(num_iterations=steps, parameters=counts, flops_per_token=model.flops_per_token()),
         tokenizer_hash=tokenizer.hash,
@@ -181,7 +180,7 @@ def loop(training: Training) -> dict:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
     def save() -> None:
-        metadata = {**training.facts, **progress_of(run, loader)}
+        metadata = dict(settings=as_dict(settings), **training.facts, **progress_of(run, loader))
         note_saved(saver.save(run.step, training.trained(), optimizer.state_items(), metadata))
 
     def note_saved(folder: Path | None) -> None:

@@ -538,7 +538,7 @@ def test_a_model_that_does_not_fit_is_one_line(train, monkeypatch, capsys):
 
     monkeypatch.setattr(base_train, "build_optimizer", starved)
     assert exit_code(lambda: train("large")) == 2
-    assert "smaller depth or model_dim fits (CUDA out of memory" in capsys.readouterr().err
+    assert "a smaller model fits (CUDA out of memory" in capsys.readouterr().err
 
 
 def test_a_second_copy_of_a_signal_does_not_cut_the_end_off(train, stop_after, monkeypatch):
