@@ -74,36 +74,37 @@ def same_run(tag: str, step: int, ranks: int = 1) -> list:
     return [state_hashes(tag, step, STAGE), losses(tag, STAGE), rows_of(tag, ranks, STAGE)]
 
 
-@pytest.mark.parametrize("name", ["tied", "untied"])
-def test_from_folders_to_a_sound(teach, models, base, name, tmp_path):
-    """Host, MusicGen and EnCodec from folders: 20 steps, saved, and in a new process a wav of exactly 0.4 s.
-
-    Red when the length is the codec's last whole second, or when a tensor that is trained is not saved.
-    """
-    hashed = state_hash(load_host(str(models / name), "cpu", torch.float32, say=print))
-    teach(
-        name, host=models / name, codec=f"encodec:{models / 'encodec'}", modalities="audio:64", codebooks=4,
-        clip_seconds=0.4, num_iterations=20, max_seq_len=160, total_batch_size=480, vocabulary="expanded",
-        learning_rate=0.003,
-    )  # fmt: skip
-    assert losses(name, STAGE)[-1] < losses(name, STAGE)[0] == pytest.approx(np.log(256), abs=1e-4)
-    folder = cm.step_dir(tag_dir(name, STAGE), 20)
-    state = load_file(folder / "model.safetensors")
-    assert state.keys() == {
-        "audio_embedding.weight", "audio_output.weight",
-        *(f"experts.{i}.{part}_proj.weight" for i in (0, 1) for part in ("down", "up")),
-    }  # fmt: skip
-    size = sum(tensor.numel() * 4 for tensor in state.values())
-    assert (folder / "model.safetensors").stat().st_size < size + 1000
-    out = tmp_path / "x.wav"
-    words = ["--prompt=a high sine", f"--out={out}", "--seconds=0.4", f"--model-tag={name}", "--device-type=cpu"]
-    process = start(base, *words, module="scripts.adapter_generate")
+def test_from_folders_to_a_sound(teach, models, base, tmp_path):
+    """Host (tied and untied), MusicGen and EnCodec from folders: 20 steps, saved, and in a new process a wav of exactly
+    0.4 s. Red when the length is the codec's last whole second, or when a tensor that is trained is not saved."""
+    lines = ["from scripts.adapter_generate import main"]
+    for name in ("tied", "untied"):
+        hashed = state_hash(load_host(str(models / name), "cpu", torch.float32, say=print))
+        teach(
+            name, host=models / name, codec=f"encodec:{models / 'encodec'}", modalities="audio:64", codebooks=4,
+            clip_seconds=0.4, num_iterations=20, max_seq_len=160, total_batch_size=480, vocabulary="expanded",
+            learning_rate=0.003,
+        )  # fmt: skip
+        assert losses(name, STAGE)[-1] < losses(name, STAGE)[0] == pytest.approx(np.log(256), abs=1e-4)
+        folder = cm.step_dir(tag_dir(name, STAGE), 20)
+        state = load_file(folder / "model.safetensors")
+        assert state.keys() == {
+            "audio_embedding.weight", "audio_output.weight",
+            *(f"experts.{i}.{part}_proj.weight" for i in (0, 1) for part in ("down", "up")),
+        }  # fmt: skip
+        size = sum(tensor.numel() * 4 for tensor in state.values())
+        assert (folder / "model.safetensors").stat().st_size < size + 1000
+        found = json.loads((folder / "state.json").read_text())["adapters"]
+        assert found["layer_map"] == [0, 5] and found["host_hash"] and found["expert_hash"] and found["start"] is None
+        assert state_hash(load_host(str(models / name), "cpu", torch.float32, say=print)) == hashed
+        words = ["--prompt=a high sine", f"--out={tmp_path / name}.wav", "--seconds=0.4", f"--model-tag={name}"]
+        lines.append(f"main({[*words, '--device-type=cpu']})")
+    (tmp_path / "both.py").write_text("\n".join(lines))
+    process = start(base, script=tmp_path / "both.py")
     assert process.wait(timeout=120) == 0, process.stdout.read()
-    wav, rate = read_wav(out)
-    assert rate == 32000 and len(wav) == 12800
-    found = json.loads((folder / "state.json").read_text())["adapters"]
-    assert found["layer_map"] == [0, 5] and found["host_hash"] and found["expert_hash"] and found["start"] is None
-    assert state_hash(load_host(str(models / name), "cpu", torch.float32, say=print)) == hashed
+    for name in ("tied", "untied"):
+        wav, rate = read_wav(tmp_path / f"{name}.wav")
+        assert rate == 32000 and len(wav) == 12800
 
 
 @pytest.mark.parametrize("expert", ["frozen", "trained", "random", "none"])
@@ -133,11 +134,19 @@ def test_resumed_is_uninterrupted(teach):
     assert same_run("bits", 4) == whole
 
 
-def test_two_ranks_are_one(teach, base, models):
+@pytest.fixture
+def ours(train, base):
+    """Settings with a text model of ours as host, made once: processes that need no transformers start in a second."""
+    if not tag_dir("host").exists():
+        modern = dict(value_embeddings=True, smear=True, residual_scalars=True, tie_weights=True, max_seq_len=112)
+        train("host", **modern, total_batch_size=1344, num_iterations=6)
+    return SOUNDS | dict(host="nanochat:host", expert="random", musicgen=None, expert_dim=32)
+
+
+def test_two_ranks_are_one(teach, base, ours):
     """Losses within 1e-5, the same rows; then on from there with one rank. Red when gradients are not summed."""
-    teach("one", num_iterations=6)
-    given = dict(host=models / "tied", musicgen=models / "musicgen", **SOUNDS)
-    words = flags(given | dict(model_tag="two"))
+    teach("one", **ours | dict(num_iterations=6))
+    words = flags(ours | dict(model_tag="two"))
     process = start(base, *words, ranks=2, module="scripts.adapter_train")
     assert process.wait(timeout=240) == 0, process.stdout.read()
     assert losses("two", STAGE) == pytest.approx(losses("one", STAGE)[:4], abs=1e-5)
@@ -146,11 +155,10 @@ def test_two_ranks_are_one(teach, base, models):
     assert len(losses("two", STAGE)) == 5
 
 
-def test_killed_at_once_and_resumed(teach, base, models):
+def test_killed_at_once_and_resumed(teach, base, ours):
     """SIGKILL after the first save; the resumed run ends as the whole one does. Red when the loader starts anew."""
-    teach("whole", num_iterations=8, save_every=2)
-    given = dict(host=models / "tied", musicgen=models / "musicgen", **SOUNDS)
-    words = flags(given | dict(model_tag="killed", num_iterations=8, save_every=2))
+    teach("whole", **ours | dict(num_iterations=8, save_every=2))
+    words = flags(ours | dict(model_tag="killed", num_iterations=8, save_every=2))
     process = start(base, *words, module="scripts.adapter_train")
     folder = tag_dir("killed", STAGE)
     while not cm.list_steps(folder):
@@ -161,13 +169,11 @@ def test_killed_at_once_and_resumed(teach, base, models):
     assert same_run("killed", 8) == same_run("whole", 8)
 
 
-def test_a_host_of_ours(teach, base, train, capsys):
+def test_a_host_of_ours(teach, base, ours, capsys):
     """A text model trained here: its bits per byte are the same to the last bit, and the held-out loss falls.
 
     Red when a value embedding or the smear of the host looks up an id that is not its own.
     """
-    modern = dict(value_embeddings=True, smear=True, residual_scalars=True, tie_weights=True, max_seq_len=112)
-    train("host", **modern, total_batch_size=1344, num_iterations=6)
     host = load_host("nanochat:host@6", "cpu", torch.float32, say=print)
     for place, said in (("host@7", "step 7 is not in"), ("host@", "nanochat:d4-tied@800"), ("nobody", "no .*nobody")):
         with pytest.raises(UserError, match=said):
@@ -175,10 +181,7 @@ def test_a_host_of_ours(teach, base, train, capsys):
     tokenizer, stream = host.tokenizer, np.array(host.tokenizer.encode("It was a bright cold day. " * 20, bos=True))
     how = dict(rows=2, seq_len=64)
     before = bits_per_byte(host.model, stream, tokenizer.token_bytes, **how)
-    found = teach(
-        "ours", host="nanochat:host", expert="random", musicgen=None, expert_dim=32, num_iterations=12,
-        check_text="stdlib", check_tokens=500,
-    )  # fmt: skip
+    found = teach("ours", **ours | dict(num_iterations=12, check_text="stdlib", check_tokens=500))
     out = capsys.readouterr().out
     assert "unchanged" in out and "the host's tensors are as they were" in out
     assert found["val_loss/audio"] < np.log(65) - 0.05
