@@ -21,7 +21,7 @@ from pathlib import Path
 
 from nanochat.checkpoint_manager import checkpoints_dir, newest_step
 from nanochat.runtime import UserError, base_dir, run_script
-from scripts.experiments import base_train, paired, read, run_missing, tag_of
+from scripts.experiments import base_train, paired, read, run_missing, seed_runs, sweep_runs, tag_of
 
 HOST = "adapters-host"
 SHAPE = dict(
@@ -75,31 +75,6 @@ def host_run() -> None:
         command = [sys.executable, "-m", "scripts.base_train", str(config), f"--model_tag={HOST}"]
         if subprocess.run(command).returncode:
             raise UserError("the host could not be trained: see above")
-
-
-def sweep_runs() -> dict[str, dict]:
-    return {
-        f"sweep/{name}/{rate}": {**changes, "num_iterations": 200, "seed": 1, "learning_rate": rate}
-        for name, changes in VARIANTS.items()
-        for rate in RATES
-    }
-
-
-def best_rate(lines: dict[str, dict], name: str) -> float:
-    """The rate with the lowest held-out loss; UserError while the sweep is not finished."""
-    found = {rate: lines.get(f"sweep/{name}/{rate}") for rate in RATES}
-    if None in found.values():
-        raise UserError("the sweep is not finished: run --stage sweep first")
-    return min(found, key=lambda rate: found[rate]["loss"])
-
-
-def seed_runs(lines: dict[str, dict]) -> dict[str, dict]:
-    rates = {name: best_rate(lines, name) for name in VARIANTS}
-    return {
-        f"seeds/{name}/{seed}": {**VARIANTS[name], "num_iterations": 600, "seed": seed, "learning_rate": rates[name]}
-        for seed in SEEDS
-        for name in VARIANTS
-    }
 
 
 def report(lines: dict[str, dict]) -> list[str]:
@@ -158,7 +133,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     if arguments.stage != "report":
         host_run()
     if arguments.stage in ("sweep", "seeds"):
-        runs = sweep_runs() if arguments.stage == "sweep" else seed_runs(lines)
+        if arguments.stage == "sweep":
+            runs = sweep_runs(VARIANTS, "learning_rate", RATES, 200)
+        else:
+            runs = seed_runs(VARIANTS, "learning_rate", RATES, 600, SEEDS, lines)
         lines = run_missing(runs, arguments.results, arguments.workers, train, "loss")
     print("\n".join(report(lines)))
     return lines

@@ -18,8 +18,8 @@ import os
 import statistics
 from pathlib import Path
 
-from nanochat.runtime import UserError, run_script
-from scripts.experiments import base_train, paired, read, run_missing
+from nanochat.runtime import run_script
+from scripts.experiments import base_train, paired, read, run_missing, seed_runs, sweep_runs
 
 SHAPE = dict(
     data="synth", data_limit=6000, modalities="audio:512", codec="frame", text_data="stdlib", text_share=0.5,
@@ -48,31 +48,6 @@ def train(key: str, settings: dict) -> dict:
         loss=curve["text"][-1] + curve["audio"][-1], seconds=lines[-1]["train_seconds"],
         parameters=lines[0]["parameters"],
     )  # fmt: skip
-
-
-def sweep_runs() -> dict[str, dict]:
-    return {
-        f"sweep/{name}/{rate}": {**changes, "num_iterations": 150, "seed": 1, "matrix_lr": rate}
-        for name, changes in VARIANTS.items()
-        for rate in RATES
-    }
-
-
-def best_rate(lines: dict[str, dict], name: str) -> float:
-    """The rate with the lowest sum of both losses; UserError while the sweep is not finished."""
-    found = {rate: lines.get(f"sweep/{name}/{rate}") for rate in RATES}
-    if None in found.values():
-        raise UserError("the sweep is not finished: run --stage sweep first")
-    return min(found, key=lambda rate: found[rate]["loss"])
-
-
-def seed_runs(lines: dict[str, dict]) -> dict[str, dict]:
-    rates = {name: best_rate(lines, name) for name in VARIANTS}
-    return {
-        f"seeds/{name}/{seed}": {**VARIANTS[name], "num_iterations": 300, "seed": seed, "matrix_lr": rates[name]}
-        for seed in SEEDS
-        for name in VARIANTS
-    }
 
 
 def share_of_steps(steps: list[int], losses: list[float], goal: float) -> float | None:
@@ -149,7 +124,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     arguments = parser.parse_args(argv)
     lines = read(arguments.results)
     if arguments.stage != "report":
-        runs = sweep_runs() if arguments.stage == "sweep" else seed_runs(lines)
+        if arguments.stage == "sweep":
+            runs = sweep_runs(VARIANTS, "matrix_lr", RATES, 150)
+        else:
+            runs = seed_runs(VARIANTS, "matrix_lr", RATES, 300, SEEDS, lines)
         lines = run_missing(runs, arguments.results, arguments.workers, train, "loss")
     print("\n".join(report(lines, arguments.plot)))
     return lines

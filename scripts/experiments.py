@@ -5,7 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -51,6 +51,32 @@ def run_missing(
                 file.write(json.dumps(line) + "\n")
             print(f"{line['key']:40s} {score} {line[score]:.4f}  {line['seconds']:.0f} s", flush=True)
     return read(results)
+
+
+def sweep_runs(variants: dict[str, dict], rate: str, rates: Iterable[float], steps: int) -> dict[str, dict]:
+    """Every variant at every value of the setting `rate`, one seed: settings by key."""
+    return {
+        f"sweep/{name}/{value}": {**changes, "num_iterations": steps, "seed": 1, rate: value}
+        for name, changes in variants.items()
+        for value in rates
+    }
+
+
+def seed_runs(
+    variants: dict[str, dict], rate: str, rates: Iterable[float], steps: int, seeds: Iterable[int], lines: dict
+) -> dict[str, dict]:
+    """Every variant with every seed, at the rate with the lowest loss; UserError while the sweep is not finished."""
+    best = {}
+    for name in variants:
+        found = {value: lines.get(f"sweep/{name}/{value}") for value in rates}
+        if None in found.values():
+            raise UserError("the sweep is not finished: run --stage sweep first")
+        best[name] = min(found, key=lambda value: found[value]["loss"])
+    return {
+        f"seeds/{name}/{seed}": {**variants[name], "num_iterations": steps, "seed": seed, rate: best[name]}
+        for seed in seeds
+        for name in variants
+    }
 
 
 def read(results: Path) -> dict[str, dict]:
