@@ -217,7 +217,7 @@ ADAPTER_PRESETS: dict[str, dict] = {
     "tiny": dict(
         host="nanochat:host", expert="random", musicgen=None, expert_dim=64, data_limit=3000, modalities="audio:256",
         codebooks=2, codec="pitch", max_seq_len=240, total_batch_size=3840, device_batch_size=16, num_iterations=300,
-        eval_clips=100,
+        eval_clips=100, learning_rate=0.02,  # small hosts take large steps (dev/LOG.md)
     ),
 }  # fmt: skip
 

@@ -314,19 +314,19 @@ def adherence_text(table: dict) -> str:
     for split, rows in table.items():
         if rows["generated"]["n"] == 0:
             continue
-        lines = [f"{split:<17}{'n':>5}  " + "".join(f"{quantity:<19}" for quantity in QUANTITIES)]
+        lines = [f"{split:<17}{'n':>5}  " + "".join(f"{quantity:<21}" for quantity in QUANTITIES)]
         for row, name in names.items():
             cells = [
                 "-" if cell["share"] is None else f"{cell['share']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
                 for cell in (rows[row][quantity] for quantity in QUANTITIES)
             ]
-            lines.append(f"{name:<17}{rows[row]['n']:>5}  " + "".join(f"{cell:<19}" for cell in cells))
-        chances = "".join(f"{rows['chance'][quantity]:<19.2f}" for quantity in QUANTITIES)
+            lines.append(f"{name:<17}{rows[row]['n']:>5}  " + "".join(f"{cell:<21}" for cell in cells))
+        chances = "".join(f"{rows['chance'][quantity]:<21.2f}" for quantity in QUANTITIES)
         lines.append(f"{'chance':<24}{chances}")
         gains = [
             f"{gain['mean']:.2f} [{gain['low']:.2f}, {gain['high']:.2f}]" for gain in rows["above shuffled"].values()
         ]
         if gains:
-            lines.append(f"{'above shuffled':<24}" + "".join(f"{gain:<19}" for gain in gains))
+            lines.append(f"{'above shuffled':<24}" + "".join(f"{gain:<21}" for gain in gains))
         blocks.append("\n".join(line.rstrip() for line in lines))
     return "\n\n".join(blocks)
