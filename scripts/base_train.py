@@ -111,11 +111,10 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     )
     codec = codec_files(dataset) if compute.rank == 0 else None
     saver = BackgroundSaver(folder, settings.keep_last, tokenizer, compute.rank, codec)
-    trained = lambda: model.state_dict().items()  # noqa: E731
     return loop(
         Training(
-            settings, compute, model, optimizer, loader, run, steps, settings.matrix_lr, evaluate, saver, trained,
-            facts, compile_seconds, resume_step is not None,
+            settings, compute, model, optimizer, loader, run, steps, settings.matrix_lr, evaluate, saver,
+            lambda: model.state_dict().items(), facts, compile_seconds, resume_step is not None,
         )
     )  # fmt: skip
 
