@@ -7,7 +7,7 @@ results file is not repeated.
 
 random: a drawn expert of that shape that stays as it is, between trained adapters.  trained: the expert is trained too.
 none: adapters with nothing but a GELU between them.  everything: the host's weights are trained as well.
-sweep: 4 variants x 6 rates, 200 steps.  seeds: 4 variants x 3 seeds at each variant's best rate, 600 steps, then
+sweep: 4 variants x 7 rates, 200 steps.  seeds: 4 variants x 3 seeds at each variant's best rate, 400 steps, then
 scripts.adapter_eval on 200 sounds.  report: losses, paired differences to random, captions obeyed, the host's text.
 """
 
@@ -35,7 +35,7 @@ VARIANTS = {
     "none": dict(expert="none"),
     "everything": dict(expert="trained", finetune_host=True),
 }
-RATES = (1e-4, 5e-4, 1e-3, 5e-3, 2e-2, 5e-2)
+RATES = (1e-4, 5e-4, 1e-3, 5e-3, 2e-2, 5e-2, 1e-1)
 SEEDS = (1, 2, 3)
 QUANTITIES = ("pitch", "tempo", "contour", "instrument")
 
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         if arguments.stage == "sweep":
             runs = sweep_runs(VARIANTS, "learning_rate", RATES, 200)
         else:
-            runs = seed_runs(VARIANTS, "learning_rate", RATES, 600, SEEDS, lines)
+            runs = seed_runs(VARIANTS, "learning_rate", RATES, 400, SEEDS, lines)
         lines = run_missing(runs, arguments.results, arguments.workers, train, "loss")
     print("\n".join(report(lines)))
     return lines
