@@ -105,7 +105,8 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
                             with MLPs of 4 times the width (compiled runs save less), two arrays more with experts, plus
                             the bfloat16 copies of the matrices; residual scalars keep one more array a layer, value
                             embeddings k of one in every other layer, smear two and backout one in all; blocked
-                            attention (CPU) also keeps its weights, H (T + 128) / 2 a token in float32 (and bfloat16)
+                            attention (CPU) also keeps its weights, float32 (and bfloat16): a token H (T + 128) / 2, or
+                            about H (window + 128) with a window
     logits                  one chunk of the loss head: 5 arrays rows x V in float32, the cast output matrix, gradients
                             to features and to that matrix
     step                    what an update holds for a while: the reduced gradients of the matrices, and 6 copies of
@@ -136,7 +137,11 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     per_token += config.n_embd * size * (config.residual_scalars + config.value_embeddings * kv / 2)
     if kind == "cpu":
         T = settings.max_seq_len
-        per_token += config.n_head * ((T + CPU_BLOCK) / 2 if T > CPU_BLOCK else T) * (4 if full else 6)
+        ends = {start: min(start + CPU_BLOCK, T) for start in range(0, T, CPU_BLOCK)}
+        windows = [config.window(layer) or T for layer in range(config.n_layer)]
+        squares = ((end - start) * (end - max(0, start - w)) for w in windows for start, end in ends.items())
+        seen = sum(squares) / T / config.n_layer  # keys a query is multiplied with
+        per_token += config.n_head * seen * (4 if full else 6)
     count = model.num_parameters()
     matrices = count["transformer"] + count["experts"] + count["output_projection"]
     once = config.n_embd * size * (2 * config.smear + config.backout)

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 
 from nanochat import parameters
 from nanochat.attention import causal_attention, wide
-from nanochat.loss_head import chunked_cross_entropy, compile_loss_head, softcapped
+from nanochat.loss_head import chunked_cross_entropy, compile_loss_head, softcapped, token_losses
 from nanochat.modality import IGNORED, Modality, Vocabulary
 from nanochat.parameters import is_scalar
-from nanochat.routing import Grouped, Plan, grouped_linear, permute, plan_route, route, sorted_by
+from nanochat.routing import Grouped, Plan, grouped, grouped_linear, permute, plan_route, route, sorted_by
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class GPTConfig:
     output_projection_residual: bool = False  # with it: wte (x + P x), P starting at zero
     rope_base: float = 10000.0
     qk_scale: float = 1.0  # queries and keys are multiplied by it after QK norm
+    softcap: float = 15.0  # logits are squashed into (-softcap, softcap)
+    vocab_multiple: int = 1  # rows of the tables are rounded up to a multiple of it; the padding gets no logits
+    window_pattern: str = "L"  # a letter a layer, again and again: L sees all that came before, and so does the last
+    short_window: int = 1024  # layer; S sees so many tokens before a token, and itself (Longformer, arXiv 2004.05150)
     # The rest comes from modded-nanogpt by way of nanochat; lambdas and gates are learned.
     value_embeddings: bool = False  # every other layer, the last included, adds gate * embedding of the token to v
     value_gate_channels: int = 12  # the gate, one number a KV head, reads the first channels of attention's input
@@ -54,13 +58,11 @@ class GPTConfig:
     output_layers: str = "shared"
 
     def __post_init__(self):
-        assert self.untie in ("none", "mlp", "all", "random") and self.output_layers in (
-            "shared",
-            "masked",
-            "separate",
-        ), self
+        assert self.untie in ("none", "mlp", "all", "random"), self
+        assert self.output_layers in ("shared", "masked", "separate"), self
         assert self.n_embd % self.n_head == 0 and self.n_head % self.n_kv_head == 0, self
         assert self.tie_weights or not self.use_output_projection, "an output projection needs tied weights"
+        assert self.window_pattern and set(self.window_pattern) <= set("LS"), self
 
     @property
     def head_dim(self) -> int:
@@ -68,6 +70,15 @@ class GPTConfig:
 
     def has_value_embedding(self, layer: int) -> bool:
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens before a token the layer sees; None: all."""
+        short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer < self.n_layer - 1
+        return self.short_window if short else None
+
+    def padded(self, ids: int) -> int:
+        """Rows of a table for so many ids."""
+        return -(-ids // self.vocab_multiple) * self.vocab_multiple
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -130,7 +141,7 @@ class CausalSelfAttention(AttentionMatrices):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__(config)
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim, self.window = layer, config.head_dim, config.window(layer)
         self.qk_scale, self.gate_range = config.qk_scale, config.value_gate_range
         if config.has_value_embedding(layer):
             self.ve_gate = Linear(min(config.value_gate_channels, config.n_embd), config.n_kv_head)
@@ -160,7 +171,7 @@ class CausalSelfAttention(AttentionMatrices):
         q, k = ((norm(rotate(z, cos, sin)) * self.qk_scale).to(x.dtype) for z in (q, k))
         if kv_cache is not None:  # keys and values of the whole past, this step's included
             k, v = kv_cache.insert(self.layer, k, v)
-        y = causal_attention(q, k, v).reshape(B, T, C)
+        y = causal_attention(q, k, v, self.window).reshape(B, T, C)
         if len(everyone) == 1:
             return self.c_proj(y)
         if isinstance(plan, Grouped):
@@ -217,13 +228,6 @@ class ModalityMLP(MLP):
         return grouped(x, plan, [[matrix.weight for matrix in into]], between)[0]
 
 
-def grouped(x: torch.Tensor, plan: Grouped, matrices: list, then=lambda y: y) -> list[torch.Tensor]:
-    """x [B, T, C] sorted by expert, times each of `matrices` (one weight an expert), `then`, and back in order."""
-    flat = permute(x.flatten(0, 1), plan.perm, plan.inverse)
-    outs = [then(grouped_linear(flat, weights, plan.ends)) for weights in matrices]
-    return [permute(out, plan.inverse, plan.perm).view(*x.shape[:-1], out.size(-1)) for out in outs]
-
-
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -260,7 +264,7 @@ class GPT(nn.Module):
         if not config.tie_weights:
             self.lm_head = Linear(config.n_embd, self.table_size)
         if config.separate:
-            sizes = {m.name: m.size for m in config.modalities}
+            sizes = {m.name: config.padded(m.size) for m in config.modalities}
             self.transformer["wtes"] = nn.ModuleDict({m: nn.Embedding(n, config.n_embd) for m, n in sizes.items()})
             if not config.tie_weights:
                 self.lm_heads = nn.ModuleDict({m: Linear(config.n_embd, n) for m, n in sizes.items()})
@@ -269,7 +273,8 @@ class GPT(nn.Module):
         kv_width = config.n_kv_head * config.head_dim
         layers = [layer for layer in range(config.n_layer) if config.has_value_embedding(layer)]
         if layers:
-            self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(self.vocabulary.size, kv_width) for i in layers})
+            rows = config.padded(self.vocabulary.size)
+            self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv_width) for i in layers})
         if config.smear:
             self.smear_gate = Linear(min(SMEAR_CHANNELS, config.n_embd), 1)
             self.smear_lambda = nn.Parameter(torch.empty(1))
@@ -286,7 +291,7 @@ class GPT(nn.Module):
     @property
     def table_size(self) -> int:
         """Rows of wte and lm_head: all ids, or those of the text where each modality has tables of its own."""
-        return self.config.vocab_size if self.config.separate else self.vocabulary.size
+        return self.config.padded(self.config.vocab_size if self.config.separate else self.vocabulary.size)
 
     @torch.no_grad()
     def init_weights(self, tied_std: float = 0.02) -> None:
@@ -345,14 +350,15 @@ class GPT(nn.Module):
     @property
     def output_weight(self) -> torch.Tensor:
         """The matrix [V, C] that makes the logits: of all ids, or of text where each modality has its own."""
-        return self.transformer.wte.weight if self.config.tie_weights else self.lm_head.weight
+        table = self.transformer.wte if self.config.tie_weights else self.lm_head
+        return table.weight[: self.config.vocab_size if self.config.separate else self.vocabulary.size]
 
     def output_weights(self) -> list[tuple[int, torch.Tensor]]:
         """(first id, matrix) of each softmax, in the order of the ids."""
         vocabulary, whole = self.vocabulary, self.output_weight
         if self.config.separate:
             tables = self.transformer.wtes if self.config.tie_weights else self.lm_heads
-            further = [tables[name].weight for name in vocabulary.names[1:]]
+            further = [tables[m.name].weight[: m.size] for m in self.config.modalities]
             return [(first, w) for (first, _), w in zip(vocabulary.ranges, (whole, *further), strict=True)]
         if self.config.output_layers == "masked":
             return [(first, whole[first:end]) for first, end in vocabulary.ranges]
@@ -425,7 +431,7 @@ class GPT(nn.Module):
         if self.config.separate:
             matrices = [matrix for _, matrix in self.output_weights()]
         parts = [wide(F.linear(features, matrix.to(features.dtype))) for matrix in matrices]
-        return softcapped(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
+        return softcapped(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], self.config.softcap)
 
     def text_logits(self, features: torch.Tensor) -> torch.Tensor:
         """logits() of the ids that a text target competes with in the loss: all of them in a shared softmax."""
@@ -446,11 +452,11 @@ class GPT(nn.Module):
         x, flat = x.flatten(0, 1), targets.flatten()
         parts, inverse = self.by_target(x, flat)
         if loss_reduction == "none":
-            losses = torch.cat([token_losses(*part) for part in parts])
+            losses = torch.cat([token_losses(*part, self.config.softcap) for part in parts])
             if inverse is not None:  # ignored targets lie behind all others
                 losses = F.pad(losses, (0, len(flat) - len(losses)))[inverse]
             return losses.view_as(targets)
-        sums = torch.stack([chunked_cross_entropy(*part, "sum") for part in parts])
+        sums = torch.stack([chunked_cross_entropy(*part, "sum", self.config.softcap) for part in parts])
         if loss_reduction == "modalities":
             return sums
         return sums.sum() / (targets != IGNORED).sum().clamp(min=1) if loss_reduction == "mean" else sums.sum()
@@ -491,10 +497,3 @@ class GPT(nn.Module):
     num_parameters = parameters.num_parameters
     num_matmul_parameters = parameters.num_matmul_parameters
     flops_per_token = parameters.flops_per_token
-
-
-def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats of each target, [N], with a gradient where one is wanted."""
-    if not torch.is_grad_enabled():
-        return chunked_cross_entropy(x, weight, targets, "none")
-    return F.cross_entropy(softcapped(wide(F.linear(x, weight.to(x.dtype)))), targets, reduction="none")

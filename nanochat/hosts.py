@@ -98,11 +98,10 @@ class TransformersHost:
 class NanochatHost:
     """A text model of ours; the attributes are described above."""
 
-    softcap = 15.0  # of loss_head.softcapped
-
     def __init__(self, name: str, model: GPT, tokenizer, weights: str):
         self.name, self.hash, self.model, self.tokenizer = name, weights, _frozen(model), tokenizer
-        self.vocab_size, self.width = model.transformer.wte.weight.shape
+        self.vocab_size, self.width = model.output_weight.shape
+        self.softcap = model.config.softcap
         self.tied, self.output_weight = model.config.tie_weights, model.output_weight
         self.context, self.n_layer = model.config.sequence_len, model.config.n_layer
         self.stop = (tokenizer.bos_id,)

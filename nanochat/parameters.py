@@ -58,9 +58,11 @@ def num_matmul_parameters(model) -> int:
 
 
 def flops_per_token(model) -> int:
-    """Training FLOPs a token, forward and backward: 6 N_matmul + 12 L C T (arXiv 2204.02311, appendix B).
+    """Training FLOPs a token, forward and backward: 6 N_matmul + 12 C T for each layer (arXiv 2204.02311, appendix B).
 
-    Attention is counted over the whole square, as nanochat does: causality is not halved.
+    Attention is counted over the whole square, as nanochat does: causality is not halved. T ends at a layer's window.
     """
     config = model.config
-    return 6 * num_matmul_parameters(model) + 12 * config.n_layer * config.n_embd * config.sequence_len
+    windows = [config.window(layer) for layer in range(config.n_layer)]
+    seen = sum(config.sequence_len if w is None else min(config.sequence_len, w + 1) for w in windows)
+    return 6 * num_matmul_parameters(model) + 12 * config.n_embd * seen

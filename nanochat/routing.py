@@ -142,3 +142,10 @@ def grouped_linear(x: torch.Tensor, weights: Sequence[torch.Tensor], ends: torch
         return F.grouped_mm(x, stacked, offs=ends)
     parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())  # float64, which only proofs use, has no such kernel
     return torch.cat([part @ weight for part, weight in zip(parts, stacked, strict=True)])
+
+
+def grouped(x: torch.Tensor, plan: Grouped, matrices: list, then=lambda y: y) -> list[torch.Tensor]:
+    """x [B, T, C] sorted by expert, times each of `matrices` (one weight an expert), `then`, and back in order."""
+    flat = permute(x.flatten(0, 1), plan.perm, plan.inverse)
+    outs = [then(grouped_linear(flat, weights, plan.ends)) for weights in matrices]
+    return [permute(out, plan.inverse, plan.perm).view(*x.shape[:-1], out.size(-1)) for out in outs]

@@ -18,7 +18,7 @@ from nanochat.modality import RESERVED, modalities_of
 from nanochat.runtime import UserError
 
 ON = "on"  # in `when`: any value but these
-OFF = (None, False, 0, "disabled", "none")
+OFF = (None, False, 0, "disabled", "none", "L")
 
 
 class IllegalCombination(UserError):
@@ -291,6 +291,20 @@ class Settings(RunSettings):
     qk_scale: float = setting(
         1.0, "factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2", "model", above=0
     )
+    softcap: float = setting(15.0, "logits are squashed smoothly into plus and minus this", "model", above=0)
+    window_pattern: str = setting(
+        "L",
+        "what each layer sees, again and again: L all that came before, S a short window; the last layer is always L",
+        "model",
+    )
+    short_window: int | None = setting(
+        None, "tokens before a token that an S layer sees; None: a quarter of the context, rounded up to 128", "model",
+        at_least=1, at_most=2**24, when=("window_pattern", ON),
+    )  # fmt: skip
+    vocab_multiple: int = setting(
+        1, "rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs", "model", at_least=1,
+        at_most=65536,
+    )  # fmt: skip
     value_embeddings: bool = setting(
         False, "every other layer adds a gated embedding of the token to its values: memory, hardly any time", "model"
     )
@@ -455,6 +469,10 @@ class Settings(RunSettings):
             and self.output_projection_residual,
             rope_base=self.rope_base,
             qk_scale=self.qk_scale,
+            softcap=self.softcap,
+            vocab_multiple=self.vocab_multiple,
+            window_pattern=self.window_pattern,
+            short_window=self.short_window or math.ceil(self.max_seq_len / 512) * 128,
             value_embeddings=self.value_embeddings,
             smear=self.smear,
             residual_scalars=self.residual_scalars,
@@ -493,6 +511,9 @@ class Settings(RunSettings):
                 f"n_kv_head={self.n_kv_head} does not divide the {self.n_head} query heads "
                 f"(model_dim {self.n_embd} / head_dim {self.head_dim}): nearest legal value {nearest}",
             )
+        if not re.fullmatch("[SL]+", self.window_pattern):
+            message = f"window_pattern={shown(self.window_pattern)} is not made of S and L, as SSSL is"
+            raise IllegalCombination("window_pattern", "SSSL", message)
         if (self.num_iterations, self.target_flops, self.target_param_data_ratio) == (None, None, None):
             message = "no horizon: set num_iterations, target_flops or target_param_data_ratio"
             raise IllegalCombination("target_param_data_ratio", 20.0, message)

@@ -101,6 +101,19 @@ rope_base = 10000.0
 # factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2
 qk_scale = 1.0
 
+# logits are squashed smoothly into plus and minus this
+softcap = 15.0
+
+# what each layer sees, again and again: L all that came before, S a short window; the last layer is always L
+window_pattern = "L"
+
+# tokens before a token that an S layer sees; None: a quarter of the context, rounded up to 128; matters only with
+# window_pattern [short_window has no effect while window_pattern='L']
+short_window = None
+
+# rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs
+vocab_multiple = 1
+
 # every other layer adds a gated embedding of the token to its values: memory, hardly any time
 value_embeddings = False
 

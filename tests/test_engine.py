@@ -1,8 +1,10 @@
 """Generation with the cache against generation without it."""
 
+import hypothesis.strategies as st
 import pytest
 import torch
-from test_gpt import MODERN, VARIANTS_AND_FEATURES, build, random_ids
+from hypothesis import given, settings
+from test_gpt import FEATURES, MODERN, VARIANTS, VARIANTS_AND_FEATURES, build, random_ids
 
 from nanochat.engine import KVCache, generate, sample
 
@@ -44,6 +46,33 @@ def test_logits_of_a_prompt_read_in_pieces(features):
         assert cache.position == 11
         with pytest.raises(AssertionError, match="full"):
             model(ids[:, :1], kv_cache=cache)
+
+
+@settings(max_examples=40)
+@given(
+    variant=st.sampled_from(sorted(VARIANTS)),
+    features=st.sets(st.sampled_from(sorted(FEATURES))),
+    layers=st.integers(1, 4),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    pattern=st.text("SL", min_size=1, max_size=3),
+    window=st.integers(1, 12),
+    pieces=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+)
+def test_any_combination_of_features_in_pieces(variant, features, layers, kv_heads, pattern, window, pieces):
+    """Every feature with every other, windows shorter and longer than a piece: cached logits are those of one forward.
+
+    Red when a window is cut from the end of the cache without the new tokens (`[:, -window:]`), or by one token wrong.
+    """
+    changes = {k: v for name in features for k, v in FEATURES[name].items()}
+    model = build(
+        n_layer=layers, n_kv_head=kv_heads, **{**VARIANTS[variant], **changes},
+        **({"window_pattern": pattern, "short_window": window} if "windows" not in features else {}),
+    )  # fmt: skip
+    ids = random_ids(2, sum(pieces))
+    with torch.inference_mode():
+        cache = KVCache(model, 2, sum(pieces))
+        logits = torch.cat([model(part, kv_cache=cache) for part in ids.split(pieces, dim=1)], dim=1)
+        torch.testing.assert_close(logits, model(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_a_repeated_cache_goes_on_for_every_row():

@@ -160,13 +160,22 @@ def test_predicted_activations_are_what_torch_saves_for_backward(dtype, depth, h
     assert share == pytest.approx(saved[True] - saved[False], rel=0.25)
 
 
-def saved_activations(dtype, depth, heads, kv, length, modern) -> tuple[Settings, int]:
+def test_windows_save_the_memory_that_is_predicted():
+    """Red when the prediction forgets the window (`end - max(0, start - w)`)."""
+    whole, narrow = (saved_activations(torch.float32, 3, 4, 4, 1024, False, p) for p in ("L", "S"))
+    for s, saved in (whole, narrow):
+        assert memory_parts(s, CPU)["activations"] == pytest.approx(saved, rel=0.15)
+    assert narrow[1] < 0.9 * whole[1]
+
+
+def saved_activations(dtype, depth, heads, kv, length, modern, pattern="L") -> tuple[Settings, int]:
     """The settings, and the bytes that torch keeps between forward and backward, the loss head's left out."""
     name = str(dtype).removeprefix("torch.")
     s = Settings(
         depth=depth, head_dim=64, model_dim=64 * heads, n_kv_head=kv, max_seq_len=length, dtype=name, vocab_size=500,
         total_batch_size=1024, device_batch_size=1024, tie_weights=True,
-        value_embeddings=modern, smear=modern, residual_scalars=modern, backout=modern,
+        value_embeddings=modern, smear=modern, residual_scalars=modern, backout=modern, window_pattern=pattern,
+        short_window=64,
     )  # fmt: skip
     model = GPT(GPTConfig(**s.model_arguments()))
     model.init_weights()

@@ -22,6 +22,9 @@ VARIANTS = {
 FEATURES = {
     "rope_base": dict(rope_base=100_000.0),
     "qk_scale": dict(qk_scale=1.2),
+    "softcap": dict(softcap=4.0),
+    "vocab_multiple": dict(vocab_multiple=64),
+    "windows": dict(window_pattern="SSL", short_window=3),
     "value_embeddings": dict(value_embeddings=True),
     "value_embeddings-2026-01": dict(value_embeddings=True, value_gate_channels=32, value_gate_range=2.0),
     "smear": dict(smear=True),
@@ -94,8 +97,10 @@ def reference_logits(weights: dict[str, torch.Tensor], ids: list[int], config: G
             for t in range(T):
                 query = rms(rotated(q[t, head], t)) * config.qk_scale**2
                 scores = torch.tensor([query @ keys[s] / math.sqrt(D) for s in range(t + 1)], dtype=torch.float64)
-                weight = scores.exp() / scores.exp().sum()
-                heads[t, head] = sum(weight[s] * v[s, shared] for s in range(t + 1))
+                short = config.window_pattern[layer % len(config.window_pattern)] == "S" and layer < config.n_layer - 1
+                first = max(0, t - config.short_window) if short else 0
+                weight = scores[first:].exp() / scores[first:].exp().sum()
+                heads[t, head] = sum(weight[s - first] * v[s, shared] for s in range(first, t + 1))
         x = x + heads.view(T, -1) @ w[block + "attn.c_proj.weight"].T
         inner = (rms(x) @ w[block + "mlp.c_fc.weight"].T).clamp(min=0) ** 2
         x = x + inner @ w[block + "mlp.c_proj.weight"].T
@@ -107,7 +112,7 @@ def reference_logits(weights: dict[str, torch.Tensor], ids: list[int], config: G
         projected = x @ w["output_projection.weight"].T
         x = x + projected if config.output_projection_residual else projected
     output = w["transformer.wte.weight"] if config.tie_weights else w["lm_head.weight"]
-    return 15 * torch.tanh(x @ output.T / 15)
+    return config.softcap * torch.tanh(x @ output[: config.vocab_size].T / config.softcap)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -276,11 +281,12 @@ def test_counts_are_the_closed_formula(variant, kv_heads):
     with torch.device("meta"):
         modern = GPT(GPTConfig(**{**changes, **MODERN, "n_layer": 5}))
     counts = modern.num_parameters()
-    assert counts["value_embeds"] == 3 * V * C * kv_heads // 4  # layers 4, 2, 0
+    assert counts["wte"] == 64 * C if "tied" in variant else counts["lm_head"] == 64 * C  # 50 ids, in rows of 64
+    assert counts["value_embeds"] == 3 * 64 * C * kv_heads // 4  # layers 4, 2, 0
     assert counts["scalars"] == 3 * 32 * kv_heads + 24 + 1 + 5 + 5 + 1
     assert counts["total"] == sum(p.numel() for p in modern.parameters())
     matmul += 3 * block  # neither what is looked up nor what is a few numbers
-    assert modern.flops_per_token() == 6 * matmul + 12 * 5 * C * T
+    assert modern.flops_per_token() == 6 * matmul + 12 * C * (2 * T + 3 * 4)  # layers 0, 1, 3 see 3 tokens and one
 
 
 def test_feature_keys_are_nanochats():
@@ -345,7 +351,8 @@ def test_config_refuses_what_cannot_be_and_its_defaults_are_the_classic_model():
         sequence_len=1024, vocab_size=50304, n_layer=12, n_head=6, n_kv_head=6, n_embd=768, tie_weights=False,
         use_output_projection=False, output_projection_residual=False, rope_base=10_000.0, qk_scale=1.0,
         value_embeddings=False, value_gate_channels=12, value_gate_range=3.0, smear=False, residual_scalars=False,
-        backout=False, mlp_ratio=4.0, modalities=(), untie="none", output_layers="shared",
+        backout=False, mlp_ratio=4.0, modalities=(), untie="none", output_layers="shared", softcap=15.0,
+        vocab_multiple=1, window_pattern="L", short_window=1024,
     )  # fmt: skip
     for wrong in (dict(n_head=5), dict(n_kv_head=4), dict(use_output_projection=True)):
         with pytest.raises(AssertionError):

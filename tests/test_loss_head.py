@@ -18,8 +18,10 @@ def problem(rows: int, width: int, vocab: int, scale: float = 1.0, ignored: floa
     return x, weight, targets.masked_fill(torch.rand(rows, generator=generator) < ignored, -100)
 
 
-def reference(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-    logits = 15 * torch.tanh(x.double() @ weight.double().T / 15)
+def reference(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str, softcap: float = 15.0
+) -> torch.Tensor:
+    logits = softcap * torch.tanh(x.double() @ weight.double().T / softcap)
     each = F.cross_entropy(logits, targets, reduction="none")
     valid = max(1, int((targets != -100).sum()))
     return {"none": each, "sum": each.sum(), "mean": each.sum() / valid}[reduction]
@@ -33,20 +35,21 @@ def reference(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, redu
     scale=st.sampled_from([0.1, 3.0, 30.0]),  # 30 drives the logits deep into the cap
     ignored=st.sampled_from([0.0, 0.5, 1.0]),
     reduction=st.sampled_from(["mean", "sum"]),
+    softcap=st.sampled_from([15.0, 20.0]),
 )
-def test_loss_and_gradients_in_chunks(rows, chunk, vocab, scale, ignored, reduction):
+def test_loss_and_gradients_in_chunks(rows, chunk, vocab, scale, ignored, reduction, softcap):
     """Red when the last, shorter chunk is dropped, `(1 - squashed^2)` is left out, or -100 counts in the mean."""
     x, weight, targets = problem(rows, 5, vocab, scale, ignored)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(loss_head.CHUNK_ROWS, "cpu", chunk)
-        loss = chunked_cross_entropy(x, weight, targets, reduction)
+        loss = chunked_cross_entropy(x, weight, targets, reduction, softcap)
         with torch.no_grad():
-            evaluated = chunked_cross_entropy(x, weight, targets, reduction)
-            each = chunked_cross_entropy(x, weight, targets, "none")
-    expected = reference(x, weight, targets, reduction)
+            evaluated = chunked_cross_entropy(x, weight, targets, reduction, softcap)
+            each = chunked_cross_entropy(x, weight, targets, "none", softcap)
+    expected = reference(x, weight, targets, reduction, softcap)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(evaluated.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(each.double(), reference(x, weight, targets, "none"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(each.double(), reference(x, weight, targets, "none", softcap), rtol=1e-5, atol=1e-5)
     assert each[targets == -100].eq(0).all()
     ours = torch.autograd.grad(3 * loss, (x, weight))
     theirs = torch.autograd.grad(3 * expected, (x, weight))

@@ -127,7 +127,12 @@ def test_slice_refuses_rows_that_differ():
         model.features(ids)
 
 
-@pytest.mark.parametrize(("features", "expected"), [({}, PLAIN), (dict(tie_weights=True, **MODERN), PLAIN_MODERN)])
+THEN = dict(softcap=15.0, vocab_multiple=1, window_pattern="L")  # what was no field yet
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"), [({}, PLAIN), ({**MODERN, **THEN, "tie_weights": True}, PLAIN_MODERN)]
+)
 def test_without_modalities_the_model_is_what_it_was(features, expected):
     """Start, loss and gradient recorded before there were modalities, under the same seed."""
     torch.manual_seed(1)
