@@ -2,9 +2,9 @@
 
 `python -m scripts.check_features [--stage seeds|time|goal|report] [--results FILE] [--workers 2]` trains small models
 (depth 4, width 128, tied weights) on the standard library, one process with one thread each, all at the same rates and
-300 steps of 4,096 tokens. A run that is in the results file is not repeated.
+400 steps of 2,048 tokens. A run that is in the results file is not repeated.
 
-seeds: 3 seeds of every variant, and classic for 45 steps more: between its two ends lies what classic reaches in the
+seeds: 3 seeds of every variant, and classic for 60 steps more: between its two ends lies what classic reaches in the
 time that a feature costs.  time: what a step of each variant costs, alternating in one process (run it on a quiet
 machine).  goal: depth 4, width 256, context 512, 300 steps of 8,192 tokens, where nanochat's recipe reaches 1.405.
 report: val bpb minus classic's, paired by seed, with 95% intervals, at equal tokens and at equal time.
@@ -22,7 +22,7 @@ from scripts.experiments import base_train, paired, read, run_missing
 
 SHAPE = dict(
     data="stdlib", vocab_size=2048, depth=4, model_dim=128, head_dim=32, max_seq_len=256, tie_weights=True,
-    total_batch_size=4096, device_batch_size=16, eval_tokens=262_144, eval_every=None, sample_every=None,
+    total_batch_size=2048, device_batch_size=8, eval_tokens=262_144, eval_every=None, sample_every=None,
 )  # fmt: skip
 FEATURES = {
     "rope_base 1e5": dict(rope_base=100_000.0),
@@ -39,7 +39,7 @@ MODERN = {k: v for name, changes in FEATURES.items() if name not in APART for k,
 VARIANTS = {
     "classic": {}, **FEATURES, "modern": MODERN, "modern, windows": MODERN | FEATURES["windows SSSL, 64"],
 }  # fmt: skip
-STEPS, LONGER = 300, 345
+STEPS, LONGER = 400, 460
 SEEDS = (1, 2, 3)
 GOAL = dict(
     vocab_size=4096, model_dim=256, head_dim=64, max_seq_len=512, total_batch_size=8192, eval_tokens=None,
