@@ -2,6 +2,8 @@
 
 A step is written under a temporary name: every file, then manifest.json with sizes and hashes, each fsynced, then the
 folder. Renaming the folder is the commit, after which the parent is fsynced. Loading checks the manifest.
+
+Folders with nanochat's own files (model_000123.pt, ...) are found and loaded alike, through upstream.py, and only read.
 """
 
 import errno
@@ -19,13 +21,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nanochat import upstream
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.modality import Modality
 from nanochat.runtime import UserError, base_dir, first_line, fsync, print0, sha256_of
-from nanochat.settings import RunSettings
+from nanochat.settings import RunSettings, nearest_name
 from nanochat.tokenizer import Tokenizer
+from nanochat.upstream_optim import load_optimizer as load_upstream_optimizer
 
 STEP_NAME = re.compile(r"step_(\d{6,})")
+# load_model()'s sources, and where nanochat keeps the checkpoints of each stage.
+SOURCES = {
+    "base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints",
+}  # fmt: skip
 
 
 def checkpoints_dir() -> Path:
@@ -44,6 +52,17 @@ def step_dir(checkpoint_dir: Path, step: int) -> Path:
 def step_of(folder: Path) -> int:
     """The inverse of step_dir."""
     return int(STEP_NAME.fullmatch(folder.name)[1])
+
+
+def step_path(checkpoint_dir: Path, step: int) -> Path:
+    """What holds a step's weights: our folder, or where only nanochat has that step its model_000123.pt."""
+    theirs = upstream.model_file(checkpoint_dir, step)
+    return theirs if is_upstream(checkpoint_dir, step) else step_dir(checkpoint_dir, step)
+
+
+def is_upstream(checkpoint_dir: Path, step: int) -> bool:
+    """Whether a step is nanochat's own; ours comes first where both have that number."""
+    return not step_dir(checkpoint_dir, step).is_dir() and upstream.model_file(checkpoint_dir, step).is_file()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,7 +162,7 @@ def prune(checkpoint_dir: Path, keep_last: int | None) -> list[Path]:
 
     Damaged steps neither count nor go: whoever wants them gone may say so.
     """
-    folders = [step_dir(checkpoint_dir, step) for step in list_steps(checkpoint_dir)]
+    folders = [step_dir(checkpoint_dir, step) for step in own_steps(checkpoint_dir)]
     if keep_last is None or len(folders) <= keep_last:
         return []
     old = [folder for folder in folders if damage(folder) is None][:-keep_last]
@@ -159,6 +178,11 @@ def prune(checkpoint_dir: Path, keep_last: int | None) -> list[Path]:
 
 
 def list_steps(checkpoint_dir: Path) -> list[int]:
+    """Steps of ours and of nanochat's, whole or not, in ascending order."""
+    return sorted({*own_steps(checkpoint_dir), *upstream.list_steps(checkpoint_dir)})
+
+
+def own_steps(checkpoint_dir: Path) -> list[int]:
     """Steps that have a folder, whole or not, in ascending order."""
     if not Path(checkpoint_dir).is_dir():
         return []
@@ -191,11 +215,15 @@ def damage(folder: Path) -> str | None:
 
 def newest_step(checkpoint_dir: Path) -> int | None:
     """The newest whole step, walking back over damaged ones and saying so; None when there is none."""
+    mixed = own_steps(checkpoint_dir) and upstream.list_steps(checkpoint_dir)
     for step in reversed(list_steps(checkpoint_dir)):
-        reason = damage(step_dir(checkpoint_dir, step))
+        path = step_path(checkpoint_dir, step)
+        reason = upstream.damage(checkpoint_dir, step) if is_upstream(checkpoint_dir, step) else damage(path)
         if reason is None:
+            if mixed:
+                print0(f"{checkpoint_dir} holds steps of ours and of nanochat's: taking {path.name}")
             return step
-        print0(f"passing over {step_dir(checkpoint_dir, step)}: {reason}")
+        print0(f"passing over {path}: {reason}")
     return None
 
 
@@ -209,11 +237,11 @@ def _trainer(root: Path) -> str:
 
 
 def newest_tag(root: Path) -> str:
-    """The tag whose newest step folder is the youngest; UserError when there is no checkpoint at all."""
+    """The tag whose newest step is the youngest; UserError when there is no checkpoint at all."""
     tags = [path for path in _tags(root) if list_steps(path)]
     if not tags:
         raise UserError(f"no checkpoint in {root}: train one with `python -m {_trainer(root)}`")
-    return max(tags, key=lambda tag: step_dir(tag, list_steps(tag)[-1]).stat().st_mtime).name
+    return max(tags, key=lambda tag: step_path(tag, list_steps(tag)[-1]).stat().st_mtime).name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,13 +249,26 @@ def newest_tag(root: Path) -> str:
 
 
 def load_checkpoint(
-    checkpoint_dir: Path, step: int, device: torch.device | str = "cpu", load_optimizer: bool = False
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict]:
-    """(model state, optimizer state or None, metadata) of a step that must be whole; UserError otherwise."""
+    checkpoint_dir: Path, step: int, device: torch.device | str = "cpu", load_optimizer: bool = False,
+    era: str | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict]:  # fmt: skip
+    """(model state, optimizer state or None, metadata) of a step that must be whole; UserError otherwise.
+
+    Of nanochat's own files all three are translated, with {"era": ...} in the metadata's `upstream`; era: the one that
+    counts instead of what the files tell. Where they hold no whole optimizer state, None comes back and is explained.
+    """
+    if is_upstream(checkpoint_dir, step):
+        state, metadata = upstream.load(checkpoint_dir, step, era)
+        optimizer_state = None
+        if load_optimizer:
+            optimizer_state = load_upstream_optimizer(checkpoint_dir, step, model_config(metadata))
+        return {name: tensor.to(device) for name, tensor in state.items()}, optimizer_state, metadata
     folder = step_dir(checkpoint_dir, step)
     if not folder.is_dir():
         have = ", ".join(map(str, list_steps(checkpoint_dir))) or "none"
         raise UserError(f"step {step} is not in {checkpoint_dir}: steps there are {have}")
+    if era is not None:
+        raise UserError(f"era={era!r} is for nanochat's own files; {folder} says itself what it is: leave --era out")
     if reason := damage(folder):
         raise UserError(
             f"{folder} is damaged: {reason}. Take another step, or after editing it by hand reseal it with "
@@ -281,7 +322,10 @@ def model_config(metadata: dict) -> GPTConfig:
         raise UserError("the checkpoint's state.json has no model_config: it does not say which model this is")
     known = {field.name for field in fields(GPTConfig)}
     if unknown := sorted(saved.keys() - known):
-        raise UserError(f"model_config has fields that this version does not know: {', '.join(unknown)}")
+        raise UserError(
+            f"model_config has fields that this version does not know: {', '.join(unknown)}. A newer one wrote it: "
+            "update this repository"
+        )
     if "tie_weights" not in saved:
         _say_once("model_config has no tie_weights: taken as untied")
     elif saved["tie_weights"] and "use_output_projection" not in saved:
@@ -305,21 +349,31 @@ def model_config(metadata: dict) -> GPTConfig:
 
 
 def build_model(
-    checkpoint_dir: Path, step: int, device: torch.device | str, phase: str
+    checkpoint_dir: Path, step: int, device: torch.device | str, phase: str, era: str | None = None
 ) -> tuple[GPT, Tokenizer | None, dict]:
     """The model of one step on the device, in phase "train" or "eval", with its tokenizer (None without) and metadata.
 
-    Raises UserError when the weights do not fit the metadata, or the tokenizer is not the one of the training.
+    era: as in load_checkpoint(). Raises UserError when the weights do not fit the metadata, or the tokenizer is not the
+    one of the training.
     """
     assert phase in ("train", "eval"), phase
-    model_state, _, metadata = load_checkpoint(checkpoint_dir, step, device)
-    folder = step_dir(checkpoint_dir, step)
-    model = model_from_state(model_config(metadata), model_state, device, where=folder)
+    model_state, _, metadata = load_checkpoint(checkpoint_dir, step, device, era=era)
+    where = step_path(checkpoint_dir, step)
+    model = model_from_state(model_config(metadata), model_state, device, where=where)
     model.train(phase == "train")
-    tokenizer = Tokenizer.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+    tokenizer = tokenizer_of(checkpoint_dir, step)
     if tokenizer is not None:
-        check_tokenizer(tokenizer, metadata, folder)
+        check_tokenizer(tokenizer, metadata, where)
     return model, tokenizer, metadata
+
+
+def tokenizer_of(checkpoint_dir: Path, step: int) -> Tokenizer | None:
+    """The tokenizer that lies with a step, ours or nanochat's; None where there is none."""
+    if is_upstream(checkpoint_dir, step):
+        sizes = upstream.read_meta(checkpoint_dir, step)["model_config"]
+        return upstream.find_tokenizer(checkpoint_dir, sizes.get("vocab_size", GPTConfig.vocab_size))
+    folder = step_dir(checkpoint_dir, step) / "tokenizer"
+    return Tokenizer.load(folder) if folder.is_dir() else None
 
 
 def model_from_state(config: GPTConfig, state: dict[str, torch.Tensor], device, where) -> GPT:
@@ -368,35 +422,52 @@ def check_codec(dataset, metadata: dict, where) -> None:
 
 
 def load_model(
-    source: str, device: torch.device | str, phase: str, model_tag: str | None = None, step: int | None = None
-) -> tuple[GPT, Tokenizer | None, dict]:
-    """Open a checkpoint of ours: source "base", the newest tag and the newest whole step unless they are named.
+    source: str, device: torch.device | str, phase: str, model_tag: str | None = None, step: int | None = None,
+    era: str | None = None,
+) -> tuple[GPT, Tokenizer | None, dict]:  # fmt: skip
+    """Open a checkpoint, ours or nanochat's: the newest tag and the newest whole step unless they are named.
 
+    source: "base", or nanochat's later stages "mid", "sft", "rl". era: as in load_checkpoint().
     Raises UserError that says what was looked for and what exists.
     """
-    if source != "base":
-        raise UserError(f"source={source!r} is unknown: use 'base'")
-    checkpoint_dir, step = find_checkpoint(model_tag, step)
-    print0(f"loading {step_dir(checkpoint_dir, step)}")
-    return build_model(checkpoint_dir, step, device, phase)
+    if source not in SOURCES:
+        raise UserError(f"source={source!r} is unknown{nearest_name(source, SOURCES)}")
+    checkpoint_dir, step = find_checkpoint(model_tag, step, base_dir() / SOURCES[source])
+    print0(f"loading {step_path(checkpoint_dir, step)}")
+    return build_model(checkpoint_dir, step, device, phase, era)
 
 
 def find_checkpoint(model_tag: str | None, step: int | None, root: Path | None = None) -> tuple[Path, int]:
     """(tag folder, step) below root (None: base_checkpoints): the named ones, else the newest.
 
-    UserError says what was looked for and what exists.
+    A model_tag with a slash is a path: of such a folder anywhere, ours or nanochat's, of a step_000123 or of a
+    model_000123.pt in it. UserError says what was looked for and what exists.
     """
     root = root or checkpoints_dir()
     tag = model_tag or newest_tag(root)
-    checkpoint_dir = root / tag
+    checkpoint_dir = Path(tag).expanduser() if "/" in tag else root / tag
+    if found := STEP_NAME.fullmatch(checkpoint_dir.name) or upstream.MODEL_NAME.fullmatch(checkpoint_dir.name):
+        if step not in (None, int(found[1])):
+            raise UserError(f"model_tag={tag!r} is of step {int(found[1])}, not {step}: name one or the other")
+        checkpoint_dir, step = checkpoint_dir.parent, int(found[1])
     if not checkpoint_dir.is_dir():
-        have = ", ".join(path.name for path in _tags(root))
-        raise UserError(f"model_tag={tag!r}: there is no {checkpoint_dir} (tags there: {have or 'none'})")
+        have = "" if "/" in tag else f" (tags there: {', '.join(path.name for path in _tags(root)) or 'none'})"
+        raise UserError(f"model_tag={tag!r}: there is no {checkpoint_dir}{have}")
     if step is None:
         step = newest_step(checkpoint_dir)
         if step is None:
-            raise UserError(f"{checkpoint_dir} holds no whole step: train with `python -m {_trainer(root)}`")
+            there = "to import a Hugging Face folder use `python -m scripts.convert --from-hf`"
+            there = there if (checkpoint_dir / "config.json").is_file() else f"train with `python -m {_trainer(root)}`"
+            raise UserError(f"{checkpoint_dir} holds no whole step: {there}")
     return checkpoint_dir, step
+
+
+def model_file_hash(checkpoint_dir: Path, step: int) -> str:
+    """sha256 of the file that holds a step's weights."""
+    if is_upstream(checkpoint_dir, step):
+        return sha256_of(upstream.model_file(checkpoint_dir, step))
+    manifest = json.loads((step_dir(checkpoint_dir, step) / "manifest.json").read_text(encoding="utf-8"))
+    return manifest["files"]["model.safetensors"]["sha256"]
 
 
 def weights_hash(state: dict[str, torch.Tensor]) -> str:

@@ -15,8 +15,8 @@ import tiktoken
 import torch
 
 from nanochat.checkpoint_manager import weights_hash
+from nanochat.pickles import read_pt
 from nanochat.runtime import UserError, first_line, sha256_of
-from nanochat.upstream import read_pt
 
 LAYER_NAMES = {
     "attention.wq": "self_attn.q_proj",

@@ -272,7 +272,7 @@ def find_or_train(settings: Settings, dataset, say: Say = print) -> Tokenizer:
         directory = _named(settings.tokenizer, root)
         if (directory / "ranks.tiktoken").is_file():
             return Tokenizer.load(directory)
-        from nanochat.upstream import read_tokenizer_pickle  # which builds on this module
+        from nanochat.pickles import read_tokenizer_pickle  # which builds on this module
 
         return read_tokenizer_pickle(directory / "tokenizer.pkl")
     source = re.sub(r"[^A-Za-z0-9._]+", "-", dataset.name).strip("-.") or "data"

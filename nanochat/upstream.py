@@ -1,162 +1,243 @@
-"""nanochat's own historical files, read and never written: tokenizer.pkl and model_*.pt.
+"""nanochat's own checkpoints, of any age: found, told apart, translated. They are only read, never written.
 
-Both are pickles, programs for a machine that can call anything. tokenizer.pkl is run with a set of instructions that
-can only make dicts of text, bytes and numbers, model_*.pt by torch's weights_only unpickler. We read no other pickle.
+A folder holds model_000123.pt, meta_000123.json and perhaps optim_000123*.pt for each step. Of nanochat's constants the
+metadata says nothing, so the age of a file is told by its tensors and keys; the dates are those of nanochat's public
+history (github.com/karpathy/nanochat).
 """
 
-import io
-import pickle
-import pickletools
+import json
 import re
-import zipfile
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from nanochat.runtime import UserError, first_line
-from nanochat.settings import shown
-from nanochat.tokenizer import BOS, Tokenizer
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.pickles import read_pt, read_tokenizer_pickle
+from nanochat.runtime import UserError, base_dir, print0
+from nanochat.settings import nearest_name, shown
+from nanochat.tokenizer import Tokenizer
 
-LARGEST_TOKENIZER = 64 * 2**20  # bytes; 65,536 ids take about 1 MB, 200,000 take 4 MB
-# All that pickle's protocols 4 and 5 (Python >= 3.8) need for an Encoding. Left out besides all calls: tuples, which
-# nest into keys that take for ever to hash, and numbered memo slots, for which a few bytes claim gigabytes.
-ADMITTED = set(
-    "PROTO FRAME STOP MARK MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL EMPTY_TUPLE NEWOBJ BUILD EMPTY_DICT SETITEM "
-    "SETITEMS SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BININT BININT1 BININT2 NONE".split()
-)
-# What the unpicklers are known to raise about damaged or hostile streams, besides their own error.
-DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
-DAMAGE += (RuntimeError, MemoryError, OverflowError, NotImplementedError, zipfile.BadZipFile)
+# ---------------------------------------------------------------------------------------------------------------------
+# the eras
 
 
-class _State:
-    """Stands in for tiktoken's Encoding and only keeps its state: the real one, given a name, would download it."""
-
-    value: object = None
-
-    def __setstate__(self, value: object) -> None:
-        self.value = value
+def half(context: int) -> int:
+    return context // 2
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> type:
-        if (module, name) not in (("tiktoken.core", "Encoding"), ("tiktoken", "Encoding")):
-            raise UserError(f"it asks for {shown(f'{module}.{name}')}, and only tiktoken's Encoding is admitted")
-        return _State
+def third(context: int) -> int:
+    return -(-context // (3 * 128)) * 128  # rounded up to the tile of FlashAttention-3
 
 
-def read_tokenizer_pickle(path: Path | str) -> Tokenizer:
-    """The tokenizer of nanochat's tokenizer.pkl, a pickled tiktoken.Encoding; nothing that the file names is run.
+def quarter(context: int) -> int:
+    return -(-context // (4 * 128)) * 128
 
-    Raises UserError for a pickle that asks for any other class (naming it), one of a registered encoding (only its
-    name), and for ranks, special tokens or a pattern that no Tokenizer can have.
-    """
-    path = Path(path)
+
+class Era(NamedTuple):
+    """What nanochat did from a day on, beyond the six sizes that its metadata always had."""
+
+    vocab_multiple: int  # rows of the tables are rounded up to it
+    short_window: Callable[[int], int] | None  # tokens that an S layer looks back, from the context; with lambdas
+    gate: tuple[int, float] | None  # of value embeddings: the channels that it reads, its range
+    softcap: float
+    rope_base: float
+    qk_scale: float
+    smear: bool  # and backout
+
+
+#                    multiple  window   gate       softcap rope base  q, k  smear
+ERAS = {
+    "2025-10-13": Era(1, None, None, 15.0, 10_000.0, 1.0, False),
+    "2025-12-09": Era(64, None, None, 15.0, 10_000.0, 1.0, False),
+    "2026-01-11": Era(64, half, None, 15.0, 10_000.0, 1.0, False),
+    "2026-01-16": Era(64, half, (32, 2.0), 15.0, 10_000.0, 1.0, False),
+    "2026-03-02": Era(64, half, (32, 2.0), 20.0, 10_000.0, 1.0, False),
+    "2026-03-09": Era(64, third, (12, 3.0), 15.0, 100_000.0, 1.15, False),
+    "2026-03-14": Era(64, quarter, (12, 3.0), 15.0, 100_000.0, 1.2, True),
+}
+MODEL_NAME = re.compile(r"model_([0-9]{6}|[1-9][0-9]{6,})\.pt")
+SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+RESIDUAL = {"resid_lambdas": torch.ones, "x0_lambdas": torch.zeros}  # what an absent one means
+SMEAR = ("smear_gate.weight", "smear_lambda", "backout_lambda")
+ELSEWHERE = "update this repository, or open it with the commit of nanochat that wrote it"
+
+
+def infer_era(sizes: dict, state: dict[str, torch.Tensor]) -> tuple[str, str]:
+    """(era, what tells it) from nanochat's model_config and its tensors by name."""
+    gates = [name for name in sorted(state) if name.endswith(".ve_gate.weight")]
+    values = [name for name in sorted(state) if name.startswith("value_embeds.")]
+    told = {"2026-03-14": next((name for name in SMEAR if name in state), None)}
+    if gates and state[gates[0]].shape[-1:] == (12,):
+        told["2026-03-09"] = f"{gates[0]} reads 12 channels"
+    told["2026-01-16"] = next(iter(gates + values), None)
+    told["2026-01-11"] = next((name for name in (*RESIDUAL, "window_pattern") if name in state or name in sizes), None)
+    if (rows := _rows(state)) > sizes["vocab_size"]:
+        told["2025-12-09"] = f"{rows} rows of transformer.wte.weight for {sizes['vocab_size']} ids"
+    told["2025-10-13"] = "nothing newer in it"
+    return next((era, why) for era, why in told.items() if why)
+
+
+def _rows(state: dict[str, torch.Tensor]) -> int:
+    """Of the embedding; 0 where there is none."""
+    table = state.get("transformer.wte.weight")
+    return 0 if table is None or table.ndim == 0 else len(table)
+
+
+def gpt_config(era: str, sizes: dict, state: dict[str, torch.Tensor]) -> GPTConfig:
+    """Our config for a model of that era; sizes: nanochat's model_config."""
+    rules = ERAS[era]
+    pattern = sizes.get("window_pattern", "L").upper()
+    if "window_pattern" in sizes and rules.short_window is None:
+        raise UserError(f"era={era!r} had no window_pattern, which the metadata holds: leave --era out")
+    config = dict(
+        {name: sizes[name] for name in SIZES if name in sizes}, softcap=rules.softcap, rope_base=rules.rope_base,
+        qk_scale=rules.qk_scale, window_pattern=pattern, smear=rules.smear, backout=rules.smear,
+        residual_scalars=rules.short_window is not None and any(name in state for name in RESIDUAL),
+    )  # fmt: skip
+    # nanochat's L layers look sequence_len tokens back, ours at everything: the same up to the training's context.
+    if "S" in pattern:
+        config["short_window"] = rules.short_window(config.get("sequence_len", GPTConfig.sequence_len))
+    if rules.gate:
+        channels, most = rules.gate
+        config |= dict(value_embeddings=True, value_gate_channels=channels, value_gate_range=most)
+    if _rows(state) > config.get("vocab_size", GPTConfig.vocab_size):
+        config["vocab_multiple"] = rules.vocab_multiple
     try:
-        with open(path, "rb") as file:
-            raw = file.read(LARGEST_TOKENIZER + 1)
-        if len(raw) > LARGEST_TOKENIZER:
-            raise UserError(f"it is larger than {LARGEST_TOKENIZER:,} bytes")
-        state = _unpickle(raw)
-        if isinstance(state, str):
-            raise UserError(
-                f"it holds no ranks, only the name {shown(state)} of an encoding that tiktoken would download: pickle "
-                "tiktoken.Encoding(name, pat_str=..., mergeable_ranks=..., special_tokens=...) made of its parts"
-            )
-        return _tokenizer(state, path.parent.name)
-    except OSError as error:
-        raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from error
-    except DAMAGE as error:  # UserError is a ValueError
-        reason = (
-            error if isinstance(error, UserError) else f"it is damaged ({type(error).__name__}: {first_line(error)})"
+        return GPTConfig(**config)
+    except AssertionError as error:
+        raise UserError(f"model_config describes no model that can be: {error}") from error
+
+
+def _check_fit(config: GPTConfig, era: str, told: str, state: dict[str, torch.Tensor]) -> None:
+    """UserError that names the first tensor which this model of this era lacks, does not know, or has otherwise."""
+    if config.n_layer > len(state):  # before it is built
+        raise UserError(f"model_config says {config.n_layer} layers, the file has {len(state)} tensors in all")
+    with torch.device("meta"):
+        wanted = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+    if strange := sorted(state.keys() - wanted.keys()):
+        raise UserError(
+            f"{shown(strange[0])} ({len(strange)} tensors in all) is not explained by nanochat's era {era} ({told}), "
+            f"nor by any that is known up to {max(ERAS)}: {ELSEWHERE}"
         )
-        raise UserError(f"tokenizer {path} is refused: {reason}") from error
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise UserError(
+            f"{missing[0]} ({len(missing)} tensors in all) is missing, which nanochat's era {era} ({told}) has: take "
+            f"the whole file; where it is one of nanochat's trials between two eras, {ELSEWHERE}"
+        )
+    for name, tensor in state.items():
+        if tuple(tensor.shape) != wanted[name]:
+            raise UserError(
+                f"{name} has shape {list(tensor.shape)}, the metadata and era {era} ({told}) say {list(wanted[name])}"
+            )
 
 
-def _unpickle(raw: bytes) -> object:
-    """The state of the pickled Encoding."""
-    strange = found = None
-    for opcode, argument, position in pickletools.genops(raw):
-        if opcode.name not in ADMITTED:
-            strange = f"{opcode.name} {'' if argument is None else shown(argument)}".rstrip()
-            # Stop there, but run what comes before: a class that it asks for tells more than an instruction does.
-            raw = raw[:position].ljust(len(raw), pickle.STOP)
-            break
+# ---------------------------------------------------------------------------------------------------------------------
+# the folder
+
+
+def model_file(folder: Path, step: int) -> Path:
+    return Path(folder) / f"model_{step:06d}.pt"
+
+
+def meta_file(folder: Path, step: int) -> Path:
+    return Path(folder) / f"meta_{step:06d}.json"
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps of nanochat's own that lie in the folder, whole or not, in ascending order."""
+    matches = (MODEL_NAME.fullmatch(path.name) for path in Path(folder).glob("model_*.pt"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def read_meta(folder: Path, step: int) -> dict:
+    """meta_000123.json with a checked model_config; UserError that says what is wrong, or what is needed."""
+    path = meta_file(folder, step)
     try:
-        found = _Unpickler(io.BytesIO(raw)).load()
-    except (pickle.UnpicklingError, EOFError):
-        if strange is None:
-            raise
-    if strange is not None:
-        raise UserError(f"{strange} at byte {position} is no part of a pickled Encoding")
-    if not isinstance(found, _State):
-        raise UserError(f"it holds a {type(found).__name__}, not tiktoken's Encoding")
-    return found.value
-
-
-def _tokenizer(state: object, name: str) -> Tokenizer:
-    """The Tokenizer of an Encoding's state; ValueError or KeyError says what is wrong with it."""
-    if not isinstance(state, dict):
-        raise ValueError(f"the Encoding's state is a {type(state).__name__}")
-    if unknown := [key for key in state if key not in ("name", "pat_str", "mergeable_ranks", "special_tokens")]:
-        raise ValueError(f"the Encoding's state holds {shown(unknown[0])}")
-    pattern, ranks, specials = state["pat_str"], state["mergeable_ranks"], state["special_tokens"]
-    if not (isinstance(pattern, str) and isinstance(ranks, dict) and isinstance(specials, dict)):
-        raise ValueError("pat_str, mergeable_ranks and special_tokens are not a text and two dicts")
-    for table, kind in ((ranks, bytes), (specials, str)):
-        if wrong := [key for key, i in table.items() if type(key) is not kind or not key or type(i) is not int]:
-            raise ValueError(f"{shown(wrong[0])} is no {kind.__name__} with a number")
-    tokens, names = sorted(ranks, key=ranks.get), sorted(specials, key=specials.get)
-    if [ranks[token] for token in tokens] != list(range(len(ranks))):
-        raise ValueError("the ranks are not 0, 1, 2, ...")
-    if missing := {bytes([i]) for i in range(256)} - ranks.keys():
-        raise ValueError(f"{len(missing)} of the 256 single bytes are missing")
-    if [specials[special] for special in names] != list(range(len(ranks), len(ranks) + len(names))):
-        raise ValueError(f"the special tokens are not the ids after {len(ranks)} ranks")
-    if BOS not in specials:
-        raise ValueError(f"{BOS} is missing")
-    return Tokenizer(tokens, pattern, tuple(names), name)  # ValueError for a pattern that does not compile
-
-
-def read_pt(path: Path | str) -> dict[str, torch.Tensor]:
-    """The tensors of a file that torch.save wrote, as nanochat's model_*.pt, by name; on the CPU, mapped, not copied.
-
-    Raises UserError with the reason for a file that is damaged, that asks for anything but tensors, or whose tensors
-    claim more than the file holds.
-    """
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:  # older formats than the zip are refused: nanochat never wrote them
-            members = archive.infolist()
-        # torch.save compresses nothing, so a small file never becomes a large one.
-        if any(member.compress_type != zipfile.ZIP_STORED or member.file_size > size for member in members):
-            raise UserError("it holds compressed parts, which torch.save never writes")
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if not isinstance(state, dict):
-            raise UserError(f"it holds a {type(state).__name__}, not tensors by name")
-        for name, tensor in state.items():
-            if type(name) is not str:
-                raise UserError(f"it names a tensor with a {type(name).__name__}")
-            if not (isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided):
-                raise UserError(f"{shown(name)} holds a {type(tensor).__name__}, not a dense tensor")
-            if tensor.nbytes > min(size, tensor.untyped_storage().nbytes()) or tensor.device.type != "cpu":
-                raise UserError(f"{shown(name)} claims {tensor.nbytes:,} bytes, which the file does not hold")
-        return state
+        meta = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
-    except DAMAGE as error:  # UserError is a ValueError
-        raise UserError(f"{path} is refused: {_reason(error)}") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): {model_file(folder, step).name} says nothing of its model "
+            "without it, so put the two side by side"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): fetch it again") from error
+    sizes = meta.get("model_config") if isinstance(meta, dict) else None
+    if not isinstance(sizes, dict):
+        raise UserError(f"{path} holds no model_config, so it is not the metadata that nanochat writes")
+    for name, value in sizes.items():
+        if name == "window_pattern":
+            if not isinstance(value, str) or not value or set(value.upper()) - set("SL"):
+                raise UserError(f"{path}: window_pattern={shown(value)} is not made of the letters S and L")
+        elif name not in SIZES:
+            near = nearest_name(name, (*SIZES, "window_pattern"))
+            raise UserError(f"{path}: model_config holds {shown(name)}, which no era of nanochat had{near}")
+        elif type(value) is not int or not 0 < value < 2**31:
+            raise UserError(f"{path}: model_config: {name}={shown(value)} is not a whole number > 0")
+    return meta
 
 
-def _reason(error: Exception) -> str:
-    """One line, without torch's advice, which is to load the file unsafely."""
-    if isinstance(error, UserError):
+def damage(folder: Path, step: int) -> str | None:
+    """Why a step of nanochat's cannot be read, or None; a file that was cut off is seen, a changed byte is not."""
+    try:
+        read_meta(folder, step)
+        read_pt(model_file(folder, step))
+    except UserError as error:
         return str(error)
-    text = str(error)
-    if asked := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text):
-        return f"it asks for {shown(asked[1])}, and only tensors are admitted"
-    if isinstance(error, pickle.UnpicklingError):
-        told = re.search(r"WeightsUnpickler error: (.*)", text)
-        text = (told and told[1].strip()) or "weights_only refuses it"
-    return f"it is damaged ({type(error).__name__}: {text.strip().partition(chr(10))[0][:300]})"
+    return None
+
+
+def load(folder: Path, step: int, era: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
+    """(float32 tensors by our names, metadata in our shape) of nanochat's model_000123.pt, on the CPU.
+
+    era: one of ERAS instead of the inferred one. UserError: a damaged file, an unknown era, a key or tensor that no
+    era explains or that the era lacks.
+    """
+    if era is not None and era not in ERAS:
+        raise UserError(f"era={era!r} is unknown{nearest_name(era, ERAS)}: one of {', '.join(ERAS)}")
+    meta, path = read_meta(folder, step), model_file(folder, step)
+    sizes = meta["model_config"]
+    raw = {name.removeprefix("_orig_mod."): tensor.detach() for name, tensor in read_pt(path).items()}
+    state = {name: tensor.float() for name, tensor in raw.items() if name not in ("cos", "sin")}  # follow from sizes
+    if absent := [name for name in SIZES if name not in sizes]:
+        values = ", ".join(f"{name}={getattr(GPTConfig, name)}" for name in absent)
+        print0(f"{meta_file(folder, step)} does not say {', '.join(absent)}: taking nanochat's defaults, {values}")
+    found, told = infer_era({"vocab_size": GPTConfig.vocab_size} | sizes, state)
+    if era is not None:
+        found, told = era, "--era"
+    elif found == "2026-01-16":
+        print0(
+            f"{path}: era {found}; a model of the first week of March 2026 looks the same, but its logits were capped "
+            "at 20 instead of 15: say --era 2026-03-02 if it is one"
+        )
+    try:
+        config = gpt_config(found, sizes, state)
+        if config.residual_scalars:
+            for name, absent_value in RESIDUAL.items():
+                state.setdefault(name, absent_value(config.n_layer))
+        _check_fit(config, found, told, state)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    facts = {name: value for name, value in meta.items() if name not in ("step", "model_config")}
+    origin = {"era": found, "told_by": told, "file": path.name, "metadata": facts}
+    described = asdict(config) | {"modalities": []}  # as JSON would have it
+    return state, {"step": step, "model_config": described, "upstream": origin}
+
+
+def find_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of a folder of nanochat's: in it, in its tokenizer/, or in that of the base folder; None: nowhere.
+
+    NANOCHAT_BASE_DIR's serves a folder from elsewhere only if it has as many ids as the model.
+    """
+    folder = Path(folder)
+    own = [folder, folder / "tokenizer", folder.absolute().parent.parent / "tokenizer"]
+    for place in (*own, base_dir() / "tokenizer"):
+        if (path := place / "tokenizer.pkl").is_file():
+            tokenizer = read_tokenizer_pickle(path)
+            if place in own or tokenizer.vocab_size == vocab_size:
+                return tokenizer
+            print0(f"{path} has {tokenizer.vocab_size} ids, the model {vocab_size}: not its tokenizer")
+    print0(f"{folder} has no tokenizer: put nanochat's tokenizer.pkl into it to read and write text")
+    return None

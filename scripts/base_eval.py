@@ -29,7 +29,8 @@ from nanochat.checkpoint_manager import (
     check_codec,
     check_tokenizer,
     find_checkpoint,
-    step_dir,
+    model_file_hash,
+    step_path,
     weights_hash,
 )
 from nanochat.core_bundle import find_bundle
@@ -68,7 +69,7 @@ TASK_COLUMNS = ("accuracy", "centered", "chance", "char_5gram", "word_overlap", 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; underscores in flags count as dashes. UserError for anything unknown or out of range."""
     parser = Parser("scripts.base_eval", __doc__)
-    parser.add_argument("--model-tag", help="folder under base_checkpoints (default: the newest)")
+    parser.add_argument("--model-tag", help="folder under base_checkpoints, or a path with a slash (default: newest)")
     parser.add_argument("--step", type=_whole(0), help="step to evaluate (default: the newest whole one)")
     parser.add_argument(
         "--eval", type=_parts,
@@ -82,6 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device-batch-size", type=_whole(1), help="rows of one forward (default: as trained)")
     parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")
     parser.add_argument("--data", help="another data source than the model was trained on")
+    parser.add_argument("--era", help="of nanochat's own files, as 2026-03-02, where they do not tell it")
     return parser.parse(argv)
 
 
@@ -362,7 +364,7 @@ def main(argv: list[str] | None = None) -> dict:
     parts = args.eval or tuple(part for part in PARTS if part != ("offline" if device_type == "cuda" else "core"))
     checkpoint_dir, step = find_checkpoint(args.model_tag, args.step)
     compute = init_compute(args.device_type, None, seed=42)
-    print0(f"evaluating {step_dir(checkpoint_dir, step)} on {device_name(compute)}: {', '.join(parts)}")
+    print0(f"evaluating {step_path(checkpoint_dir, step)} on {device_name(compute)}: {', '.join(parts)}")
     try:
         result = evaluate(args, parts, checkpoint_dir, step, compute)
     except torch.OutOfMemoryError as error:
@@ -386,7 +388,10 @@ def evaluate(
         bundle = from_rank0(lambda: find_bundle(args.bundle), compute.rank, compute.world_size, compute.device)
         if bundle is None:
             parts = tuple(dict.fromkeys("offline" if part == "core" else part for part in parts))
-    model, tokenizer, metadata = build_model(checkpoint_dir, step, compute.device, "eval")
+    model, tokenizer, metadata = build_model(checkpoint_dir, step, compute.device, "eval", args.era)
+    where = step_path(checkpoint_dir, step)
+    if tokenizer is None and "upstream" in metadata:
+        raise UserError(f"{where} has no tokenizer, without which no text can be scored: put tokenizer.pkl beside it")
     settings = settings_of(metadata)
     trained_on = metadata.get("data_fingerprint")
     model.compute_dtype = pick_dtype(settings.dtype, compute.device_type)
@@ -395,25 +400,24 @@ def evaluate(
         if not holds_sounds(args.data):
             settings = dataclasses.replace(settings, modalities=None)
         elif metadata.get("codec"):  # codes mean what they meant in the training
-            settings = dataclasses.replace(settings, codec=str(step_dir(checkpoint_dir, step) / "codec"))
+            settings = dataclasses.replace(settings, codec=str(where / "codec"))
     dataset = None
     if tokenizer is None or set(parts) - {"core"}:
         dataset = rank0_first(compute, lambda: prepare_for(settings, say=print0))
-        check_codec(dataset, metadata, step_dir(checkpoint_dir, step))
+        check_codec(dataset, metadata, where)
         warn_of_other_data(dataset, trained_on)
     if tokenizer is None:
         print0("the checkpoint holds no tokenizer: taking the one that its settings name")
         tokenizer = rank0_first(compute, lambda: find_or_train(settings, dataset, say=print0))
-        check_tokenizer(tokenizer, metadata, step_dir(checkpoint_dir, step))
+        check_tokenizer(tokenizer, metadata, where)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
 
-    manifest = json.loads((step_dir(checkpoint_dir, step) / "manifest.json").read_text(encoding="utf-8"))
     result = {
         "model_tag": checkpoint_dir.name,
         "step": step,
         "weights_hash": weights_hash(model.state_dict()),
-        "model_file_sha256": manifest["files"]["model.safetensors"]["sha256"],
+        "model_file_sha256": model_file_hash(checkpoint_dir, step),
         "data_fingerprint": dataset.fingerprint if dataset else trained_on,
     }
     rows = args.device_batch_size or settings.device_batch_size

@@ -1,61 +1,198 @@
-"""Look into a checkpoint: `python -m scripts.inspect_checkpoint [folder of a step | model.pt] [--reseal]`.
+"""Tell what a checkpoint is: `python -m scripts.inspect_checkpoint [CKPT] [--tensors] [--era ERA] [--reseal]`.
 
-Without a folder: the newest step. Prints whether it is whole, its metadata, its tensors and the hash of the weights.
---reseal rewrites manifest.json after a step was edited by hand. Of a .pt file, nanochat's own, it lists the tensors.
+CKPT: a step's folder, a tag or its folder (the newest step), a folder of nanochat's own files or its model_000123.pt,
+or a Hugging Face folder; default: the newest step. Says its format and age, the config, parameters by group, tokenizer,
+data, optimizer state, the hash of the weights, and whether it is whole. --reseal rewrites manifest.json of a step that
+was edited by hand.
 """
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from nanochat import upstream
+from nanochat.arguments import Parser
 from nanochat.checkpoint_manager import (
+    check_state,
+    check_tokenizer,
+    checkpoints_dir,
     damage,
     find_checkpoint,
+    is_upstream,
+    list_steps,
+    model_config,
+    newest_step,
     read_metadata,
     read_tensors,
     seal,
-    step_dir,
+    step_path,
+    tokenizer_of,
     weights_hash,
 )
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.parameters import num_parameters
+from nanochat.pickles import read_pt
 from nanochat.runtime import UserError, run_script
-from nanochat.upstream import read_pt
+from nanochat.tokenizer import Tokenizer
+from nanochat.upstream_optim import read_optimizer
+
+READ = (
+    "a step's folder (state.json, model.safetensors), nanochat's model_000123.pt with meta_000123.json beside it, or a "
+    "Hugging Face folder (config.json, model.safetensors)"
+)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser("scripts.inspect_checkpoint", __doc__)
+    parser.add_argument("folder", nargs="?", type=Path, help="what to look into; default: the newest step")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor with dtype and shape")
+    parser.add_argument("--era", help="of nanochat's own files, where they do not tell it")
+    parser.add_argument("--reseal", action="store_true", help="rewrite manifest.json of a step that was edited by hand")
+    return parser.parse(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Print the report; returns {"folder", "damage", "metadata", "weights_hash"}, of a .pt file its path and hash."""
-    parser = argparse.ArgumentParser(prog="scripts.inspect_checkpoint", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, help="a step's folder, or a .pt file; default: the newest")
-    parser.add_argument("--reseal", action="store_true", help="rewrite manifest.json of a step that was edited by hand")
-    arguments = parser.parse_args(argv)
-    folder = arguments.folder or step_dir(*find_checkpoint(None, None))
-    if folder.suffix == ".pt" and not arguments.reseal:
-        return {"folder": str(folder), "weights_hash": list_tensors(read_pt(folder))}
-    if not (folder / "state.json").is_file():
-        raise UserError(f"{folder} is not the folder of a step: it has no state.json")
-    if arguments.reseal:
-        read_metadata(folder)  # what cannot be loaded is mended before it is sealed
-        read_tensors(folder / "model.safetensors")
-        seal(folder)
-        print(f"resealed {folder}")
-    reason = damage(folder)
-    print(f"{folder}: {reason or 'whole'}")
-    report = {"folder": str(folder), "damage": reason}
-    if reason is None:
-        report["metadata"] = read_metadata(folder)
-        print(json.dumps({k: v for k, v in report["metadata"].items() if k != "rng"}, indent=1))
-        report["weights_hash"] = list_tensors(read_tensors(folder / "model.safetensors"))
+    """Print the report; returns it: "folder", "damage" (None: whole), and where it could be read the rest."""
+    args = parse(argv)
+    path = args.folder or step_path(*find_checkpoint(None, None))
+    if not path.exists() and (checkpoints_dir() / path).is_dir():  # a tag
+        path = checkpoints_dir() / path
+    if args.reseal:
+        reseal(path)
+    path, look = recognised(path, args.era)
+    report = {"folder": str(path), "damage": None}
+    try:
+        report |= look()
+    except UserError as error:
+        report["damage"] = str(error)
+    state = report.pop("state", {})
+    if report["damage"] is None and (broken := [name for name, t in state.items() if not t.isfinite().all()]):
+        report["damage"] = f"{len(broken)} tensors are not finite, {broken[0]} the first: take an earlier step"
+    print(f"{path}: {report['damage'] or 'whole'}")
+    for name in ("format", "model", "beyond", "parameters", "tokenizer", "data", "optimizer", "codec", "weights"):
+        if name in report:
+            print(f"  {name:10s} {report[name]}")
+    if args.tensors:
+        list_tensors(state)
     return report
 
 
-def list_tensors(state: dict[str, torch.Tensor]) -> str:
-    """Print name, dtype and shape of every tensor, and the weights' hash, which is returned."""
+def reseal(folder: Path) -> None:
+    if not (folder / "state.json").is_file():
+        raise UserError(f"{folder} is not the folder of a step: it has no state.json")
+    read_metadata(folder)  # what cannot be loaded is mended before it is sealed
+    read_tensors(folder / "model.safetensors")
+    seal(folder)
+    print(f"resealed {folder}")
+
+
+def recognised(path: Path, era: str | None) -> tuple[Path, Callable[[], dict]]:
+    """(what to report on, a call that makes the report, with the tensors as "state"); UserError: nothing known."""
+    if not path.exists():
+        raise UserError(f"there is no {path}: name {READ}")
+    if path.is_file():
+        match = upstream.MODEL_NAME.fullmatch(path.name)
+        if match and (meta := upstream.meta_file(path.parent, int(match[1]))).is_file():
+            return path, lambda: of_upstream(path.parent, int(match[1]), era)
+        if path.suffix == ".pt":
+            told = f"tensors alone: {meta.name}, which says of what model, is not beside it" if match else "tensors"
+            return path, lambda: {"format": told, **of_weights(read_pt(path))}
+        raise UserError(f"{path} alone is no checkpoint: name {READ}")
+    if any((path / name).exists() for name in ("state.json", "manifest.json")) or path.name.startswith("step_"):
+        return path, lambda: of_ours(path)
+    if steps := list_steps(path):
+        step = newest_step(path) or steps[-1]  # of which the report tells what is wrong
+        if is_upstream(path, step):
+            return step_path(path, step), lambda: of_upstream(path, step, era)
+        return step_path(path, step), lambda: of_ours(step_path(path, step))
+    if (path / "config.json").is_file():
+        return path, lambda: of_hugging_face(path)
+    raise UserError(f"{path} holds no checkpoint that is known: name {READ}")
+
+
+def of_ours(folder: Path) -> dict:
+    """A step's folder; its manifest is checked first, and a step that fails it is not read any further."""
+    if reason := damage(folder):
+        raise UserError(f"{reason}: take another step, or reseal what was edited by hand with --reseal")
+    metadata, state = read_metadata(folder), read_tensors(folder / "model.safetensors")
+    report = {"format": f"ours, step {metadata.get('step')}", "metadata": metadata}
+    tokenizer = Tokenizer.load(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+    if "adapters" in metadata:
+        report |= {"format": f"{report['format']}: adapters of a frozen host", **of_weights(state)}
+    else:
+        config = model_config(metadata)
+        with torch.device("meta"):
+            check_state(GPT(config), state, folder)
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, metadata, folder)
+        report |= of_model(config, state, tokenizer)
+    fingerprint = metadata.get("data_fingerprint") or {}
+    told = [str(fingerprint[key]) for key in ("source", "version") if key in fingerprint]
+    report["data"] = f"{' '.join(told)} ({str(fingerprint.get('sha256'))[:8]})" if fingerprint else "not recorded"
+    if codec := metadata.get("codec"):
+        report["codec"] = f"hash {str(codec.get('hash'))[:8]}{'' if (folder / 'codec').is_dir() else ', not in here'}"
+    report["optimizer"] = "whole" if (folder / "optimizer.safetensors").is_file() else "none: it cannot be resumed"
+    return report
+
+
+def of_upstream(folder: Path, step: int, era: str | None) -> dict:
+    """nanochat's own files of a step."""
+    state, metadata = upstream.load(folder, step, era)
+    config, told = model_config(metadata), metadata["upstream"]
+    tokenizer = tokenizer_of(folder, step)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, metadata, folder)
+    return {
+        "format": f"nanochat's own of era {told['era']} (by {told['told_by']}), step {step}", "era": told["era"],
+        "metadata": metadata, **of_model(config, state, tokenizer), "data": "not recorded",
+        "optimizer": read_optimizer(folder, step, config)[1],
+    }  # fmt: skip
+
+
+def of_hugging_face(folder: Path) -> dict:
+    from nanochat.hf_format import read_hf  # which no other format needs
+
+    config, state, tokenizer = read_hf(folder)
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    return {"format": f"Hugging Face, {kind}", **of_model(config, state, tokenizer)}
+
+
+def of_model(config: GPTConfig, state: dict[str, torch.Tensor], tokenizer: Tokenizer | None) -> dict:
+    """What config, weights and tokenizer say."""
+    with torch.device("meta"):
+        counts = num_parameters(GPT(config))
+    heads = f"{config.n_head} heads of {config.head_dim}"
+    heads += f" ({config.n_kv_head} of keys and values)" if config.n_kv_head < config.n_head else ""
+    sizes = upstream.SIZES
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    beyond = [f"{k}={v!r}" for k, v in fields.items() if k not in sizes and v != getattr(GPTConfig, k)]
+    return {
+        "model": f"{config.n_layer} layers of width {config.n_embd}, {heads}, {config.vocab_size:,} ids, context "
+        f"{config.sequence_len:,}",
+        "beyond": f"classic nanochat: {', '.join(beyond) or 'nothing'}",
+        "config": config,
+        "parameters": f"{counts['total']:,}: "
+        + ", ".join(f"{name} {count:,}" for name, count in counts.items() if count and name != "total"),
+        "tokenizer": f"{tokenizer.vocab_size:,} ids, hash {tokenizer.hash[:8]}" if tokenizer else "none",
+        **of_weights(state),
+    }
+
+
+def of_weights(state: dict[str, torch.Tensor]) -> dict:
+    found = weights_hash(state)
+    kinds = ", ".join(sorted({str(tensor.dtype)[6:] for tensor in state.values()}))
+    return {"state": state, "weights_hash": found, "weights": f"{len(state)} tensors, {kinds}, hash {found}"}
+
+
+def list_tensors(state: dict[str, torch.Tensor]) -> None:
+    """Print name, dtype and shape of every tensor."""
     for name, tensor in state.items():
         # ascii(): a stranger's file may name its tensors with a terminal's control characters.
         print(f"  {ascii(name)[1:-1]:48s} {str(tensor.dtype)[6:]:10s} {list(tensor.shape)}")
-    print(f"weights hash {(found := weights_hash(state))}")
-    return found
 
 
 if __name__ == "__main__":

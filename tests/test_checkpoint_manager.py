@@ -241,8 +241,8 @@ def test_a_missing_checkpoint_says_what_was_looked_for_and_what_exists(root):
         cm.load_model("base", "cpu", "eval", "third")
     with pytest.raises(UserError, match=r"step 9 is not in .*first: steps there are 3"):
         cm.load_model("base", "cpu", "eval", "first", 9)
-    with pytest.raises(UserError, match="source='sft' is unknown"):
-        cm.load_model("sft", "cpu", "eval")
+    with pytest.raises(UserError, match="source='stf' is unknown, did you mean 'sft'"):
+        cm.load_model("stf", "cpu", "eval")
     (root / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no whole step"):
         cm.load_model("base", "cpu", "eval", "empty")

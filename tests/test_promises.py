@@ -20,10 +20,10 @@ from tiny_run import CHECKOUT, TINY, flags
 from nanochat import checkpoint_manager as cm
 from nanochat.config_file import read_config
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.pickles import read_pt, read_tokenizer_pickle
 from nanochat.runtime import UserError
 from nanochat.settings import Settings
 from nanochat.tokenizer import Tokenizer, find_or_train
-from nanochat.upstream import read_pt, read_tokenizer_pickle
 from scripts import base_train, configure
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,7 +375,7 @@ def test_our_source_runs_no_strangers_code():
     assert len(files) > 30
     found = {path.name: dangers(path.read_text(encoding="utf-8")) for path in files}
     # The one unpickler: it imports pickle and pickletools, and derives from pickle.Unpickler.
-    assert {name: what for name, what in found.items() if what} == {"upstream.py": ["pickle"]}
+    assert {name: what for name, what in found.items() if what} == {"pickles.py": ["pickle"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

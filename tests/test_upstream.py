@@ -16,11 +16,11 @@ import tiktoken
 import torch
 from tiktoken import registry
 
-from nanochat import upstream
+from nanochat import pickles
+from nanochat.pickles import read_pt, read_tokenizer_pickle
 from nanochat.runtime import UserError
 from nanochat.settings import Settings
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, find_or_train
-from nanochat.upstream import read_pt, read_tokenizer_pickle
 from scripts import inspect_checkpoint
 
 SPECIALS = SPECIAL_TOKENS[:9]  # nanochat has no reserved ones
@@ -198,7 +198,7 @@ def test_damaged_and_oversized_pickles(encoding, tmp_path, monkeypatch):
         with suppress(UserError):
             read_tokenizer_pickle(path)
     assert "it holds a dict" in refused(read_tokenizer_pickle, path, pickle.dumps({}))
-    monkeypatch.setattr(upstream, "LARGEST_TOKENIZER", len(whole) - 1)
+    monkeypatch.setattr(pickles, "LARGEST_TOKENIZER", len(whole) - 1)
     assert "larger than" in refused(read_tokenizer_pickle, path, whole)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         read_tokenizer_pickle(tmp_path / "none")
@@ -252,7 +252,7 @@ def test_tensors_come_back(tmp_path, capsys):
     before = path.read_bytes()
     found["count"] += 1  # private pages
     assert path.read_bytes() == before
-    report = inspect_checkpoint.main([str(path)])
+    report = inspect_checkpoint.main([str(path), "--tensors"])
     assert report["weights_hash"] == inspect_checkpoint.weights_hash(state)
     out = capsys.readouterr().out
     assert re.search(r"transformer\.wte\.weight +float32 +\[5, 4\]", out) and re.search(
