@@ -3,20 +3,23 @@
 import copy
 import random
 import shutil
+import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from forked import Forked
 
+from scripts import check_kills
 from scripts.check_kills import BEFORE_RENAME, Bench, Plan, PromiseBroken, Tally, dealt, planned, steps_in, table
 
 CHILD = """
 import sys
 from nanochat import checkpoint_manager as checkpoints
-from scripts import base_train
-base_train.peak_flops = lambda compute: 1e12  # not measured: 0.6 s of each start
 {harm}
 from scripts.check_kills import child
 child(sys.argv[1:])
@@ -42,10 +45,14 @@ def child(path: Path, harm: str = "") -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Bench:
-    """12 steps, a save every 2: the reference has run, undisturbed."""
+def bench(tmp_path_factory) -> Iterator[Bench]:
+    """12 steps, a save every 2: the reference has run, undisturbed, as a user starts it; the others will be forks."""
     folder = tmp_path_factory.mktemp("kills").resolve()
-    return Bench(folder, steps=12, save_every=2, child=child(folder / "child.py"))
+    made = Bench(folder, steps=12, save_every=2, child=child(folder / "child.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        forks = SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT, TimeoutExpired=subprocess.TimeoutExpired)
+        patch.setattr(check_kills, "subprocess", forks)
+        yield made
 
 
 @pytest.fixture

@@ -162,13 +162,10 @@ def test_a_signal_cuts_an_evaluation_short_which_the_resumed_run_makes_up_for(tr
 
 
 def children(process) -> dict[int, int]:
-    """rank -> process of a launcher's workers, as the kernel tells."""
-    found = {}
-    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        ranks = [int(word[5:]) for word in words if word.startswith(b"RANK=")]
-        found.update({rank: int(pid) for rank in ranks})
-    return found
+    """rank -> process of a launcher's forked workers, as the kernel tells."""
+    pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    names = {pid: Path(f"/proc/{pid}/comm").read_text().split() for pid in pids}
+    return {int(name[1]): int(pid) for pid, name in names.items() if name[0] == "rank"}
 
 
 def wait_for_step(tag: str, step: int, process) -> None:
@@ -189,7 +186,8 @@ def test_signals_to_the_launcher_or_to_one_rank_stop_all_at_one_step(train, base
     long = {**TINY, "num_iterations": 100_000, "save_every": 5, "keep_last": 2, "device_batch_size": 3}
     for tag, forwarded in (("launcher", True), ("rank", False)):
         words = flags(long | {"data": cm.read_metadata(cm.step_dir(tag_dir("warm"), 4))["settings"]["data"]})
-        process = start(base, *words, f"--model_tag={tag}", ranks=2, PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGUSR1")
+        told = dict(PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGUSR1")
+        process = start(base, *words, f"--model_tag={tag}", ranks=2, anew=forwarded, **told)
         wait_for_step(tag, 5, process)
         if forwarded:
             process.send_signal(signal.SIGUSR1)
@@ -307,8 +305,8 @@ def spoil(monkeypatch):
     def at(steps: set[int], factor: float = math.nan) -> None:
         calls = iter(range(3 * 10**6))
 
-        def loss(x, weight, targets, reduction):
-            value = real(x, weight, targets, reduction)
+        def loss(x, weight, targets, *rest):
+            value = real(x, weight, targets, *rest)
             return value * factor if torch.is_grad_enabled() and next(calls) // 3 + 1 in steps else value
 
         monkeypatch.setattr(nanochat.gpt, "chunked_cross_entropy", loss)
@@ -376,10 +374,10 @@ def no_memory_above(monkeypatch):
     def limit(rows: int, from_call: int = 0, error: Exception | None = None) -> None:
         calls = iter(range(10**6))
 
-        def loss(x, weight, targets, reduction):
+        def loss(x, weight, targets, *rest):
             if torch.is_grad_enabled() and next(calls) >= from_call and len(x) > rows * TINY["max_seq_len"]:
                 raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return real(x, weight, targets, reduction)
+            return real(x, weight, targets, *rest)
 
         monkeypatch.setattr(nanochat.gpt, "chunked_cross_entropy", loss)
 
@@ -436,8 +434,8 @@ from scripts.base_train import main
 
 real, calls = nanochat.gpt.chunked_cross_entropy, iter(range(10**6))
 
-def loss(x, weight, targets, reduction):
-    value = real(x, weight, targets, reduction)
+def loss(x, weight, targets, *rest):
+    value = real(x, weight, targets, *rest)
     if not torch.is_grad_enabled() or os.environ["RANK"] != "1":
         return value
     call = next(calls)
@@ -460,8 +458,8 @@ def test_what_one_rank_meets_all_ranks_agree_on(train, base, corpus, tmp_path, s
     calls = {"one": 0}
     real = nanochat.gpt.chunked_cross_entropy  # of one rank: 2 micro-batches of 6 a step
 
-    def loss(x, weight, targets, reduction):
-        value = real(x, weight, targets, reduction)
+    def loss(x, weight, targets, *rest):
+        value = real(x, weight, targets, *rest)
         if torch.is_grad_enabled():
             calls["one"] += 1
             return value * math.nan if calls["one"] in (7, 8) else value  # step 4

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from forked import Forked
 from safetensors.torch import load_file
 
 from nanochat import checkpoint_manager as cm
@@ -22,7 +24,7 @@ MODERN = dict(
     value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0
 )  # fmt: skip
 CHECKOUT = Path(base_train.__file__).parents[1]
-started: list[subprocess.Popen] = []  # by start(); the `train` fixture ends what a failed test leaves running
+started: list[Forked | subprocess.Popen] = []  # by start(); the `train` fixture ends what a failed test leaves running
 
 
 def flags(settings: dict) -> list[str]:
@@ -75,9 +77,13 @@ def start(
     restarts: int = 0,
     script: Path | None = None,
     module: str = "scripts.base_train",
+    anew: bool = False,
     **environment: str,
-) -> subprocess.Popen:
-    """The training script (or another) in a process of its own; with ranks under torchrun, gloo, one thread a rank."""
+) -> Forked | subprocess.Popen:
+    """The training script (or another) in a process of its own; with ranks under torchrun, gloo, one thread a rank.
+
+    anew: with interpreters that import everything themselves, as a user's command does; takes seconds of each.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     inherited |= dict(NANOCHAT_BASE_DIR=str(base), PYTHONPATH=str(CHECKOUT), OMP_NUM_THREADS="1")
     command = [sys.executable]
@@ -85,9 +91,14 @@ def start(
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
     command += [str(script)] if script else ["-m", module]
-    process = subprocess.Popen(
-        [*command, *words], env=inherited | environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    environment = inherited | environment
+    if anew:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            [*command, *words], env=environment, text=True, stdout=pipe, stderr=subprocess.STDOUT
+        )
+    else:
+        with tempfile.NamedTemporaryFile(prefix="output-", dir=base, delete=False) as output:
+            process = Forked([*command, *words], env=environment, stdout=output)
     started.append(process)
     return process
