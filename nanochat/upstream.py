@@ -227,13 +227,11 @@ def load(folder: Path, step: int, era: str | None = None) -> tuple[dict[str, tor
 
 
 def find_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of a folder of nanochat's: in it, in its tokenizer/, or in that of the base folder; None: nowhere.
-
-    NANOCHAT_BASE_DIR's serves a folder from elsewhere only if it has as many ids as the model.
-    """
-    folder = Path(folder)
-    own = [folder, folder / "tokenizer", folder.absolute().parent.parent / "tokenizer"]
-    for place in (*own, base_dir() / "tokenizer"):
+    """The tokenizer of a folder of nanochat's: from it or its tokenizer/, else from where nanochat keeps the one of all
+    models, tokenizer/ two folders up or in NANOCHAT_BASE_DIR, if it has as many ids as the model. None: nowhere."""
+    folder = Path(folder).absolute()
+    own = (folder, folder / "tokenizer")
+    for place in dict.fromkeys((*own, folder.parent.parent / "tokenizer", base_dir() / "tokenizer")):
         if (path := place / "tokenizer.pkl").is_file():
             tokenizer = read_tokenizer_pickle(path)
             if place in own or tokenizer.vocab_size == vocab_size:

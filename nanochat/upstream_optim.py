@@ -117,8 +117,7 @@ def _adamw(name: str, shape: tuple, states: States) -> dict[str, torch.Tensor]:
         whole = parts[0] if tuple(parts[0].shape) == shape else torch.cat(parts)
         if tuple(whole.shape) != shape:
             raise _UnfitError(
-                f"{name} has {quantity} of {list(whole.shape)} instead of {list(shape)}: the share of "
-                f"{len(parts)} of several ranks"
+                f"{name} has {quantity} of {list(whole.shape)}, not {list(shape)}: some ranks' or another model's"
             )
         result[quantity] = whole
     return result

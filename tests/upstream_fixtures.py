@@ -31,7 +31,7 @@ def tokenizer_pickle() -> bytes:
 
 
 def make_state(era: str, seed: int = 0, **changes) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(model_config, state dict) of that age, with random weights that make logits of size 10."""
+    """(model_config, state dict) of that age, with random weights that make logits of up to 10."""
     sizes = SIZES | ({"window_pattern": "SSSL"} if era in RESIDUAL else {}) | changes
     generator = torch.Generator().manual_seed(seed)
     V, C, L = sizes["vocab_size"], sizes["n_embd"], sizes["n_layer"]
@@ -51,7 +51,7 @@ def make_state(era: str, seed: int = 0, **changes) -> tuple[dict, dict[str, torc
             state[f"{block}attn.ve_gate.weight"] = matrix(sizes["n_kv_head"], channels)
         state[f"{block}mlp.c_fc.weight"] = matrix(4 * C, C)
         state[f"{block}mlp.c_proj.weight"] = matrix(C, 4 * C)
-    state["lm_head.weight"] = matrix(rows, C, gain=3.0)
+    state["lm_head.weight"] = matrix(rows, C, gain=2.0)
     if era in RESIDUAL:
         state["resid_lambdas"] = 1 + 0.1 * torch.randn(L, generator=generator)
         state["x0_lambdas"] = 0.2 * torch.randn(L, generator=generator)
@@ -222,3 +222,31 @@ def optimizer_files(state: dict, memory: dict, layout: str, ranks: int = 1) -> l
 def write_optimizer(folder: Path, files: list, named_by_rank: bool = True) -> None:
     for rank, content in enumerate(files):
         torch.save(content, folder / f"optim_{STEP:06d}{f'_rank{rank}' if named_by_rank else ''}.pt")
+
+
+def reference_step(memory: dict, p: torch.Tensor, g: torch.Tensor, group: dict) -> torch.Tensor:
+    """The parameter after one more step of nanochat's from what its optimizer remembers, in float64; no decay.
+
+    group: lr, and betas and eps, or momentum, of the optimizer that makes the step.
+    """
+    p, g = p.double(), g.double()
+    if "exp_avg" in memory:
+        (beta1, beta2), t = group["betas"], memory["step"] + 1
+        mean = (beta1 * memory["exp_avg"].double() + (1 - beta1) * g) / (1 - beta1**t)
+        square = (beta2 * memory["exp_avg_sq"].double() + (1 - beta2) * g * g) / (1 - beta2**t)
+        return p - group["lr"] * mean / (square.sqrt() + group["eps"])
+    rows, columns = p.shape
+    buffer = group["momentum"] * memory["momentum_buffer"].double() + (1 - group["momentum"]) * g
+    x = (1 - group["momentum"]) * g + group["momentum"] * buffer
+    x = x.T if rows > columns else x
+    x = x / x.norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    x = x.T if rows > columns else x
+    if "second_momentum_buffer" in memory:
+        along = 1 if rows >= columns else 0
+        square = 0.95 * memory["second_momentum_buffer"].double() + 0.05 * (x * x).mean(along, keepdim=True)
+        scaled = x / square.sqrt()
+        x = scaled * x.norm() / scaled.norm()
+    return p - group["lr"] * math.sqrt(max(1, rows / columns)) * x
