@@ -6,29 +6,30 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    [
-        "torch._inductor.config",
-        "torch.distributed.run",
-        "nanochat.resume",
-        "nanochat.training_data",
-        "scripts.base_eval",
-    ]
-)
+    ["torch._inductor.config", "torch.distributed.launcher.api", "nanochat.launch", "nanochat.training_data",
+     "nanochat.offline_eval"]
+)  # fmt: skip
 
 
 class Forked:
-    """As subprocess.Popen([python, "-m", module or file, *words]), where stdout and stderr are one file on the disk.
+    """As subprocess.Popen([python, "-m", module or "-c", program or file, *words]); one file takes what it prints.
 
-    What the process runs it runs as `__main__`. The ranks of torch.distributed.run are forks of their launcher.
+    The ranks of torch.distributed.run are forks of their launcher. For what depends on the hash seed, on what is
+    imported or on exit handlers take a new interpreter.
     """
 
-    def __init__(self, command: list[str], *, env: dict[str, str], stdout, stderr=subprocess.STDOUT, cwd=None):
-        self.output = Path(stdout.name)
-        self._process = _context.Process(target=_begin, args=(list(command[1:]), dict(env), self.output, cwd))
+    def __init__(self, command: Sequence[str], *, env=None, cwd=None, stdout=None, stderr=subprocess.STDOUT):
+        self._file = stdout or tempfile.NamedTemporaryFile(prefix="forked-")  # noqa: SIM115  # lives as long as this
+        self._lines = open(self._file.name, encoding="utf-8")  # noqa: SIM115
+        arguments = list(map(str, command[1:])), dict(env or os.environ), self._file.name, cwd or os.getcwd()
+        self._process = _context.Process(target=_begin, args=arguments)
         self._process.start()
         self.pid = self._process.pid
 
@@ -47,7 +48,23 @@ class Forked:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
         self.wait(timeout)
-        return self.output.read_text(), None
+        return self.output(), None
+
+    def output(self) -> str:
+        """All that it has printed so far."""
+        return Path(self._file.name).read_text(encoding="utf-8")
+
+    def readline(self) -> str:
+        """The next line that it prints; the rest, perhaps "", when it has ended."""
+        line = ""
+        while not line.endswith("\n"):
+            ended = self.poll() is not None
+            more = self._lines.readline()
+            if ended and not more:
+                break
+            line += more
+            time.sleep(0 if more else 0.005)
+        return line
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -60,7 +77,14 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _begin(command: list[str], env: dict[str, str], output: Path, cwd: Path | None) -> None:
+def spawn(function: Callable, arguments: tuple, ranks: int) -> None:
+    """torch.multiprocessing.spawn, of forks: function(rank, *arguments) in each of them; raises what one raises."""
+    from torch import multiprocessing as torch_processes
+
+    torch_processes.start_processes(function, arguments, ranks, start_method="forkserver")
+
+
+def _begin(command: list[str], env: dict[str, str], output: str, cwd: str) -> None:
     """In the new process: its own output, environment, folder and threads; then what was asked for."""
     import torch
     from torch.distributed.launcher import api
@@ -68,12 +92,12 @@ def _begin(command: list[str], env: dict[str, str], output: Path, cwd: Path | No
     from nanochat import runtime
 
     runtime.measured_matmul_flops = lambda *_, **__: 1e12  # 0.6 s of each start
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.clear()
     os.environ.update(env)
-    os.chdir(cwd or os.getcwd())
+    os.chdir(cwd)
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS", torch.get_num_threads())))
 
     class Forking(api.elastic_launch):
@@ -101,9 +125,14 @@ def _rank(*command: str) -> None:
 
 
 def _python(command: list[str]) -> None:
-    if command[0] == "-m":
-        sys.argv = command[1:]
-        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    """What the interpreter does with its words."""
+    kind, *rest = command
+    if kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<program>", "exec"), {"__name__": "__main__"})
+    elif kind == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
         sys.argv = command
-        runpy.run_path(command[0], run_name="__main__")
+        runpy.run_path(kind, run_name="__main__")

@@ -101,7 +101,7 @@ def test_from_folders_to_a_sound(teach, models, base, tmp_path):
         lines.append(f"main({[*words, '--device-type=cpu']})")
     (tmp_path / "both.py").write_text("\n".join(lines))
     process = start(base, script=tmp_path / "both.py")
-    assert process.wait(timeout=120) == 0, process.stdout.read()
+    assert process.wait(timeout=120) == 0, process.output()
     for name in ("tied", "untied"):
         wav, rate = read_wav(tmp_path / f"{name}.wav")
         assert rate == 32000 and len(wav) == 12800
@@ -148,7 +148,7 @@ def test_two_ranks_are_one(teach, base, ours):
     teach("one", **ours | dict(num_iterations=6))
     words = flags(ours | dict(model_tag="two"))
     process = start(base, *words, ranks=2, module="scripts.adapter_train")
-    assert process.wait(timeout=240) == 0, process.stdout.read()
+    assert process.wait(timeout=240) == 0, process.output()
     assert losses("two", STAGE) == pytest.approx(losses("one", STAGE)[:4], abs=1e-5)
     assert rows_of("two", 2, STAGE) == {k: v for k, v in rows_of("one", 1, STAGE).items() if k <= 4}
     adapter_train.main(["--model_tag=two", "--resume", "--num_iterations=5"])
@@ -162,7 +162,7 @@ def test_killed_at_once_and_resumed(teach, base, ours):
     process = start(base, *words, module="scripts.adapter_train")
     folder = tag_dir("killed", STAGE)
     while not cm.list_steps(folder):
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.output()
     process.kill()
     process.wait()
     adapter_train.main(["--model_tag=killed", "--resume"])

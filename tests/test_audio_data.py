@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from forked import Forked
 
 from nanochat import audio, audio_dataset, dataset
 from nanochat.config_file import read_config
@@ -233,9 +233,8 @@ def test_a_kill_leaves_nothing_that_counts(folder, base):
         f"dataset._commit = lambda *a: os._exit(9)\ndataset.prepare_for(Settings(data={str(folder)!r}, "
         "modalities='audio:16', codebooks=2, codec='mdct'))\n"
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, timeout=60)
-    assert done.returncode == 9, done.stderr
+    process = Forked([sys.executable, "-c", code])
+    assert process.wait(timeout=60) == 9, process.output()
     assert [path.name[0] for path in (base / "data").iterdir()] == ["."]
     assert len(clips_of(prepare_for(settings_of(folder), say=len), "train")) > 20
 
@@ -420,7 +419,8 @@ def test_recipe_of_spoken_prompts(tmp_path):
     with gzip.open(tmp_path / "in.gz", "wt") as file:
         file.write("; a comment: no caption\n\ndigits/1: One.\nat-time: The time: exactly...\n")
     files = tmp_path / "in.gz", tmp_path, tmp_path / "config.py"
-    subprocess.run([sys.executable, "-c", program, *files], check=True, timeout=60)
+    process = Forked([sys.executable, "-c", program, *files])
+    assert process.wait(timeout=60) == 0, process.output()
     rows = [json.loads(line) for line in (tmp_path / "captions.jsonl").read_text().splitlines()]
     assert rows == [
         {"file_name": "digits/1.wav", "text": "One."},

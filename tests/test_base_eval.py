@@ -6,12 +6,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Forked
 
 import scripts.base_eval as base_eval
 from nanochat.checkpoint_manager import (
@@ -29,8 +29,6 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import UserError, base_dir
 from nanochat.settings import Settings
 from nanochat.tokenizer import find_or_train
-
-REPOSITORY = Path(base_eval.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -254,12 +252,11 @@ def test_two_ranks_give_the_numbers_of_one(fresh):
         "-m",
         "scripts.base_eval",
     ]
-    run = subprocess.run(
-        [*command, "--eval", "bpb,offline,sample", "--max-per-task", "6", "--device-type", "cpu"],
-        cwd=REPOSITORY, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("bits per byte") == 1
+    words = ["--eval", "bpb,offline,sample", "--max-per-task", "6", "--device-type", "cpu"]
+    run = Forked([*command, *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    printed, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, printed
+    assert printed.count("bits per byte") == 1
     two = json.loads((base_dir() / "base_eval" / "tiny_000005.json").read_text())
     for split in ("train", "val"):
         assert two["bpb"][split] == pytest.approx(one["bpb"][split], rel=1e-6)
@@ -275,7 +272,7 @@ def test_beaten_bars_need_more_than_chance():
 
 
 def test_the_command_ends_with_2_and_one_line(fresh):
-    command = [sys.executable, "-m", "scripts.base_eval", "--model-tag", "nobody"]
-    run = subprocess.run(command, cwd=REPOSITORY, env=os.environ.copy(), capture_output=True, text=True, timeout=120)
+    run = Forked([sys.executable, "-m", "scripts.base_eval", "--model-tag", "nobody"])
+    printed, _ = run.communicate(timeout=120)
     assert run.returncode == 2
-    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert printed.startswith("error: ") and printed.count("\n") == 1

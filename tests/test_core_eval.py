@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from forked import spawn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -315,7 +316,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
 
 def test_ranks_share_the_items(tmp_path):
     """2 ranks both get the 1-rank result. Red without the all_reduce, or when both take the even items."""
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), nprocs=2)
+    spawn(_rank, (2, str(tmp_path)), ranks=2)
     one = evaluate_task(Table(40), Bytes(), make_task("schema", 7, 1))
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) | {"seconds": 0} == one | {"seconds": 0}

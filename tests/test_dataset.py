@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import sysconfig
 import threading
@@ -17,6 +16,7 @@ import hypothesis.strategies as st
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from forked import Forked
 
 from nanochat import dataset, sources
 from nanochat.dataset import Corrupt, Dataset, climbmix_is_here, held_out, prepare
@@ -457,9 +457,8 @@ def test_a_kill_leaves_nothing_that_counts(tmp_path, tiny_corpus, moment, base):
     patch = {"while writing shards": "dataset._describe", "before the rename": "dataset._commit"}[moment]
     code = f"import os, sys\nfrom nanochat import dataset\n{patch} = lambda *a: os._exit(9)\n"
     code += "dataset.prepare(sys.argv[1])\n"
-    root = Path(dataset.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code, str(tiny_corpus)], cwd=root, capture_output=True, timeout=60)
-    assert done.returncode == 9, done.stderr
+    process = Forked([sys.executable, "-c", code, tiny_corpus])
+    assert process.wait(timeout=60) == 9, process.output()
     left = list((base / "data").iterdir())
     assert len(left) == 1 and left[0].name.startswith(".") and left[0].name.endswith(".tmp")
     assert len(texts_of(prepare(str(tiny_corpus), say=len))) == 60
@@ -772,10 +771,7 @@ def test_script(tiny_corpus, capsys):
 
 
 def test_script_ends_with_2_and_one_line(tmp_path):
-    root = Path(dataset.__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.data", f"--data={tmp_path / 'none'}"],
-        cwd=root, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: data=") and "Traceback" not in done.stderr
+    process = Forked([sys.executable, "-m", "scripts.data", f"--data={tmp_path / 'none'}"])
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and printed.count("\n") == 1
+    assert printed.startswith("error: data=") and "Traceback" not in printed

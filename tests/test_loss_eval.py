@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from forked import spawn
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,7 +126,7 @@ def _rank(rank: int, world_size: int, folder: str) -> None:
 
 def test_ranks_share_the_windows(tmp_path):
     """2 ranks with 7 and 6 windows both get the 1-rank sums. Red without the all_reduce."""
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path)), nprocs=2)
+    spawn(_rank, (2, str(tmp_path)), ranks=2)
     one = bits_per_byte(Bigram(), np.random.default_rng(0).integers(0, VOCAB, 101), BYTES, rows=2, seq_len=8)
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -4,11 +4,11 @@ import errno
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 
 import pytest
+from forked import Forked
 
 from nanochat import run_lock as module
 from nanochat.run_lock import run_lock
@@ -49,8 +49,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def holder(folder):
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    process = Forked([sys.executable, "-c", HOLDER, folder])
+    assert process.readline() == "held\n"
     yield process
     process.kill()
     process.wait()
@@ -151,13 +151,11 @@ def test_two_starts_at_a_stale_lock(folder):
     folder.parent.mkdir(exist_ok=True)
     folder.with_name(".tag.lock").write_text(owner(pid=2**22 + 1))
     gate = folder.with_name("gate")
-    racers = [
-        subprocess.Popen([sys.executable, "-c", script, str(gate)], stdout=subprocess.PIPE, text=True) for _ in range(4)
-    ]
+    racers = [Forked([sys.executable, "-c", script, gate]) for _ in range(4)]
     for racer in racers:
-        assert racer.stdout.readline() == "ready\n"
+        assert racer.readline() == "ready\n"
     gate.touch()
-    answers = [racer.stdout.readline() for racer in racers]
+    answers = [racer.readline() for racer in racers]
     for racer in racers:
         racer.kill()
         racer.wait()

@@ -2,11 +2,11 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
+from forked import Forked
 
 from nanochat.stop_signals import StopSignals
 
@@ -22,8 +22,8 @@ with StopSignals() as signals:
 
 @pytest.fixture
 def busy(request):
-    process = subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "ready\n"
+    process = Forked([sys.executable, "-c", BUSY])
+    assert process.readline() == "ready\n"
     yield process
     process.kill()
     process.wait()

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -98,7 +97,6 @@ def start(
             [*command, *words], env=environment, text=True, stdout=pipe, stderr=subprocess.STDOUT
         )
     else:
-        with tempfile.NamedTemporaryFile(prefix="output-", dir=base, delete=False) as output:
-            process = Forked([*command, *words], env=environment, stdout=output)
+        process = Forked([*command, *words], env=environment)
     started.append(process)
     return process
