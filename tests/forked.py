@@ -21,13 +21,14 @@ _context.set_forkserver_preload(
 class Forked:
     """As subprocess.Popen([python, "-m", module or "-c", program or file, *words]); one file takes what it prints.
 
+    stdout: that file, or anything else with a name. A terminal by that name becomes the process's own, for input too.
     The ranks of torch.distributed.run are forks of their launcher. For what depends on the hash seed, on what is
     imported or on exit handlers take a new interpreter.
     """
 
     def __init__(self, command: Sequence[str], *, env=None, cwd=None, stdout=None, stderr=subprocess.STDOUT):
         self._file = stdout or tempfile.NamedTemporaryFile(prefix="forked-")  # noqa: SIM115  # lives as long as this
-        self._lines = open(self._file.name, encoding="utf-8")  # noqa: SIM115
+        self._read = 0
         arguments = list(map(str, command[1:])), dict(env or os.environ), self._file.name, cwd or os.getcwd()
         self._process = _context.Process(target=_begin, args=arguments)
         self._process.start()
@@ -55,16 +56,14 @@ class Forked:
         return Path(self._file.name).read_text(encoding="utf-8")
 
     def readline(self) -> str:
-        """The next line that it prints; the rest, perhaps "", when it has ended."""
-        line = ""
-        while not line.endswith("\n"):
+        """Its next line, waited for; what is left, perhaps "", when it has ended."""
+        while True:
             ended = self.poll() is not None
-            more = self._lines.readline()
-            if ended and not more:
-                break
-            line += more
-            time.sleep(0 if more else 0.005)
-        return line
+            line, newline, _ = self.output()[self._read :].partition("\n")
+            if newline or ended:
+                self._read += len(line + newline)
+                return line + newline
+            time.sleep(0.005)
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -91,10 +90,15 @@ def _begin(command: list[str], env: dict[str, str], output: str, cwd: str) -> No
 
     from nanochat import runtime
 
-    runtime.measured_matmul_flops = lambda *_, **__: 1e12  # 0.6 s of each start
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    runtime.peak_flops = lambda compute: 1e12  # measuring takes 0.6 s of each start
+    if terminal := output.startswith("/dev/"):
+        os.setsid()  # of this new session it is the terminal, so Ctrl-C comes as SIGINT
+    descriptor = os.open(output, os.O_RDWR | os.O_APPEND)
+    for standard in (0, 1, 2) if terminal else (1, 2):
+        os.dup2(descriptor, standard)
+    if terminal:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout.reconfigure(line_buffering=True)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+import termios
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 import pexpect
 import pytest
 import torch
+from forked import Forked
+from pexpect.fdpexpect import fdspawn
 
 from nanochat.config_file import read_config, render_config
 from nanochat.estimate import Hardware
@@ -378,11 +381,12 @@ class Terminal:
     """`python -m scripts.configure` under pexpect; the speed probe is answered by the real machine."""
 
     def __init__(self, folder: Path, *argv: str):
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
-        self.child = pexpect.spawn(
-            sys.executable, ["-m", "scripts.configure", *argv], cwd=str(folder), env=env, encoding="utf-8", timeout=60,
-            dimensions=(24, 80),
-        )  # fmt: skip
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+        ours, self.its = os.openpty()
+        termios.tcsetwinsize(self.its, (24, 80))
+        terminal = SimpleNamespace(name=os.ttyname(self.its))
+        self.process = Forked([sys.executable, "-m", "scripts.configure", *argv], env=env, cwd=folder, stdout=terminal)
+        self.child = fdspawn(ours, encoding="utf-8", timeout=60)
         self.log = io.StringIO()
         self.child.logfile_read = self.log
 
@@ -397,9 +401,10 @@ class Terminal:
         self.child.sendline(text)
 
     def finish(self) -> tuple[int, str]:
+        os.close(self.its)  # once it is not the process's either there comes no more
         self.child.expect(pexpect.EOF)
         self.child.close()
-        code = self.child.exitstatus
+        code = self.process.wait(timeout=60)
         assert "Traceback" not in self.log.getvalue()
         assert all(len(line) <= 80 for line in self.log.getvalue().splitlines())
         return code, self.log.getvalue()
@@ -439,7 +444,7 @@ def test_terminal_ctrl_c_leaves_the_disk_as_it_was(tmp_path):
     terminal = Terminal(tmp_path)
     terminal.enter_until("depth", "3")
     terminal.child.expect_exact("head_dim [64]: ")
-    terminal.child.sendintr()
+    terminal.child.send("\x03")
     code, text = terminal.finish()
     assert code == 130 and "nothing was written" in text and os.listdir(tmp_path) == []
 
@@ -448,7 +453,7 @@ def test_terminal_end_of_input_is_a_clean_refusal(tmp_path):
     terminal = Terminal(tmp_path)
     terminal.answer("[cpu]: ")
     terminal.child.expect_exact("model_tag [None]: ")
-    terminal.child.sendeof()
+    terminal.child.send("\x04")
     code, text = terminal.finish()
     assert code == 2 and "error: the input ended" in text and os.listdir(tmp_path) == []
 
