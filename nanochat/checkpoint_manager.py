@@ -232,15 +232,18 @@ def _tags(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("[!.]*") if path.is_dir())
 
 
-def _trainer(root: Path) -> str:
-    return f"scripts.{root.name.split('_')[0]}_train"
+def _way_out(root: Path) -> str:
+    """How a folder of checkpoints comes to hold some: nanochat's later stages have no script here."""
+    stage = root.name.split("_")[0]
+    trained = f"train with `python -m scripts.{stage}_train`"
+    return trained if stage in ("base", "adapter") else "bring nanochat's model_*.pt and meta_*.json there"
 
 
 def newest_tag(root: Path) -> str:
     """The tag whose newest step is the youngest; UserError when there is no checkpoint at all."""
     tags = [path for path in _tags(root) if list_steps(path)]
     if not tags:
-        raise UserError(f"no checkpoint in {root}: train one with `python -m {_trainer(root)}`")
+        raise UserError(f"no checkpoint in {root}: {_way_out(root)}")
     return max(tags, key=lambda tag: step_path(tag, list_steps(tag)[-1]).stat().st_mtime).name
 
 
@@ -259,6 +262,8 @@ def load_checkpoint(
     """
     if is_upstream(checkpoint_dir, step):
         state, metadata = upstream.load(checkpoint_dir, step, era)
+        for note in metadata["upstream"]["notes"]:
+            _say_once(note)
         optimizer_state = None
         if load_optimizer:
             optimizer_state = load_upstream_optimizer(checkpoint_dir, step, model_config(metadata))
@@ -296,6 +301,13 @@ def read_metadata(folder: Path) -> dict:
         if not isinstance(metadata.get(name, {}), dict):
             raise UserError(f"{path}: {name} is {metadata[name]!r}, expected a JSON object")
     return metadata
+
+
+def metadata_of(checkpoint_dir: Path, step: int) -> dict:
+    """The metadata of a step, ours or nanochat's, as load_checkpoint() gives it."""
+    if is_upstream(checkpoint_dir, step):
+        return upstream.load(checkpoint_dir, step)[1]
+    return read_metadata(step_dir(checkpoint_dir, step))
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
@@ -456,9 +468,10 @@ def find_checkpoint(model_tag: str | None, step: int | None, root: Path | None =
     if step is None:
         step = newest_step(checkpoint_dir)
         if step is None:
-            there = "to import a Hugging Face folder use `python -m scripts.convert --from-hf`"
-            there = there if (checkpoint_dir / "config.json").is_file() else f"train with `python -m {_trainer(root)}`"
-            raise UserError(f"{checkpoint_dir} holds no whole step: {there}")
+            way = _way_out(root)
+            if (checkpoint_dir / "config.json").is_file():
+                way = "a Hugging Face folder is imported with `python -m scripts.convert --from-hf`"
+            raise UserError(f"{checkpoint_dir} holds no whole step: {way}")
     return checkpoint_dir, step
 
 

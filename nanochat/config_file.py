@@ -211,7 +211,8 @@ def from_command_line(
     origins = {name: f"{config}:{line}" for name, (_, line) in lines.items()}
     origins |= {name: "command line" for name in flags}
     settings = kind(**{**{name: value for name, (value, _) in lines.items()}, **flags})
-    if "resume" not in on:  # else the checkpoint's settings join in first, and resume.py validates
+    # Else a checkpoint's settings join in first, and resume.py validates.
+    if "resume" not in on and getattr(settings, "init_from", None) is None:
         validate(settings, world_size_from_env())
     return CommandLine(settings, origins, on, config)
 

@@ -89,6 +89,14 @@ def meta_model(settings: Settings) -> GPT:
     return _meta_model(GPTConfig(**settings.model_arguments()))
 
 
+def largest_model(settings: Settings) -> GPT:
+    """That of the end where untie_at splits tables."""
+    config = meta_model(settings).config
+    if settings.untie_step(1) is not None:
+        config = replace(config, tie_weights=False, use_output_projection=False, output_projection_residual=False)
+    return _meta_model(config)
+
+
 @lru_cache(maxsize=64)
 def _meta_model(config: GPTConfig) -> GPT:
     with torch.device("meta"):
@@ -114,7 +122,7 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     saving                  the copy that is written in the background, where it shares the device's memory (CPU)
     runtime                 the process itself, where memory is counted by resident set
     """
-    model, dtype, kind = meta_model(settings), hardware.activation_dtype(settings), hardware.device_type
+    model, dtype, kind = largest_model(settings), hardware.activation_dtype(settings), hardware.device_type
     optimizer = build_optimizer(model, settings, dtype, world_size=world_size)
     size, full = dtype.itemsize, dtype == torch.float32
     config = model.config
@@ -165,7 +173,7 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
 
 def checkpoint_bytes(settings: Settings) -> int:
     """One checkpoint: the weights in float32 and the whole state of the optimizer, whatever the number of ranks."""
-    model = meta_model(settings)
+    model = largest_model(settings)
     optimizer = build_optimizer(model, settings, torch.float32)
     total = 4 * sum(p.numel() for p in model.parameters())
     for unit in optimizer.units:

@@ -8,7 +8,7 @@ import torch
 
 from nanochat.checkpoint_manager import tag_dir
 from nanochat.config_file import CommandLine, differences
-from nanochat.resume import begun_by_this_launcher, settle
+from nanochat.resume import as_begun, begun_by_this_launcher, settle
 from nanochat.run_lock import run_lock
 from nanochat.runtime import Compute, UserError, first_line, init_compute, print0, rank_from_env, restarts_from_env
 from nanochat.settings import RunSettings
@@ -16,6 +16,7 @@ from nanochat.settings import RunSettings
 
 def begin(command: CommandLine, train: Callable[[RunSettings, int | None, Compute], dict]) -> dict:
     """Settle what counts, lock the run's folder, open the device and train there; of any stage."""
+    command = as_begun(command)
     folder = tag_dir(command.settings)
     # A launcher that starts the ranks of this very run anew means: go on.
     resume = "resume" in command.switches or (restarts_from_env() > 0 and begun_by_this_launcher(folder))

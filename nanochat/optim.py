@@ -279,10 +279,11 @@ def build_optimizer(model: nn.Module, settings, dtype: torch.dtype, rank: int = 
         "every parameter belongs to exactly one group"
     )
     scale = (model.config.n_embd / 768) ** -0.5
+    split = settings.tie_weights and not model.config.tie_weights  # by untie_at: both tables go on at their old rate
     rates = {
-        "embedding": settings.embedding_lr * scale,
+        "embedding": (settings.tied_weights_lr if split else settings.embedding_lr) * scale,
         "tied": settings.tied_weights_lr * scale,
-        "unembedding": settings.unembedding_lr * scale,
+        "unembedding": (settings.tied_weights_lr if split else settings.unembedding_lr) * scale,
         "value_embedding": settings.value_embedding_lr * scale,
         "matrix": settings.matrix_lr,
         "scalar": settings.scalar_lr,

@@ -13,6 +13,7 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.config_file import CommandLine, read_config
+from nanochat.gpt import GPTConfig
 from nanochat.runtime import (
     UserError,
     launched,
@@ -160,6 +161,34 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
     return validate(merged, world_size_from_env())
 
 
+def as_begun(command: CommandLine) -> CommandLine:
+    """Under init_from: what neither config.py nor a flag says of the model is as that checkpoint has it."""
+    init_from, resume = getattr(command.settings, "init_from", None), "resume" in command.switches
+    if init_from is None or (resume and command.settings.model_tag):  # then the run's own checkpoint tells
+        return command
+    tag_dir, step = checkpoints.find_checkpoint(init_from, None)
+    config = checkpoints.model_config(checkpoints.metadata_of(tag_dir, step))
+    open_ = {name: value for name, value in Settings.of_model(config).items() if name not in command.origins}
+    settings = dataclasses.replace(command.settings, **open_)
+    if not resume:
+        validate(settings, world_size_from_env())
+    origins = {name: f"init_from={init_from}" for name in open_}
+    return dataclasses.replace(command, settings=settings, origins=origins | command.origins)
+
+
+def begun_config(config: GPTConfig, tag_dir: Path, step: int) -> tuple[GPTConfig, bool]:
+    """The configuration with what no setting names as a checkpoint has it, and whether untie_at has split its tables.
+
+    No setting names what a gate reads and its range, nor the number of ids where the tokenizer does not use them all.
+    """
+    saved = checkpoints.model_config(checkpoints.metadata_of(tag_dir, step))
+    names = ["vocab_size", "value_gate_channels", "value_gate_range"]
+    if config.n_layer < 3:  # where the settings leave backout out, for it has no effect
+        names.append("backout")
+    split = config.tie_weights and not saved.tie_weights
+    return dataclasses.replace(config, **{name: getattr(saved, name) for name in names}), split
+
+
 def first_weights(settings: Settings, tag_dir: Path, resume_step: int | None) -> tuple[Path, int] | None:
     """(tag folder, step) of the weights that a run goes on from, or begins with; None for one that begins with none."""
     if resume_step is not None:
@@ -167,10 +196,18 @@ def first_weights(settings: Settings, tag_dir: Path, resume_step: int | None) ->
     return checkpoints.find_checkpoint(settings.init_from, None) if settings.init_from else None
 
 
-def begin_from(tag_dir: Path, step: int, model, tokenizer, dataset) -> None:
-    """The weights of a step, for a new run: nothing else of it. UserError where they are of another kind."""
-    state, _, metadata = checkpoints.load_checkpoint(tag_dir, step)
-    where = checkpoints.step_dir(tag_dir, step)
+def begin_from(tag_dir: Path, step: int, model, optimizer, tokenizer, dataset) -> None:
+    """The weights of a step, for a new run; UserError where they are of another kind.
+
+    Of a run of ours nothing else: it has ended its schedule. One of nanochat's goes on with its optimizer's state where
+    the files hold it whole, converted or not.
+    """
+    where = checkpoints.step_path(tag_dir, step)
+    theirs = checkpoints.is_upstream(tag_dir, step)
+    converted = not theirs and "converted_from" in checkpoints.read_metadata(where)
+    state, optimizer_state, metadata = checkpoints.load_checkpoint(
+        tag_dir, step, load_optimizer=theirs or (converted and (where / "optimizer.safetensors").is_file())
+    )
     checkpoints.check_tokenizer(tokenizer, metadata, where)
     saved = checkpoints.model_config(metadata)
     mine = dataclasses.asdict(model.config)
@@ -181,7 +218,9 @@ def begin_from(tag_dir: Path, step: int, model, tokenizer, dataset) -> None:
     checkpoints.check_codec(dataset, metadata, where)
     checkpoints.check_state(model, state, where)
     model.load_state_dict(state)
-    print0(f"beginning with the weights of {where}")
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
+    print0(f"beginning with the weights of {where}" + " and its optimizer's state" * (optimizer_state is not None))
 
 
 def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, dataset) -> RunState:

@@ -395,6 +395,10 @@ class Settings(RunSettings):
     tied_init_std: float = setting(
         0.02, "standard deviation of the tied matrix at the start", "optimizer", above=0, when=("tie_weights", True)
     )
+    untie_at: float | None = setting(
+        None, "part of the run after which the tied tables are split, at the tied rate; None never splits", "optimizer",
+        above=0, at_most=0.999, when=("tie_weights", True),
+    )  # fmt: skip
     value_embedding_lr: float = setting(
         0.2,
         "AdamW rate of value embeddings, before the same scaling",
@@ -483,6 +487,19 @@ class Settings(RunSettings):
     def _modality_arguments(self, vocab_size: int) -> dict:
         modalities = modalities_of(self, vocab_size)
         return dict(modalities=modalities, untie=self.untie, output_layers=self.output_layers)
+
+    @staticmethod
+    def of_model(config) -> dict:
+        """The settings that describe the text model of a GPTConfig: what model_arguments() makes it of."""
+        shape = dict(
+            depth=config.n_layer, model_dim=config.n_embd, head_dim=config.head_dim, max_seq_len=config.sequence_len
+        )
+        other = ("vocab_size", "modalities", "untie", "output_layers")  # the tokenizer's, and what data has to go with
+        return shape | {n: getattr(config, n) for n in fields_of(Settings) if hasattr(config, n) and n not in other}
+
+    def untie_step(self, steps: int) -> int | None:
+        """The step of `steps` before which the tied tables are split; None for never."""
+        return round(self.untie_at * steps) if self.tie_weights and self.untie_at else None
 
     @property
     def counted_modalities(self) -> tuple[str, ...] | None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from nanochat.checkpoint_manager import step_path, tokenizer_of
 from nanochat.dataloader import DataLoader, TokenStore
 from nanochat.dataset import Dataset, prepare_for
 from nanochat.loss_eval import bits_per_byte, packed_losses
@@ -14,16 +15,22 @@ from nanochat.settings import Settings
 from nanochat.tokenizer import Tokenizer, find_or_train
 
 
-def prepare_data(settings: Settings, compute: Compute, begun: Path | None = None) -> tuple[Dataset, Tokenizer]:
+def prepare_data(
+    settings: Settings, compute: Compute, begun: tuple[Path, int] | None = None
+) -> tuple[Dataset, Tokenizer]:
     """Dataset and tokenizer; what is missing is made by rank 0, then found by all, or made once on nodes apart.
 
-    begun: the step folder of the checkpoint that gives the run its weights, and so its tokenizer.
+    begun: tag folder and step of the checkpoint that gives the run its weights, and so its tokenizer.
     """
 
     def make() -> tuple[Dataset, Tokenizer]:
         dataset = prepare_for(settings, say=print0)
-        own = begun and not settings.tokenizer and (begun / "tokenizer").is_dir()
-        return dataset, Tokenizer.load(begun / "tokenizer") if own else find_or_train(settings, dataset, say=print0)
+        if begun is None or settings.tokenizer:
+            return dataset, find_or_train(settings, dataset, say=print0)
+        own = tokenizer_of(*begun)
+        if own is None:
+            raise UserError(f"{step_path(*begun)} holds no tokenizer: name the one of its training with --tokenizer")
+        return dataset, own
 
     return in_turns(compute, make)
 

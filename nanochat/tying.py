@@ -9,7 +9,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import UserError
 from nanochat.settings import Settings
 
@@ -104,3 +104,18 @@ def tied(config: GPTConfig, state: State, keep: str = "output") -> tuple[GPTConf
         solved = torch.linalg.lstsq(embedding, output).solution
         new[PROJECTION] = solved.to(state[wte].dtype).to(state[wte].device)
     return dataclasses.replace(config, tie_weights=True, use_output_projection=keep == "projection"), new
+
+
+def untie(model: GPT, optimizer_state: State | None = None, betas=Settings.adam_betas) -> State | None:
+    """untied() in place, in the middle of a training; returns the optimizer's state for the changed parameters."""
+    config, state, trained = untied(model.config, model.state_dict(), optimizer_state, betas)
+    with torch.device("meta"):
+        new = GPT(config)
+    for name in ("lm_head", "lm_heads"):
+        if hasattr(new, name):
+            setattr(model, name, getattr(new, name).to_empty(device=model.device))
+    if hasattr(model, "output_projection"):
+        del model.output_projection
+    model.config = config
+    model.load_state_dict(state)
+    return trained

@@ -226,6 +226,10 @@ tied_weights_lr = 0.005
 # standard deviation of the tied matrix at the start; matters only with tie_weights=True
 tied_init_std = 0.02
 
+# part of the run after which the tied tables are split, at the tied rate; None never splits; matters only with
+# tie_weights=True
+untie_at = None
+
 # AdamW rate of value embeddings, before the same scaling; matters only with value_embeddings=True [value_embedding_lr
 # has no effect while value_embeddings=False]
 value_embedding_lr = 0.2

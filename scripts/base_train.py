@@ -27,23 +27,15 @@ from nanochat.loss_eval import CutShort
 from nanochat.micro_batches import accumulate, naming_the_batch_that_fits, smaller
 from nanochat.optim import MuonAdamW, build_optimizer, weight_norms
 from nanochat.progress import Progress, duration
-from nanochat.resume import RunState, begin_from, first_weights, note_launcher, progress_of, restore
-from nanochat.runtime import (
-    Compute,
-    device_name,
-    launched,
-    memory_mb,
-    peak_flops,
-    print0,
-    run_script,
-    write_atomically,
-)
+from nanochat.resume import RunState, begin_from, begun_config, first_weights, note_launcher, progress_of, restore
+from nanochat.runtime import Compute, device_name, launched, memory_mb, peak_flops, print0, run_script, write_atomically
 from nanochat.saver import BackgroundSaver
 from nanochat.settings import RunSettings, Settings
 from nanochat.stop_signals import StopSignals
 from nanochat.tokenizer import Tokenizer
 from nanochat.tracker import MetricsLog, last_event, open_tracker
 from nanochat.training_data import batches, codec_files, held_out_measure, prepare_data, say_what_is_idle
+from nanochat.tying import untie
 from scripts.base_eval import evaluate_suite
 
 EXIT_CODES = {"done": 0, "nonfinite": 3, "preempted": 85}
@@ -60,7 +52,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     print0(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
     folder = tag_dir(settings)
     found = first_weights(settings, folder, resume_step)
-    dataset, tokenizer = prepare_data(settings, compute, found and checkpoints.step_dir(*found))
+    dataset, tokenizer = prepare_data(settings, compute, found)
     say_what_is_idle(settings, dataset)
     loader = batches(settings, dataset, tokenizer, compute)
     held_out = held_out_measure(settings, dataset, tokenizer, compute)
@@ -68,24 +60,26 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
 
     # -- model and optimizer ------------------------------------------------------------------------------------------
     config = GPTConfig(**settings.model_arguments(tokenizer.vocab_size))
+    config, split_before = begun_config(config, *found) if found else (config, False)
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=compute.device)
     model.init_weights(settings.tied_init_std)
     model.compute_dtype, model.route = compute.dtype, settings.route
-    optimizer = build_optimizer(model, settings, compute.dtype, compute.rank, compute.world_size)
     steps = schedule.num_iterations(settings, model.num_matmul_parameters(), model.flops_per_token())
+    if resume_step is not None and split_before:
+        untie(model)
+    optimizer = build_optimizer(model, settings, compute.dtype, compute.rank, compute.world_size)
     run = RunState()
     if resume_step is not None:
         run = restore(folder, resume_step, model, optimizer, loader, tokenizer, dataset)
     elif settings.init_from:
-        begin_from(*found, model, tokenizer, dataset)
+        begin_from(*found, model, optimizer, tokenizer, dataset)
     model.uncompile()  # the compiled loss would outlive an earlier run in this process
     compile_seconds = compile_model(model, micro_rows) if settings.compile else 0.0
 
     # -- what the loop evaluates and saves ----------------------------------------------------------------------------
-    counts = model.num_parameters()
-    print0(f"parameters: {', '.join(f'{name} {n:,}' for name, n in counts.items())}")
+    print0(f"parameters: {', '.join(f'{name} {n:,}' for name, n in model.num_parameters().items())}")
 
     def evaluate(last: bool, log: MetricsLog, stop: Callable[[], bool]) -> None:
         ranks = dict(rank=compute.rank, world_size=compute.world_size, stop=stop)
@@ -93,7 +87,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             measured = held_out(model, stop=stop)
             run.note_val_bpb(measured["bpb"])
             further = {f"val_loss/{name}": part["nats"] for name, part in measured.get("losses", {}).items()}
-            log.write(run.step, event="eval", val_bpb=run.val_bpb, **further, **weight_norms(model, optimizer))
+            log.write(run.step, event="eval", val_bpb=run.val_bpb, **further, **weight_norms(model, training.optimizer))
         if schedule.is_due(settings.core_metric_every, run.step):
             # CORE where its bundle is at hand, else the offline suite; empty without any item
             scores = evaluate_suite(model, tokenizer, dataset, settings.core_metric_max_per_task, **ranks)
@@ -102,21 +96,33 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         if compute.rank == 0 and (last or schedule.is_due(settings.sample_every, run.step)):
             print_samples(model, tokenizer)
 
+    def split() -> None:
+        """The tied tables go on as two, each with its part of the optimizer's state."""
+        state = untie(model, training.optimizer.state_dict(), settings.adam_betas)
+        training.optimizer = build_optimizer(model, settings, compute.dtype, compute.rank, compute.world_size)
+        training.optimizer.load_state_dict(state)
+        training.facts |= described(model, steps)
+
     facts = dict(
-        model_config=dataclasses.asdict(config),
-        derived=dict(num_iterations=steps, parameters=counts, flops_per_token=model.flops_per_token()),
+        described(model, steps),
         tokenizer_hash=tokenizer.hash,
         codec=dataset.manifest.get("codec"),
         data_fingerprint=dataset.fingerprint,
     )
     codec = codec_files(dataset) if compute.rank == 0 else None
     saver = BackgroundSaver(folder, settings.keep_last, tokenizer, compute.rank, codec)
-    return loop(
-        Training(
-            settings, compute, model, optimizer, loader, run, steps, settings.matrix_lr, evaluate, saver,
-            lambda: model.state_dict().items(), facts, compile_seconds, resume_step is not None,
-        )
+    training = Training(
+        settings, compute, model, optimizer, loader, run, steps, settings.matrix_lr, evaluate, saver,
+        lambda: model.state_dict().items(), facts, compile_seconds, resume_step is not None,
+        settings.untie_step(steps) if model.config.tie_weights else None, split,
     )  # fmt: skip
+    return loop(training)
+
+
+def described(model: GPT, steps: int) -> dict:
+    """What a checkpoint says of the model."""
+    derived = dict(num_iterations=steps, parameters=model.num_parameters(), flops_per_token=model.flops_per_token())
+    return dict(model_config=dataclasses.asdict(model.config), derived=derived)
 
 
 @dataclasses.dataclass
@@ -137,6 +143,8 @@ class Training:
     facts: dict  # and says about it, besides progress
     compile_seconds: float = 0.0
     resumed: bool = False
+    split_at: int | None = None  # the step before which split() changes model and optimizer
+    split: Callable[[], None] | None = None
 
 
 def loop(training: Training) -> dict:
@@ -215,6 +223,12 @@ def loop(training: Training) -> dict:
             if last or stopping:
                 stopped = "done" if last and run.evaluated == run.step else "preempted"
                 break
+
+            if training.split_at is not None and run.step >= training.split_at:
+                training.split()
+                optimizer, training.split_at = training.optimizer, None
+                log.write(run.step, event="untie", parameters=training.facts["derived"]["parameters"]["total"])
+                print0(f"step {run.step}: the tied tables are two from now on")
 
             # -- one step: loss and gradients of the global batch, their sum over the ranks, the update
             start = time.perf_counter()
