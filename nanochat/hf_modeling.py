@@ -237,7 +237,7 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(past, S, device=device)[None]
         D = config.n_embd // config.n_head
-        frequencies = config.rope_base ** -(torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
+        frequencies = 1.0 / config.rope_base ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
         angles = position_ids[..., None, None].float() * frequencies
         cos, sin = angles.cos(), angles.sin()
 

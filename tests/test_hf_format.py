@@ -256,7 +256,9 @@ REFUSED = [
     ("classic", dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "rope_type='yarn'"),
     ("classic", dict(head_dim=16), "head_dim=16"),
     ("classic", dict(hidden_size="32"), "hidden_size='32'"),
-    ("classic", dict(num_hidden_layers=10**9), "1000000000 layers, the weights hold 2"),
+    ("classic", dict(num_hidden_layers=3), "config.json says 3 layers, the weights hold 2"),
+    ("classic", dict(vocab_size=10**30), "config.json describes no model that can be"),
+    ("classic", dict(num_attention_heads=5), "describes no model that can be"),
     ("classic", dict(intermediate_size=8192), "model.layers.0.mlp.fc1.weight has shape [128, 32], config.json says"),
     ("classic", dict(vocab_size=200), "tokenizer.json has 290 ids, the model only 200"),
     ("classic", dict(tie_word_embeddings=True), "lm_head.weight is not the embedding"),
@@ -280,7 +282,8 @@ def test_what_is_not_ours_is_named(name, changes, told, folders, tmp_path):
 
 
 def test_damaged_folders_are_named(folders, tmp_path):
-    """Weights and tokenizers. Red when a tensor's dtype, or the order of a tokenizer's merges, is not looked at."""
+    """Weights and tokenizers. Red when a tensor's dtype, or the order of a tokenizer's ids or merges, is not
+    looked at."""
     folder = shutil.copytree(folders / "classic", tmp_path / "copy")
     weights = folder / "model.safetensors"
     tensors = load_file(weights)
@@ -295,9 +298,13 @@ def test_damaged_folders_are_named(folders, tmp_path):
     assert "weight_map" in refusal(folder)
     path = folder / "tokenizer.json"
     found = json.loads(path.read_text())
-    found["model"]["merges"].reverse()
-    path.write_text(json.dumps(found))
-    assert "merges are not in the order of the ids" in refusal(folder)
+    merges = found["model"]["merges"]
+    for wrong in (merges[::-1], merges[:-1]):
+        path.write_text(json.dumps(found | dict(model=found["model"] | dict(merges=wrong))))
+        assert "merges are not in the order of the ids" in refusal(folder)
+    specials = [token | dict(id=i) for i, token in enumerate(found["added_tokens"])]  # before all others
+    path.write_text(json.dumps(found | dict(added_tokens=specials)))
+    assert "the ids are not 0, 1, 2" in refusal(folder)
     path.write_text(json.dumps(found | dict(model=dict(type="Unigram"))))
     assert "no byte-level BPE" in refusal(folder)
     path.write_text("{")
@@ -318,14 +325,20 @@ def test_no_field_is_left_out(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_folder_appears_whole_or_not_at_all(tokenizer, tmp_path, monkeypatch):
     """Red when write_hf writes into the folder itself, or does not compare what it reads back."""
     model = build()
-    other = {name: tensor + 1 for name, tensor in model.state_dict().items()}
-    monkeypatch.setattr(hf_format, "read_hf", lambda folder: (model.config, other, None))
-    with pytest.raises(UserError, match="reads back differently"):
-        write_hf(tmp_path / "out", model.config, model.state_dict())
-    assert list(tmp_path.iterdir()) == []
+    state = model.state_dict()
+    for again, words in (({name: tensor + 1 for name, tensor in state.items()}, None), (state, tokenizer)):
+
+        def read_back(folder, found=(model.config, again, words)):
+            assert not (tmp_path / "out").exists()
+            return found
+
+        monkeypatch.setattr(hf_format, "read_hf", read_back)
+        with pytest.raises(UserError, match="reads back differently"):
+            write_hf(tmp_path / "out", model.config, state)
+        assert list(tmp_path.iterdir()) == []
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="is there already"):
         write_hf(tmp_path / "out", model.config, model.state_dict())
@@ -345,9 +358,9 @@ def test_the_script(tokenizer, tmp_path, monkeypatch, capsys):
     assert told["weights_hash"] == weights_hash(model.state_dict()) and told["weights_hash"] in printed
     assert "use_output_projection" in printed and "trust_remote_code=True" in printed and "--fold-proj" in printed
     assert "trust_remote_code=True" in (out / "README.md").read_text()
-    assert read_hf(out)[2].hash == tokenizer.hash
+    assert AutoTokenizer.from_pretrained(out)("the <|bos|>").input_ids == tokenizer.encode("the <|bos|>")
     told = export_hf.main(["--model-tag=tiny", f"--out={out}-2", "--fold-projection", "--dtype=bfloat16"])
-    assert told["architecture"] == "NanoChatForCausalLM"
+    assert told["architecture"] == "NanoChatForCausalLM" and told["bytes"] < 2.5 * told["parameters"]
     assert "no tokenizer" in capsys.readouterr().out
     assert "trust" not in (tmp_path / "deep" / "out-2" / "README.md").read_text()
     assert exit_code(lambda: export_hf.main(["--model-tag=tiny", f"--out={out}"])) == 2
