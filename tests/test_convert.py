@@ -1,0 +1,120 @@
+"""Checkpoints of every origin become ours, tied or untied, and a run goes on from each. Growth: test_growth.py."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import upstream_fixtures
+from safetensors.torch import load_file
+from test_gpt import MODERN, build, random_ids
+from tiny_run import TIED, flags, losses, tag_dir
+
+from nanochat import checkpoint_manager as cm
+from nanochat import conversion
+from nanochat.config_file import read_config
+from nanochat.gpt import GPTConfig
+from nanochat.hf_format import write_hf
+from nanochat.runtime import UserError
+from nanochat.settings import Settings
+from nanochat.tokenizer import Tokenizer
+from scripts import base_train, convert
+
+
+def config_of(tag: str) -> dict:
+    return read_config(tag_dir(tag) / "config.py")
+
+
+def test_untie_and_tie_a_run(train, capsys):
+    """Untied it has the same loss, and trains on from there at the tied matrix's rate; tied again it is what it was.
+
+    Red when the config.py keeps embedding_lr, or --tie without a value does not take what costs least.
+    """
+    train("words", num_iterations=6, tied_weights_lr=0.03, **TIED)
+    capsys.readouterr()
+    assert convert.main(["--model-tag=words", "--untie"]) == "words-untied"
+    told = capsys.readouterr().out
+    assert "held-out tokens of corpus" in told and "(+0.0000)" in told.replace("(-0.0000)", "(+0.0000)")
+    settings = config_of("words-untied")
+    assert not settings["tie_weights"] and not settings["use_output_projection"]
+    assert settings["embedding_lr"] == settings["unembedding_lr"] == 0.03
+    base_train.main([str(tag_dir("words-untied") / "config.py"), *flags(dict(model_tag="on", num_iterations=1))])
+    assert losses("on")[0] < losses("words")[0] - 0.2  # of the same batch, after six steps
+
+    assert convert.main(["--model-tag=words-untied", "--tie", "--output-tag=again"]) == "again"
+    told = capsys.readouterr().out
+    assert "tied, keeping projection" in told and told.count(" -> ") == 4
+    models = [cm.build_model(tag_dir(tag), step, "cpu", "eval")[0] for tag, step in (("words", 6), ("again", 0))]
+    ids = random_ids(2, 40, vocab=300)
+    torch.testing.assert_close(models[1](ids), models[0](ids), rtol=1e-4, atol=1e-4)
+    origin = json.loads((cm.step_dir(tag_dir("again"), 0) / "state.json").read_text())["converted_from"]
+    assert origin == dict(model_tag="words-untied", step=0)
+
+    for words, said in (
+        (["--model-tag=words", "--untie"], "words-untied is there already"),
+        (["--model-tag=words", "--tie"], "words is tied already"),
+        (["--model-tag=words"], "in our format already: say what to do"),
+        (["--model-tag=words", "--untie=mlp"], "is of an added modality"),
+        (["--model-tag=words", "--untie", "--tie"], "one at a time"),
+        (["--model-tag=words", "--from-hf=x"], "leave out --model-tag"),
+        (["--model-tag=words", "--untie", "--output-tag=n", "--data=nowhere"], "nowhere"),
+    ):
+        with pytest.raises(UserError, match=said):
+            convert.main(words)
+
+
+def test_without_a_text_the_loss_is_not_measured(capsys):
+    """Nothing is downloaded unasked. Red when the source's own data is fetched whatever it is."""
+    for tokenizer, said in ((None, "has no tokenizer"), (Tokenizer([bytes([i]) for i in range(256)]), "--data=stdlib")):
+        source = conversion.Source("x", 0, build().config, {}, None, tokenizer, {}, False)
+        for data in ("climbmix", "hf:some/where"):
+            assert conversion.held_out_loss(source, Settings(data=data), None) is None
+            assert said in capsys.readouterr().out
+
+
+def test_nanochats_own_files_become_ours(base, tmp_path, monkeypatch, capsys):
+    """Weights, optimizer state and tokenizer as they are loaded, and a config.py that describes the model.
+
+    Red when what no setting decides is lost, or the step's number.
+    """
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    sizes, state = upstream_fixtures.make_state("2026-01-16", sequence_len=40, n_layer=2)
+    folder = upstream_fixtures.write(tmp_path / "d2", sizes, state)
+    memory = upstream_fixtures.moments(state)
+    upstream_fixtures.write_optimizer(folder, upstream_fixtures.optimizer_files(state, memory, "one"))
+    assert convert.main([f"--model-tag={folder}", "--era=2026-03-02"]) == "d2-converted"
+    assert "with its optimizer state" in capsys.readouterr().out
+    step = upstream_fixtures.STEP
+    weights, optimizer, metadata = cm.load_checkpoint(tag_dir("d2-converted"), step, load_optimizer=True)
+    assert weights.keys() == state.keys() and all(torch.equal(weights[name], state[name]) for name in state)
+    assert torch.equal(optimizer["lm_head.weight.exp_avg"], memory["lm_head.weight"]["exp_avg"])
+    assert metadata["converted_from"] == dict(model_tag="d2", step=step, era="2026-03-02")
+    config = cm.model_config(metadata)
+    assert (config.softcap, config.value_gate_channels, config.vocab_multiple) == (20.0, 32, 64)
+    model, tokenizer, _ = cm.build_model(tag_dir("d2-converted"), step, "cpu", "eval")
+    ids = random_ids(30, vocab=265)
+    expected = upstream_fixtures.reference_logits("2026-03-02", sizes, state, ids)
+    torch.testing.assert_close(model(ids[None])[0], expected.float(), rtol=1e-4, atol=1e-4)
+    assert tokenizer.vocab_size == 265 and config_of("d2-converted")["init_from"] == "d2-converted"
+    with pytest.raises(UserError, match="in our format already"):
+        convert.main(["--model-tag=d2-converted"])
+
+
+def test_a_hugging_face_folder_becomes_ours(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    model = build(**MODERN | dict(tie_weights=True, vocab_multiple=1))  # an export has no padding
+    write_hf(tmp_path / "friend", model.config, model.state_dict())
+    tag = convert.main([f"--from-hf={tmp_path / 'friend'}"])
+    state = load_file(cm.step_dir(tag_dir(tag), 0) / "model.safetensors")
+    assert tag == "friend-converted" and all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("changes", [{}, MODERN, dict(n_kv_head=2, tie_weights=True, use_output_projection=True)])
+@pytest.mark.parametrize("length", [16, 100, 3000])
+def test_settings_describe_the_model(changes, length):
+    """Red when a field of GPTConfig that has a setting is left out of settings_for, or its batch is not legal."""
+    config = dataclasses.replace(build(**changes).config, sequence_len=length, n_layer=3)
+    free = dict(value_gate_channels=config.value_gate_channels, value_gate_range=config.value_gate_range)
+    settings = conversion.settings_for(config)
+    assert GPTConfig(**settings.model_arguments(config.vocab_size) | free) == config
+    assert 8192 * 0.6 < settings.total_batch_size <= 8192 and settings.batch_plan()
