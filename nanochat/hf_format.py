@@ -52,6 +52,36 @@ PARTS = {
     ".attn.c_k.": ".self_attn.k_proj.", ".attn.c_v.": ".self_attn.v_proj.", ".attn.c_proj.": ".self_attn.o_proj.",
     ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2.",
 }  # fmt: skip
+CARD = """---
+license: unknown
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A language model trained with nanochat: {parameters:,} parameters, {config.n_layer} layers of width {config.n_embd},
+{config.vocab_size:,} ids, a context of {config.sequence_len:,} tokens.
+
+{what}
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder}{trust})
+{words}```
+
+{told}
+
+The license of the weights is not known to the program that wrote this card.
+"""
+USE_OF_WORDS = """tokenizer = AutoTokenizer.from_pretrained({folder}{trust})
+ids = [tokenizer.bos_token_id, *tokenizer.encode("The capital of France")]
+print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=32)[0]))
+"""
+ABOUT_WORDS = """Every document of its training began with `<|bos|>`, which the tokenizer does not add by itself.
+Special tokens in a text count as ordinary text."""
 
 
 def name_there(name: str, model_type: str) -> str:
@@ -197,43 +227,19 @@ def tokenizer_roles(length: int) -> dict:
 
 def card(name: str, config: GPTConfig, facts: dict, words: bool) -> str:
     """README.md: what the folder holds and how to load it."""
-    newer = facts["newer"]
-    trust = ", trust_remote_code=True" if newer else ""
-    what = (
-        f"Its architecture is `{facts['architecture']}` of `{MODELING}` in this folder, for transformers' own NanoChat "
-        f"has no {', '.join(f'`{field}`' for field in newer)}. That file is code which runs on your machine: read it, "
-        "and load the model with `trust_remote_code=True` if you agree with it."
-        if newer
-        else "Its architecture is transformers' own `NanoChatForCausalLM` (transformers 5.0 or later): no code comes "
-        "with it."
-    )
-    lines = [
-        "import torch",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer"
-        if words
-        else "from transformers import AutoModelForCausalLM",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}"{trust})',
-    ]
-    if words:
-        lines += [
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust and ", trust_remote_code=False"})',
-            'ids = [tokenizer.bos_token_id, *tokenizer.encode("The capital of France")]',
-            "print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=32)[0]))",
-        ]
-    told = (
-        "Every document of its training began with `<|bos|>`, which the tokenizer does not add by itself; special "
-        "tokens in a text count as ordinary text."
-        if words
-        else "The checkpoint had no tokenizer, so there is none here."
-    )
-    front = ["---", "license: unknown", "library_name: transformers", "pipeline_tag: text-generation"]
-    shape = f"{config.n_layer} layers of width {config.n_embd}, {config.vocab_size:,} ids"
-    return "\n".join(
-        [*front, "---", "", f"# {name}", "", f"A language model trained with nanochat: {facts['parameters']:,} "
-         f"parameters, {shape}, a context of {config.sequence_len:,} tokens.", "", what, "", "```python", *lines,
-         "```", "", told, "", "The license of the weights is not known to the program that wrote this card."]
-    ) + "\n"  # fmt: skip
+    what = "Its architecture is transformers' own `NanoChatForCausalLM` (transformers 5.0 or later): it brings no code."
+    if newer := facts["newer"]:
+        what = (
+            f"Its architecture is `{facts['architecture']}` of `{MODELING}` in this folder, for transformers' NanoChat "
+            f"has no {', '.join(f'`{field}`' for field in newer)}. That file is code which runs on your machine: read "
+            "it, and load the model with `trust_remote_code=True` if you agree with it. The tokenizer needs none."
+        )
+    return CARD.format(
+        name=name, folder=repr(name), parameters=facts["parameters"], config=config, what=what,
+        trust=", trust_remote_code=True" if newer else "",
+        words=USE_OF_WORDS.format(folder=repr(name), trust=", trust_remote_code=False" if newer else "") * words,
+        told=ABOUT_WORDS if words else "The checkpoint had no tokenizer, so there is none here.",
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
