@@ -192,6 +192,7 @@ def damage(folder: Path, step: int) -> str | None:
 def load(folder: Path, step: int, era: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
     """(float32 tensors by our names, metadata in our shape) of nanochat's model_000123.pt, on the CPU.
 
+    The metadata has in `upstream` the era, what told it, what is to be said of it ("notes") and nanochat's own facts.
     era: one of ERAS instead of the inferred one. UserError: a damaged file, an unknown era, a key or tensor that no
     era explains or that the era lacks.
     """
@@ -201,14 +202,14 @@ def load(folder: Path, step: int, era: str | None = None) -> tuple[dict[str, tor
     sizes = meta["model_config"]
     raw = {name.removeprefix("_orig_mod."): tensor.detach() for name, tensor in read_pt(path).items()}
     state = {name: tensor.float() for name, tensor in raw.items() if name not in ("cos", "sin")}  # follow from sizes
-    if absent := [name for name in SIZES if name not in sizes]:
-        values = ", ".join(f"{name}={getattr(GPTConfig, name)}" for name in absent)
-        print0(f"{meta_file(folder, step)} does not say {', '.join(absent)}: taking nanochat's defaults, {values}")
+    notes = []
+    if absent := [f"{name}={getattr(GPTConfig, name)}" for name in SIZES if name not in sizes]:
+        notes.append(f"{meta_file(folder, step)} lacks sizes: taking nanochat's defaults, {', '.join(absent)}")
     found, told = infer_era({"vocab_size": GPTConfig.vocab_size} | sizes, state)
     if era is not None:
         found, told = era, "--era"
     elif found == "2026-01-16":
-        print0(
+        notes.append(
             f"{path}: era {found}; a model of the first week of March 2026 looks the same, but its logits were capped "
             "at 20 instead of 15: say --era 2026-03-02 if it is one"
         )
@@ -221,7 +222,7 @@ def load(folder: Path, step: int, era: str | None = None) -> tuple[dict[str, tor
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     facts = {name: value for name, value in meta.items() if name not in ("step", "model_config")}
-    origin = {"era": found, "told_by": told, "file": path.name, "metadata": facts}
+    origin = {"era": found, "told_by": told, "file": path.name, "notes": notes, "metadata": facts}
     described = asdict(config) | {"modalities": []}  # as JSON would have it
     return state, {"step": step, "model_config": described, "upstream": origin}
 

@@ -49,7 +49,7 @@ def read_optimizer(folder: Path, step: int, config: GPTConfig) -> tuple[dict[str
         return state, f"whole, in {', '.join(file.name for file in files)}"
     except (UserError, _UnfitError) as error:
         return None, f"none: {error}"
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError, RuntimeError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         return None, f"none: not laid out as nanochat's ({type(error).__name__}: {first_line(error)})"
 
 

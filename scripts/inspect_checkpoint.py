@@ -76,6 +76,8 @@ def main(argv: list[str] | None = None) -> dict:
     for name in ("format", "model", "beyond", "parameters", "tokenizer", "data", "optimizer", "codec", "weights"):
         if name in report:
             print(f"  {name:10s} {report[name]}")
+    for note in report.get("metadata", {}).get("upstream", {}).get("notes", []):
+        print(f"  note: {note}")
     if args.tensors:
         list_tensors(state)
     return report

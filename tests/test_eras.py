@@ -71,7 +71,8 @@ def test_logits_of_every_era(base, era):
         told = metadata["upstream"]["era"]
         assert told == era or (number == 2 and (told, era) == ("2025-10-13", "2025-12-09"))  # 256 is a multiple of 64
         assert tokenizer is None and model.config.vocab_size == sizes["vocab_size"]
-        assert all(tensor.dtype == torch.float32 for tensor in model.state_dict().values())
+        loaded = cm.load_checkpoint(folder, fixtures.STEP, era=named)[0]
+        assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
 
 
 def test_an_ambiguous_era_is_said_and_can_be_named(base, capsys):
@@ -81,6 +82,7 @@ def test_an_ambiguous_era_is_said_and_can_be_named(base, capsys):
     out = capsys.readouterr().out
     assert "era 2026-01-16; a model of the first week of March" in out and "--era 2026-03-02" in out
     named = cm.build_model(folder, 7, "cpu", "eval", "2026-03-02")[0].config
+    assert "note: " in (inspect_checkpoint.main([str(folder)]), capsys.readouterr().out)[1]
     assert (config.softcap, named.softcap) == (15.0, 20.0)
     assert "first week" not in capsys.readouterr().out
     step = cm.save_checkpoint(base / "ours", 1, {}, None, {}).parent
@@ -253,7 +255,11 @@ def test_absent_sizes_are_nanochats_defaults(base, capsys):
     (folder / META).write_text(json.dumps(facts))
     with pytest.raises(UserError, match="describes no model that can be"):  # 8 heads, 6 of keys and values
         cm.build_model(folder, 7, "cpu", "eval")
-    assert "does not say n_kv_head: taking nanochat's defaults, n_kv_head=6" in capsys.readouterr().out
+    folder, state = small(base / "six", "2025-10-13", n_embd=48, n_head=6, n_kv_head=6)
+    (folder / META).write_text(json.dumps(facts | {"model_config": {**SMALL, "vocab_size": 265, "n_embd": 48}}))
+    model = cm.build_model(folder, 7, "cpu", "eval")[0]
+    assert "lacks sizes: taking nanochat's defaults, n_head=6, n_kv_head=6" in capsys.readouterr().out
+    assert cm.weights_hash(model.state_dict()) == cm.weights_hash(state)
 
 
 def test_what_the_inspector_says_of_nanochats_files(base, capsys):

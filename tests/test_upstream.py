@@ -17,7 +17,7 @@ import torch
 from tiktoken import registry
 
 from nanochat import pickles
-from nanochat.pickles import read_pt, read_tokenizer_pickle
+from nanochat.pickles import read_pt, read_pt_tree, read_tokenizer_pickle
 from nanochat.runtime import UserError
 from nanochat.settings import Settings
 from nanochat.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, find_or_train
@@ -297,6 +297,33 @@ def test_tensors_that_claim_too_much(tmp_path):
     assert "names a tensor with a int" in refused(read_pt, path, saved({3: torch.ones(2)}))
     sparse = torch.eye(3).to_sparse()
     assert "not a dense tensor" in refused(read_pt, path, saved({"w": sparse}))
+
+
+def test_trees_come_back(tmp_path):
+    """An optimizer's nested state, and a few bytes that nest without end. Red without `met` in read_pt_tree()."""
+    path = tmp_path / "optim_000001.pt"
+    tree = [
+        {"state": {0: {"step": 3, "m": torch.ones(2)}}, "param_groups": [{"betas": (0.9, 1), "on": True, "x": None}]}
+    ]
+    path.write_bytes(saved(tree))
+    assert read_pt_tree(path)[0]["param_groups"] == tree[0]["param_groups"]
+    assert torch.equal(read_pt_tree(path)[0]["state"][0]["m"], torch.ones(2))
+    deep: list = []
+    for _ in range(60):
+        deep = [deep, deep]
+    path.write_bytes(saved(deep))
+    assert len(read_pt_tree(path)) == 2
+    loop = {"a": []}
+    loop["a"].append(loop)
+    path.write_bytes(saved(loop))
+    assert read_pt_tree(path)["a"][0]["a"] is not None
+    marker = tmp_path / "marker"
+    for bait in baits(marker).values():
+        refused(read_pt_tree, path, saved([{"state": {0: bait}}]))
+    wide = {"m": torch.ones(1).expand(10**6, 10**6)}
+    for thing, reason in (([wide], "claims 4,000"), ({"s": {1, 2}}, "holds a set"), ([b"x"], "holds a bytes")):
+        assert reason in refused(read_pt_tree, path, saved(thing))
+    assert "damaged" in refused(read_pt_tree, path, saved([torch.ones(9)])[:-9]) and not marker.exists()
 
 
 def test_damaged_pt_files(tmp_path):
