@@ -110,7 +110,8 @@ class Linear(nn.Linear):
 
 def rotary_tables(length: int, head_dim: int, device, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [1, length, 1, D/2] of rotary positions (arXiv 2104.09864), always float32."""
-    frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    # As transformers divides, to the last bit: at far positions another rounding of the angle shows in the logits.
+    frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
     return angles.cos()[None, :, None, :], angles.sin()[None, :, None, :]
 

@@ -458,6 +458,7 @@ class Settings(RunSettings):
 
     def model_arguments(self, vocab_size: int | None = None) -> dict:
         """Keyword arguments of GPTConfig (vocab_size: the tokenizer's, which may differ from the wish)."""
+        short = math.ceil(self.max_seq_len / 512) * 128  # as nanochat: a quarter, rounded up to its kernels' tile
         return dict(
             sequence_len=self.max_seq_len,
             vocab_size=vocab_size or self.vocab_size,
@@ -476,11 +477,11 @@ class Settings(RunSettings):
             softcap=self.softcap,
             vocab_multiple=self.vocab_multiple,
             window_pattern=self.window_pattern,
-            short_window=self.short_window or math.ceil(self.max_seq_len / 512) * 128,
             value_embeddings=self.value_embeddings,
             smear=self.smear,
             residual_scalars=self.residual_scalars,
             backout=self.backout and self.depth > 2,  # else the middle block is the last: lambda would have no effect
+            **(dict(short_window=self.short_window or short) if "S" in self.window_pattern else {}),
             **(self._modality_arguments(vocab_size or self.vocab_size) if self.modalities else {}),
         )
 
