@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from nanochat.checkpoint_manager import model_config, read_tensors, weights_hash
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import UserError, first_line, fsync
-from nanochat.tokenizer import BOS, Tokenizer, _byte_characters
+from nanochat.tokenizer import BOS, Tokenizer, byte_characters
 from nanochat.tying import untied
 
 CLASSIC, MODERN = "nanochat", "nanochat_modern"  # model_type
@@ -158,7 +158,7 @@ def write_hf(
         weights.chmod(temporary.stat().st_mode & 0o666)  # safetensors keeps them to their owner
         files = {"config.json": described, "generation_config.json": generation(described)}
         if tokenizer is not None:
-            (temporary / "tokenizer.json").write_text(tokenizer._hugging_face_json(), encoding="utf-8")
+            (temporary / "tokenizer.json").write_text(tokenizer.hugging_face_json(), encoding="utf-8")
             files["tokenizer_config.json"] = tokenizer_roles(config.sequence_len)
         for name, content in files.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -394,7 +394,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         merged = [tokens[first + second] for first, second in pairs]
         if merged != sorted(merged) or set(merged) != {tokens[token] for token in order if len(token) > 1}:
             raise ValueError("its merges are not in the order of the ids")
-        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         ranks = [bytes(byte_of[character] for character in token) for token in order]
         if len({rank for rank in ranks if len(rank) == 1}) != 256 or BOS not in specials:
             raise ValueError(f"not all 256 bytes are tokens, or {BOS} is missing")

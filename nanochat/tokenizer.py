@@ -113,7 +113,7 @@ class Tokenizer:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
         trainee.train_from_iterator(texts, trainer)
-        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         vocabulary = sorted(trainee.get_vocab().items(), key=lambda item: item[1])
         ranks = [bytes(byte_of[character] for character in token) for token, _ in vocabulary]
         if len(ranks) < size:
@@ -147,7 +147,7 @@ class Tokenizer:
         temporary.mkdir(exist_ok=True)
         try:
             (temporary / "ranks.tiktoken").write_bytes(_ranks_file(self.ranks))
-            (temporary / "tokenizer.json").write_text(self._hugging_face_json(), encoding="utf-8")
+            (temporary / "tokenizer.json").write_text(self.hugging_face_json(), encoding="utf-8")
             np.save(temporary / "token_bytes.npy", self.token_bytes)
             for file in temporary.iterdir():
                 with open(file, "rb") as opened:
@@ -197,11 +197,11 @@ class Tokenizer:
             )
         return tokenizer
 
-    def _hugging_face_json(self) -> str:
+    def hugging_face_json(self) -> str:
         """The same tokenizer in Hugging Face's format. Each token gets all its splits into two tokens as merges, for
         tiktoken merges any two neighbours whose bytes together are a token; ignore_merges is tiktoken's rule
         that a piece which is a token stays whole."""
-        characters = _byte_characters()
+        characters = byte_characters()
         known = set(self.ranks)
         merges = [
             [_spell(token[:cut], characters), _spell(token[cut:], characters)]
@@ -244,7 +244,7 @@ def _ranks_file(ranks: list[bytes]) -> bytes:
     return b"".join(b"%b %d\n" % (base64.b64encode(token), i) for i, token in enumerate(ranks))
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """GPT-2's printable stand-in for each byte 0..255: itself where printable Latin-1, else the next of U+0100.. ."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spare = itertools.count(256)
