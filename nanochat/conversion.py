@@ -45,6 +45,7 @@ class Source:
     tokenizer: Tokenizer | None
     metadata: dict
     foreign: bool  # not in our format
+    codec: Path | None = None  # of its sounds, a folder
 
 
 def open_source(model_tag: str | None, step: int | None, era: str | None, with_optimizer: bool) -> Source:
@@ -59,7 +60,8 @@ def open_source(model_tag: str | None, step: int | None, era: str | None, with_o
     if tokenizer is not None:
         check_tokenizer(tokenizer, metadata, step_path(folder, step))
     name, config = folder.resolve().name, model_config(metadata)
-    return _checked(Source(name, step, config, state, optimizer_state, tokenizer, metadata, foreign))
+    codec = None if foreign or not (own := step_path(folder, step) / "codec").is_dir() else own
+    return _checked(Source(name, step, config, state, optimizer_state, tokenizer, metadata, foreign, codec))
 
 
 def open_hugging_face(folder: str) -> Source:
@@ -114,8 +116,9 @@ def write(
     facts = dict(
         settings=as_dict(settings), model_config=dataclasses.asdict(config), converted_from=origin,
         tokenizer_hash=source.tokenizer and source.tokenizer.hash, versions=dict(torch=torch.__version__),
+        **{name: source.metadata.get(name) for name in ("codec", "data_fingerprint")},
     )  # fmt: skip
-    written = save_checkpoint(folder, step, state, optimizer_state, facts, tokenizer=source.tokenizer)
+    written = save_checkpoint(folder, step, state, optimizer_state, facts, 0, source.tokenizer, source.codec)
     write_atomically(folder / "config.py", render_config(settings))
     return written
 

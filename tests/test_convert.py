@@ -109,6 +109,20 @@ def test_a_hugging_face_folder_becomes_ours(base, tmp_path, monkeypatch):
     assert tag == "friend-converted" and all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
+def test_a_model_keeps_its_codec(tmp_path, monkeypatch):
+    """Without it, its sounds could not be heard. Red when write() leaves out the folder or what it says of it."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    (tmp_path / "codec").mkdir()
+    (tmp_path / "codec" / "codec.json").write_text("{}")
+    model, metadata = build(), dict(codec=dict(hash="ab"), data_fingerprint=dict(sha256="cd"))
+    source = conversion.Source(
+        "x", 5, model.config, model.state_dict(), None, None, metadata, False, tmp_path / "codec"
+    )
+    step = conversion.write(source, "y", 0, source.config, source.state, conversion.settings_for(source.config))
+    assert (step / "codec" / "codec.json").is_file() and cm.damage(step) is None
+    assert metadata.items() <= cm.read_metadata(step).items()
+
+
 @pytest.mark.parametrize("changes", [{}, MODERN, dict(n_kv_head=2, tie_weights=True, use_output_projection=True)])
 @pytest.mark.parametrize("length", [16, 100, 3000])
 def test_settings_describe_the_model(changes, length):
