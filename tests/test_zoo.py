@@ -85,7 +85,10 @@ def test_an_entry_gives_the_logits_it_gave(name):
 
 @pytest.mark.parametrize("name", ENTRIES)
 def test_an_entrys_run_could_go_on(name):
-    """Its settings still describe its model, and its optimizer state loads. Red when a setting's default changes."""
+    """Its settings still describe its model, and its optimizer state loads.
+
+    Red when a setting that came later, as window_pattern, is on by default or changes a model where it is off.
+    """
     _, _, metadata = load_checkpoint(ZOO / name, STEP)
     settings = Settings(**{key: checked(key, value) for key, value in metadata["settings"].items() if key in FIELDS})
     config = model_config(metadata)
