@@ -138,6 +138,8 @@ def _muon(shapes: dict, muon: list[str], states: list[States]) -> Iterator[tuple
     if len(names) != len(states):
         raise _UnfitError(f"Muon has {len(states)} matrices of {list(shape)}, the model {len(same_shape)}")
     if stacked:
+        if any(state for found in states[1:] for state in found):
+            raise _UnfitError(f"{names[0]} has a stack for its group, whose others have states too")
         yield from _unstacked(names, shape, states[0])
         return
     for name, found in zip(names, states, strict=True):
@@ -156,13 +158,17 @@ def _unstacked(names: list[str], shape: tuple, states: States) -> Iterator[tuple
     each = {"momentum_buffer": shape, "second_momentum_buffer": (rows, 1) if rows >= columns else (1, columns)}
     stacks = {}
     for theirs, quantity in MUON.items():
+        held = [theirs in state for state in states]
+        if theirs == "second_momentum_buffer" and not any(held):
+            continue
         parts = [state[theirs].detach().float() for state in states if theirs in state]
-        if any(tuple(part.shape) != (chunk, *each[theirs]) for part in parts) or 0 < len(parts) * chunk < len(names):
+        fit = all(tuple(part.shape) == (chunk, *each[theirs]) for part in parts)
+        # Only the last ranks may be without a matrix, and so without a stack.
+        if not fit or held != sorted(held, reverse=True) or len(parts) * chunk < len(names):
             raise _UnfitError(
                 f"{theirs} of {names[0]} is {[list(part.shape) for part in parts]}, not {len(names)} of "
                 f"{list(each[theirs])}: the files of some ranks are missing"
             )
-        if parts:
-            stacks[quantity] = torch.cat(parts)
+        stacks[quantity] = torch.cat(parts)
     for number, name in enumerate(names):
         yield name, {quantity: stack[number] for quantity, stack in stacks.items()}

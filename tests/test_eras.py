@@ -343,6 +343,11 @@ def other_step(files: list) -> list:
     return files
 
 
+def doubled(files: list) -> list:
+    files[0]["state"][10] = files[0]["state"][9]
+    return files
+
+
 DEEPER = fixtures.make_state("2026-03-14", **SMALL | {"n_layer": 4})[1]
 UNFIT = {
     "none": (lambda state: [], "there is no optim_000007.pt"),
@@ -355,6 +360,9 @@ UNFIT = {
         lambda state: [[parts(state, "list")[0][0], parts(state, "stacked", 2)[0][1]]],
         "files of some ranks are missing",
     ),
+    "rank 1 without a stack": (lambda state: without(parts(state, "one", 2), 1, "state", 9), "some ranks are missing"),
+    "rank 0 without a stack": (lambda state: without(parts(state, "one", 2), 0, "state", 8), "some ranks are missing"),
+    "a stack too many": (lambda state: doubled(parts(state)), "has a stack for its group, whose others have"),
     "other things": (lambda state: [{"moments": [1, "a", None]}], "not laid out as nanochat's"),
     "a bait": (lambda state: [[baits(Path("marker"))["posix.mkdir"]]], "is refused: it asks for 'posix.mkdir'"),
     "a deeper model": (lambda state: parts(DEEPER), r"resid_lambdas has exp_avg of \[320, 32\], not \[2\]"),
@@ -369,7 +377,8 @@ def test_an_optimizer_state_in_parts_is_left_out_and_said(base, case, capsys):
     """Never half of it, and never a crash. Red when one shape is not checked, or an error is let through."""
     make, message = UNFIT[case]
     folder, state = small(base / "m", "2026-03-14")
-    fixtures.write_optimizer(folder, make(state), named_by_rank=case == "ranks of two steps")
+    files = make(state)
+    fixtures.write_optimizer(folder, files, named_by_rank=len(files) > 1)
     model, optimizer, metadata = cm.load_checkpoint(folder, 7, load_optimizer=True)
     assert optimizer is None and model and metadata["step"] == 7
     lines = [line for line in capsys.readouterr().out.splitlines() if "optimizer state" in line]
