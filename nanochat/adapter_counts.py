@@ -9,7 +9,7 @@ from nanochat import meta_format
 from nanochat.adapter_checkpoint import config_of, expert_shape
 from nanochat.adapter_settings import AdapterSettings
 from nanochat.adapters import Parts, count_parts
-from nanochat.checkpoint_manager import model_config, read_metadata, step_dir
+from nanochat.checkpoint_manager import metadata_of, model_config
 from nanochat.gpt import GPT
 from nanochat.hosts import find_nanochat
 from nanochat.hub import place_caches
@@ -50,10 +50,10 @@ def host_on_meta(name: str) -> tuple[nn.Module, torch.Size, int]:
         folder = Path(place if kind == "meta" else name).expanduser()
         here = folder.is_dir()
     if kind == "nanochat":
-        config = model_config(read_metadata(step_dir(*find_nanochat(name, place))))
+        config = model_config(metadata_of(*find_nanochat(name, place)))
         with torch.device("meta"):
             model = GPT(config)
-        return model, model.transformer.wte.weight.shape, config.n_layer
+        return model, model.output_weight.shape, config.n_layer
     place_caches()
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig

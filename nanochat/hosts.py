@@ -21,14 +21,7 @@ import torch
 import torch.nn as nn
 
 from nanochat import meta_format
-from nanochat.checkpoint_manager import (
-    build_model,
-    checkpoints_dir,
-    find_checkpoint,
-    read_tensors,
-    step_dir,
-    weights_hash,
-)
+from nanochat.checkpoint_manager import build_model, find_checkpoint, step_path, weights_hash
 from nanochat.engine import KVCache
 from nanochat.gpt import GPT
 from nanochat.hub import place_caches
@@ -286,11 +279,6 @@ def find_nanochat(name: str, place: str) -> tuple[Path, int]:
     tag, at, number = place.partition("@")
     if not tag or (at and not re.fullmatch("[0-9]{1,12}", number)):
         raise UserError(f"host={name!r} names no model_tag, as in nanochat:d4-tied or nanochat:d4-tied@800")
-    if old := sorted((checkpoints_dir() / tag).glob("model_*.pt")):
-        raise UserError(
-            f"host={name!r}: {old[0].name} is nanochat's own format, too old to be opened yet: take a checkpoint of "
-            "`python -m scripts.base_train`"
-        )
     try:
         return find_checkpoint(tag, int(number) if at else None)
     except UserError as error:
@@ -302,13 +290,14 @@ def find_nanochat(name: str, place: str) -> tuple[Path, int]:
 def _nanochat(name: str, place: str, device, dtype: torch.dtype) -> NanochatHost:
     checkpoint_dir, step = find_nanochat(name, place)
     model, tokenizer, _ = build_model(checkpoint_dir, step, device, "eval")
-    folder = step_dir(checkpoint_dir, step)
     if model.config.modalities:
         names = ", ".join(modality.name for modality in model.config.modalities)
         raise UserError(
             f"host={name!r} has modalities of its own ({names}): take a model that was trained on text only"
         )
     if tokenizer is None:
-        raise UserError(f"host={name!r}: {folder} holds no tokenizer: take a checkpoint that has one")
+        raise UserError(
+            f"host={name!r}: {step_path(checkpoint_dir, step)} holds no tokenizer: take a checkpoint that has one"
+        )
     model.compute_dtype = dtype
-    return NanochatHost(name, model, tokenizer, weights_hash(read_tensors(folder / "model.safetensors")))
+    return NanochatHost(name, model, tokenizer, weights_hash(model.state_dict()))
