@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forked import Forked
 from test_upstream import baits, hostile_pickles, saved, works
 from tiny_run import CHECKOUT, TINY, flags
 
@@ -241,7 +242,7 @@ for name, *arguments in json.loads(stages):
 """
 
 
-def drive(home: Path, stages: list[list[str]], **environment: str) -> SimpleNamespace:
+def drive(home: Path, stages: list[list[str]], start=subprocess.Popen, **environment: str) -> SimpleNamespace:
     """Run stages where home folder, temporary folder, cache folder and current folder are each new and empty."""
     places = {name: home / name for name in ("home", "tmp", "xdg", "cwd", "base", "notes")}
     for place in places.values():
@@ -249,15 +250,16 @@ def drive(home: Path, stages: list[list[str]], **environment: str) -> SimpleName
     variables = dict(
         PATH=os.environ["PATH"], HOME=str(places["home"]), TMPDIR=str(places["tmp"]),
         XDG_CACHE_HOME=str(places["xdg"]), XDG_CONFIG_HOME=str(places["xdg"]), NANOCHAT_BASE_DIR=str(places["base"]),
-        PYTHONPATH=str(CHECKOUT), OMP_NUM_THREADS="1", **environment,
+        PYTHONPATH=str(CHECKOUT), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1", **environment,
     )  # fmt: skip
     notes = [places["notes"] / "connections", places["notes"] / "written"]
-    command = [sys.executable, "-B", "-c", DRIVER, *map(str, notes), json.dumps(stages)]
-    done = subprocess.run(command, env=variables, cwd=places["cwd"], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", DRIVER, *map(str, notes), json.dumps(stages)]
+    with open(home / "printed", "w") as printed:
+        process = start(command, env=variables, cwd=places["cwd"], stdout=printed, stderr=subprocess.STDOUT)
+        code = process.wait(timeout=300)
     connections, written = (note.read_text().splitlines() for note in notes)
-    return SimpleNamespace(
-        code=done.returncode, out=done.stdout + done.stderr, connections=connections, written=written, **places
-    )
+    out = (home / "printed").read_text()
+    return SimpleNamespace(code=code, out=out, connections=connections, written=written, **places)
 
 
 # A C++ compiler that knows its version and the preprocessor, and fails to compile.
@@ -305,7 +307,7 @@ def test_offline_only(stages, tmp_path):
     assert stages.connections == []
     (report,) = (stages.base / "base_eval").glob("*.json")
     assert json.loads(report.read_text())["bpb"]["val"] > 0
-    asking = drive(tmp_path, [["data", "--data=climbmix"]], HF_ENDPOINT="http://hub.invalid")
+    asking = drive(tmp_path, [["data", "--data=climbmix"]], Forked, HF_ENDPOINT="http://hub.invalid")
     assert asking.code != 0 and "hub.invalid" in asking.connections[0], "the guard itself"
 
 
