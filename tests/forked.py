@@ -120,7 +120,8 @@ def _rank(*command: str) -> None:
     for name in ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    Path("/proc/self/comm").write_text(f"rank {os.environ['RANK']}")
+    if (comm := Path("/proc/self/comm")).exists():
+        comm.write_text(f"rank {os.environ['RANK']}")
     try:
         _python([word for word in command if word != "-u"])
     except SystemExit as end:

@@ -309,7 +309,7 @@ def test_every_preset_trains_a_step(name, train, tiny_corpus, tmp_path):
 def test_two_and_three_ranks_are_one(train, base, tiny_corpus):
     """20 steps of 12 rows with float32 orthogonalisation: the one-rank losses to 1e-5, the same rows, shared out.
 
-    Red when `REDUCE_SCATTER(out, whole)` in optim.py is left out (each rank would follow its own gradient), when the
+    Red when the call of REDUCE_SCATTER in optim.py is left out (each rank would follow its own gradient), when the
     loss is divided by one rank's targets, or when every rank reads the whole batch.
     """
     # Text with some variety: on the small corpus gradients become so poor in rank that rounding alone grows to 2e-5.
