@@ -255,7 +255,8 @@ class AdapterModel(Parts):
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(embedding, output) of all ids, [V + audio ids, C] each: the expanded matrices of the recipe."""
         with torch.no_grad():
-            embedding = torch.cat([self.host.embeddings[0].weight.float(), self.audio_embedding.weight])
+            words = self.host.embeddings[0].weight[: self.host.vocab_size].float()
+            embedding = torch.cat([words, self.audio_embedding.weight])
             if self.config.train_output == "whole":
                 return embedding, self.output.weight.clone()
             return embedding, torch.cat([self.host.output_weight.float(), self.audio_output.weight.float()])

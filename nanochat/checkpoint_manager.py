@@ -29,6 +29,7 @@ from nanochat.settings import RunSettings, nearest_name
 from nanochat.tokenizer import Tokenizer
 from nanochat.upstream_optim import load_optimizer as load_upstream_optimizer
 
+LONGEST = 2**24  # sequence_len: rotary tables are made before anything is computed
 STEP_NAME = re.compile(r"step_(\d{6,})")
 # load_model()'s sources, and where nanochat keeps the checkpoints of each stage.
 SOURCES = {
@@ -303,10 +304,10 @@ def read_metadata(folder: Path) -> dict:
     return metadata
 
 
-def metadata_of(checkpoint_dir: Path, step: int) -> dict:
+def metadata_of(checkpoint_dir: Path, step: int, era: str | None = None) -> dict:
     """The metadata of a step, ours or nanochat's, as load_checkpoint() gives it."""
     if is_upstream(checkpoint_dir, step):
-        return upstream.load(checkpoint_dir, step)[1]
+        return upstream.describe(checkpoint_dir, step, era)
     return read_metadata(step_dir(checkpoint_dir, step))
 
 
@@ -355,6 +356,7 @@ def model_config(metadata: dict) -> GPTConfig:
     try:
         config = GPTConfig(**saved)
         assert config.vocabulary.size > 0
+        assert config.sequence_len <= LONGEST, f"sequence_len={config.sequence_len} is beyond {LONGEST}"
         return config
     except AssertionError as error:
         raise UserError(f"model_config describes no model that can be: {error}") from error
@@ -464,6 +466,7 @@ def find_checkpoint(model_tag: str | None, step: int | None, root: Path | None =
         checkpoint_dir, step = checkpoint_dir.parent, int(found[1])
     if not checkpoint_dir.is_dir():
         have = "" if "/" in tag else f" (tags there: {', '.join(path.name for path in _tags(root)) or 'none'})"
+        have += f"; for the folder here write ./{tag}" if "/" not in tag and Path(tag).is_dir() else ""
         raise UserError(f"model_tag={tag!r}: there is no {checkpoint_dir}{have}")
     if step is None:
         step = newest_step(checkpoint_dir)

@@ -107,7 +107,8 @@ def write(
     """Write one step of a new tag, and beside it a config.py to train on with; returns the step's folder."""
     validate(dataclasses.replace(settings, model_tag=tag))
     folder = checkpoints_dir() / tag
-    if folder.exists():
+    # config.py and hidden files are what a conversion that was cut off leaves.
+    if folder.exists() and any(path.name[0] != "." and path.name != "config.py" for path in folder.iterdir()):
         raise UserError(f"{folder} is there already: name another tag with --output-tag")
     settings = dataclasses.replace(settings, model_tag=None, init_from=tag)
     origin = dict(model_tag=source.name, step=source.step)
@@ -118,9 +119,9 @@ def write(
         tokenizer_hash=source.tokenizer and source.tokenizer.hash, versions=dict(torch=torch.__version__),
         **{name: source.metadata.get(name) for name in ("codec", "data_fingerprint")},
     )  # fmt: skip
-    written = save_checkpoint(folder, step, state, optimizer_state, facts, 0, source.tokenizer, source.codec)
+    folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "config.py", render_config(settings))
-    return written
+    return save_checkpoint(folder, step, state, optimizer_state, facts, 0, source.tokenizer, source.codec)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -148,10 +148,11 @@ def write_hf(
     described = describe(config, model_type, dtype, None if tokenizer is None else tokenizer.bos_id)
     architecture = described["architectures"][0]
     facts = dict(architecture=architecture, newer=newer, parameters=sum(t.numel() for t in state.values()))
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
-    temporary.mkdir()
     try:
+        for stale in out.parent.glob(f".{out.name}.tmp-*"):  # of an export that was killed
+            shutil.rmtree(stale)
+        temporary.mkdir(parents=True)
         weights = temporary / "model.safetensors"
         tensors = {name_there(name, model_type): tensor.contiguous() for name, tensor in state.items()}
         save_file(tensors, weights, metadata={"format": "pt"})  # without it transformers reads no weights
@@ -173,7 +174,7 @@ def write_hf(
             fsync(path)
         os.rename(temporary, out)
         fsync(out.parent)
-    except SafetensorError as error:  # the library's type for a full disk
+    except (SafetensorError, OSError) as error:  # the first is the library's type for a full disk
         raise UserError(f"--out={out} cannot be written: {first_line(error)}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -167,7 +167,7 @@ def as_begun(command: CommandLine) -> CommandLine:
     if init_from is None or (resume and command.settings.model_tag):  # then the run's own checkpoint tells
         return command
     tag_dir, step = checkpoints.find_checkpoint(init_from, None)
-    config = checkpoints.model_config(checkpoints.metadata_of(tag_dir, step))
+    config = checkpoints.model_config(checkpoints.metadata_of(tag_dir, step, command.settings.init_era))
     open_ = {name: value for name, value in Settings.of_model(config).items() if name not in command.origins}
     settings = dataclasses.replace(command.settings, **open_)
     if not resume:
@@ -176,12 +176,12 @@ def as_begun(command: CommandLine) -> CommandLine:
     return dataclasses.replace(command, settings=settings, origins=origins | command.origins)
 
 
-def begun_config(config: GPTConfig, tag_dir: Path, step: int) -> tuple[GPTConfig, bool]:
+def begun_config(config: GPTConfig, tag_dir: Path, step: int, era: str | None) -> tuple[GPTConfig, bool]:
     """The configuration with what no setting names as a checkpoint has it, and whether untie_at has split its tables.
 
     No setting names what a gate reads and its range, nor the number of ids where the tokenizer does not use them all.
     """
-    saved = checkpoints.model_config(checkpoints.metadata_of(tag_dir, step))
+    saved = checkpoints.model_config(checkpoints.metadata_of(tag_dir, step, era))
     names = ["vocab_size", "value_gate_channels", "value_gate_range"]
     if config.n_layer < 3:  # where the settings leave backout out, for it has no effect
         names.append("backout")
@@ -196,7 +196,7 @@ def first_weights(settings: Settings, tag_dir: Path, resume_step: int | None) ->
     return checkpoints.find_checkpoint(settings.init_from, None) if settings.init_from else None
 
 
-def begin_from(tag_dir: Path, step: int, model, optimizer, tokenizer, dataset) -> None:
+def begin_from(tag_dir: Path, step: int, era: str | None, model, optimizer, tokenizer, dataset) -> None:
     """The weights of a step, for a new run; UserError where they are of another kind.
 
     Of a run of ours nothing else: it has ended its schedule. One of nanochat's goes on with its optimizer's state where
@@ -206,7 +206,7 @@ def begin_from(tag_dir: Path, step: int, model, optimizer, tokenizer, dataset) -
     theirs = checkpoints.is_upstream(tag_dir, step)
     converted = not theirs and "converted_from" in checkpoints.read_metadata(where)
     state, optimizer_state, metadata = checkpoints.load_checkpoint(
-        tag_dir, step, load_optimizer=theirs or (converted and (where / "optimizer.safetensors").is_file())
+        tag_dir, step, load_optimizer=theirs or (converted and (where / "optimizer.safetensors").is_file()), era=era
     )
     checkpoints.check_tokenizer(tokenizer, metadata, where)
     saved = checkpoints.model_config(metadata)

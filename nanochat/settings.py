@@ -258,6 +258,11 @@ class Settings(RunSettings):
         None, "begin with the weights of this model_tag's newest step, such as one that scripts.convert made", "run"
     )
 
+    init_era: str | None = setting(
+        None, "what nanochat's own files in init_from are from, as in 2026-03-02; None: what they look like", "run",
+        when=("init_from", ON),
+    )  # fmt: skip
+
     tokenizer: str | None = setting(None, "name or folder of a trained tokenizer; None trains one on this data", "data")
     vocab_size: int = setting(
         4096, "ids of the tokenizer, its 16 special and reserved ones included", "data", at_least=272, at_most=1_000_000
@@ -499,8 +504,10 @@ class Settings(RunSettings):
         return shape | {n: getattr(config, n) for n in fields_of(Settings) if hasattr(config, n) and n not in other}
 
     def untie_step(self, steps: int) -> int | None:
-        """The step of `steps` before which the tied tables are split; None for never."""
-        return round(self.untie_at * steps) if self.tie_weights and self.untie_at else None
+        """How many of `steps` are done before the tied tables are split: one at least, not all. None: never split."""
+        if not (self.tie_weights and self.untie_at):
+            return None
+        return max(1, min(round(self.untie_at * steps), steps - 1))
 
     @property
     def counted_modalities(self) -> tuple[str, ...] | None:

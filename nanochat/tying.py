@@ -99,8 +99,10 @@ def tied(config: GPTConfig, state: State, keep: str = "output") -> tuple[GPTConf
             new[wte] = direction * output.norm(dim=1, keepdim=True)
         elif keep == "output":
             new[wte] = output
-    if keep == "projection":
-        embedding, output = (torch.cat(tables).cpu().double() for tables in zip(*rows.values(), strict=True))
+    if keep == "projection":  # padding has no say
+        ids = [config.vocab_size, *(m.size for m in config.modalities)] if config.separate else [config.vocabulary.size]
+        cut = ([table[:n] for table in tables] for n, tables in zip(ids, rows.values(), strict=True))
+        embedding, output = (torch.cat(tables).cpu().double() for tables in zip(*cut, strict=True))
         solved = torch.linalg.lstsq(embedding, output).solution
         new[PROJECTION] = solved.to(state[wte].dtype).to(state[wte].device)
     return dataclasses.replace(config, tie_weights=True, use_output_projection=keep == "projection"), new

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.pickles import read_pt, read_tokenizer_pickle
+from nanochat.pickles import broken_part, read_pt, read_tokenizer_pickle
 from nanochat.runtime import UserError, base_dir, print0
 from nanochat.settings import nearest_name, shown
 from nanochat.tokenizer import Tokenizer
@@ -118,9 +118,10 @@ def _check_fit(config: GPTConfig, era: str, told: str, state: dict[str, torch.Te
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
     if strange := sorted(state.keys() - wanted.keys()):
+        way = f"nor by any that is known up to {max(ERAS)}: {ELSEWHERE}" if told != "--era" else "leave --era out"
         raise UserError(
             f"{shown(strange[0])} ({len(strange)} tensors in all) is not explained by nanochat's era {era} ({told}), "
-            f"nor by any that is known up to {max(ERAS)}: {ELSEWHERE}"
+            f"{way}"
         )
     if missing := sorted(wanted.keys() - state.keys()):
         raise UserError(
@@ -174,8 +175,8 @@ def read_meta(folder: Path, step: int) -> dict:
         elif name not in SIZES:
             near = nearest_name(name, (*SIZES, "window_pattern"))
             raise UserError(f"{path}: model_config holds {shown(name)}, which no era of nanochat had{near}")
-        elif type(value) is not int or not 0 < value < 2**31:
-            raise UserError(f"{path}: model_config: {name}={shown(value)} is not a whole number > 0")
+        elif type(value) is not int or not 0 < value < 2**24:
+            raise UserError(f"{path}: model_config: {name}={shown(value)} is not a whole number from 1 to {2**24 - 1}")
     return meta
 
 
@@ -192,16 +193,32 @@ def damage(folder: Path, step: int) -> str | None:
 def load(folder: Path, step: int, era: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
     """(float32 tensors by our names, metadata in our shape) of nanochat's model_000123.pt, on the CPU.
 
-    The metadata has in `upstream` the era, what told it, what is to be said of it ("notes") and nanochat's own facts.
-    era: one of ERAS instead of the inferred one. UserError: a damaged file, an unknown era, a key or tensor that no
-    era explains or that the era lacks.
+    era: one of ERAS instead of the inferred one. UserError: a damaged file, one changed byte included, an unknown era,
+    a key or tensor that no era explains or that the era lacks.
     """
+    path = model_file(folder, step)
+    state, metadata = _open(folder, step, era)
+    if part := broken_part(path):
+        raise UserError(f"{path} is damaged: the checksum of its part {part} does not hold: copy it again")
+    return {name: tensor.float() for name, tensor in state.items()}, metadata
+
+
+def describe(folder: Path, step: int, era: str | None = None) -> dict:
+    """load()'s metadata alone, without reading the tensors.
+
+    It has in `upstream` the era, what told it, what is to be said of it ("notes") and nanochat's own facts.
+    """
+    return _open(folder, step, era)[1]
+
+
+def _open(folder: Path, step: int, era: str | None) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors as they lie in the file, mapped, and the metadata."""
     if era is not None and era not in ERAS:
         raise UserError(f"era={era!r} is unknown{nearest_name(era, ERAS)}: one of {', '.join(ERAS)}")
     meta, path = read_meta(folder, step), model_file(folder, step)
     sizes = meta["model_config"]
     raw = {name.removeprefix("_orig_mod."): tensor.detach() for name, tensor in read_pt(path).items()}
-    state = {name: tensor.float() for name, tensor in raw.items() if name not in ("cos", "sin")}  # follow from sizes
+    state = {name: tensor for name, tensor in raw.items() if name not in ("cos", "sin")}  # which follow from sizes
     notes = []
     if absent := [f"{name}={getattr(GPTConfig, name)}" for name in SIZES if name not in sizes]:
         notes.append(f"{meta_file(folder, step)} lacks sizes: taking nanochat's defaults, {', '.join(absent)}")
@@ -211,7 +228,7 @@ def load(folder: Path, step: int, era: str | None = None) -> tuple[dict[str, tor
     elif found == "2026-01-16":
         notes.append(
             f"{path}: era {found}; a model of the first week of March 2026 looks the same, but its logits were capped "
-            "at 20 instead of 15: say --era 2026-03-02 if it is one"
+            "at 20 instead of 15: say --era 2026-03-02 (base_train: --init_era) if it is one"
         )
     try:
         config = gpt_config(found, sizes, state)

@@ -34,6 +34,10 @@ compile = True
 # begin with the weights of this model_tag's newest step, such as one that scripts.convert made
 init_from = None
 
+# what nanochat's own files in init_from are from, as in 2026-03-02; None: what they look like; matters only with
+# init_from [init_era has no effect while init_from=None]
+init_era = None
+
 
 # -------------------- data --------------------------------------------------------------------------------------------
 

@@ -371,6 +371,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError(f"out of memory: lower --device-batch-size ({str(error).split('.')[0]})") from error
     if compute.rank == 0:
         other = f"_{result['data_fingerprint']['sha256'][:8]}" if args.data and result["data_fingerprint"] else ""
+        other += f"_{args.era}" if args.era else ""
         path = base_dir() / "base_eval" / f"{checkpoint_dir.name}_{step:06d}{other}.json"
         saved = save(result, path)
         report(result)
@@ -418,6 +419,7 @@ def evaluate(
         "step": step,
         "weights_hash": weights_hash(model.state_dict()),
         "model_file_sha256": model_file_hash(checkpoint_dir, step),
+        **({"era": metadata["upstream"]["era"]} if "upstream" in metadata else {}),
         "data_fingerprint": dataset.fingerprint if dataset else trained_on,
     }
     rows = args.device_batch_size or settings.device_batch_size

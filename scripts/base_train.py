@@ -60,7 +60,8 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
 
     # -- model and optimizer ------------------------------------------------------------------------------------------
     config = GPTConfig(**settings.model_arguments(tokenizer.vocab_size))
-    config, split_before = begun_config(config, *found) if found else (config, False)
+    era = settings.init_era if resume_step is None else None
+    config, split_before = begun_config(config, *found, era) if found else (config, False)
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=compute.device)
@@ -74,7 +75,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     if resume_step is not None:
         run = restore(folder, resume_step, model, optimizer, loader, tokenizer, dataset)
     elif settings.init_from:
-        begin_from(*found, model, optimizer, tokenizer, dataset)
+        begin_from(*found, era, model, optimizer, tokenizer, dataset)
     model.uncompile()  # the compiled loss would outlive an earlier run in this process
     compile_seconds = compile_model(model, micro_rows) if settings.compile else 0.0
 
@@ -100,7 +101,8 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         """The tied tables go on as two, each with its part of the optimizer's state."""
         state = untie(model, training.optimizer.state_dict(), settings.adam_betas)
         training.optimizer = build_optimizer(model, settings, compute.dtype, compute.rank, compute.world_size)
-        training.optimizer.load_state_dict(state)
+        if state:  # empty where all steps so far were left out
+            training.optimizer.load_state_dict(state)
         training.facts |= described(model, steps)
 
     facts = dict(

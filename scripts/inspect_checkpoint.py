@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict:
     state = report.pop("state", {})
     if report["damage"] is None and (broken := [name for name, t in state.items() if not t.isfinite().all()]):
         report["damage"] = f"{len(broken)} tensors are not finite, {broken[0]} the first: take an earlier step"
-    print(f"{path}: {report['damage'] or 'whole'}")
+    print(f"{path}: {(report['damage'] or 'whole').removeprefix(f'{path}: ').removeprefix(f'{path} ')}")
     for name in ("format", "model", "beyond", "parameters", "tokenizer", "data", "optimizer", "codec", "weights"):
         if name in report:
             print(f"  {name:10s} {report[name]}")

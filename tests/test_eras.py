@@ -207,16 +207,26 @@ def tensors(**changes):
     return change
 
 
+def flip(folder: Path) -> None:
+    """One bit of the embedding: the file opens as before."""
+    raw = bytearray((folder / MODEL).read_bytes())
+    raw[raw.index(torch.load(folder / MODEL)["transformer.wte.weight"][3].numpy().tobytes())] ^= 1
+    (folder / MODEL).write_bytes(raw)
+
+
 BAD = {
     "a cut model": (lambda f: (f / MODEL).write_bytes((f / MODEL).read_bytes()[:2000]), r"damaged .*: copy it again"),
     "an empty model": (lambda f: (f / MODEL).write_bytes(b""), r"damaged .*: copy it again"),
+    "a changed byte": (flip, "the checksum of its part .* does not hold: copy it again"),
+    "a pointer": (lambda f: (f / MODEL).write_text("version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+    "a context without end": (meta(sequence_len=2 * 10**9), "sequence_len=2000000000 is not a whole number from 1 to"),
     "no metadata": (lambda f: (f / META).unlink(), r"meta_000007.json cannot be read .*put the two side by side"),
     "torn metadata": (lambda f: (f / META).write_text('{"step": 7, '), "meta_000007.json is not JSON"),
     "other metadata": (lambda f: (f / META).write_text("[1]"), "holds no model_config, so it is not the metadata"),
     "deep metadata": (lambda f: (f / META).write_text("[" * 10**5), "meta_000007.json is not JSON"),
     "a future key": (meta(rotary_scaling=2), "model_config holds 'rotary_scaling', which no era of nanochat had"),
     "a misspelt key": (meta(n_kv_heads=2), "holds 'n_kv_heads', .*did you mean 'n_kv_head'"),
-    "a wrong size": (meta(n_layer="2"), "n_layer='2' is not a whole number > 0"),
+    "a wrong size": (meta(n_layer="2"), "n_layer='2' is not a whole number from 1 to"),
     "a wrong pattern": (meta(window_pattern="SXL"), "window_pattern='SXL' is not made of the letters S and L"),
     "another width": (meta(n_embd=128), r"wte.weight has shape \[320, 64\], .* say \[320, 128\]"),
     "another vocabulary": (meta(vocab_size=100), r"wte.weight has shape \[320, 64\], .* say \[128, 64\]"),

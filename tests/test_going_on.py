@@ -46,6 +46,13 @@ def test_a_run_splits_its_tied_tables(train):
     assert groups["lm_head"] == groups["wte"] and groups["output_projection"] == 0
 
 
+@pytest.mark.parametrize(("untie_at", "step"), [(0.01, 1), (0.999, 2)])
+def test_a_split_is_never_first_nor_left_out(train, untie_at, step):
+    """Red when it may come before the first step, from which alone the optimizer has a state to split."""
+    train(f"split-at-{untie_at}", **TIED, num_iterations=3, untie_at=untie_at)
+    assert [m["step"] for m in metrics(f"split-at-{untie_at}") if m.get("event") == "untie"] == [step]
+
+
 @pytest.mark.parametrize("step", [2, 3, 5])
 def test_a_run_resumes_across_the_split(train, step):
     """From before, at and after it: the same weights and state, bit for bit. Red when a resumed model stays tied."""
@@ -80,6 +87,8 @@ def test_training_goes_on_from_nanochats_files(train, corpus, capsys):
         )
 
     go_on("on", **quiet)
+    go_on("capped", **quiet, init_era="2026-03-02")
+    assert cm.load_model("base", "cpu", "eval", "capped")[0].config.softcap == 20.0
     out = capsys.readouterr().out
     assert "and its optimizer's state" in out and 'window_pattern = "SSSL" (default "L", from init_from=theirs)' in out
     weights, moments, metadata = cm.load_checkpoint(tag_dir("on"), 1, load_optimizer=True)
