@@ -58,11 +58,12 @@ class GPTConfig:
     output_layers: str = "shared"
 
     def __post_init__(self):
-        assert self.untie in ("none", "mlp", "all", "random"), self
-        assert self.output_layers in ("shared", "masked", "separate"), self
-        assert self.n_embd % self.n_head == 0 and self.n_head % self.n_kv_head == 0, self
+        assert self.untie in ("none", "mlp", "all", "random"), f"untie={self.untie!r}"
+        assert self.output_layers in ("shared", "masked", "separate"), f"output_layers={self.output_layers!r}"
+        assert self.n_embd % self.n_head == 0, f"n_head={self.n_head} does not divide n_embd={self.n_embd}"
+        assert self.n_head % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}"
         assert self.tie_weights or not self.use_output_projection, "an output projection needs tied weights"
-        assert self.window_pattern and set(self.window_pattern) <= set("LS"), self
+        assert self.window_pattern and set(self.window_pattern) <= set("LS"), f"window_pattern={self.window_pattern!r}"
 
     @property
     def head_dim(self) -> int:
@@ -400,8 +401,7 @@ class GPT(nn.Module):
         plan = None
         if self.config.has_experts:
             kind = self.route if torch.is_grad_enabled() else "sort"
-            compiled = run is not Block.forward
-            plan = plan_route(kind, self.expert_of_id[idx], len(self.vocabulary.names), compiled)
+            plan = plan_route(kind, self.expert_of_id[idx], len(self.vocabulary.names), run is not Block.forward)
         for layer, block in enumerate(self.transformer.h):
             ve = None
             if self.config.has_value_embedding(layer):
