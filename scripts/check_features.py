@@ -68,8 +68,8 @@ def seed_runs() -> dict[str, dict]:
 def goal_runs() -> dict[str, dict]:
     return {
         f"goal/{name}/{seed}": {**GOAL, **VARIANTS[name], "seed": seed}
+        for name in ("modern, windows", "classic")
         for seed in SEEDS
-        for name in ("modern", "classic")
     }
 
 
@@ -118,7 +118,7 @@ def report(lines: dict[str, dict]) -> list[str]:
             out.append(f"| {label} | {count:,} | {', '.join(f'{x:.4f}' for x in found)} | {' | '.join(cells)} |")
         if control := lines.get("time/control"):
             out += ["", f"time: control {control['ratio']:.3f}, {control['rounds']} rounds"]
-    for name in ("modern", "classic"):
+    for name in ("modern, windows", "classic"):
         found = [lines[f"goal/{name}/{s}"] for s in SEEDS if f"goal/{name}/{s}" in lines]
         if found:
             out += ["", f"goal, {name}: val bpb {', '.join('{:.4f}'.format(run['val_bpb']) for run in found)}"]
