@@ -14,13 +14,14 @@ from pathlib import Path
 
 from nanochat.runtime import UserError, base_dir, print0, run_script
 from nanochat.saver import BackgroundSaver
-from scripts.bench_step import Variant
+from nanochat.settings import preset
+from scripts.bench.train import Contender
 
 ARMS = ("none", "control", "background")
 KEEP_LAST = 2  # so that a save also verifies and prunes
 
 
-def segment(variant: Variant, saver: BackgroundSaver | None, number: int, steps: int) -> float:
+def segment(variant: Contender, saver: BackgroundSaver | None, number: int, steps: int) -> float:
     """Seconds of so many steps, with a save at the first one when there is a saver."""
     start = time.perf_counter()
     if saver is not None:
@@ -34,7 +35,7 @@ def segment(variant: Variant, saver: BackgroundSaver | None, number: int, steps:
     return time.perf_counter() - start
 
 
-def save(variant: Variant, saver: BackgroundSaver, number: int) -> None:
+def save(variant: Contender, saver: BackgroundSaver, number: int) -> None:
     saver.save(number, variant.model.state_dict().items(), variant.optimizer.state_items(), {"settings": {}})
 
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1 or arguments.steps < 1:
         raise UserError(f"--rounds {arguments.rounds} --steps {arguments.steps}: at least 1 of each")
-    variant = Variant(arguments.preset, {})
+    variant = Contender(preset(arguments.preset))
     variant.step()
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     base_dir().mkdir(parents=True, exist_ok=True)

@@ -13,11 +13,10 @@ report: val bpb minus classic's, paired by seed, with 95% intervals, at equal to
 import argparse
 import json
 import os
-import statistics
 from pathlib import Path
 
 from nanochat.runtime import run_script
-from scripts import bench_step
+from scripts.bench import __main__ as bench
 from scripts.experiments import base_train, paired, read, run_missing
 
 SHAPE = dict(
@@ -79,12 +78,10 @@ def measure_time(results: Path, rounds: int) -> None:
     flags = []
     for name, changes in VARIANTS.items():
         flags += ["--variant", f"{name}:{shape}" + "".join(f",{k}={v}" for k, v in changes.items())]
-    times = bench_step.main(["--preset=cpu", f"--rounds={rounds}", *flags])
-    base = [sum(step) for step in times["classic"]]
+    measured = bench.main(["train", "--preset=cpu", f"--rounds={rounds}", *flags])["train"]["contenders"]
     with open(results, "a", encoding="utf-8") as file:
-        for name, steps in times.items():
-            ratio = statistics.median(sum(step) / b for step, b in zip(steps, base, strict=True))
-            file.write(json.dumps(dict(key=f"time/{name}", ratio=ratio, rounds=rounds)) + "\n")
+        for name, found in measured.items():
+            file.write(json.dumps(dict(key=f"time/{name}", ratio=found["ratio"], rounds=rounds)) + "\n")
 
 
 def at_equal_time(short: float, longer: float, ratio: float) -> float:

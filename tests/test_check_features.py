@@ -32,11 +32,8 @@ def test_stages_from_runs_to_the_report(tmp_path, monkeypatch, capsys):
         return dict(key=key, settings=settings, val_bpb=bpb, seconds=1.0, parameters=1000)
 
     monkeypatch.setattr(check_features, "train", train)
-    monkeypatch.setattr(
-        check_features.bench_step,
-        "main",
-        lambda argv: {name: [[1.0, 1.0 + ("modern" in name)]] * 3 for name in (*VARIANTS, "control")},
-    )
+    timed = {name: dict(ratio=1.0 + ("modern" in name) / 2) for name in (*VARIANTS, "control")}
+    monkeypatch.setattr(check_features.bench, "main", lambda argv: {"train": {"contenders": timed}})
     results = tmp_path / "results.jsonl"
     for stage in ("seeds", "seeds", "time"):
         main([f"--stage={stage}", f"--results={results}"])

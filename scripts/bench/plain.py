@@ -1,0 +1,59 @@
+"""The plain path that the benchmarks measure against: torch's fused attention, all logits at once, one compiled whole.
+
+The same parameters under the same names, so weights, gradients and optimizer are those of GPT. Text only.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.gpt import GPT, CausalSelfAttention, GPTConfig, norm, rotate
+
+
+class PlainAttention(CausalSelfAttention):
+    def forward(self, x: torch.Tensor, cos, sin, ve=None, kv_cache=None, plan=None) -> torch.Tensor:
+        """x [B, T, C] -> [B, T, C], of training only."""
+        assert kv_cache is None and plan is None, "the plain path trains on text"
+        B, T, C = x.shape
+        q, k, v = (matrix(x).view(B, T, -1, self.head_dim) for matrix in (self.c_q, self.c_k, self.c_v))
+        if ve is not None:
+            gate = self.gate_range * self.ve_gate(x[..., : self.ve_gate.in_features]).sigmoid()
+            v = v + gate[..., None] * ve.view(v.shape)
+        q, k = ((norm(rotate(z, cos, sin)) * self.qk_scale).to(x.dtype) for z in (q, k))
+        mask = None
+        if self.window is not None:
+            mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(-self.window)
+        y = F.scaled_dot_product_attention(
+            *(z.transpose(1, 2) for z in (q, k, v)), mask, is_causal=mask is None, enable_gqa=q.size(2) != k.size(2)
+        )
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class PlainGPT(GPT):
+    """GPT as one writes it first; the loss of training is all that it computes."""
+
+    def __init__(self, config: GPTConfig):
+        assert not config.modalities, "the plain path knows text only"
+        super().__init__(config)
+        for layer, block in enumerate(self.transformer.h):
+            block.attn = PlainAttention(config, layer)
+        self.run = PlainGPT.loss_sum
+
+    def loss_sum(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """idx, targets int64 [B, T] -> the sum of the cross-entropies in nats."""
+        x = self.features(idx).flatten(0, 1)
+        logits = F.linear(x, self.output_weight.to(x.dtype)).float()
+        capped = self.config.softcap * torch.tanh(logits / self.config.softcap)
+        return F.cross_entropy(capped, targets.flatten(), reduction="sum")
+
+    def forward(self, idx: torch.Tensor, targets=None, kv_cache=None, loss_reduction: str = "mean") -> torch.Tensor:
+        """The loss as GPT.forward gives it; "modalities" is the sum for the one that there is, [1]."""
+        total = self.run(self, idx, targets)
+        if loss_reduction == "modalities":
+            return total[None]
+        return total / (targets >= 0).sum().clamp(min=1) if loss_reduction == "mean" else total
+
+    def compile(self) -> None:
+        self.run = torch.compile(PlainGPT.loss_sum, dynamic=False)
+
+    def uncompile(self) -> None:
+        self.run = PlainGPT.loss_sum
