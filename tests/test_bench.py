@@ -9,10 +9,12 @@ from argparse import Namespace
 import pytest
 import torch
 
+from nanochat import loss_head
+from nanochat.dataloader import DataLoader
 from nanochat.runtime import UserError
 from nanochat.settings import Settings, validate
 from scripts.bench import __main__ as bench
-from scripts.bench import timing, train
+from scripts.bench import growth, load, memory, optimizer, timing, train
 
 TINY = dict(vocab_size=300, depth=2, model_dim=32, head_dim=16, max_seq_len=64, total_batch_size=256,
             device_batch_size=2, num_iterations=5)  # fmt: skip
@@ -102,7 +104,7 @@ def test_a_table_is_markdown_with_aligned_columns():
 
 def test_bench_train_from_flags_to_json_and_back(eager, monkeypatch, tmp_path, capsys):
     """Red when the control is missing, or --against does not find the earlier run's contenders."""
-    monkeypatch.setattr(timing, "SQUARES", ((8, 8, 8),))
+    monkeypatch.setattr(timing, "PEAK_SECONDS", 0.0)
     flags = ["train", "--rounds=1", f"--variant=old:path=plain,{FLAG}", f"--variant=new:{FLAG},smear=True"]
     first = bench.main([*flags, f"--json={tmp_path}/one.json"])
     assert json.loads((tmp_path / "one.json").read_text()) == first
@@ -193,3 +195,113 @@ def test_a_file_that_is_no_reference_is_refused(tmp_path):
     for name, said in (("bad", "not a file of --json"), ("other", "no figures of train")):
         with pytest.raises(UserError, match=said):
             bench.main(["train", f"--against={tmp_path}/{name}.json"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the other parts
+
+
+@pytest.fixture
+def small(monkeypatch, eager):
+    """No time for the peak, and a model that costs nothing."""
+    monkeypatch.setattr(timing, "PEAK_SECONDS", 0.0)
+    monkeypatch.setattr(train, "SHAPE", TINY)
+
+
+def test_peak_bytes_counts_what_is_alive_at_a_time():
+    """Red when the sum of all allocations is taken for the peak, or the end for it."""
+
+    def work():
+        first = torch.empty(1000, dtype=torch.float32)
+        del first
+        return torch.empty(2000, dtype=torch.float32), torch.empty(500, dtype=torch.float32)
+
+    assert memory.peak_bytes(work) == 10_000
+
+
+def test_bench_head_holds_a_chunk_not_all(small):
+    """1024 logits of 512 ids are 2 MiB. Red when the chunk size is not set, or stays changed afterwards."""
+    before = dict(loss_head.CHUNK_ROWS)
+    flags = ["head", "--rounds=1", "--tokens=1024", "--width=16", "--vocab=512", "--chunks=64,512", "--eager"]
+    found = bench.main(flags)["head"]["contenders"]
+    assert list(found) == ["all logits", "chunks of 64", "chunks of 512"]
+    whole, few, many = (one["bytes"] for one in found.values())
+    assert 4 * few < many < whole
+    assert all(one["loss"] == pytest.approx(found["all logits"]["loss"], rel=1e-5) for one in found.values())
+    assert before == loss_head.CHUNK_ROWS
+    with pytest.raises(UserError, match="not a list of numbers"):
+        bench.main(["head", "--chunks=few"])
+
+
+def test_bench_attention_has_every_window_of_both(small):
+    """Red when a window is not handed on: then ours takes as much memory as without."""
+    flags = ["attention", "--rounds=1", "--tokens=512", "--lengths=512", "--heads=2", "--head_dim=8", "--eager"]
+    found = bench.main([*flags, "--shares=16"])["attention"]["contenders"]
+    kinds = ("torch", "ours")
+    assert list(found) == [f"T 512, {seen}, {kind}" for seen in ("all", "window 32") for kind in kinds]
+    assert found["T 512, window 32, ours"]["bytes"] < 0.9 * found["T 512, all, ours"]["bytes"]
+    assert found["T 512, all, ours"]["ratio"] == 1.0
+
+
+def test_bench_optimizer_times_each_kind_by_itself(small, monkeypatch):
+    """Red when Muon's contender has AdamW's groups as well."""
+    made = []
+    real = optimizer.MuonAdamW
+    monkeypatch.setattr(optimizer, "MuonAdamW", lambda groups: made.append({g["kind"] for g in groups}) or real(groups))
+    found = bench.main(["optimizer", "--rounds=1"])["optimizer"]
+    assert made == [{"muon", "adamw"}, {"muon"}, {"adamw"}]
+    assert list(found["contenders"]) == ["whole step", "forward and backward", "update", "Muon", "AdamW"]
+    square, wide = 5 * (4 * 32**3 + 2 * 32**3), 5 * (4 * 32 * 32 * 128 + 2 * 32**3)
+    assert found["muon_flops"] == 2 * (4 * square + 2 * wide)
+
+
+def test_bench_memory_counts_the_model_s_own_tensors(small):
+    """Red when a moment of AdamW is left out, or gradients are counted among the activations."""
+    found = bench.main(["memory", "--eager"])["memory"]["bytes"]
+    parameters = 4 * (2 * 300 * 32 + 2 * 12 * 32**2)
+    assert found["parameters"] == found["gradients"] == [parameters, parameters]
+    measured, predicted = found["optimizer"]
+    assert measured == predicted
+    measured, predicted = found["activations and logits"]
+    assert 0.5 < measured / predicted < 2
+
+
+def test_packing_loses_what_a_row_cannot_show():
+    """Rows of 10 out of 6, 4, 8, 9, 7: 9 and one token of 4, then 8 and two of 6, then 7, which is no whole row.
+
+    Red when the longest document is cropped instead of the shortest, when the shortest that fits is taken, or when a
+    row that the end leaves incomplete counts.
+    """
+    assert load.best_fit_waste([6, 4, 8, 9, 7], 10) == pytest.approx((3 + 4) / 27)
+    assert load.best_fit_waste([6, 4, 8, 9, 7], 10, buffer=2) == pytest.approx(6 / 26)  # 6 + 4, 9 and one of 7, then 8
+    assert load.best_fit_waste([25], 10) == pytest.approx(15 / 25)
+    assert load.best_fit_waste([3], 10) == 0.0
+    assert load.stream_waste([6, 4, 8, 9, 7], 10) == pytest.approx(4 / 34)
+
+
+def test_the_made_up_store_feeds_a_loader():
+    """Red when offsets do not fit the ids."""
+    store = load.MadeUpStore([5, 30, 7], tokens=1000)
+    loader = DataLoader(store, rows=4, seq_len=16, seed=0)
+    inputs, targets = loader.next()
+    assert inputs.shape == (4, 16)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    assert store.tokens(0) == store.shard(0)[1][-1] >= 500
+
+
+def test_growth_fits_the_exponent_and_plots(small, monkeypatch, tmp_path, capsys):
+    """Red when the fit is not in logarithms, or when `no` is not said of what grows faster than linearly."""
+    assert growth.exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+    monkeypatch.setattr(growth, "DIMENSIONS", {"depth": (1, 2), "vocab_size": (300, 600)})
+    monkeypatch.setattr(growth, "peak_bytes", lambda step: step() and 100 * 4 ** len(made))
+    made, real = [], growth.settings_for
+    monkeypatch.setattr(growth, "settings_for", lambda *a: made.append(real(*a)) or made[-1])
+    flags = ["growth", "--rounds=1", "--tokens=512", "--dimensions=depth,vocab_size", f"--output={tmp_path}/g.png"]
+    found = bench.main(flags)["growth"]["growth"]
+    assert [(s.depth, s.vocab_size) for s in made] == [(1, 300), (2, 300), (2, 300), (2, 600)]
+    assert all(s.total_batch_size == s.max_seq_len * s.device_batch_size == 512 for s in made)
+    assert found["depth"]["memory"] == pytest.approx(2.0)
+    assert capsys.readouterr().out.count(" no |") == 2
+    assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="not one of depth"):
+        bench.main(["growth", "--dimensions=height"])

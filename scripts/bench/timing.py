@@ -50,6 +50,7 @@ def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
+PEAK_SECONDS = 0.2  # that looking for the peak may take
 SQUARES = ((1024, 1024, 1024), (2048, 1024, 1024))  # (rows, inner, columns); on a GPU all sides are 8 times as long
 
 
@@ -57,7 +58,6 @@ def matmul_peak(
     device: torch.device,
     dtype: torch.dtype,
     shapes: Iterable[tuple[int, int, int]] = (),
-    seconds: float = 0.2,
 ) -> float:
     """The best rate of a matmul here and now in FLOP/s, over SQUARES and the (rows, inner, columns) of `shapes`.
 
@@ -70,7 +70,7 @@ def matmul_peak(
     for rows, inner, columns in sizes:
         a = torch.randn(rows, inner, device=device, generator=generator).to(dtype)
         b = torch.randn(inner, columns, device=device, generator=generator).to(dtype)
-        tries, deadline = 0, now() + seconds / len(sizes)
+        tries, deadline = 0, now() + PEAK_SECONDS / len(sizes)
         while tries < 3 or now() < deadline:
             start = settled()
             torch.mm(a, b)

@@ -81,6 +81,11 @@ def start(preset_name: str | None) -> dict:
     return vars(preset(preset_name)) if preset_name else SHAPE
 
 
+def settings_of(preset_name: str | None, **changes) -> Settings:
+    """start() with some changed."""
+    return Settings(**{**start(preset_name), **changes})
+
+
 def variants(args: argparse.Namespace) -> list[tuple[str, dict]]:
     """(name, changes of the settings and `path`) of each contender."""
     if args.variant:
