@@ -1,7 +1,9 @@
-"""Causal attention behind one signature: blocked matmuls on the CPU, torch's fused kernels elsewhere."""
+"""Causal attention behind one signature: blocked matmuls on a CPU, what attention_kernels chose on a GPU, or SDPA."""
 
 import torch
 import torch.nn.functional as F
+
+from nanochat.attention_kernels import Mask, chosen, visible
 
 CPU_BLOCK = 128  # queries a block; smaller blocks skip more of the masked half, larger ones make better matmuls
 
@@ -11,27 +13,42 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, mask: Mask = None
+) -> torch.Tensor:
     """q [B, T, H, D], k and v [B, S, H_kv, D] with S >= T -> [B, T, H, D].
 
     The queries are the last T of the S positions, each sees its own position and everything before, or only `window`
-    positions before. H_kv divides H.
+    positions before. H_kv divides H. mask: that of document_masks() for this window, where T = S.
     """
-    if q.device.type == "cpu" and torch.is_grad_enabled() and k.size(1) == q.size(1):
-        return blocked_causal_attention(q, k, v, window)
-    if window is not None:  # no query sees what lies further back than the first one does
-        k, v = (z[:, -(q.size(1) + window) :] for z in (k, v))
+    if torch.is_grad_enabled() and k.size(1) == q.size(1):  # training
+        kernel = chosen.get((q.device.type, window is not None))
+        if kernel is not None:
+            return kernel(q, k, v, window, mask)
+        if q.device.type == "cpu" and mask is None:
+            return blocked_causal_attention(q, k, v, window)
+    return sdpa(q, k, v, window, mask)
+
+
+def sdpa(q, k, v, window: int | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """causal_attention() by torch's kernels for scaled dot products, in memory proportional to the window."""
+    T, S = q.size(1), k.size(1)
+    if window is not None and mask is None:
+        step = max(window, CPU_BLOCK)
+        if step < T:
+            out, end = [], S - T
+            for part in q.split(step, dim=1):
+                end += part.size(1)
+                out.append(sdpa(part, k[:, :end], v[:, :end], window))
+            return torch.cat(out, dim=1)
+        k, v = (z[:, -(T + window) :] for z in (k, v))  # no query sees what lies further back than the first one does
+        S = k.size(1)
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-    T, S = q.size(2), k.size(2)
-    gqa = q.size(1) != k.size(1)
-    if T == 1:  # one new token sees the whole cache
-        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
-    elif T == S and (window is None or window >= S - 1):
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
-    else:  # several new tokens behind a cache, or a window
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        mask = mask if window is None else mask.triu(S - T - window)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
+    causal = T == S > 1 and mask is None and (window is None or window >= S - 1)
+    if not causal and mask is None and T > 1:  # several new tokens behind a cache, or a window; one sees all there is
+        place = torch.arange(S, device=q.device)
+        mask = visible(place[S - T :, None], place, window)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
     return out.transpose(1, 2)
 
 

@@ -1,12 +1,23 @@
-"""Every attention path against a softmax over an explicit mask in float64."""
+"""Every attention path against a softmax over an explicit mask in float64; the choice of kernels that need a GPU."""
+
+import functools
+import sys
+import types
+import weakref
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import attention
-from nanochat.attention import blocked_causal_attention, causal_attention
+from nanochat import attention_kernels as kernels
+from nanochat.attention import blocked_causal_attention, causal_attention, sdpa
+from nanochat.attention_kernels import block_mask, choose_attention, document_masks, plain_attention, problem
+from nanochat.gpt import GPTConfig
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def qkv(B: int, T: int, S: int, H: int, kv: int, D: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -14,13 +25,20 @@ def qkv(B: int, T: int, S: int, H: int, kv: int, D: int, seed: int = 0) -> tuple
     return tuple(torch.randn(B, n, h, D, generator=generator) for n, h in ((T, H), (S, kv), (S, kv)))
 
 
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
-    """Query t of T sees keys 0 .. S - T + t, or the last window + 1 of them; head h reads key head h // (H / H_kv)."""
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, documents: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Query t of T sees keys 0 .. S - T + t, or the last window + 1 of them; head h reads key head h // (H / H_kv).
+
+    documents [B, T]: only those of the same number.
+    """
     (_, T, H, D), S = q.shape, k.size(1)
     k, v = (z.double()[:, :, [h * z.size(2) // H for h in range(H)]] for z in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q.double(), k) / D**0.5
     back = torch.arange(S - T, S)[:, None] - torch.arange(S)[None]
     visible = (back >= 0) & (back <= (S if window is None else window))
+    if documents is not None:
+        visible = visible & (documents[:, None, :, None] - documents[:, None, None, :] == 0)
     return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
 
@@ -70,3 +88,234 @@ def test_bfloat16_keeps_its_dtype_and_stays_close():
     out = causal_attention(*(z.bfloat16() for z in (q, k, v)))
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), reference(q, k, v), rtol=0.05, atol=0.03)
+
+
+@pytest.mark.parametrize("past", [0, 50])
+@pytest.mark.parametrize("window", [1, 100, 140, 400])
+def test_a_window_is_worked_off_in_parts(window, past):
+    """More tokens than a part has, behind a cache or not. Red when a part's keys end elsewhere (`k[:, :end - 1]`)."""
+    q, k, v = qkv(2, 300, 300 + past, 4, 2, 8)
+    with torch.no_grad():
+        out = causal_attention(q, k, v, window)
+    torch.testing.assert_close(out.double(), reference(q, k, v, window), rtol=1e-5, atol=1e-5)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that the results of operations hold at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known: weakref.WeakSet = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.freed, storage.nbytes())
+                self.most = max(self.most, self.now)
+        return out
+
+    def freed(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("path", [causal_attention, sdpa])
+def test_a_short_window_takes_under_half_of_the_memory(path):
+    """Forward and backward, what the caller holds left aside. Red when blocks begin with the first key (`first = 0`),
+    or when sdpa() masks all keys (`step = T`). Without any mask torch holds no scores, so that sdpa() is given one."""
+    T, most = 2048, []
+    for window in (T // 16, None):
+        q, k, v = (z.requires_grad_() for z in qkv(1, T, T, 2, 2, 8))
+        with Peak() as peak:
+            one = torch.zeros(1, T, dtype=torch.long)
+            mask = document_masks(one, [None])[None] if path is sdpa and window is None else None
+            path(q, k, v, window, mask).sum().backward()
+        most.append(peak.most)
+    assert most[0] < 0.5 * most[1], most
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kernels of GPUs
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """FlexAttention as plain operations, gradients included, which on a CPU torch refuses; nothing stays chosen."""
+    from torch.nn.attention import flex_attention
+
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(kernels, "_compiled", lambda function: function)
+    monkeypatch.setattr(kernels, "block_masks", {})
+    monkeypatch.setattr(kernels, "chosen", {})
+    monkeypatch.setattr(attention, "chosen", kernels.chosen)
+
+
+def gradients(function, inputs, *how) -> list[torch.Tensor]:
+    """Output and gradients of a function of q, k and v."""
+    inputs = [z.clone().requires_grad_() for z in inputs]
+    out = function(*inputs, *how)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
+    return [out, *torch.autograd.grad(out, inputs, weight)]
+
+
+def same(ours, theirs) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
+
+
+NUMBERS = torch.tensor([[0] * 70 + [1] * 80, [3] * 150]) + torch.zeros(2, 1, dtype=torch.long)
+
+
+@pytest.mark.parametrize("documents", [None, NUMBERS], ids=["whole", "documents"])
+@pytest.mark.parametrize("window", [None, 20])
+def test_flex_attention_is_the_reference(interpreter, window, documents):
+    """Red when visible() loses its `<= window`, or a document's mask its `==`."""
+    inputs = qkv(2, 150, 150, 4, 2, 16)
+    kernels.chosen["cpu", window is not None] = kernels.flex
+    mask = None if documents is None else document_masks(documents, [window])[window]
+    assert mask is None or not isinstance(mask, torch.Tensor)
+    theirs = gradients(reference, inputs, window, documents)
+    same(gradients(causal_attention, inputs, window, mask), theirs)
+    same(gradients(plain_attention, inputs, window, documents), theirs)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_documents_do_not_see_each_other(window):
+    """On a CPU: the tokens of a row's second document are what they are alone. Red when causal_attention() asks only
+    for the device before it takes the blocked path."""
+    q, k, v = qkv(2, 150, 150, 4, 2, 8)
+    mask = document_masks(NUMBERS, [None, window])[window]
+    same(gradients(causal_attention, (q, k, v), window, mask), gradients(reference, (q, k, v), window, NUMBERS))
+    out = causal_attention(q, k, v, window, mask)[:1, 70:]
+    torch.testing.assert_close(out, causal_attention(*(z[:1, 70:] for z in (q, k, v)), window), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Stand-ins for the two packages of FlashAttention, with their names, order and meaning of arguments."""
+
+    def flash_attn_func(q, k, v, *, causal, window_size, deterministic):
+        assert causal and window_size[1] == 0
+        assert deterministic == torch.are_deterministic_algorithms_enabled()
+        return sdpa(q, k, v, None if window_size[0] < 0 else window_size[0])
+
+    def older(*args, **kwargs):
+        return flash_attn_func(*args, **kwargs), None
+
+    for name, function in (("flash_attn", flash_attn_func), ("flash_attn_interface", older)):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(flash_attn_func=function))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+@pytest.mark.parametrize("window", [None, 700])
+def test_installed_packages_pass_the_trial(packages, monkeypatch, window):
+    """Red when _flash() gives window + 1, or the first of a tuple is not taken."""
+    for kernel in (kernels.flash_attention_3, kernels.flash_attention_2):
+        assert problem(kernel, (4, 2, 16), CPU, torch.bfloat16, window) is None
+        assert "no document boundaries" in problem(kernel, (4, 2, 16), CPU, torch.bfloat16, window, documents=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert problem(kernels.flash_attention_3, (4, 2, 16), CPU, torch.bfloat16, window) == "made for Hopper GPUs"
+
+
+def test_a_kernel_that_is_wrong_or_fails_is_passed_over(interpreter):
+    """The trial notices a window that is one too long, NaN and what is raised; torch's own flash is right on a CPU.
+    Red when the trial compares only outputs (`found = (out,)`) or lets NaN through (`error > TOLERANCE`)."""
+
+    def trial(function, window=50, dtype=torch.bfloat16):
+        return problem(function, (4, 2, 16), CPU, dtype, window)
+
+    assert trial(lambda q, k, v, window, mask: plain_attention(q, k, v, window)) is None
+    assert "in out" in trial(lambda q, k, v, window, mask: plain_attention(q, k, v, window + 1))
+    assert "nan% in out" in trial(lambda q, k, v, window, mask: plain_attention(q, k, v, window) * torch.nan)
+    detached = trial(lambda q, k, v, window, mask: plain_attention(q, k.detach() + 0 * k, v, window))
+    assert detached == "it is wrong by 100.0% in dk"
+    assert trial(kernels.flash_attention_2) == "ModuleNotFoundError: No module named 'flash_attn'"
+    assert trial(kernels.torch_flash) == "NotImplementedError: it knows no windows and no document boundaries"
+    assert trial(kernels.torch_flash, None) is None
+    assert trial(kernels.cudnn, None).startswith("RuntimeError: ")
+
+
+def test_the_first_right_kernel_trains_and_the_reason_is_told(interpreter, packages, monkeypatch):
+    """As on a Hopper GPU, where the trials happen on the CPU: windows go to one kernel, the rest to another, evaluation
+    and caches to SDPA. Red when choose_attention() goes on after the first (no `break`)."""
+    monkeypatch.delitem(sys.modules, "flash_attn_interface")
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    on_cpu = functools.partial(lambda kernel, heads, device, *how: problem(kernel, heads, CPU, *how))
+    monkeypatch.setattr(kernels, "problem", on_cpu)
+    built = []
+    monkeypatch.setattr(kernels, "block_mask", lambda *key: built.append(key) or block_mask(*key[:2], CPU))
+    config = GPTConfig(64, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL", short_window=30)
+    windowed, whole = choose_attention(config, CUDA, torch.bfloat16, compiled=False)
+    assert str(windowed).startswith(
+        "attention of layers with a window of 30: FlexAttention (FlashAttention 3: ModuleNotFoundError: No module named"
+    )
+    assert (whole.name, whole.layers) == ("torch's FlashAttention 2", "layers that see everything")
+    assert (64, 30, CUDA) in built
+    assert kernels.chosen == {("cuda", True): kernels.flex, ("cuda", False): kernels.torch_flash}
+    names = {choice.name for choice in choose_attention(config, CUDA, torch.bfloat16, documents=True, compiled=False)}
+    assert names == {"FlexAttention"}
+    monkeypatch.setattr(kernels, "CANDIDATES", kernels.CANDIDATES[:1])
+    assert {choice.name for choice in choose_attention(config, CUDA, torch.bfloat16)} == {"SDPA"}
+    assert kernels.chosen == {}
+    assert [choice.name for choice in choose_attention(config, CPU, torch.float32)] == ["blocked matmuls"]
+    assert [choice.name for choice in choose_attention(config, CPU, torch.float32, True)] == ["SDPA"]
+
+    kernels.chosen["cpu", True] = lambda q, k, v, window, mask: v + window
+    q, k, v = qkv(1, 5, 5, 2, 2, 4)
+    assert torch.equal(causal_attention(q, k, v, 3), v + 3)
+    for how in (torch.no_grad(), torch.enable_grad()):
+        with how:  # without gradients, and with a cache
+            y = causal_attention(q[:, -2:] if torch.is_grad_enabled() else q, k, v, 3)
+            torch.testing.assert_close(y.double(), reference(q, k, v, 3)[:, -y.size(1) :], rtol=1e-5, atol=1e-5)
+
+
+def test_a_kernel_that_breaks_the_graph_is_not_for_compiled_blocks(monkeypatch):
+    """Red when problem() compiles without fullgraph."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+    def broken(q, k, v, window, mask):
+        torch._dynamo.graph_break()
+        return plain_attention(q, k, v, window)
+
+    assert problem(broken, (2, 2, 8), CPU, torch.float32, 9) is None
+    assert "Unsupported" in problem(broken, (2, 2, 8), CPU, torch.float32, 9, compiled=True)
+    assert problem(kernels.torch_flash, (4, 2, 8), CPU, torch.float32, compiled=True) is None
+
+
+def test_flex_attention_lies_in_one_graph_of_a_compiled_block(interpreter, monkeypatch):
+    """No break, and no graph anew for another batch of documents. Red when block_mask() is not asked for ahead and its
+    `is_compiling()` is left out: a mask of the tracer's would be kept."""
+    config = GPTConfig(256, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL", short_window=30)
+    inputs, graphs = qkv(2, 256, 256, 4, 2, 16), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def layer(q, k, v, mask):
+        return causal_attention(2 * q, k, v, config.window(0), mask) + 1
+
+    kernels.chosen["cpu", True] = kernels.flex
+    run = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
+    block_mask(256, 30, CPU)
+    for documents in (None, None, NUMBERS, 1 - NUMBERS):
+        if documents is not None:
+            documents = torch.nn.functional.pad(documents, (0, 106), value=7)
+        mask = None if documents is None else document_masks(documents, [30])[30]
+        wanted = reference(2 * inputs[0], *inputs[1:], 30, documents) + 1
+        torch.testing.assert_close(run(*inputs, mask).double(), wanted, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 2
+    assert set(kernels.block_masks) == {(256, 30, CPU)}
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_shapes_and_dtypes_without_data(window):
+    """On the meta device, where only shapes are computed: what a GPU takes when nothing was chosen."""
+    q, k, v = (z.to("meta", torch.bfloat16).requires_grad_() for z in qkv(2, 300, 300, 4, 2, 64))
+    out = causal_attention(q, k, v, window)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
