@@ -10,7 +10,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.core_bundle import Task, load_bundle
+from nanochat.gpt import GPT
 from nanochat.loss_eval import never, sum_over_ranks
 from nanochat.settings import Say
 
@@ -85,6 +86,16 @@ def rows_of(task: Task, index: int, sequences: list[list[int]], max_len: int) ->
     return rows
 
 
+def all_rows(tokenizer, task: Task, items: list[dict], mine: Iterable[int], max_len: int) -> list[Row]:
+    """The rows of the items with the indices `mine`, one item after the other; all items are there to be examples."""
+    texts = {i: prompts(task, items[i], fewshot_examples(items, i, task.num_fewshot)) for i in mine}
+    encoded = iter(tokenizer.encode_batch([text for group in texts.values() for text in group], os.cpu_count() or 1))
+    rows: list[Row] = []
+    for i, group in texts.items():
+        rows += rows_of(task, i, [[tokenizer.bos_id, *next(encoded)] for _ in group], max_len)
+    return rows
+
+
 def _common(sequences: Iterable[list[int]]) -> int:
     """Length of the longest common prefix."""
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False)))
@@ -94,44 +105,113 @@ def _common(sequences: Iterable[list[int]]) -> int:
 # rows -> losses
 
 
+BEGINNING = 8  # tokens: rows of an item that differ in one of them have nothing worth sharing
+MOST_AGAIN = 1 / 8  # of a batch's prefixes: tokens that its options read again because the shortest prefix rules
+
+
+@dataclass
+class Batch:
+    """Families of rows that go through a model together: each family begins with `shared` equal tokens.
+
+    All families have as many rows, the longest first; width: tokens of the longest row of all.
+    """
+
+    families: list[list[Row]]
+    shared: int
+    width: int
+
+
+def batches_of(rows: list[Row], share: bool, batch_tokens: int) -> Iterator[Batch]:
+    """The rows that have a span to score, longest prefix first, families * width being at most batch_tokens.
+
+    share: the rows of an item are one family if they begin alike, else each row is its own. A truncated prompt has
+    lost as many tokens as its option is longer, so options of other lengths are families of their own.
+    """
+    found: dict[tuple, list[Row]] = {}
+    for number, row in enumerate(rows):
+        if row.start < row.end and not row.cut:
+            found.setdefault((row.item, *row.tokens[:BEGINNING]) if share else (number,), []).append(row)
+    queue = []
+    for family in found.values():
+        family.sort(key=lambda row: -len(row.tokens))
+        # The token before a span is read with the span: its features predict the first token.
+        shared = _common(row.tokens[: row.start - 1] for row in family) if len(family) > 1 else 0
+        queue.append((len(family), shared, len(family[0].tokens), family))
+    queue.sort(key=lambda entry: entry[:3], reverse=True)
+    while queue:
+        options, shared, width, _ = queue[0]
+        total = count = 0
+        for size, prefix, length, _ in queue:
+            widest, all_prefixes = max(width, length), total + prefix
+            again = options * (all_prefixes - (count + 1) * prefix)
+            too_large = (count + 1) * widest > batch_tokens or again > MOST_AGAIN * all_prefixes
+            if size != options or (count and too_large):
+                break
+            count, shared, width, total = count + 1, prefix, widest, all_prefixes
+        yield Batch([family for *_, family in queue[:count]], shared, width)
+        queue = queue[count:]
+
+
+def _forwards(batches: Iterable[Batch]) -> Iterator[tuple[Batch, tuple[Row, ...] | None]]:
+    """The forwards of each batch: None, the shared beginnings if there are any; then the n-th rows of all families."""
+    for batch in batches:
+        if batch.shared:
+            yield batch, None
+        for lines in zip(*batch.families, strict=True):
+            yield batch, lines
+
+
 @torch.no_grad()
 def score_rows(
     model, rows: list[Row], pad_id: int, batch_tokens: int, stop: Callable[[], bool] = never
 ) -> tuple[list[float], list[bool]]:
     """(mean loss in nats over the span, whether every token of the span is the greedy one) of each row.
 
-    Rows of similar length share a forward of at most batch_tokens tokens (one row at least), padded on the right,
-    which a causal model does not see: the same as row by row up to rounding. An empty or cut span has loss +inf.
-    stop: asked before every forward; the rows left then have no result.
+    What the rows of an item have in common is read once: the first rows of several items are one forward up to the
+    shortest common prefix among them, and from its keys and values the second rows, then the third ones, go on. So no
+    key is copied. Rows are padded on the right, which a causal model does not see: the same as row by row up to
+    rounding. A forward and its cache hold at most batch_tokens tokens (one row at least). Models other than GPT share
+    nothing. An empty or cut span has loss +inf. stop: asked before every forward; the rows left then have no result.
     """
-    losses, greedy = [math.inf] * len(rows), [False] * len(rows)
-    order = sorted((i for i, r in enumerate(rows) if r.start < r.end and not r.cut), key=lambda i: -len(rows[i].tokens))
+    results: dict[int, tuple[float, bool]] = {}
     was_training = model.training
     model.eval()
-    while order and not stop():
-        width = len(rows[order[0]].tokens)
-        count = max(1, batch_tokens // width)
-        batch, order = order[:count], order[count:]
-        ids = torch.full((len(batch), width), pad_id, dtype=torch.int64)
-        for line, i in enumerate(batch):
-            ids[line, : len(rows[i].tokens)] = torch.tensor(rows[i].tokens)
-        ids = ids.to(model.device)
-        features = model.features(ids)
-        # Position p predicts token p + 1.
-        line, place = zip(
-            *((n, p) for n, i in enumerate(batch) for p in range(rows[i].start, rows[i].end)), strict=True
-        )
-        line, place = torch.tensor(line, device=ids.device), torch.tensor(place, device=ids.device)
-        # Logits only where a span is scored: with a large vocabulary they cost more than the layers.
-        spans, wanted = model.text_logits(features[line, place - 1]), ids[line, place]
-        loss = F.cross_entropy(spans, wanted, reduction="none").cpu()
-        right = (spans.argmax(dim=-1) == wanted).cpu()
-        lengths = [rows[i].end - rows[i].start for i in batch]
-        for i, nats, hits in zip(batch, loss.split(lengths), right.split(lengths), strict=True):
-            mean = nats.double().mean().item()
-            losses[i], greedy[i] = (mean if math.isfinite(mean) else math.inf), bool(hits.all())
+    cache = last = None
+    for batch, lines in _forwards(batches_of(rows, isinstance(model, GPT), batch_tokens)):
+        if stop():
+            break
+        if lines is None:
+            cache = model.new_cache(len(batch.families), batch.width)
+            ids = torch.tensor([family[0].tokens[: batch.shared] for family in batch.families])
+            model.features(ids.to(model.device), cache)
+            last = cache.last
+            continue
+        if batch.shared:  # back to the end of the prefixes: what other options wrote behind it is overwritten
+            cache.position, cache.last = batch.shared, last
+        scores = _score(model, lines, batch.shared, cache if batch.shared else None, pad_id)
+        results |= zip(map(id, lines), scores, strict=True)
     model.train(was_training)
-    return losses, greedy
+    found = [results.get(id(row), (math.inf, False)) for row in rows]
+    return [loss for loss, _ in found], [greedy for _, greedy in found]
+
+
+def _score(model, rows: Sequence[Row], done: int, cache, pad_id: int) -> list[tuple[float, bool]]:
+    """What score_rows gives for rows of which the cache holds the first `done` tokens: one forward."""
+    width = max(len(row.tokens) for row in rows) - done
+    ids = torch.tensor([row.tokens[done:] + [pad_id] * (done + width - len(row.tokens)) for row in rows])
+    ids = ids.to(model.device)
+    features = model.features(ids, cache) if cache is not None else model.features(ids)
+    # Position p predicts token p + 1.
+    line, place = zip(*((n, p - done) for n, row in enumerate(rows) for p in range(row.start, row.end)), strict=True)
+    line, place = torch.tensor(line, device=ids.device), torch.tensor(place, device=ids.device)
+    # Logits only where a span is scored: with a large vocabulary they cost more than the layers.
+    spans, wanted = model.text_logits(features[line, place - 1]), ids[line, place]
+    loss = F.cross_entropy(spans, wanted, reduction="none").cpu()
+    right = (spans.argmax(dim=-1) == wanted).cpu()
+    lengths = [row.end - row.start for row in rows]
+    means = [nats.double().mean().item() for nats in loss.split(lengths)]
+    hits = [bool(part.all()) for part in right.split(lengths)]
+    return [(mean if math.isfinite(mean) else math.inf, hit) for mean, hit in zip(means, hits, strict=True)]
 
 
 def is_correct(task: Task, item: dict, losses: list[float], greedy: list[bool]) -> bool:
@@ -162,11 +242,7 @@ def evaluate_task(
         say(f"{task.label}: {task.num_fewshot}-shot with {len(items)} items: using {len(items) - 1} examples")
     max_len = max_len or model.config.sequence_len
     mine = range(rank, len(items), world_size)
-    texts = [prompts(task, items[i], fewshot_examples(items, i, task.num_fewshot)) for i in mine]
-    encoded = iter(tokenizer.encode_batch([text for group in texts for text in group], os.cpu_count() or 1))
-    rows: list[Row] = []
-    for i, group in zip(mine, texts, strict=True):
-        rows += rows_of(task, i, [[tokenizer.bos_id, *next(encoded)] for _ in group], max_len)
+    rows = all_rows(tokenizer, task, items, mine, max_len)
     losses, greedy = score_rows(model, rows, tokenizer.bos_id, batch_tokens, stop)
     by_item: dict[int, list[int]] = {}
     for n, row in enumerate(rows):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from nanochat import core_bundle
 from nanochat.core_bundle import Task, find_bundle, load_bundle, write_bundle
-from nanochat.core_eval import Row, evaluate_core, evaluate_task, prompts, rows_of, score_rows
+from nanochat.core_eval import Row, all_rows, batches_of, evaluate_core, evaluate_task, rows_of, score_rows
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import CutShort
 from nanochat.runtime import UserError
@@ -59,11 +59,13 @@ class Table(torch.nn.Module):
         return self.rows[(idx * place).cumsum(1) % 1009]
 
 
-def small_gpt() -> GPT:
+FEATURES = dict(window_pattern="S", short_window=9, smear=True, value_embeddings=True, residual_scalars=True)
+
+
+def small_gpt(**features) -> GPT:
     torch.manual_seed(3)
-    model = GPT(
-        GPTConfig(sequence_len=64, vocab_size=257, n_layer=2, n_head=2, n_kv_head=1, n_embd=32, tie_weights=True)
-    )
+    shape = dict(sequence_len=64, vocab_size=257, n_layer=2, n_head=2, n_kv_head=1, n_embd=32)
+    model = GPT(GPTConfig(**shape, tie_weights=True, **features))
     model.init_weights()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -214,24 +216,72 @@ def test_the_default_length_is_the_models():
     assert evaluate_task(Table(25), Bytes(), task)["correct"] == reference(Table(), task, max_len=25)
 
 
-@pytest.mark.parametrize("kind", core_bundle.KEYS)
-def test_batched_equals_one_by_one(kind):
-    """A real transformer: batches of any size give the vector and, to 1e-4, the losses of one row at a time.
+def rows_for(task: Task, max_len: int) -> list[Row]:
+    return all_rows(Bytes(), task, task.items, range(len(task.items)), max_len)
 
-    Red when batches are padded on the left, or when rows are not put back into their order.
+
+def plain_score(model, row: Row) -> tuple[float, bool]:
+    """One row alone, without a cache, from all its logits."""
+    logits, ids = model(torch.tensor([row.tokens]))[0], torch.tensor(row.tokens)
+    if row.cut or row.start == row.end:
+        return float("inf"), False
+    spans, wanted = logits[row.start - 1 : row.end - 1], ids[row.start : row.end]
+    return F.cross_entropy(spans, wanted).item(), bool((spans.argmax(-1) == wanted).all())
+
+
+@pytest.mark.parametrize("features", [{}, FEATURES])
+@pytest.mark.parametrize("kind", core_bundle.KEYS)
+def test_batched_equals_one_by_one(kind, features):
+    """A real transformer: shared prefixes in batches of any size give the losses of one whole row at a time, to 1e-4.
+
+    Red when batches are padded on the left, when results are not put back into their order, when cache.position or
+    cache.last is not set back before an option, or when a batch's prefixes are cut to the longest one.
     """
-    model, task = small_gpt(), make_task(kind, 24, 1)
-    alone = evaluate_task(model, Bytes(), task, batch_tokens=1)["correct"]
-    for batch_tokens in (150, 1000, 10**6):
-        assert evaluate_task(model, Bytes(), task, batch_tokens=batch_tokens)["correct"] == alone
-    rows = []
-    for i, item in enumerate(task.items):
-        sequences = [[BOS, *text.encode()] for text in prompts(task, item, [])]
-        rows += rows_of(task, i, sequences, 64)
-    one, one_greedy = score_rows(model, rows, BOS, 1)
-    many, many_greedy = score_rows(model, rows, BOS, 700)
-    assert many == pytest.approx(one, abs=1e-4)
-    assert many_greedy == one_greedy
+    model, task = small_gpt(**features), make_task(kind, 8, 3)
+    for max_len in (40, 500):  # the shorter one truncates the options of an item by different lengths
+        rows = rows_for(task, max_len)
+        with torch.no_grad():
+            losses, greedy = zip(*(plain_score(model, row) for row in rows), strict=True)
+        for batch_tokens in (1, 900):
+            found, hits = score_rows(model, rows, BOS, batch_tokens)
+            assert found == pytest.approx(losses, abs=1e-4) and hits == list(greedy)
+    assert evaluate_task(model, Bytes(), task)["correct"] == reference(model, task, max_len=64)
+
+
+def test_common_prefixes_go_through_the_model_once(monkeypatch):
+    """Three shots and the query are read once for four options, in batches and caches of at most batch_tokens.
+
+    Red with share=False, when the width of a batch is that of its last family, or without MOST_AGAIN.
+    """
+    model, rows = small_gpt(), rows_for(make_task("multiple_choice", 40, 3), 500)
+    read, reserved = [], []
+    features, new_cache = model.features, model.new_cache
+    monkeypatch.setattr(model, "features", lambda ids, cache=None: (read.append(ids.numel()), features(ids, cache))[1])
+    monkeypatch.setattr(model, "new_cache", lambda *shape: (reserved.append(shape), new_cache(*shape))[1])
+    score_rows(model, rows, BOS, 2000)
+    prefixes = sum(row.start for row in rows[::4])
+    options = sum(len(row.tokens) - row.start for row in rows)
+    assert sum(read) < 1.2 * prefixes + 2.0 * options < 0.5 * sum(len(row.tokens) for row in rows)
+    assert max(read) <= 2000 and max(batch * length for batch, length in reserved) <= 2000
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 12), st.integers(1, 30), st.integers(1, 5)), max_size=30),
+    st.sampled_from([1, 60, 10**6]),
+)
+def test_batches_of_any_rows(shapes, batch_tokens):
+    """Every row once, families of equal size that begin with `shared` equal tokens before every span, none too wide."""
+    rows = [Row(item, [7] * alike + [item] * more + [n], alike + more, alike + more + span)
+            for n, (item, alike, more, span) in enumerate(shapes)]  # fmt: skip
+    rows = [Row(r.item, r.tokens + [1] * (r.end - len(r.tokens)), r.start, r.end) for r in rows]
+    batches = list(batches_of(rows, True, batch_tokens))
+    assert sorted(id(row) for batch in batches for family in batch.families for row in family) == sorted(map(id, rows))
+    for batch in batches:
+        members = [row for family in batch.families for row in family]
+        assert len({len(family) for family in batch.families}) == 1
+        assert all(len({(row.item, *row.tokens[: batch.shared]) for row in family}) == 1 for family in batch.families)
+        assert all(batch.shared < row.start and len(row.tokens) <= batch.width for row in members)
+        assert len(batch.families) == 1 or len(batch.families) * batch.width <= batch_tokens
 
 
 def test_padding_does_not_count():
@@ -297,13 +347,17 @@ def test_spans(sequences):
     assert len(before) > 1 or any(row.start == 1 for row in rows)
 
 
-def test_a_task_stops_before_its_next_forward(monkeypatch):
-    """Red when score_rows does not ask, or when the rows without a result count as wrong answers."""
-    model, forwards = Table(), []
-    monkeypatch.setattr(model, "features", lambda ids, real=model.features: (forwards.append(1), real(ids))[1])
+@pytest.mark.parametrize("make", [Table, small_gpt])
+def test_a_task_stops_before_its_next_forward(monkeypatch, make):
+    """Red when score_rows does not ask, or when the rows without a result count as wrong answers.
+
+    The GPT stops between a prefix and its options: red when it asks only once a batch.
+    """
+    model, forwards = make(), []
+    monkeypatch.setattr(model, "features", lambda *args, real=model.features: (forwards.append(1), real(*args))[1])
     answers = iter([False, True, True])
     with pytest.raises(CutShort):
-        evaluate_task(model, Bytes(), make_task("schema", 40, 0), batch_tokens=50, stop=lambda: next(answers))
+        evaluate_task(model, Bytes(), make_task("schema", 40, 1), batch_tokens=50, stop=lambda: next(answers))
     assert len(forwards) == 1
 
 
