@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from nanochat.attention import causal_attention
 from nanochat.gpt import GPT
 from nanochat.modality import Grammar
 
@@ -28,6 +29,14 @@ class KVCache:
         self.store[layer, 0, :, self.position : end] = k
         self.store[layer, 1, :, self.position : end] = v
         return self.store[layer, 0, :, :end], self.store[layer, 1, :, :end]
+
+    def places(self, count: int) -> slice:
+        """Where the next `count` tokens stand."""
+        return slice(self.position, self.position + count)
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+        """q [B, T, H, D] to all positions so far, of which the newest have k and v [B, T, H_kv, D] -> [B, T, H, D]."""
+        return causal_attention(q, *self.insert(layer, k, v), window)
 
     def repeated(self, batch: int) -> "KVCache":
         """A copy of this cache of one row for `batch` rows: one prompt, several continuations."""

@@ -171,9 +171,10 @@ class CausalSelfAttention(AttentionMatrices):
             gate = self.gate_range * self.ve_gate(x[..., : self.ve_gate.in_features]).sigmoid()
             v = v + gate[..., None] * ve.view(v.shape)
         q, k = ((norm(rotate(z, cos, sin)) * self.qk_scale).to(x.dtype) for z in (q, k))
-        if kv_cache is not None:  # keys and values of the whole past, this step's included
-            k, v = kv_cache.insert(self.layer, k, v)
-        y = causal_attention(q, k, v, self.window).reshape(B, T, C)
+        if kv_cache is None:
+            y = causal_attention(q, k, v, self.window).reshape(B, T, C)
+        else:
+            y = kv_cache.attend(self.layer, q, k, v, self.window).reshape(B, T, C)
         if len(everyone) == 1:
             return self.c_proj(y)
         if isinstance(plan, Grouped):
@@ -382,19 +383,18 @@ class GPT(nn.Module):
         if not self.config.smear:
             return x
         past = torch.zeros_like(x[:, :1]) if kv_cache is None or kv_cache.last is None else kv_cache.last
+        before = torch.cat([past, x[:, :-1]], dim=1)
         if kv_cache is not None:
             kv_cache.last = x[:, -1:]
         gate = self.smear_gate(x[..., : self.smear_gate.in_features]).sigmoid()
-        return x + self.smear_lambda.to(x.dtype) * gate * torch.cat([past, x[:, :-1]], dim=1)
+        return x + self.smear_lambda.to(x.dtype) * gate * before
 
     def features(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor:
         """idx int64 [B, T] -> what the output matrix is multiplied with, [B, T, C]."""
-        start = 0 if kv_cache is None else kv_cache.position
         T = idx.size(1)
-        assert start + T <= self.rotary_length, (
-            f"position {start + T} is beyond the rotary table of {self.rotary_length}"
-        )
-        cos, sin = self.cos[:, start : start + T], self.sin[:, start : start + T]
+        places = slice(T) if kv_cache is None else kv_cache.places(T)
+        cos, sin = self.cos[:, places], self.sin[:, places]
+        assert cos.size(1) == T, f"{places} is beyond the rotary table of {self.rotary_length} positions"
         x = x0 = self.embed(idx, kv_cache)
         # Only training runs compiled, or by another route: evaluation and generation come in too many shapes.
         run = self.block_forward if torch.is_grad_enabled() else Block.forward
