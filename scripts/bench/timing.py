@@ -17,6 +17,8 @@ def settled() -> float:
     """The time in seconds once the GPU, if one is in use, has done all it was asked."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    elif torch.backends.mps.is_available():
+        torch.mps.synchronize()
     return now()
 
 
