@@ -10,13 +10,16 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from nanochat.attention import causal_attention
+from nanochat.attention_kernels import visible
 from nanochat.core_bundle import Task, load_bundle
 from nanochat.gpt import GPT
 from nanochat.loss_eval import never, sum_over_ranks
@@ -106,23 +109,34 @@ def _common(sequences: Iterable[list[int]]) -> int:
 
 
 BEGINNING = 8  # tokens: rows of an item that differ in one of them have nothing worth sharing
-MOST_AGAIN = 1 / 8  # of a batch's prefixes: tokens that its options read again because the shortest prefix rules
+MOST_AGAIN = 1 / 8  # of a batch's prefixes: tokens that every option reads because the shortest prefix rules
+CPU_TOKENS = 2048  # of a batch there: larger ones leave its caches (measured: 8192 takes 1.2 times as long)
 
 
 @dataclass
 class Batch:
-    """Families of rows that go through a model together: each family begins with `shared` equal tokens.
+    """Families of rows that go through a model together: each has `options` rows with its first `shared` tokens.
 
-    All families have as many rows, the longest first; width: tokens of the longest row of all.
+    width: the tokens of the longest row of all.
     """
 
     families: list[list[Row]]
+    options: int
     shared: int
     width: int
 
+    @property
+    def rows(self) -> list[Row]:
+        return [row for family in self.families for row in family]
+
+    @property
+    def tokens(self) -> int:
+        """Of all prefixes, and of all options padded."""
+        return len(self.families) * (self.shared + self.options * (self.width - self.shared))
+
 
 def batches_of(rows: list[Row], share: bool, batch_tokens: int) -> Iterator[Batch]:
-    """The rows that have a span to score, longest prefix first, families * width being at most batch_tokens.
+    """The rows that have a span to score, those with the longest prefix first; at most batch_tokens, or one family.
 
     share: the rows of an item are one family if they begin alike, else each row is its own. A truncated prompt has
     lost as many tokens as its option is longer, so options of other lengths are families of their own.
@@ -133,32 +147,74 @@ def batches_of(rows: list[Row], share: bool, batch_tokens: int) -> Iterator[Batc
             found.setdefault((row.item, *row.tokens[:BEGINNING]) if share else (number,), []).append(row)
     queue = []
     for family in found.values():
-        family.sort(key=lambda row: -len(row.tokens))
         # The token before a span is read with the span: its features predict the first token.
         shared = _common(row.tokens[: row.start - 1] for row in family) if len(family) > 1 else 0
-        queue.append((len(family), shared, len(family[0].tokens), family))
+        queue.append((len(family), shared, max(len(row.tokens) for row in family), family))
     queue.sort(key=lambda entry: entry[:3], reverse=True)
-    while queue:
-        options, shared, width, _ = queue[0]
-        total = count = 0
-        for size, prefix, length, _ in queue:
-            widest, all_prefixes = max(width, length), total + prefix
-            again = options * (all_prefixes - (count + 1) * prefix)
-            too_large = (count + 1) * widest > batch_tokens or again > MOST_AGAIN * all_prefixes
-            if size != options or (count and too_large):
-                break
-            count, shared, width, total = count + 1, prefix, widest, all_prefixes
-        yield Batch([family for *_, family in queue[:count]], shared, width)
-        queue = queue[count:]
+    batch, prefixes = None, 0
+    for options, shared, width, family in queue:
+        if batch is not None and batch.options == options:
+            more = Batch([*batch.families, family], options, shared, max(width, batch.width))
+            again = options * (prefixes + shared - len(more.families) * shared)
+            if more.tokens <= batch_tokens and again <= MOST_AGAIN * (prefixes + shared):
+                batch, prefixes = more, prefixes + shared
+                continue
+        if batch is not None:
+            yield batch
+        batch, prefixes = Batch([family], options, shared, width), shared
+    if batch is not None:
+        yield batch
 
 
-def _forwards(batches: Iterable[Batch]) -> Iterator[tuple[Batch, tuple[Row, ...] | None]]:
-    """The forwards of each batch: None, the shared beginnings if there are any; then the n-th rows of all families."""
-    for batch in batches:
-        if batch.shared:
-            yield batch, None
-        for lines in zip(*batch.families, strict=True):
-            yield batch, lines
+class _Read(Exception):
+    """All keys and values are there: what the last layer still made of a prefix, nobody would look at."""
+
+
+class Prefixes:
+    """The cache of a batch for GPT.features: B prefixes of S tokens are read, then all n options of each at once.
+
+    Keys and values are [B, S + n T, H_kv, D] a layer: an option sees the prefix, of which there is no copy, and itself
+    (the mask of a tree of one branching, as in arXiv 2305.09781).
+    """
+
+    def __init__(self, model: GPT, batch: Batch):
+        """Reads the prefixes: one forward."""
+        config, B = model.config, len(batch.families)
+        self.shared, self.width = batch.shared, batch.width - batch.shared
+        shape = (config.n_layer, 2, B, self.shared + batch.options * self.width, config.n_kv_head, config.head_dim)
+        self.store = torch.empty(shape, dtype=model.compute_dtype, device=model.device)
+        self.position, self.last = 0, None
+        ids = torch.tensor([family[0].tokens[: batch.shared] for family in batch.families])
+        with suppress(_Read):
+            model.features(ids.to(model.device), self)
+        self.position = self.shared
+        if self.last is not None:
+            self.last = self.last.repeat_interleave(batch.options, dim=0)
+
+    def places(self, count: int) -> slice:
+        return slice(self.position, self.position + count)
+
+    def attend(self, layer: int, q, k, v, window: int | None) -> torch.Tensor:
+        """q [B, S, H, D] with k and v [B, S, H_kv, D] of the prefixes, or [B n, T, ...] of the options -> as q."""
+        own = self.store[layer, :, :, self.position :] if self.position else self.store[layer, :, :, : self.shared]
+        own[0], own[1] = k.reshape(own[0].shape), v.reshape(own[1].shape)
+        if self.position == 0:
+            if layer == len(self.store) - 1:
+                raise _Read
+            return causal_attention(q, k, v, window)
+        keys, values = self.store[layer].transpose(2, 3)  # [B, H_kv, S + n T, D]
+        queries = q.reshape(len(keys), -1, *q.shape[2:]).transpose(1, 2)
+        gqa = queries.size(1) != keys.size(1)
+        out = F.scaled_dot_product_attention(queries, keys, values, self.mask(window), enable_gqa=gqa)
+        return out.transpose(1, 2).reshape(q.shape)
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """What each of the n T tokens of a family's options sees of the prefix and them all: bool [n T, S + n T]."""
+        number = torch.arange(self.store.size(3) - self.shared, device=self.store.device)
+        place, option = self.shared + number % self.width, number // self.width
+        before = torch.arange(self.shared, device=self.store.device)
+        others = visible(place[:, None], place, window) & (option[:, None] == option)
+        return torch.cat([visible(place[:, None], before, window), others], dim=1)
 
 
 @torch.no_grad()
@@ -167,38 +223,33 @@ def score_rows(
 ) -> tuple[list[float], list[bool]]:
     """(mean loss in nats over the span, whether every token of the span is the greedy one) of each row.
 
-    What the rows of an item have in common is read once: the first rows of several items are one forward up to the
-    shortest common prefix among them, and from its keys and values the second rows, then the third ones, go on. So no
-    key is copied. Rows are padded on the right, which a causal model does not see: the same as row by row up to
-    rounding. A forward and its cache hold at most batch_tokens tokens (one row at least). Models other than GPT share
-    nothing. An empty or cut span has loss +inf. stop: asked before every forward; the rows left then have no result.
+    What the rows of an item have in common is read once: for several items in one forward, up to the shortest prefix
+    among them; a second one reads the rest of all their rows. Rows are padded on the right, which a causal model does
+    not see: the same as row by row up to rounding. A forward and its cache hold at most batch_tokens tokens (one item
+    at least). Models other than GPT share nothing. An empty or cut span has loss +inf. stop: asked before every
+    forward; the rows left then have no result.
     """
+    if model.device.type == "cpu":
+        batch_tokens = min(batch_tokens, CPU_TOKENS)
     results: dict[int, tuple[float, bool]] = {}
     was_training = model.training
     model.eval()
-    cache = last = None
-    for batch, lines in _forwards(batches_of(rows, isinstance(model, GPT), batch_tokens)):
+    for batch in batches_of(rows, isinstance(model, GPT), batch_tokens):
         if stop():
             break
-        if lines is None:
-            cache = model.new_cache(len(batch.families), batch.width)
-            ids = torch.tensor([family[0].tokens[: batch.shared] for family in batch.families])
-            model.features(ids.to(model.device), cache)
-            last = cache.last
-            continue
-        if batch.shared:  # back to the end of the prefixes: what other options wrote behind it is overwritten
-            cache.position, cache.last = batch.shared, last
-        scores = _score(model, lines, batch.shared, cache if batch.shared else None, pad_id)
-        results |= zip(map(id, lines), scores, strict=True)
+        cache = Prefixes(model, batch) if batch.shared else None
+        if cache is not None and stop():
+            break
+        results |= zip(map(id, batch.rows), _score(model, batch, cache, pad_id), strict=True)
     model.train(was_training)
     found = [results.get(id(row), (math.inf, False)) for row in rows]
     return [loss for loss, _ in found], [greedy for _, greedy in found]
 
 
-def _score(model, rows: Sequence[Row], done: int, cache, pad_id: int) -> list[tuple[float, bool]]:
-    """What score_rows gives for rows of which the cache holds the first `done` tokens: one forward."""
-    width = max(len(row.tokens) for row in rows) - done
-    ids = torch.tensor([row.tokens[done:] + [pad_id] * (done + width - len(row.tokens)) for row in rows])
+def _score(model, batch: Batch, cache: Prefixes | None, pad_id: int) -> list[tuple[float, bool]]:
+    """What score_rows gives for the rows of a batch, whose prefixes the cache holds: one forward."""
+    rows, done = batch.rows, batch.shared
+    ids = torch.tensor([row.tokens[done:] + [pad_id] * (batch.width - len(row.tokens)) for row in rows])
     ids = ids.to(model.device)
     features = model.features(ids, cache) if cache is not None else model.features(ids)
     # Position p predicts token p + 1.
