@@ -84,7 +84,7 @@ def problem(
 
     heads: (H, H_kv, D) of the layers.
     """
-    if kernel is flash_attention_3 and torch.cuda.get_device_capability(device)[0] != 9:
+    if kernel is flash_attention_3 and not on_hopper(device):
         return "made for Hopper GPUs"  # elsewhere it may end the process
     H, kv, D = heads
     own = torch.Generator(device).manual_seed(0)
@@ -107,6 +107,10 @@ def problem(
             return f"{type(error).__name__}: {first_line(error)}"
     wrong = [f"{error:.1%} in {name}" for name, error in errors.items() if not error <= TOLERANCE]  # so is NaN
     return f"it is wrong by {', '.join(wrong)}" if wrong else None
+
+
+def on_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def plain_attention(q, k, v, window: int | None = None, documents: torch.Tensor | None = None) -> torch.Tensor:

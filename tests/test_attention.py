@@ -208,17 +208,23 @@ def packages(monkeypatch):
 
     for name, function in (("flash_attn", flash_attn_func), ("flash_attn_interface", older)):
         monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(flash_attn_func=function))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "on_hopper", lambda device: True)
 
 
 @pytest.mark.parametrize("window", [None, 700])
-def test_installed_packages_pass_the_trial(packages, monkeypatch, window):
+def test_installed_packages_pass_the_trial(packages, window):
     """Red when _flash() gives window + 1, or the first of a tuple is not taken."""
     for kernel in (kernels.flash_attention_3, kernels.flash_attention_2):
         assert problem(kernel, (4, 2, 16), CPU, torch.bfloat16, window) is None
         assert "no document boundaries" in problem(kernel, (4, 2, 16), CPU, torch.bfloat16, window, documents=True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert problem(kernels.flash_attention_3, (4, 2, 16), CPU, torch.bfloat16, window) == "made for Hopper GPUs"
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (9, 0), (10, 0)])
+def test_flash_attention_3_is_tried_on_hopper_alone(monkeypatch, capability):
+    """Red when on_hopper() takes what is newer."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert kernels.on_hopper(CUDA) == (capability == (9, 0))
+    assert problem(kernels.flash_attention_3, (4, 2, 16), CPU, torch.bfloat16) == "made for Hopper GPUs"
 
 
 def test_a_kernel_that_is_wrong_or_fails_is_passed_over(interpreter):
@@ -287,17 +293,16 @@ def test_a_kernel_that_breaks_the_graph_is_not_for_compiled_blocks(monkeypatch):
 
 
 def test_flex_attention_lies_in_one_graph_of_a_compiled_block(interpreter, monkeypatch):
-    """No break, and no graph anew for another batch of documents. Red when block_mask() is not asked for ahead and its
-    `is_compiling()` is left out: a mask of the tracer's would be kept."""
-    config = GPTConfig(256, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL", short_window=30)
+    """No break, no graph anew for another batch of documents, and a length or window that is new is computed in the
+    graph. Red when block_mask() keeps what a tracer made."""
     inputs, graphs = qkv(2, 256, 256, 4, 2, 16), []
 
     def backend(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
-    def layer(q, k, v, mask):
-        return causal_attention(2 * q, k, v, config.window(0), mask) + 1
+    def layer(q, k, v, mask, window=30):
+        return causal_attention(2 * q, k, v, window, mask) + 1
 
     kernels.chosen["cpu", True] = kernels.flex
     run = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
@@ -309,6 +314,8 @@ def test_flex_attention_lies_in_one_graph_of_a_compiled_block(interpreter, monke
         wanted = reference(2 * inputs[0], *inputs[1:], 30, documents) + 1
         torch.testing.assert_close(run(*inputs, mask).double(), wanted, rtol=1e-4, atol=1e-5)
     assert len(graphs) == 2
+    wanted = reference(2 * inputs[0], *inputs[1:], 31) + 1
+    torch.testing.assert_close(run(*inputs, None, 31).double(), wanted, rtol=1e-4, atol=1e-5)
     assert set(kernels.block_masks) == {(256, 30, CPU)}
 
 

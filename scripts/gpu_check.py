@@ -1,0 +1,411 @@
+"""What only a GPU can show: `python -m scripts.gpu_check [--quick] [--only training,fp8] [--output DIR]`.
+
+About 8 minutes on one H100, with torch, numpy, tiktoken, safetensors and pyarrow alone. Prints a Markdown table for
+each check, and writes gpu_check.json and gpu_check.md into DIR after each. A check that fails says so, the others go
+on, and the exit code is 1.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from nanochat import attention
+from nanochat.attention_kernels import CANDIDATES, choose_attention, problem
+from nanochat.checkpoint_manager import step_dir, weights_hash
+from nanochat.compiling import compile_model
+from nanochat.engine import decode
+from nanochat.estimate import estimate, find_hardware
+from nanochat.fp8 import swap
+from nanochat.gpt import GPTConfig
+from nanochat.optim import ALL_GATHER, REDUCE_SCATTER
+from nanochat.runtime import (
+    Compute,
+    UserError,
+    first_line,
+    gpu_peak_flops,
+    init_compute,
+    memory_mb,
+    run_script,
+    write_atomically,
+)
+from nanochat.settings import Settings
+from scripts.bench.__main__ import machine as describe
+from scripts.bench.timing import alternate, matmul_peak, median_ratio, settled, table
+from scripts.bench.train import Contender, compare, gradients_of
+
+start_process = subprocess.Popen  # tests put forks here
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How large the checks are."""
+
+    compute: Compute
+    depths: dict[int, int] = field(default_factory=lambda: {12: 32, 20: 16})  # and rows of a micro-batch
+    shape: dict = field(default_factory=lambda: dict(max_seq_len=2048, vocab_size=65536, head_dim=128))
+    steps: int = 10
+    new_tokens: int = 256
+    compiled: bool = True
+    small: dict = field(  # for what is compared, not timed
+        default_factory=lambda: dict(
+            depth=4, model_dim=256, head_dim=64, max_seq_len=512, vocab_size=4096, window_pattern="SSSL",
+            short_window=100, total_batch_size=4096, device_batch_size=8, eval_tokens=8192,
+        )
+    )  # fmt: skip
+
+    def settings(self, depth: int, **changes) -> Settings:
+        rows = self.depths[depth]
+        batch = dict(device_batch_size=rows, total_batch_size=rows * self.shape["max_seq_len"])
+        return Settings(**{**self.shape, **batch, "depth": depth, "device_type": self.compute.device_type, **changes})
+
+
+@dataclass
+class Finding:
+    """Of one check: a table, what it says besides, and what is not as it should be."""
+
+    header: tuple[str, ...] = ()
+    rows: list[tuple] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def lines(self, name: str, seconds: float) -> list[str]:
+        found = [table(self.header, self.rows), ""] if self.rows else []
+        wrong = [f"- FAILED: {problem}" for problem in self.problems]
+        return [f"## {name} ({seconds:.0f} s)", "", *found, *(f"- {note}" for note in self.notes), *wrong, ""]
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the checks; returns what gpu_check.json holds, or leaves with code 1 when one failed."""
+    parser = argparse.ArgumentParser(prog="scripts.gpu_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="only d12, fewer steps: two minutes")
+    parser.add_argument("--only", default=",".join(CHECKS), help=f"comma-separated, of {', '.join(CHECKS)}")
+    parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder for the figures")
+    args = parser.parse_args(argv)
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in CHECKS]:
+        raise UserError(f"--only {args.only}: {unknown[0]!r} is not one of {', '.join(CHECKS)}")
+    if not torch.cuda.is_available():
+        raise UserError("scripts.gpu_check needs a CUDA GPU, and torch sees none: everything else has its tests")
+    plan = Plan(init_compute("cuda", None, seed=1))
+    if args.quick:
+        plan = dataclasses.replace(plan, depths={12: 16}, steps=4, new_tokens=64)
+    return run(plan, names, args.output)
+
+
+def run(plan: Plan, names: list[str], output: Path) -> dict:
+    """The named checks, one after the other, and their files."""
+    result: dict = dict(machine=describe(plan.compute), plan=dataclasses.asdict(plan, dict_factory=_readable))
+    told = [f"# GPU check: {', '.join(f'{key} {value}' for key, value in result['machine'].items())}", ""]
+    print("\n".join(told))
+    for name in names:
+        start = time.perf_counter()
+        try:
+            finding = CHECKS[name](plan)
+        except Exception as error:  # a check that cannot run is a finding like others
+            traceback.print_exc()
+            finding = Finding(problems=[f"{type(error).__name__}: {first_line(error)}"])
+        plan.compute.free_memory()
+        seconds = time.perf_counter() - start
+        lines = finding.lines(name, seconds)
+        print("\n".join(lines), flush=True)
+        told += lines
+        result[name] = dict(dataclasses.asdict(finding), seconds=seconds)
+        write_atomically(output / "gpu_check.json", json.dumps(result, indent=1, default=str) + "\n")
+        write_atomically(output / "gpu_check.md", "\n".join(told))
+    failed = [name for name in names if result[name]["problems"]]
+    print(f"{output / 'gpu_check.json'}: {len(names)} checks, failed: {', '.join(failed) or 'none'}", flush=True)
+    if failed:
+        sys.exit(1)
+    return result
+
+
+def _readable(pairs: list[tuple]) -> dict:
+    return {key: value if isinstance(value, (int, dict)) else str(value) for key, value in pairs}
+
+
+def contender(plan: Plan, settings: Settings, path: str = "default", compiled: bool = True, fp8: bool = False):
+    """A model with its optimizer and batch, made as base_train makes it."""
+    config = GPTConfig(**settings.model_arguments())
+    dtype = getattr(torch, settings.dtype) if settings.dtype else plan.compute.dtype
+    compiled = compiled and plan.compiled
+    choose_attention(config, plan.compute.device, dtype, compiled=compiled)
+    one = Contender(settings, path, compiled=False)
+    if fp8:
+        swap(one.model)
+    if compiled:
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        compile_model(one.model, one.rows)
+    return one
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# speed and memory
+
+
+def training(plan: Plan) -> Finding:
+    """Steps of nanochat's dial: rate, MFU, and memory against the prediction."""
+    hardware = find_hardware(plan.compute.device_type)
+    finding = Finding(
+        ("model", "tok/s", "MFU", "of the matmul peak beside", "ms a step", "GiB predicted", "GiB measured", "ratio"),
+        notes=["the goal for MFU is 55% of the data sheet's peak on one H100"],
+    )
+    sheet = gpu_peak_flops(hardware.name) or hardware.peak
+    for depth in plan.depths:
+        plan.compute.free_memory()
+        if plan.compute.device_type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        settings = plan.settings(depth)
+        one = contender(plan, settings)
+        peaks: list[float] = []
+        times = alternate({"step": one.step}, plan.steps)["step"]
+        measured = memory_mb(plan.compute) * 2**20
+        for _ in range(3):
+            peaks.append(matmul_peak(plan.compute.device, plan.compute.dtype, one.matmuls()))
+        seconds, predicted = statistics.median(times), estimate(settings, hardware).peak_memory
+        finding.rows.append(
+            (f"d{depth}", one.ids.numel() / seconds, f"{one.flops / seconds / sheet:.1%}",
+             f"{one.flops / seconds / statistics.median(peaks):.1%}", 1000 * seconds, predicted / 2**30,
+             measured / 2**30, predicted / measured)
+        )  # fmt: skip
+        if plan.compute.device_type == "cuda" and not 0.9 <= predicted / measured <= 1.1:
+            finding.problems.append(f"d{depth}: memory is predicted {predicted / measured - 1:+.0%} of what it takes")
+        del one
+    return finding
+
+
+def attention_choices(plan: Plan) -> Finding:
+    """Every kernel that is right here, forward and backward, with and without a window."""
+    device, dtype = plan.compute.device, plan.compute.dtype
+    settings = plan.settings(max(plan.depths), window_pattern="SL")
+    config = GPTConfig(**settings.model_arguments())
+    T, heads = config.sequence_len, (config.n_head, config.n_kv_head, config.head_dim)
+    finding = Finding(("kernel", "window", "ms", "min to max", "time / SDPA", "MiB"))
+    finding.notes += map(str, choose_attention(config, device, dtype, compiled=plan.compiled))
+    own = torch.Generator(device).manual_seed(0)
+    shapes = ((plan.depths[max(plan.depths)], T, n, config.head_dim) for n in (*heads[:2], heads[1], heads[0]))
+    q, k, v, weight = (torch.randn(*shape, device=device, generator=own).to(dtype).requires_grad_() for shape in shapes)
+    for window in (None, T // 4, T // 16):
+
+        def timed(kernel: Callable, window: int | None = window) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(kernel(q, k, v, window, None), (q, k, v), weight)
+
+        reasons = {name: problem(kernel, heads, device, dtype, window) for name, kernel in CANDIDATES}
+        contenders = {name: timed(kernel) for name, kernel in CANDIDATES if reasons[name] is None}
+        finding.notes += [f"window {window}: no {name}: {reason}" for name, reason in reasons.items() if reason]
+        contenders["SDPA"] = timed(attention.sdpa)
+        memory = {name: _extra_bytes(plan.compute, step) for name, step in contenders.items()}
+        for name, times in (found := alternate(contenders, plan.steps)).items():
+            finding.rows.append(
+                (name, window or "all", 1000 * statistics.median(times),
+                 f"{1000 * min(times):.2f} to {1000 * max(times):.2f}", median_ratio(found, name, "SDPA"),
+                 None if memory[name] is None else memory[name] / 2**20)
+            )  # fmt: skip
+    return finding
+
+
+def _extra_bytes(compute: Compute, step: Callable[[], object]) -> int | None:
+    """The most that a call holds beyond what was there, on a GPU."""
+    step()
+    if compute.device_type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def fp8(plan: Plan) -> Finding:
+    """Steps with the large matrices in FP8 against the same without, and what it does to loss and gradient."""
+    finding = Finding(("model", "tok/s", "tok/s FP8", "time FP8 / without", "loss", "loss FP8", "gradient error"))
+    for depth in plan.depths:
+        settings = plan.settings(depth)
+        both = {name: contender(plan, settings, fp8=name == "FP8") for name in ("without", "FP8")}
+        gradients = {name: gradients_of(one) for name, one in both.items()}
+        error = compare(gradients["FP8"], gradients["without"])["whole"]
+        for one in both.values():
+            torch.manual_seed(settings.seed)
+            one.model.init_weights(settings.tied_init_std)
+            one.model.zero_grad(set_to_none=True)
+        times = alternate({name: one.step for name, one in both.items()}, plan.steps)
+        last = [one.step() for one in both.values()]  # after as many steps on one batch
+        rates = [both[name].ids.numel() / statistics.median(times[name]) for name in both]
+        finding.rows.append((f"d{depth}", *rates, median_ratio(times, "FP8", "without"), *last, error))
+        if not (error < 0.2 and abs(last[1] - last[0]) < 0.05 * last[0]):
+            finding.problems.append(f"d{depth}: FP8 changes the gradient by {error:.1%}, the loss by {last}")
+        del both, gradients
+    return finding
+
+
+def decoding(plan: Plan) -> Finding:
+    """Tokens a second of generation, and whether a cache changes what is generated."""
+    finding = Finding(("model", "rows", "new tokens", "tok/s", "ms a token"))
+    for depth in plan.depths:
+        model = contender(plan, plan.settings(depth), compiled=False).model
+        generator = torch.Generator().manual_seed(0)
+        for rows in (1, 16):
+            prompts = torch.randint(model.config.vocab_size, (rows, 64), generator=generator)
+            for _ in range(2):  # the first pays for what is compiled
+                start = settled()
+                count = sum(1 for _ in decode(model, prompts, plan.new_tokens, temperature=0))
+                seconds = settled() - start
+            finding.rows.append((f"d{depth}", rows, count, rows * count / seconds, 1000 * seconds / count))
+        del model
+    model = contender(plan, Settings(**plan.small, dtype="float32"), compiled=False).model
+    with torch.no_grad(), exact_matmuls():
+        for parameter in model.parameters():  # off their start, where every block is the identity
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+        ids = torch.randint(model.config.vocab_size, (1, 150), generator=generator)
+        new = [tokens.item() for tokens in decode(model, ids, 20, temperature=0)]
+        wanted = ids.to(model.device)
+        for _ in new:
+            wanted = torch.cat([wanted, model(wanted)[:, -1:].argmax(-1)], dim=1)
+    if new != wanted[0, ids.size(1) :].tolist():
+        finding.problems.append(f"with a cache {new} comes, without {wanted[0, ids.size(1) :].tolist()}")
+    return finding
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sameness
+
+
+@contextmanager
+def exact_matmuls() -> Iterator[None]:
+    """float32 products in float32, not in TensorFloat-32 as training has them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def gradients(plan: Plan) -> Finding:
+    """The gradients of every path against the plain one in float32, eager."""
+    finding = Finding(("path", "relative error", "worst tensor", "which"))
+    paths = {"plain": ("plain", "float32", False), "default eager": ("default", "float32", False),
+             "default compiled": ("default", "float32", True), "plain bfloat16": ("plain", "bfloat16", False),
+             "default bfloat16 eager": ("default", "bfloat16", False),
+             "default bfloat16 compiled": ("default", "bfloat16", True)}  # fmt: skip
+    found, errors = {}, {}
+    with exact_matmuls():
+        for name, (path, dtype, compiled) in paths.items():  # one after the other: each chooses its attention
+            settings = Settings(**plan.small, dtype=dtype, device_type=plan.compute.device_type)
+            found[name] = gradients_of(contender(plan, settings, path, compiled))
+    for name in list(paths)[1:]:
+        error = compare(found[name], found["plain"])
+        errors[name] = error["whole"]
+        finding.rows.append((name, error["whole"], error["worst"], error["worst_tensor"]))
+        limit = 1e-5 if paths[name][1] == "float32" else max(1e-2, errors["plain bfloat16"])
+        if error["whole"] > limit and paths[name][0] == "default":
+            finding.problems.append(f"{name}: the gradient is off by {error['whole']:.2e}, at most {limit:.0e}")
+    return finding
+
+
+def collectives(plan: Plan) -> Finding:
+    """The process group of GPUs, of one rank: what goes in comes out."""
+    backend = "nccl" if plan.compute.device_type == "cuda" else "gloo"
+    device = plan.compute.device if backend == "nccl" else None
+    dist.init_process_group(
+        backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60), device_id=device
+    )
+    try:
+        x = torch.arange(8.0, device=plan.compute.device)
+        outputs = {"all_reduce": x.clone(), "reduce_scatter": torch.empty_like(x), "all_gather": torch.empty_like(x)}
+        dist.all_reduce(outputs["all_reduce"])
+        REDUCE_SCATTER(outputs["reduce_scatter"], x)
+        ALL_GATHER(outputs["all_gather"], x)
+    finally:
+        dist.destroy_process_group()
+    wrong = [f"{backend}: {name} changed {x.tolist()}" for name, y in outputs.items() if not torch.equal(x, y)]
+    return Finding(notes=[f"{backend}: {', '.join(outputs)}"], problems=wrong)
+
+
+def runs(plan: Plan) -> Finding:
+    """scripts.base_train: under torchrun, resumed and in float32 as by itself, with --deterministic."""
+    finding = Finding(("run", "losses"))
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        base, steps = Path(folder), 6
+        shape = {**plan.small, "vocab_size": 300, "num_iterations": steps, "save_every": steps // 2, "eval_every": None}
+        shape |= dict(device_type=plan.compute.device_type, deterministic=True, compile=plan.compiled)
+        shape |= dict(sample_every=None, data=_some_text(base), dtype="bfloat16")
+
+        def losses(tag: str, *words: str, torchrun: bool = False, **changes) -> list[float]:
+            flags = [f"--{name}={value}" for name, value in {**shape, "model_tag": tag, **changes}.items()]
+            _train(base, [f"--model_tag={tag}", *words] if words else flags, torchrun)
+            lines = (base / "base_checkpoints" / tag / "metrics.jsonl").read_text().splitlines()
+            found = [line["loss"] for line in map(json.loads, lines) if "tokens" in line]
+            finding.rows.append((" ".join((tag, *words)), ", ".join(f"{loss:.6f}" for loss in found)))
+            return found
+
+        def weights(tag: str) -> str:
+            return weights_hash(load_file(step_dir(base / "base_checkpoints" / tag, steps) / "model.safetensors"))
+
+        alone, through = losses("plain"), losses("torchrun", torchrun=True)
+        if alone != through or weights("plain") != weights("torchrun"):
+            finding.problems.append("torchrun --nproc_per_node=1 does not train as plain python does")
+        before = weights("plain")
+        shutil.rmtree(step_dir(base / "base_checkpoints" / "plain", steps))
+        if losses("plain", "--resume") != alone or weights("plain") != before:
+            finding.problems.append("a run that was resumed in the middle ends elsewhere")
+        full = losses("float32", dtype="float32")
+        if max(abs(a - b) for a, b in zip(alone, full, strict=True)) > 0.05:
+            finding.problems.append("bfloat16 and float32 lose each other within 6 steps")
+    return finding
+
+
+def _some_text(base: Path) -> Path:
+    """A folder of small documents of a few words."""
+    words = "the a cat dog tree house runs sleeps under over behind quickly and then never 1 22 333".split()
+    folder, own = base / "text", random.Random(0)
+    folder.mkdir()
+    for number in range(60):
+        lines = (" ".join(own.choices(words, k=9)) for _ in range(24))
+        (folder / f"story {number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def _train(base: Path, flags: list[str], torchrun: bool) -> None:
+    """scripts.base_train in a process of its own; RuntimeError with the end of what it said when it fails."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"] if torchrun else []
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    environment = {**inherited, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = start_process(
+        [sys.executable, *launcher, "-m", "scripts.base_train", *flags],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    said, _ = process.communicate(timeout=180)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(flags[-2:])} left with code {process.returncode}: {said[-1500:]}")
+
+
+CHECKS: dict[str, Callable[[Plan], Finding]] = {
+    "training": training,
+    "attention": attention_choices,
+    "fp8": fp8,
+    "decoding": decoding,
+    "gradients": gradients,
+    "collectives": collectives,
+    "runs": runs,
+}
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,83 @@
+"""The checks of a GPU, run on a CPU at a tiny size: they measure, notice what is wrong, and go on after a failure."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from forked import Forked
+from tiny_run import exit_code
+
+from nanochat import runtime
+from nanochat.runtime import Compute, UserError
+from scripts import gpu_check
+
+TINY = gpu_check.Plan(
+    Compute(torch.device("cpu"), torch.bfloat16),
+    depths={1: 2},
+    shape=dict(max_seq_len=16, vocab_size=300, head_dim=64, model_dim=128),
+    steps=1,
+    new_tokens=3,
+    compiled=False,
+    small=dict(
+        depth=2, model_dim=64, head_dim=32, max_seq_len=32, vocab_size=300, window_pattern="SL", short_window=10,
+        total_batch_size=64, device_batch_size=2, eval_tokens=256,
+    ),
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Peaks are measured in no time, processes are forks."""
+    monkeypatch.setattr(gpu_check, "matmul_peak", lambda *args: 1e12)
+    monkeypatch.setattr(runtime, "measured_matmul_flops", lambda *args, **how: 1e12)
+    monkeypatch.setattr("nanochat.estimate.measured_matmul_flops", lambda *args, **how: 1e12)
+    monkeypatch.setattr(gpu_check, "start_process", lambda command, env, **how: Forked(command, env=env))
+
+
+def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert exit_code(lambda: gpu_check.main([])) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(UserError, match="'speed' is not one of training, attention"):
+        gpu_check.main(["--only=training,speed"])
+
+
+def test_every_check_runs_and_is_written_down(tmp_path, capsys):
+    """Red when resuming, torchrun, bfloat16, the gradients or the cache differ from what they are held against."""
+    names = list(gpu_check.CHECKS)
+    result = gpu_check.run(TINY, names, tmp_path)
+    assert [name for name in names if result[name]["problems"]] == []
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["training"]["rows"][0][0] == "d1"
+    said = (tmp_path / "gpu_check.md").read_text()
+    assert all(f"## {name} (" in said for name in names)
+    assert [row[0] for row in result["attention"]["rows"] if row[1] == "all"] == ["torch's FlashAttention 2", "SDPA"]
+    assert {row[0] for row in result["runs"]["rows"]} == {"plain", "torchrun", "plain --resume", "float32"}
+    assert "failed: none" in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_a_finding_and_the_rest_goes_on(monkeypatch, tmp_path, capsys):
+    """Red when run() lets a check's exception through, or leaves with 0."""
+
+    def broken(*args, **how):
+        raise RuntimeError("out of order\nat line 7")
+
+    monkeypatch.setattr(gpu_check, "find_hardware", broken)
+    wrong = gpu_check.compare
+    monkeypatch.setattr(gpu_check, "compare", lambda *pair: {**wrong(*pair), "whole": 0.5})
+    monkeypatch.setattr(gpu_check, "decode", lambda model, prompts, count, **how: iter([torch.zeros(1)] * count))
+    plan = dataclasses.replace(TINY, new_tokens=1)
+    with pytest.raises(SystemExit) as left:
+        gpu_check.run(plan, ["training", "fp8", "decoding", "gradients"], tmp_path)
+    assert left.value.code == 1
+    said = capsys.readouterr().out
+    assert "FAILED: RuntimeError: out of order\n" in said
+    assert "FAILED: d1: FP8 changes the gradient by 50.0%" in said
+    assert "FAILED: with a cache [0.0, 0.0" in said
+    assert "default compiled: the gradient is off by 5.00e-01, at most 1e-05" in said
+    assert "4 checks, failed: training, fp8, decoding, gradients" in said
+
+
+def test_a_run_that_fails_tells_its_end(tmp_path):
+    with pytest.raises(RuntimeError, match=r"--depth=0 left with code 2: .*depth=0 is too small"):
+        gpu_check._train(tmp_path, ["--model_tag=x", "--depth=0"], torchrun=False)
