@@ -22,12 +22,17 @@ def enable_fp8(model: GPT) -> list[str]:
 
     Output matrices stay out, since the loss head multiplies by itself, and so do experts under route = "grouped".
     """
-    device = model.device
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if capability is None or capability < CAPABILITY:
-        found = f"{torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})" if capability else device.type
+    if found := lacking(model.device):
         raise UserError(f"fp8=True needs a GPU of compute capability 9.0 (Hopper) or newer, not {found}: set fp8=False")
     return swap(model)
+
+
+def lacking(device: torch.device) -> str | None:
+    """What a device is that has no FP8; None where it has."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} ({major}.{minor})" if (major, minor) < CAPABILITY else None
 
 
 def swap(model: GPT) -> list[str]:

@@ -207,7 +207,9 @@ def packages(monkeypatch):
         return flash_attn_func(*args, **kwargs), None
 
     for name, function in (("flash_attn", flash_attn_func), ("flash_attn_interface", older)):
-        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(flash_attn_func=function))
+        module = types.ModuleType(name)
+        module.flash_attn_func = function
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(kernels, "on_hopper", lambda device: True)
 
 
@@ -279,7 +281,7 @@ def test_the_first_right_kernel_trains_and_the_reason_is_told(interpreter, packa
             torch.testing.assert_close(y.double(), reference(q, k, v, 3)[:, -y.size(1) :], rtol=1e-5, atol=1e-5)
 
 
-def test_a_kernel_that_breaks_the_graph_is_not_for_compiled_blocks(monkeypatch):
+def test_a_kernel_that_breaks_the_graph_is_not_for_compiled_blocks(packages, monkeypatch):
     """Red when problem() compiles without fullgraph."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
@@ -289,7 +291,8 @@ def test_a_kernel_that_breaks_the_graph_is_not_for_compiled_blocks(monkeypatch):
 
     assert problem(broken, (2, 2, 8), CPU, torch.float32, 9) is None
     assert "Unsupported" in problem(broken, (2, 2, 8), CPU, torch.float32, 9, compiled=True)
-    assert problem(kernels.torch_flash, (4, 2, 8), CPU, torch.float32, compiled=True) is None
+    for kernel in (kernels.torch_flash, kernels.flash_attention_2):
+        assert problem(kernel, (4, 2, 8), CPU, torch.float32, compiled=True) is None
 
 
 def test_flex_attention_lies_in_one_graph_of_a_compiled_block(interpreter, monkeypatch):
