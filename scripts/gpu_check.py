@@ -29,7 +29,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from nanochat import attention
-from nanochat.attention_kernels import CANDIDATES, choose_attention, problem
+from nanochat.attention_choice import CANDIDATES, choose_attention, problem
 from nanochat.checkpoint_manager import step_dir, weights_hash
 from nanochat.compiling import compile_model
 from nanochat.engine import decode

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import attention
+from nanochat import attention_choice as choice
 from nanochat import attention_kernels as kernels
 from nanochat.attention import blocked_causal_attention, causal_attention, sdpa
-from nanochat.attention_kernels import block_mask, choose_attention, document_masks, plain_attention, problem
+from nanochat.attention_choice import choose_attention, plain_attention, problem
+from nanochat.attention_kernels import block_mask, document_masks
 from nanochat.gpt import GPTConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -148,10 +150,11 @@ def interpreter(monkeypatch):
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(kernels, "_compiled", lambda function: function)
+    monkeypatch.setattr(kernels, "compiled_flex", lambda: flex_attention.flex_attention)
     monkeypatch.setattr(kernels, "block_masks", {})
     monkeypatch.setattr(kernels, "chosen", {})
-    monkeypatch.setattr(attention, "chosen", kernels.chosen)
+    for module in (attention, choice):
+        monkeypatch.setattr(module, "chosen", kernels.chosen)
 
 
 def gradients(function, inputs, *how) -> list[torch.Tensor]:
@@ -210,7 +213,7 @@ def packages(monkeypatch):
         module = types.ModuleType(name)
         module.flash_attn_func = function
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(kernels, "on_hopper", lambda device: True)
+    monkeypatch.setattr(choice, "on_hopper", lambda device: True)
 
 
 @pytest.mark.parametrize("window", [None, 700])
@@ -225,7 +228,7 @@ def test_installed_packages_pass_the_trial(packages, window):
 def test_flash_attention_3_is_tried_on_hopper_alone(monkeypatch, capability):
     """Red when on_hopper() takes what is newer."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert kernels.on_hopper(CUDA) == (capability == (9, 0))
+    assert choice.on_hopper(CUDA) == (capability == (9, 0))
     assert problem(kernels.flash_attention_3, (4, 2, 16), CPU, torch.bfloat16) == "made for Hopper GPUs"
 
 
@@ -252,8 +255,7 @@ def test_the_first_right_kernel_trains_and_the_reason_is_told(interpreter, packa
     and caches to SDPA. Red when choose_attention() goes on after the first (no `break`)."""
     monkeypatch.delitem(sys.modules, "flash_attn_interface")
     monkeypatch.delitem(sys.modules, "flash_attn")
-    on_cpu = functools.partial(lambda kernel, heads, device, *how: problem(kernel, heads, CPU, *how))
-    monkeypatch.setattr(kernels, "problem", on_cpu)
+    monkeypatch.setattr(choice, "problem", lambda kernel, heads, device, *how: problem(kernel, heads, CPU, *how))
     built = []
     monkeypatch.setattr(kernels, "block_mask", lambda *key: built.append(key) or block_mask(*key[:2], CPU))
     config = GPTConfig(64, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL", short_window=30)
@@ -264,13 +266,13 @@ def test_the_first_right_kernel_trains_and_the_reason_is_told(interpreter, packa
     assert (whole.name, whole.layers) == ("torch's FlashAttention 2", "layers that see everything")
     assert (64, 30, CUDA) in built
     assert kernels.chosen == {("cuda", True): kernels.flex, ("cuda", False): kernels.torch_flash}
-    names = {choice.name for choice in choose_attention(config, CUDA, torch.bfloat16, documents=True, compiled=False)}
+    names = {one.name for one in choose_attention(config, CUDA, torch.bfloat16, documents=True, compiled=False)}
     assert names == {"FlexAttention"}
-    monkeypatch.setattr(kernels, "CANDIDATES", kernels.CANDIDATES[:1])
-    assert {choice.name for choice in choose_attention(config, CUDA, torch.bfloat16)} == {"SDPA"}
+    monkeypatch.setattr(choice, "CANDIDATES", choice.CANDIDATES[:1])
+    assert {one.name for one in choose_attention(config, CUDA, torch.bfloat16)} == {"SDPA"}
     assert kernels.chosen == {}
-    assert [choice.name for choice in choose_attention(config, CPU, torch.float32)] == ["blocked matmuls"]
-    assert [choice.name for choice in choose_attention(config, CPU, torch.float32, True)] == ["SDPA"]
+    assert [one.name for one in choose_attention(config, CPU, torch.float32)] == ["blocked matmuls"]
+    assert [one.name for one in choose_attention(config, CPU, torch.float32, True)] == ["SDPA"]
 
     kernels.chosen["cpu", True] = lambda q, k, v, window, mask: v + window
     q, k, v = qkv(1, 5, 5, 2, 2, 4)

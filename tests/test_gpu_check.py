@@ -43,6 +43,20 @@ def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
         gpu_check.main(["--only=training,speed"])
 
 
+def test_the_plan_on_a_gpu(monkeypatch, tmp_path):
+    """nanochat's dial at depth 12 and 20, in the GPU's own dtype; --quick leaves the larger one out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "init_compute", lambda *how, seed: TINY.compute)
+    monkeypatch.setattr(gpu_check, "run", lambda *arguments: arguments)
+    plan, names, output = gpu_check.main([f"--output={tmp_path}"])
+    assert [(plan.settings(depth).n_embd, plan.settings(depth).n_head) for depth in plan.depths] == [
+        (768, 6),
+        (1280, 10),
+    ]
+    assert (names, output, plan.settings(20).max_seq_len) == (list(gpu_check.CHECKS), tmp_path, 2048)
+    assert list(gpu_check.main(["--quick", "--only=fp8"])[0].depths) == [12]
+
+
 def test_every_check_runs_and_is_written_down(tmp_path, capsys):
     """Red when resuming, torchrun, bfloat16, the gradients or the cache differ from what they are held against."""
     names = list(gpu_check.CHECKS)
