@@ -6,6 +6,7 @@ Nothing is timed here: figures come from `python -m scripts.bench`.
 import json
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -282,8 +283,9 @@ def test_packing_loses_what_a_row_cannot_show():
 
 
 def test_the_made_up_store_feeds_a_loader():
-    """Red when offsets do not fit the ids."""
+    """Red when offsets do not begin at 0 (`[0], np.cumsum`), or do not end with the ids."""
     store = load.MadeUpStore([5, 30, 7], tokens=1000)
+    assert [len(ids) for ids in np.split(*store.shard(0))[1:4]] == [5, 30, 7]
     loader = DataLoader(store, rows=4, seq_len=16, seed=0)
     inputs, targets = loader.next()
     assert inputs.shape == (4, 16)
