@@ -191,7 +191,7 @@ def test_bad_input_is_refused(flags, said):
         bench.main(["train", *flags])
 
 
-def test_a_file_that_is_no_reference_is_refused(tmp_path):
+def test_a_file_that_is_no_reference_is_refused(small, tmp_path):
     """Red when the file is only opened after the part has run."""
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "other.json").write_text('{"head": {}}')
