@@ -281,7 +281,7 @@ def evaluate_task(
     """Score one task; the ranks share its items and all get the same result.
 
     model: logits(features(idx [B, T])) -> [B, T, V] on its device. max_len: longest sequence in tokens, None takes
-    model.config.sequence_len; longer ones lose their left end. batch_tokens: tokens of one forward.
+    model.config.sequence_len; longer ones lose their left end. batch_tokens: tokens of one forward and its cache.
     stop: asked before every forward; when it says yes on any rank, CutShort is raised on all.
     Returns accuracy, centered = (accuracy - chance) / (1 - chance), chance, items, seconds, truncated (items with a
     truncated prompt), cut (those whose scored span was hit: they count as wrong) and correct: 0.0 or 1.0 an item, in

@@ -251,15 +251,17 @@ def test_batched_equals_one_by_one(kind, features):
 def test_common_prefixes_go_through_the_model_once(monkeypatch):
     """Three shots and the query are read once for four options, in batches and caches of at most batch_tokens.
 
-    Red with share=False, when the width of a batch is that of its last family, or without MOST_AGAIN.
+    And the last layer's MLP sees no prefix. Red with share=False, without MOST_AGAIN, or without _Read.
     """
     model, rows = small_gpt(), rows_for(make_task("multiple_choice", 40, 3), 500)
-    read, features = [], model.features
+    read, features, last = [], model.features, []
+    model.transformer.h[-1].mlp.register_forward_hook(lambda module, x, out: last.append(out[..., 0].numel()))
     monkeypatch.setattr(model, "features", lambda ids, cache=None: (read.append(ids.numel()), features(ids, cache))[1])
     score_rows(model, rows, BOS, 1500)
     prefixes = sum(row.start for row in rows[::4])
     options = sum(len(row.tokens) - row.start for row in rows)
-    assert sum(read) < prefixes + 2.5 * options < 0.6 * sum(len(row.tokens) for row in rows)
+    assert prefixes + 2.5 * options < 0.6 * sum(len(row.tokens) for row in rows)
+    assert sum(read) < prefixes + 2.5 * options and sum(last) < 2.5 * options
     assert max(read) <= 1500
 
 
@@ -279,7 +281,8 @@ def test_batches_of_any_rows(shapes, batch_tokens):
         assert {len(family) for family in batch.families} == {batch.options} and members == batch.rows
         assert all(len({(row.item, *row.tokens[: batch.shared]) for row in family}) == 1 for family in batch.families)
         assert all(batch.shared < row.start and len(row.tokens) <= batch.width for row in members)
-        assert len(batch.families) == 1 or batch.tokens <= batch_tokens
+        kept = len(batch.families) * batch.shared + len(members) * (batch.width - batch.shared)
+        assert len(batch.families) == 1 or kept <= batch_tokens
 
 
 def test_padding_does_not_count():

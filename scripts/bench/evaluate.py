@@ -1,7 +1,7 @@
 """Few-shot scoring as scripts.base_eval does it against the plain way: one row after another, whole, all its logits.
 
 `python -m scripts.bench eval [--items N] [--shots N]`: items of random words with four options each, a word being a
-token; in the shape that nanochat was measured at a 5-shot prompt is 330 to 440 tokens long. The model is random too,
+token; in the shape that nanochat was measured at a 5-shot prompt is 300 to 410 tokens long. The model is random too,
 its projections not zero, so that its choices differ. Each round takes the next slice of the items, both score it, and
 in the end all choices are compared.
 """
@@ -99,7 +99,7 @@ def random_task(rng: random.Random, count: int, shots: int) -> Task:
         return " ".join(str(rng.randrange(Numbers.bos_id)) for _ in range(rng.randint(least, most)))
 
     items = [
-        {"query": words(45, 69), "choices": [words(3, 12) for _ in range(4)], "gold": rng.randrange(4)}
+        {"query": words(40, 62), "choices": [words(3, 12) for _ in range(4)], "gold": rng.randrange(4)}
         for _ in range(count)
     ]
     return Task("random", "multiple_choice", items, shots, chance=0.25)
@@ -118,9 +118,8 @@ def one_by_one(model: GPT, task: Task) -> list[float]:
     for index in range(len(task.items)):
         for row in all_rows(Numbers(), task, task.items, [index], SHAPE["sequence_len"]):
             ids = torch.tensor(row.tokens, device=model.device)
-            logits = model(ids[None, :-1])[0]
-            loss = F.cross_entropy(logits, ids[1:], reduction="none")
-            losses.append(loss[row.start - 1 : row.end - 1].mean().item())
+            logits = model(ids[None])[0]
+            losses.append(F.cross_entropy(logits[row.start - 1 : row.end - 1], ids[row.start : row.end]).item())
     return losses
 
 
