@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> dict:
     forgetful_peak(resident_before)
     parameters = sum(tensor_bytes(p) for p in model.parameters())
     state = sum(tensor_bytes(tensor) for name, tensor in optimizer.state_items() if not name.endswith(".step"))
-    passes = peak_bytes(contender.gradients) - parameters  # as many bytes of gradients are made in it
+    contender.gradients()  # they stay, and are added to as in every micro-batch but the first
+    passes = peak_bytes(contender.gradients)
     update = peak_bytes(lambda: (optimizer.reduce_gradients(), optimizer.step()))
     model.zero_grad(set_to_none=True)
     contender.step()
