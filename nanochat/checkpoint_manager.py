@@ -348,8 +348,9 @@ def model_config(metadata: dict) -> GPTConfig:
             raise UserError(f"model_config: modalities={saved['modalities']!r} is not a list")
         saved = saved | {"modalities": tuple(map(Modality.read, saved["modalities"]))}
     for name, value in saved.items():
-        kind = type(getattr(GPTConfig, name))  # of the field's default
-        if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf):
+        default = getattr(GPTConfig, name)
+        kind = type(default)
+        if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf and value != default):
             raise UserError(
                 f"model_config: {name}={value!r} is not {'true or false' if kind is bool else 'a number > 0'}"
             )

@@ -17,7 +17,7 @@ class KVCache:
         shape = (config.n_layer, 2, batch, length, config.n_kv_head, config.head_dim)
         self.store = torch.empty(shape, dtype=model.compute_dtype, device=model.device)
         self.position = 0
-        self.last: torch.Tensor | None = None  # embedding [B, 1, C] of the newest token, where the model smears
+        self.last: torch.Tensor | None = None  # ids [B, 1] of the newest token
 
     def insert(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k and v [B, T, H_kv, D] behind the filled positions; returns all up to and including them.
@@ -42,7 +42,7 @@ class KVCache:
         """A copy of this cache of one row for `batch` rows: one prompt, several continuations."""
         other = object.__new__(KVCache)
         other.store, other.position = self.store.repeat(1, 1, batch, 1, 1, 1), self.position
-        other.last = self.last if self.last is None else self.last.repeat(batch, 1, 1)
+        other.last = self.last if self.last is None else self.last.repeat(batch, 1)
         return other
 
 

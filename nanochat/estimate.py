@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from nanochat.attention import CPU_BLOCK
+from nanochat.blocked_attention import blocks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_head import CHUNK_ROWS, CHUNK_ROWS_DEFAULT
 from nanochat.optim import build_optimizer
@@ -112,9 +112,8 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
                             float32 n L C 4 (17.5 + k), bfloat16 n L C 2 (21.2 + 2 k) as torch saves them in eager mode
                             with MLPs of 4 times the width (compiled runs save less), two arrays more with experts, plus
                             the bfloat16 copies of the matrices; residual scalars keep one more array a layer, value
-                            embeddings k of one in every other layer, smear two and backout one in all; blocked
-                            attention (CPU) also keeps its weights, float32 (and bfloat16): a token H (T + 128) / 2, or
-                            about H (window + 128) with a window
+                            embeddings k of one in every other layer, smear and bigrams two, backout one in all; blocked
+                            attention (CPU) also keeps its weights: a token about 9/16 H T, or H (window + a block)
     logits                  one chunk of the loss head: 5 arrays rows x V in float32, the cast output matrix, gradients
                             to features and to that matrix
     step                    what an update holds for a while: the reduced gradients of the matrices, and 6 copies of
@@ -145,14 +144,12 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     per_token += config.n_embd * size * (config.residual_scalars + config.value_embeddings * kv / 2)
     if kind == "cpu":
         T = settings.max_seq_len
-        ends = {start: min(start + CPU_BLOCK, T) for start in range(0, T, CPU_BLOCK)}
-        windows = [config.window(layer) or T for layer in range(config.n_layer)]
-        squares = ((end - start) * (end - max(0, start - w)) for w in windows for start, end in ends.items())
-        seen = sum(squares) / T / config.n_layer  # keys a query is multiplied with
-        per_token += config.n_head * seen * (4 if full else 6)
+        spans = [span for layer in range(config.n_layer) for span in blocks(T, config.window(layer))]
+        seen = sum((end - start) * (end - first) for start, end, first in spans) / T / config.n_layer
+        per_token += config.n_head * seen * size  # keys that a query is multiplied with: their weights stay
     count = model.num_parameters()
     matrices = count["transformer"] + count["experts"] + count["output_projection"]
-    once = config.n_embd * size * (2 * config.smear + config.backout)
+    once = config.n_embd * size * (2 * config.smear + config.backout + 2 * bool(config.bigram_rows))
     activations = tokens * (config.n_layer * per_token + once) + (0 if full else 2 * matrices)
 
     rows = min(tokens, CHUNK_ROWS.get(kind, CHUNK_ROWS_DEFAULT))

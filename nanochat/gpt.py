@@ -18,7 +18,7 @@ from nanochat.attention import causal_attention, wide
 from nanochat.loss_head import chunked_cross_entropy, compile_loss_head, softcapped, token_losses
 from nanochat.modality import IGNORED, Modality, Vocabulary
 from nanochat.parameters import is_scalar
-from nanochat.routing import Grouped, Plan, grouped, grouped_linear, permute, plan_route, route, sorted_by
+from nanochat.routing import Grouped, Plan, by_target, grouped, grouped_linear, plan_route, route
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class GPTConfig:
     smear: bool = False  # each token's embedding adds lambda * gate * that of the token before
     residual_scalars: bool = False  # before each block x becomes lambda x + lambda0 x0, x0 being the embedding
     backout: bool = False  # lambda * the output of the middle block is taken off before the last norm
+    bigram_rows: int = 0  # each pair of neighbouring ids is hashed to a row of a table, which goes into every block
     # Further modalities in one stream, after Mixture-of-Transformers (arXiv 2411.04996): attention sees all tokens.
     modalities: tuple[Modality, ...] = ()
     # What each modality has of its own: "none", its "mlp", or "all": attention's matrices too. "random" is a control:
@@ -145,6 +146,7 @@ class CausalSelfAttention(AttentionMatrices):
         super().__init__(config)
         self.layer, self.head_dim, self.window = layer, config.head_dim, config.window(layer)
         self.qk_scale, self.gate_range = config.qk_scale, config.value_gate_range
+        self.bound = config.head_dim**0.5 * config.qk_scale**2  # of the scores of normalised queries and keys
         if config.has_value_embedding(layer):
             self.ve_gate = Linear(min(config.value_gate_channels, config.n_embd), config.n_kv_head)
         if config.has_experts and config.untie == "all":
@@ -172,7 +174,7 @@ class CausalSelfAttention(AttentionMatrices):
             v = v + gate[..., None] * ve.view(v.shape)
         q, k = ((norm(rotate(z, cos, sin)) * self.qk_scale).to(x.dtype) for z in (q, k))
         if kv_cache is None:
-            y = causal_attention(q, k, v, self.window).reshape(B, T, C)
+            y = causal_attention(q, k, v, self.window, bound=self.bound).reshape(B, T, C)
         else:
             y = kv_cache.attend(self.layer, q, k, v, self.window).reshape(B, T, C)
         if len(everyone) == 1:
@@ -238,14 +240,16 @@ class Block(nn.Module):
         self.mlp = ModalityMLP(config) if config.has_experts else MLP(config.n_embd, config.mlp_ratio)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None, plan: Plan | None = None
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None, plan=None, mix=()
     ) -> torch.Tensor:
+        """mix: (lambda, stream [B, T, C]) pairs, whose sum takes the place of x."""
+        x = sum(scale * stream for scale, stream in mix) if len(mix) > 1 else x
         x = x + self.attn(norm(x), cos, sin, ve, kv_cache, plan)
         return x + (self.mlp(norm(x)) if plan is None else self.mlp(norm(x), plan))
 
 
 SMEAR_CHANNELS = 24  # that the smear gate reads
-LAMBDAS = {"smear_lambda": 0.0, "resid_lambdas": 1.0, "x0_lambdas": 0.1, "backout_lambda": 0.2}  # at the start
+LAMBDAS = {"smear_lambda": 0.0, "resid_lambdas": 1.0, "x0_lambdas": 0.1, "backout_lambda": 0.2, "bigram_lambdas": 0.1}
 
 
 class GPT(nn.Module):
@@ -258,12 +262,8 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self.route = "sort"  # how tokens get to their experts: routing.py
         self.block_forward = Block.forward  # compile() replaces it
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(self.table_size, config.n_embd),
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            }
-        )
+        blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(self.table_size, config.n_embd), "h": blocks})
         if not config.tie_weights:
             self.lm_head = Linear(config.n_embd, self.table_size)
         if config.separate:
@@ -286,6 +286,9 @@ class GPT(nn.Module):
             self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.empty(1))
+        if config.bigram_rows:
+            self.bigram_embed = nn.Embedding(config.bigram_rows, config.n_embd)
+            self.bigram_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.rotary_length = 10 * config.sequence_len  # generation may run past the training context
         for name in ("cos", "sin", "expert_of_id", "head_of_id"):
             self.register_buffer(name, None, persistent=False)
@@ -307,9 +310,9 @@ class GPT(nn.Module):
         | matrices that read the stream | U(-s, s) with s = sqrt(3 / C), standard deviation 1 / sqrt(C) |
         | c_proj of attention and MLP, residual projection | 0: every block starts as the identity |
         | expert of another width | up_proj 0 for the same, so that c_proj must not be: U(-s, s) like down_proj |
-        | value embeddings | like the values that they are added to |
+        | value embeddings | like the values that they are added to; those of bigrams 0 |
         | gates | 0: half open |
-        | lambdas | smear 0, residual 1 and 0.1 of x0, backout 0.2, as in nanochat |
+        | lambdas | smear 0, residual 1 and 0.1 of x0, backout 0.2, as in nanochat; bigrams 0.1 |
         """
         C = self.config.n_embd
         bound = (3 / C) ** 0.5
@@ -326,7 +329,9 @@ class GPT(nn.Module):
             spread = 0.0 if self.config.output_projection_residual else bound
             nn.init.uniform_(self.output_projection.weight, -spread, spread)
         for name, parameter in self.named_parameters():
-            if name.startswith("value_embeds."):
+            if name == "bigram_embed.weight":
+                nn.init.zeros_(parameter)
+            elif name.startswith("value_embeds."):
                 nn.init.uniform_(parameter, -bound, bound)
             elif is_scalar(name):
                 nn.init.constant_(parameter, LAMBDAS.get(name, 0.0))
@@ -343,8 +348,7 @@ class GPT(nn.Module):
         """Everything that follows from the config alone and is no parameter."""
         experts = self.vocabulary.random_table() if self.config.untie == "random" else self.vocabulary.table(True)
         self.expert_of_id, self.head_of_id = experts.to(self.device), self.vocabulary.table(False).to(self.device)
-        tables = rotary_tables(self.rotary_length, self.config.head_dim, self.device, self.config.rope_base)
-        self.cos, self.sin = tables
+        self.cos, self.sin = rotary_tables(self.rotary_length, self.config.head_dim, self.device, self.config.rope_base)
 
     @property
     def device(self) -> torch.device:
@@ -377,17 +381,23 @@ class GPT(nn.Module):
             x = torch.where(((idx >= first) & (idx < end))[..., None], own, x)
         return x.to(self.compute_dtype)
 
-    def embed(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor:
-        """idx int64 [B, T] -> normalised embeddings [B, T, C], smeared over the token before if the model does that."""
+    def embed(self, idx: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
+        """idx int64 [B, T] -> normalised embeddings [B, T, C], smeared over the token before if the model does that.
+
+        last: the ids before, [B, 1].
+        """
         x = norm(self.lookup(idx))
         if not self.config.smear:
             return x
-        past = torch.zeros_like(x[:, :1]) if kv_cache is None or kv_cache.last is None else kv_cache.last
-        before = torch.cat([past, x[:, :-1]], dim=1)
-        if kv_cache is not None:
-            kv_cache.last = x[:, -1:]
+        before = torch.cat([torch.zeros_like(x[:, :1]) if last is None else norm(self.lookup(last)), x[:, :-1]], dim=1)
         gate = self.smear_gate(x[..., : self.smear_gate.in_features]).sigmoid()
         return x + self.smear_lambda.to(x.dtype) * gate * before
+
+    def bigrams(self, idx: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
+        """idx int64 [B, T], last the ids before [B, 1] -> the rows [B, T, C] of the pairs that end at each token."""
+        before = torch.cat([torch.full_like(idx[:, :1], -1) if last is None else last, idx[:, :-1]], dim=1)
+        row = ((idx * 2654435761) ^ (before * 2246822519)) % self.config.bigram_rows  # multiplicative hashing (Knuth)
+        return self.bigram_embed(row).to(self.compute_dtype)
 
     def features(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor:
         """idx int64 [B, T] -> what the output matrix is multiplied with, [B, T, C]."""
@@ -395,7 +405,11 @@ class GPT(nn.Module):
         places = slice(T) if kv_cache is None else kv_cache.places(T)
         cos, sin = self.cos[:, places], self.sin[:, places]
         assert cos.size(1) == T, f"{places} is beyond the rotary table of {self.rotary_length} positions"
-        x = x0 = self.embed(idx, kv_cache)
+        last = None if kv_cache is None else kv_cache.last
+        x = x0 = self.embed(idx, last)
+        pairs = self.bigrams(idx, last) if self.config.bigram_rows else None
+        if kv_cache is not None:
+            kv_cache.last = idx[:, -1:]
         # Only training runs compiled, or by another route: evaluation and generation come in too many shapes.
         run = self.block_forward if torch.is_grad_enabled() else Block.forward
         plan = None
@@ -403,12 +417,13 @@ class GPT(nn.Module):
             kind = self.route if torch.is_grad_enabled() else "sort"
             plan = plan_route(kind, self.expert_of_id[idx], len(self.vocabulary.names), run is not Block.forward)
         for layer, block in enumerate(self.transformer.h):
-            ve = None
-            if self.config.has_value_embedding(layer):
-                ve = self.value_embeds[str(layer)](idx).to(x.dtype)
+            ve = self.value_embeds[str(layer)](idx).to(x.dtype) if self.config.has_value_embedding(layer) else None
+            mix = [(1.0, x)]
             if self.config.residual_scalars:
-                x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
-            x = run(block, x, cos, sin, ve, kv_cache, plan)
+                mix = [(self.resid_lambdas[layer], x), (self.x0_lambdas[layer], x0)]
+            if pairs is not None:
+                mix.append((self.bigram_lambdas[layer], pairs))
+            x = run(block, x, cos, sin, ve, kv_cache, plan, mix)
             if layer == self.config.n_layer // 2:
                 middle = x
         if kv_cache is not None:
@@ -428,9 +443,7 @@ class GPT(nn.Module):
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """features [..., C] of any positions -> softcapped float32 logits of all ids [..., V]."""
-        matrices = [self.output_weight]
-        if self.config.separate:
-            matrices = [matrix for _, matrix in self.output_weights()]
+        matrices = [m for _, m in self.output_weights()] if self.config.separate else [self.output_weight]
         parts = [wide(F.linear(features, matrix.to(features.dtype))) for matrix in matrices]
         return softcapped(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], self.config.softcap)
 
@@ -451,7 +464,9 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         x, flat = x.flatten(0, 1), targets.flatten()
-        parts, inverse = self.by_target(x, flat)
+        parts, inverse = [(x, self.output_weight, flat)], None
+        if self.config.modalities:
+            parts, inverse = by_target(x, flat, self.head_of_id, self.output_weights())
         if loss_reduction == "none":
             losses = torch.cat([token_losses(*part, self.config.softcap) for part in parts])
             if inverse is not None:  # ignored targets lie behind all others
@@ -470,21 +485,6 @@ class GPT(nn.Module):
         """{"loss/audio": nats a target, ...} from a batch's parts of the mean loss [E]; {} for a text-only model."""
         parts = zip(self.vocabulary.names, (loss * counts.sum()).tolist(), counts.tolist(), strict=True)
         return {f"loss/{name}": part / n for name, part, n in parts if n} if self.config.modalities else {}
-
-    def by_target(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[list[tuple], torch.Tensor | None]:
-        """x [N, C], targets [N] -> for each modality (its targets' features, output matrix, targets within that).
-
-        And what brings the parts, one behind the other, back in order: None where they are in order.
-        """
-        if not self.config.modalities:
-            return [(x, self.output_weight, targets)], None
-        count = len(self.vocabulary.names)
-        modality = self.head_of_id[targets.clamp(min=0)].long().masked_fill(targets == IGNORED, count)
-        perm, inverse = sorted_by(modality)
-        sizes = torch.bincount(modality, minlength=count + 1).tolist()
-        features, wanted = permute(x, perm, inverse).split(sizes), targets[perm].split(sizes)
-        matrices = self.output_weights()
-        return [(features[i], matrix, wanted[i] - first) for i, (first, matrix) in enumerate(matrices)], inverse
 
     def compile(self) -> None:
         """Compile one block, which all layers share, and the elementwise part of the loss: seconds, not minutes."""

@@ -45,7 +45,7 @@ CLASSIC_FIELDS = (*KEYS, "mlp_ratio", "rope_base")
 MODERN_FIELDS = (
     *CLASSIC_FIELDS, "qk_scale", "window_pattern", "short_window", "use_output_projection",
     "output_projection_residual", "value_embeddings", "value_gate_channels", "value_gate_range", "smear",
-    "residual_scalars", "backout",
+    "residual_scalars", "backout", "bigram_rows",
 )  # fmt: skip
 PARTS = {
     "transformer.wte.": "model.embed_tokens.", "transformer.h.": "model.layers.", ".attn.c_q.": ".self_attn.q_proj.",

@@ -65,6 +65,7 @@ class ModernNanoChatConfig(PreTrainedConfig):
         smear: bool = False,
         residual_scalars: bool = False,
         backout: bool = False,
+        bigram_rows: int = 0,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
         **kwargs,
@@ -78,6 +79,7 @@ class ModernNanoChatConfig(PreTrainedConfig):
         self.value_embeddings = value_embeddings
         self.value_gate_channels, self.value_gate_range = value_gate_channels, value_gate_range
         self.smear, self.residual_scalars, self.backout = smear, residual_scalars, backout
+        self.bigram_rows = bigram_rows
         self.use_cache = use_cache
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
@@ -176,6 +178,9 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
             self.x0_lambdas = nn.Parameter(torch.zeros(config.n_layer))
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.zeros(1))
+        if config.bigram_rows:
+            self.bigram_embed = nn.Embedding(config.bigram_rows, C)
+            self.bigram_lambdas = nn.Parameter(torch.zeros(config.n_layer))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -184,21 +189,24 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def smeared(self, x: torch.Tensor, real: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
-        """Embeddings x [B, T, C] plus, gated, those of the tokens before; real: bool [B, S], False where padding is.
+    def before(self, x: torch.Tensor, real: torch.Tensor, cache: DynamicCache | None, number: int) -> torch.Tensor:
+        """What of x [B, T, F] stands one position before, 0 where nothing does; real: bool [B, S], False at padding.
 
-        The cache keeps the embeddings as the keys of one layer more, so that whatever reorders, repeats or crops it
-        does the same to them.
+        The cache keeps x as the keys of one more layer for each `number`, so that whatever reorders, repeats or crops
+        it does the same to x.
         """
         T, whole = x.size(1), x
         if cache is not None:
-            layer = self.config.n_layer
+            layer = self.config.n_layer + number
             if len(cache.layers) == layer:  # made for as many layers as the configuration has
                 cache.layers.append(DynamicLayer())
             whole = cache.update(x[:, None], x[:, None, :, :0], layer)[0][:, 0]
-        before = torch.cat([torch.zeros_like(x[:, :1]), whole * real[..., None]], dim=1)[:, -T - 1 : -1]
-        gate = self.smear_gate(x[..., : self.smear_gate.in_features]).sigmoid()
-        return x + self.smear_lambda * gate * before
+        return torch.cat([torch.zeros_like(x[:, :1]), whole * real[..., None]], dim=1)[:, -T - 1 : -1]
+
+    def bigrams(self, ids: torch.Tensor, real: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
+        """ids int64 [B, T] -> the rows [B, T, C] of the pairs that end at each token; nothing before counts as -1."""
+        before = self.before((ids[..., None] + 1).float(), real, cache, int(self.config.smear))[..., 0].long() - 1
+        return self.bigram_embed(((ids * 2654435761) ^ (before * 2246822519)) % self.config.bigram_rows)
 
     def forward(
         self,
@@ -243,12 +251,17 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
 
         x = norm(self.transformer.wte(input_ids))
         if config.smear:
-            x = self.smeared(x, real, past_key_values)
+            gate = self.smear_gate(x[..., : self.smear_gate.in_features]).sigmoid()
+            x = x + self.smear_lambda * gate * self.before(x, real, past_key_values, 0)
         x0 = x
+        if config.bigram_rows:
+            pairs = self.bigrams(input_ids, real, past_key_values)
         for layer, block in enumerate(self.transformer.h):
             ve = self.value_embeds[str(layer)](input_ids) if config.has_value_embedding(layer) else None
             if config.residual_scalars:
                 x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
+            if config.bigram_rows:
+                x = x + self.bigram_lambdas[layer] * pairs
             x = block(x, cos, sin, masks, ve, past_key_values)
             if layer == config.n_layer // 2:
                 middle = x

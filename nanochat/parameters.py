@@ -1,9 +1,9 @@
 """What a parameter is, by its name: its group, the modality that alone uses it; and how many there are."""
 
-SCALARS = ("smear_lambda", "resid_lambdas", "x0_lambdas", "backout_lambda")
+SCALARS = ("smear_lambda", "resid_lambdas", "x0_lambdas", "backout_lambda", "bigram_lambdas")
 TABLES = {
     "transformer.wte": "wte", "lm_head": "lm_head", "value_embeds.": "value_embeds",
-    "output_projection.": "output_projection",
+    "bigram_embed": "bigram_embed", "output_projection.": "output_projection",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from nanochat.modality import IGNORED
 from nanochat.runtime import UserError
 
 ROUTES = ("sort", "where", "slice", "grouped")
@@ -78,6 +79,20 @@ def sorted_by(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     perm = flat.argsort(stable=True)
     inverse = torch.empty_like(perm).scatter_(0, perm, torch.arange(len(perm), device=perm.device))
     return perm, inverse
+
+
+def by_target(
+    x: torch.Tensor, targets: torch.Tensor, head_of_id: torch.Tensor, heads: list[tuple[int, torch.Tensor]]
+) -> tuple[list[tuple], torch.Tensor]:
+    """x [N, C], targets [N] -> for each head (its targets' features, its matrix, the targets within that).
+
+    heads: (first id, output matrix) of each modality. And what brings the parts, one behind the other, back in order.
+    """
+    modality = head_of_id[targets.clamp(min=0)].long().masked_fill(targets == IGNORED, len(heads))
+    perm, inverse = sorted_by(modality)
+    sizes = torch.bincount(modality, minlength=len(heads) + 1).tolist()
+    features, wanted = permute(x, perm, inverse).split(sizes), targets[perm].split(sizes)
+    return [(features[i], matrix, wanted[i] - first) for i, (first, matrix) in enumerate(heads)], inverse
 
 
 def _segments(modality: torch.Tensor, experts: int) -> tuple[tuple[int, int, int], ...]:

@@ -1,5 +1,6 @@
 """The machine under a run: device, dtype, seeds, process group, printing, atomic files."""
 
+import ctypes
 import errno
 import hashlib
 import os
@@ -50,6 +51,21 @@ def import_compiler() -> None:
         import torch._inductor.codecache  # noqa: F401
     finally:
         tempfile.tempdir = before
+
+
+def keep_memory() -> None:
+    """Let the C library keep freed memory, and the kernel back it with huge pages, instead of fetching it anew.
+
+    A step frees and takes megabytes hundreds of times; glibc would give each back to the kernel, which clears every
+    page that it hands out again (a tenth of a step: dev/LOG.md). Other C libraries are left as they are.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for it before its first tensor
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt  # malloc.h: M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1, M_TOP_PAD -2
+        if not mallopt(-3, 1 << 30):
+            mallopt(-3, 32 << 20)  # the most that old releases take
+        mallopt(-1, 1 << 30)
+        mallopt(-2, 64 << 20)
 
 
 def run_script(main) -> None:
@@ -226,6 +242,8 @@ def init_compute(
     elif kind == "cpu":
         # Without it compiled runs differ between processes (the embedding's gradient); the price is not visible.
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which costs a pass over every new tensor
+        keep_memory()
         if world > 1 and "OMP_NUM_THREADS" in os.environ and os.environ["OMP_NUM_THREADS"] == "1":
             # torchrun's own default of one thread a rank: share the cores instead.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))

@@ -255,7 +255,7 @@ class Settings(RunSettings):
         True, "compile the model with torch.compile; falls back to eager with a printed reason", "run"
     )
     init_from: str | None = setting(
-        None, "begin with the weights of this model_tag's newest step, such as one that scripts.convert made", "run"
+        None, "begin with the weights of the newest step of this model_tag or folder, ours or nanochat's own", "run"
     )
 
     init_era: str | None = setting(
@@ -320,6 +320,10 @@ class Settings(RunSettings):
     backout: bool = setting(
         False, "take a learned part of the middle block's output off the last one's (from depth 3 on)", "model"
     )
+    bigram_rows: int | None = setting(
+        None, "rows of a hashed table of embeddings of two neighbouring tokens, which every block adds; None has none",
+        "model", at_least=1, at_most=2**24,
+    )  # fmt: skip
 
     untie: str = setting(
         "mlp",
@@ -411,6 +415,13 @@ class Settings(RunSettings):
         above=0,
         when=("value_embeddings", True),
     )
+    bigram_lr: float = setting(
+        0.2,
+        "AdamW rate of the table of bigrams, before the same scaling",
+        "optimizer",
+        above=0,
+        when=("bigram_rows", ON),
+    )
     matrix_lr: float = setting(0.02, "Muon rate of the weight matrices", "optimizer", above=0)
     scalar_lr: float = setting(0.01, "AdamW rate of the lambdas and gates of the newer features", "optimizer", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", "optimizer", at_least=0)
@@ -485,6 +496,7 @@ class Settings(RunSettings):
             value_embeddings=self.value_embeddings,
             smear=self.smear,
             residual_scalars=self.residual_scalars,
+            bigram_rows=self.bigram_rows or 0,
             backout=self.backout and self.depth > 2,  # else the middle block is the last: lambda would have no effect
             **(dict(short_window=self.short_window or short) if "S" in self.window_pattern else {}),
             **(self._modality_arguments(vocab_size or self.vocab_size) if self.modalities else {}),

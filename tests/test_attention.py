@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanochat import attention
+from nanochat import attention, blocked_attention
 from nanochat import attention_choice as choice
 from nanochat import attention_kernels as kernels
 from nanochat.attention import blocked_causal_attention, causal_attention, sdpa
@@ -44,9 +44,9 @@ def reference(
     return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
 
-@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 255, 256, 300])
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 300])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
-@pytest.mark.parametrize("window", [None, 1, 100, 128, 200])
+@pytest.mark.parametrize("window", [None, 1, 64, 100, 200])
 def test_blocked_attention_at_block_edges(length, heads, window):
     """Red when a block's keys end one position early or late (`:end`), begin late (`start - window + 1`), or
     `triu(start - first + 1)` loses its 1."""
@@ -74,15 +74,36 @@ def test_every_path_is_the_reference(T, past, heads, grad, window, seed):
 
 
 @pytest.mark.parametrize("window", [None, 2, 4])
-def test_gradients_through_the_blocks(monkeypatch, window):
-    """Small blocks, many of them, with shared key heads."""
-    monkeypatch.setattr(attention, "CPU_BLOCK", 3)
+@pytest.mark.parametrize("bound", [50.0, float("inf")])
+def test_gradients_through_the_blocks(monkeypatch, window, bound):
+    """Small blocks, many of them, with shared key heads. Red when `mean` is not subtracted, or keeps the sum of the
+    weights."""
+
+    def blocks(length, window):
+        return [(s, min(s + 3, length), 0 if window is None else max(0, s - window)) for s in range(0, length, 3)]
+
+    monkeypatch.setattr(blocked_attention, "blocks", blocks)
     q, k, v = (z.requires_grad_() for z in qkv(2, 10, 10, 4, 2, 4))
     weight = torch.randn(2, 10, 4, 4, generator=torch.Generator().manual_seed(9))
-    ours = torch.autograd.grad((causal_attention(q, k, v, window) * weight).sum(), (q, k, v))
+    ours = torch.autograd.grad((causal_attention(q, k, v, window, bound=bound) * weight).sum(), (q, k, v))
     theirs = torch.autograd.grad((reference(q, k, v, window) * weight).sum(), (q, k, v))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_of_any_size():
+    """Without a known bound the largest score of a row is taken off first. Red when SAFE_BOUND is infinite."""
+    q, k, v = qkv(1, 20, 20, 2, 2, 8)
+    out = causal_attention((100 * q).requires_grad_(), k, v)
+    torch.testing.assert_close(out.double(), reference(100 * q, k, v), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 512, 513, 4096, 5000])
+def test_at_most_eight_blocks(length):
+    """Every query is in one of them. Red when the size of a block is not rounded up."""
+    spans = blocked_attention.blocks(length)
+    assert [s for s, _, _ in spans] == [0, *(e for _, e, _ in spans[:-1])] and spans[-1][1] == length
+    assert len(spans) <= 8
 
 
 def test_bfloat16_keeps_its_dtype_and_stays_close():

@@ -3,6 +3,7 @@
 import cmath
 import dataclasses
 import math
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import pytest
@@ -30,6 +31,7 @@ FEATURES = {
     "smear": dict(smear=True),
     "residual_scalars": dict(residual_scalars=True),
     "backout": dict(backout=True),
+    "bigrams": dict(bigram_rows=37),
 }
 MODERN = {name: value for changes in FEATURES.values() for name, value in changes.items()}
 VARIANTS_AND_FEATURES = {**VARIANTS, **FEATURES, "modern": {**MODERN, "tie_weights": True}}
@@ -81,6 +83,9 @@ def reference_logits(weights: dict[str, torch.Tensor], ids: list[int], config: G
         block = f"transformer.h.{layer}."
         if config.residual_scalars:
             x = w["resid_lambdas"][layer] * x + w["x0_lambdas"][layer] * x0
+        if config.bigram_rows:
+            rows = [(a * 2654435761 ^ b * 2246822519) % config.bigram_rows for b, a in pairwise([-1, *ids])]
+            x = x + w["bigram_lambdas"][layer] * w["bigram_embed.weight"][rows]
         h = rms(x)
         q = (h @ w[block + "attn.c_q.weight"].T).view(T, config.n_head, D)
         k = (h @ w[block + "attn.c_k.weight"].T).view(T, config.n_kv_head, D)
@@ -268,6 +273,7 @@ def test_counts_are_the_closed_formula(variant, kv_heads):
         "lm_head": V * C if variant == "untied" else 0,
         "output_projection": C * C if "proj" in variant else 0,
         "value_embeds": 0,
+        "bigram_embed": 0,
         "transformer": L * block,
         "experts": 0,
         "scalars": 0,
@@ -283,14 +289,17 @@ def test_counts_are_the_closed_formula(variant, kv_heads):
     counts = modern.num_parameters()
     assert counts["wte"] == 64 * C if "tied" in variant else counts["lm_head"] == 64 * C  # 50 ids, in rows of 64
     assert counts["value_embeds"] == 3 * 64 * C * kv_heads // 4  # layers 4, 2, 0
-    assert counts["scalars"] == 3 * 32 * kv_heads + 24 + 1 + 5 + 5 + 1
+    assert counts["bigram_embed"] == 37 * C
+    assert counts["scalars"] == 3 * 32 * kv_heads + 24 + 1 + 5 + 5 + 1 + 5
     assert counts["total"] == sum(p.numel() for p in modern.parameters())
     matmul += 3 * block  # neither what is looked up nor what is a few numbers
     assert modern.flops_per_token() == 6 * matmul + 12 * C * (2 * T + 3 * 4)  # layers 0, 1, 3 see 3 tokens and one
 
 
 def test_feature_keys_are_nanochats():
+    """But for bigrams, which nanochat has not."""
     extra = set(GPT(GPTConfig(**{**SMALL, **MODERN, "n_layer": 4})).state_dict()) - set(nanochat_keys(4))
+    extra -= {"bigram_embed.weight", "bigram_lambdas"}
     assert extra == {
         "lm_head.weight", "resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda",
         "value_embeds.1.weight", "value_embeds.3.weight",
@@ -304,12 +313,12 @@ def test_the_issues_example_counts():
     with torch.device("meta"):
         counts = [GPT(GPTConfig(**shape, **VARIANTS[v])).num_parameters() for v in ("untied", "tied-proj")]
     assert counts[0] == dict(
-        wte=12_582_912, lm_head=12_582_912, output_projection=0, value_embeds=0, transformer=12_582_912, experts=0,
-        scalars=0, total=37_748_736,
+        wte=12_582_912, lm_head=12_582_912, output_projection=0, value_embeds=0, bigram_embed=0, transformer=12_582_912,
+        experts=0, scalars=0, total=37_748_736,
     )  # fmt: skip
     assert counts[1] == dict(
-        wte=12_582_912, lm_head=0, output_projection=262_144, value_embeds=0, transformer=12_582_912, experts=0,
-        scalars=0, total=25_427_968,
+        wte=12_582_912, lm_head=0, output_projection=262_144, value_embeds=0, bigram_embed=0,
+        transformer=12_582_912, experts=0, scalars=0, total=25_427_968,
     )  # fmt: skip
 
 
@@ -329,6 +338,7 @@ def test_initialisation_is_the_table(variant):
     if variant == "tied-proj-res":
         stds["output_projection.weight"] = 0.0
     starts = {"smear_lambda": 0.0, "resid_lambdas": 1.0, "x0_lambdas": 0.1, "backout_lambda": 0.2}
+    starts |= {"bigram_lambdas": 0.1, "bigram_embed.weight": 0.0}
     for name, tensor in state.items():
         if name in starts or name.endswith("gate.weight"):
             assert tensor.eq(starts.get(name, 0.0)).all(), name
@@ -352,7 +362,7 @@ def test_config_refuses_what_cannot_be_and_its_defaults_are_the_classic_model():
         use_output_projection=False, output_projection_residual=False, rope_base=10_000.0, qk_scale=1.0,
         value_embeddings=False, value_gate_channels=12, value_gate_range=3.0, smear=False, residual_scalars=False,
         backout=False, mlp_ratio=4.0, modalities=(), untie="none", output_layers="shared", softcap=15.0,
-        vocab_multiple=1, window_pattern="L", short_window=1024,
+        vocab_multiple=1, window_pattern="L", short_window=1024, bigram_rows=0,
     )  # fmt: skip
     for wrong in (dict(n_head=5), dict(n_kv_head=4), dict(use_output_projection=True)):
         with pytest.raises(AssertionError):

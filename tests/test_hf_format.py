@@ -35,6 +35,7 @@ NEWER = {
     "residual": dict(residual_scalars=True, backout=True, n_layer=3),
     "windows": dict(SHORT, qk_scale=1.2, n_kv_head=2),
     "projection": TIED_PROJECTION,
+    "bigrams": dict(bigram_rows=37),
     "all": dict(MODERN, **SHORT, **TIED_PROJECTION, output_projection_residual=True, n_kv_head=2, vocab_multiple=64),
 }
 PROMPT = random_ids(2, 7, seed=5)

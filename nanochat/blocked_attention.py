@@ -1,0 +1,83 @@
+"""Causal attention for training on a CPU: plain matmuls of blocks of queries with the keys that one of them sees.
+
+torch's fused kernel is slow in its backward pass there, and a block skips what it would mask: nearly half of the
+square, or all but the window (measured in dev/LOG.md). One pass over the scores in each direction: those of normalised
+queries and keys are bounded, so that their exponentials need no maximum, and the division by the sum is left to the
+outputs.
+"""
+
+import torch
+import torch.nn.functional as F
+
+SAFE_BOUND = 60.0  # exp(60) times a million keys is finite in float32, and exp(-60) not yet denormal
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """float32 where it was narrower: what sums and exponentials are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def blocks(length: int, window: int | None = None) -> list[tuple[int, int, int]]:
+    """(first query, end, first key that one of them sees) of each block of queries; the keys end with the queries.
+
+    At most eight blocks, which compile in seconds, of at least 64 queries, which make good matmuls.
+    """
+    size = max(64, -(-length // 512) * 64)
+    starts = range(0, length, size)
+    return [(s, min(s + size, length), 0 if window is None else max(0, s - window)) for s in starts]
+
+
+def blocked_causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, bound: float = float("inf")
+) -> torch.Tensor:
+    """q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]; each position sees itself and what comes before.
+
+    window: only so many positions before. bound: the largest size that q k / sqrt(D) can have, if that is known.
+    """
+    B, T, H, D = q.shape
+    if k.size(2) != H:
+        k, v = (z.repeat_interleave(H // z.size(2), dim=2) for z in (k, v))
+    q, k, v = (z.transpose(1, 2).reshape(B * H, T, D) for z in (q, k, v))
+    return _Blocked.apply(q, k, v, window, bound).view(B, H, T, D).transpose(1, 2)
+
+
+class _Blocked(torch.autograd.Function):
+    """q, k, v [N, T, D] -> [N, T, D]. The weights stay as they were before the division by their sums."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, window, bound):
+        outputs, weights, sums = [], [], []
+        for start, end, first in blocks(q.size(1), window):
+            scores = wide(torch.bmm(q[:, start:end], k[:, first:end].transpose(1, 2))) * q.size(2) ** -0.5
+            square = torch.ones(end - start, end - first, dtype=torch.bool, device=q.device)
+            hidden = square.triu(start - first + 1)
+            if window is not None:
+                hidden = hidden | square.tril(start - first - window - 1)
+            if bound > SAFE_BOUND:
+                scores = scores - scores.masked_fill(hidden, -float("inf")).amax(dim=-1, keepdim=True)
+            w = torch.exp(scores).masked_fill(hidden, 0.0)
+            sums.append(w.sum(dim=-1, keepdim=True))
+            weights.append(w.to(v.dtype))
+            outputs.append(wide(torch.bmm(weights[-1], v[:, first:end])) / sums[-1])
+        out, total = torch.cat(outputs, dim=1).to(v.dtype), torch.cat(sums, dim=1)
+        ctx.save_for_backward(q, k, v, out, total, *weights)
+        ctx.window = window
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        """With P = W / total: dV = P^T g, dS = P (g V^T - rowsum(g out)), and g / total takes the division for both."""
+        q, k, v, out, total, *weights = ctx.saved_tensors
+        T = q.size(1)
+        grad = wide(grad) / total
+        mean = (grad * wide(out)).sum(dim=-1, keepdim=True)
+        grad = grad.to(v.dtype)
+        dq, dk, dv = [], 0.0, 0.0
+        for (start, end, first), w in zip(blocks(T, ctx.window), weights, strict=True):
+            g, place = grad[:, start:end], (0, 0, first, T - end)
+            ds = wide(torch.bmm(g, v[:, first:end].transpose(1, 2))) - mean[:, start:end]
+            ds = (wide(w) * ds * q.size(2) ** -0.5).to(q.dtype)
+            dq.append(torch.bmm(ds, k[:, first:end]))
+            dk = dk + F.pad(torch.bmm(ds.transpose(1, 2), q[:, start:end]), place)
+            dv = dv + F.pad(torch.bmm(w.transpose(1, 2), g), place)
+        return torch.cat(dq, dim=1), dk, dv, None, None
