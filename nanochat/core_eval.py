@@ -188,8 +188,7 @@ class Prefixes:
         with suppress(_Read):
             model.features(ids.to(model.device), self)
         self.position = self.shared
-        if self.last is not None:
-            self.last = self.last.repeat_interleave(batch.options, dim=0)
+        self.last = self.last.repeat_interleave(batch.options, dim=0)  # the newest token of each row: [B n, 1]
 
     def places(self, count: int) -> slice:
         return slice(self.position, self.position + count)
