@@ -14,7 +14,7 @@ import torch
 
 from nanochat.blocked_attention import blocks
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_head import CHUNK_ROWS, CHUNK_ROWS_DEFAULT
+from nanochat.loss_head import chunk_rows
 from nanochat.optim import build_optimizer
 from nanochat.progress import duration
 from nanochat.runtime import Compute, device_name, gpu_peak_flops, measured_matmul_flops, pick_device_type, pick_dtype
@@ -152,8 +152,8 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     once = config.n_embd * size * (2 * config.smear + config.backout + 2 * bool(config.bigram_rows))
     activations = tokens * (config.n_layer * per_token + once) + (0 if full else 2 * matrices)
 
-    rows = min(tokens, CHUNK_ROWS.get(kind, CHUNK_ROWS_DEFAULT))
     ids = max(len(matrix) for _, matrix in model.output_weights())
+    rows = min(tokens, chunk_rows(kind, ids))
     table = ids * config.n_embd
     logits = 5 * 4 * rows * ids + tokens * config.n_embd * size + table * (4 if full else 6)
     return {

@@ -11,9 +11,18 @@ import torch.nn.functional as F
 from nanochat.attention import wide
 from nanochat.modality import IGNORED
 
-# Rows whose logits are alive at a time: on a CPU so few that they stay in the cache of the cores.
-CHUNK_ROWS = {"cpu": 128}
+# Rows of features whose logits are alive at a time: enough for good matmuls (dev/LOG.md has the measurements of a CPU),
+# fewer where the vocabulary is so large that they would take more than LOGITS numbers.
+CHUNK_ROWS = {"cpu": 1024}
 CHUNK_ROWS_DEFAULT = 4096
+LOGITS = {"cpu": 1 << 23}
+LOGITS_DEFAULT = 1 << 28
+
+
+def chunk_rows(device: str, ids: int) -> int:
+    """Rows of a chunk on a kind of device, for so many ids."""
+    most = max(128, LOGITS.get(device, LOGITS_DEFAULT) // ids)
+    return min(most, CHUNK_ROWS.get(device, CHUNK_ROWS_DEFAULT))
 
 
 def softcapped(logits: torch.Tensor, softcap: float = 15.0) -> torch.Tensor:
@@ -30,7 +39,7 @@ def chunked_cross_entropy(
     valid targets and is 0 without any, "sum" does not; "none" returns [N] and has no gradient.
     """
     if reduction == "none" or not torch.is_grad_enabled():
-        rows = CHUNK_ROWS.get(x.device.type, CHUNK_ROWS_DEFAULT)
+        rows = chunk_rows(x.device.type, len(weight))
         cast = weight.to(x.dtype)
         parts = [
             F.cross_entropy(softcapped(wide(F.linear(xs, cast)), softcap), ys, reduction="none")
@@ -52,47 +61,42 @@ def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, s
     return F.cross_entropy(softcapped(wide(F.linear(x, weight.to(x.dtype))), softcap), targets, reduction="none")
 
 
-def _chunk_gradient(logits: torch.Tensor, targets: torch.Tensor, softcap: float) -> tuple[torch.Tensor, ...]:
-    """logits [n, V] before the cap, targets [n] -> what is left of the gradient of the summed loss to them.
+def _exponentials(logits: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [n, V] before the cap -> (exp(capped - cap) times the cap's derivative [n, V], sums of the former [n, 1]).
 
-    Returns (softmax part of the gradient [n, V], target columns [n, 1], what to subtract there [n, 1], summed loss):
-    the target's own term touches one entry a row, and is cheaper to subtract afterwards than to compare for.
+    The first divided by the second is the softmax's part of the gradient; one pass over the logits makes both.
     """
     squashed = 2 * torch.sigmoid(wide(logits) * (2 / softcap)) - 1  # tanh(logits / softcap), vectorised everywhere
     exps = torch.exp(squashed * softcap - softcap)
-    total = exps.sum(dim=-1, keepdim=True)
-    valid = (targets != IGNORED)[:, None]
-    column = targets.clamp(min=0)[:, None]
-    at_target = squashed.gather(1, column)
-    losses = torch.where(valid, total.log() + softcap - at_target * softcap, 0.0)
-    gradient = exps * torch.where(valid, 1 / total, 0.0) * (1 - squashed * squashed)
-    own = torch.where(valid, 1 - at_target * at_target, 0.0)
-    return gradient.to(logits.dtype), column, own.to(logits.dtype), losses.sum()
+    return (exps * (1 - squashed * squashed)).to(logits.dtype), exps.sum(dim=-1, keepdim=True)
 
 
 class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, softcap):
-        rows = CHUNK_ROWS.get(x.device.type, CHUNK_ROWS_DEFAULT)
+        rows = chunk_rows(x.device.type, len(weight))
         cast = weight.to(x.dtype)
         dx = torch.empty_like(x)
         dw = torch.zeros(weight.shape, dtype=weight.dtype, device=x.device)
-        total = torch.zeros((), dtype=weight.dtype, device=x.device)
+        loss = torch.zeros((), dtype=weight.dtype, device=x.device)
         for start in range(0, x.size(0), rows):
             xs, ys = x[start : start + rows], targets[start : start + rows]
-            count = xs.size(0)
-            if count < rows and chunk_gradient is not _chunk_gradient:  # compiled: for one shape
-                xs, ys = F.pad(xs, (0, 0, 0, rows - count)), F.pad(ys, (0, rows - count), value=IGNORED)
-            gradient, column, own, loss = chunk_gradient(xs @ cast.t(), ys, softcap)
-            gradient.scatter_add_(1, column, -own)
-            total += loss
-            dx[start : start + count] = (gradient @ cast)[:count]
+            logits = xs @ cast.t()
+            valid, column = (ys != IGNORED)[:, None], ys.clamp(min=0)[:, None]
+            own = torch.tanh(wide(logits.gather(1, column)) / softcap)
+            gradient, total = exponentials(logits, softcap)
+            loss += torch.where(valid, total.log() + softcap - own * softcap, 0.0).sum()
+            # The gradient to the logits, before each row is divided by its total: the features take the division.
+            gradient.scatter_add_(1, column, ((own * own - 1) * total).to(gradient.dtype))
+            share = torch.where(valid, 1 / total, 0.0)
+            dx[start : start + rows] = wide(gradient @ cast) * share
+            xs = (wide(xs) * share).to(gradient.dtype)
             if gradient.dtype == dw.dtype:
                 dw.addmm_(gradient.t(), xs)
             else:
                 dw += gradient.t() @ xs
         ctx.save_for_backward(dx, dw)
-        return total
+        return loss
 
     @staticmethod
     def backward(ctx, scale):
@@ -100,10 +104,17 @@ class _ChunkedSum(torch.autograd.Function):
         return dx * scale.to(dx.dtype), dw * scale, None, None
 
 
-chunk_gradient = _chunk_gradient  # base_train replaces it by a compiled one: see compile_loss_head
+exponentials = _exponentials  # base_train replaces it by a compiled one: see compile_loss_head
 
 
 def compile_loss_head(on: bool) -> None:
     """Fuse the elementwise part of every chunk with torch.compile, or undo it; results change by rounding only."""
-    global chunk_gradient
-    chunk_gradient = torch.compile(_chunk_gradient, dynamic=False) if on else _chunk_gradient
+    global exponentials
+    exponentials = _exponentials
+    if on:
+        compiled = torch.compile(_exponentials)
+
+        def exponentials(logits: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+            torch._dynamo.maybe_mark_dynamic(logits, 0)  # one graph for every number of rows
+            torch._dynamo.mark_static(logits, 1)
+            return compiled(logits, softcap)

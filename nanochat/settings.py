@@ -296,7 +296,9 @@ class Settings(RunSettings):
     qk_scale: float = setting(
         1.0, "factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2", "model", above=0
     )
-    softcap: float = setting(15.0, "logits are squashed smoothly into plus and minus this", "model", above=0)
+    softcap: float = setting(
+        15.0, "logits are squashed smoothly into plus and minus this", "model", above=0, at_most=40
+    )  # fmt: skip
     window_pattern: str = setting(
         "L",
         "what each layer sees, again and again: L all that came before, S a short window; the last layer is always L",

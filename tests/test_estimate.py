@@ -22,7 +22,7 @@ from nanochat.estimate import (
     usable_devices,
 )
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_head import CHUNK_ROWS
+from nanochat.loss_head import chunk_rows
 from nanochat.optim import build_optimizer
 from nanochat.settings import PRESET_WORLD, PRESETS, Settings, preset, validate
 
@@ -201,8 +201,8 @@ def test_memory_does_not_grow_with_accumulation_and_logits_stay_a_chunk():
     s = Settings(max_seq_len=256, device_batch_size=4, total_batch_size=256 * 4, vocab_size=50_000)
     more = dataclasses.replace(s, total_batch_size=256 * 64)
     assert memory_parts(s, CPU) == memory_parts(more, CPU)
-    rows = CHUNK_ROWS["cpu"]
-    assert memory_parts(s, CPU)["logits"] < 5 * 4 * rows * 50_000 * 2
+    assert memory_parts(s, CPU)["logits"] < 5 * 4 * chunk_rows("cpu", 50_000) * 50_000 * 2
+    assert chunk_rows("cpu", 50_000) < chunk_rows("cpu", 5_000)
 
 
 @pytest.mark.parametrize("name", PRESETS)

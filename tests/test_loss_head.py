@@ -1,5 +1,7 @@
 """The chunked loss and its gradients against all logits at once and F.cross_entropy in float64."""
 
+import functools
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -84,6 +86,22 @@ def test_logits_stay_inside_the_cap():
 def test_switching_compilation_on_and_off_changes_the_kernel_only():
     """torch.compile is lazy: nothing is compiled before the first call."""
     compile_loss_head(True)
-    assert loss_head.chunk_gradient is not loss_head._chunk_gradient
+    assert loss_head.exponentials is not loss_head._exponentials
     compile_loss_head(False)
-    assert loss_head.chunk_gradient is loss_head._chunk_gradient
+    assert loss_head.exponentials is loss_head._exponentials
+
+
+def test_one_graph_for_chunks_of_any_length(monkeypatch):
+    """Red without maybe_mark_dynamic: every number of rows, as the targets of a modality come in, compiled anew."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    compile_loss_head(True)
+    try:
+        graphs = torch._dynamo.utils.counters["stats"]
+        before = graphs["unique_graphs"]
+        for rows in (7, 12, 31):
+            x, weight, targets = problem(rows, 5, 16, 1.0, 0.0)
+            loss = chunked_cross_entropy(x, weight, targets, "sum", 15.0)
+            torch.testing.assert_close(loss.double(), reference(x, weight, targets, "sum", 15.0))
+        assert graphs["unique_graphs"] == before + 1
+    finally:
+        compile_loss_head(False)
