@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.attention import causal_attention
+from nanochat.gpt import norm
 from nanochat.runtime import UserError
 from scripts.bench.memory import peak_bytes
 from scripts.bench.timing import alternate, matmul_peak, summary, table
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> dict:
         lengths, shares = ([int(n) for n in text.split(",")] for text in (args.lengths, args.shares))
     except ValueError:
         raise UserError(f"--lengths {args.lengths} --shares {args.shares}: not lists of numbers") from None
-    kinds = {"torch": fused, "ours": causal_attention}
+    kinds = {"torch": fused, "ours": ours}
     if not args.eager:
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         kinds = {name: torch.compile(kind, dynamic=False) for name, kind in kinds.items()}
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> dict:
         batch = max(1, args.tokens // length)
         shape = (batch, length, args.heads, args.head_dim)
         generator = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
+        q, k, v = (norm(torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_() for _ in range(3))
 
         def both(kind, window, q=q, k=k, v=v):
             def work():
@@ -76,6 +77,11 @@ def run(args: argparse.Namespace) -> dict:
     print(f"{args.heads} heads of {args.head_dim}, {args.dtype}, peak {peak / 1e9:,.0f} GFLOP/s")
     print(table(("attention", "ms", "times torch's speed", "time / all", "GFLOP/s", "MiB", "MiB / all"), rows))
     return dict(contenders=found, peak_flops={args.dtype: peak})
+
+
+def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
+    """As the model calls it: queries and keys are normalised, so that their scores are bounded."""
+    return causal_attention(q, k, v, window, bound=q.size(-1) ** 0.5)
 
 
 def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> torch.Tensor:
