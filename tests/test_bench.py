@@ -149,7 +149,8 @@ def test_mfu_is_the_model_s_flops_over_the_peak(eager, clock, monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "bound", "more"),
     [("float32", 1e-5, {}), ("bfloat16", 1e-2, {}),
-     ("float32", 1e-5, dict(smear=True, value_embeddings=True, residual_scalars=True, backout=True, n_kv_head=1)),
+     ("float32", 1e-5, dict(smear=True, value_embeddings=True, residual_scalars=True, backout=True, n_kv_head=1,
+                              bigram_rows=64)),
      ("float32", 1e-5, dict(window_pattern="SL", short_window=20, tie_weights=True, use_output_projection=True))],
 )  # fmt: skip
 def test_gradients_of_the_fast_path_are_those_of_the_plain_one(eager, dtype, bound, more):
@@ -224,14 +225,14 @@ def test_peak_bytes_counts_what_is_alive_at_a_time():
 
 def test_bench_head_holds_a_chunk_not_all(small):
     """1024 logits of 512 ids are 2 MiB. Red when the chunk size is not set, or stays changed afterwards."""
-    before = dict(loss_head.CHUNK_ROWS)
+    before = loss_head.chunk_rows
     flags = ["head", "--rounds=1", "--tokens=1024", "--width=16", "--vocab=512", "--chunks=64,512", "--eager"]
     found = bench.main(flags)["head"]["contenders"]
     assert list(found) == ["all logits", "chunks of 64", "chunks of 512"]
     whole, few, many = (one["bytes"] for one in found.values())
     assert 4 * few < many < whole
     assert all(one["loss"] == pytest.approx(found["all logits"]["loss"], rel=1e-5) for one in found.values())
-    assert before == loss_head.CHUNK_ROWS
+    assert loss_head.chunk_rows is before
     with pytest.raises(UserError, match="not a list of numbers"):
         bench.main(["head", "--chunks=few"])
 

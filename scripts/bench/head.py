@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict:
 
     def chunked(rows: int):
         def loss() -> torch.Tensor:
-            loss_head.CHUNK_ROWS[device.type] = rows
+            loss_head.chunk_rows = lambda device_type, ids: rows
             return loss_head.chunked_cross_entropy(x, weight, targets, "sum")
 
         return lambda: backward(loss)
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict:
 
     contenders = {"all logits": lambda: backward(lambda: whole(x, weight, targets))}
     contenders |= {f"chunks of {rows}": chunked(rows) for rows in sizes}
-    before = loss_head.CHUNK_ROWS.get(device.type)
+    before = loss_head.chunk_rows
     loss_head.compile_loss_head(not args.eager)
     peaks: list[float] = []
     shapes = [(args.tokens, args.width, args.vocab), *((rows, args.width, args.vocab) for rows in sizes)]
@@ -67,10 +67,7 @@ def run(args: argparse.Namespace) -> dict:
             found[name].update(bytes=peak_bytes(work), loss=losses[name], dtype=args.dtype)
     finally:
         loss_head.compile_loss_head(False)
-        if before is None:
-            loss_head.CHUNK_ROWS.pop(device.type, None)
-        else:
-            loss_head.CHUNK_ROWS[device.type] = before
+        loss_head.chunk_rows = before
     flops = 6 * args.tokens * args.width * args.vocab
     peak = statistics.median(peaks)
     rows = []
