@@ -1,4 +1,4 @@
-"""Few-shot scoring as scripts.base_eval does it against the plain way: one row after another, whole, all its logits.
+"""Few-shot scoring as scripts.base_eval does it against the plain way: item by item, every prompt whole, all logits.
 
 `python -m scripts.bench eval [--items N] [--shots N]`: items of random words with four options each, a word being a
 token; in the shape that nanochat was measured at a 5-shot prompt is 300 to 410 tokens long. The model is random too,
@@ -113,13 +113,15 @@ def shared_prefixes(model: GPT, task: Task) -> list[float]:
 
 @torch.no_grad()
 def one_by_one(model: GPT, task: Task) -> list[float]:
-    """The same without any of it: a row is a forward of its own, and all its logits are made."""
+    """The same without any of it: an item is a forward, its options padded to one length, and all logits are made."""
     losses = []
     for index in range(len(task.items)):
-        for row in all_rows(Numbers(), task, task.items, [index], SHAPE["sequence_len"]):
-            ids = torch.tensor(row.tokens, device=model.device)
-            logits = model(ids[None])[0]
-            losses.append(F.cross_entropy(logits[row.start - 1 : row.end - 1], ids[row.start : row.end]).item())
+        rows = all_rows(Numbers(), task, task.items, [index], SHAPE["sequence_len"])
+        width = max(len(row.tokens) for row in rows)
+        ids = torch.tensor([row.tokens + [0] * (width - len(row.tokens)) for row in rows], device=model.device)
+        for row, line, logits in zip(rows, ids, model(ids), strict=True):
+            span = slice(row.start, row.end)
+            losses.append(F.cross_entropy(logits[row.start - 1 : row.end - 1], line[span]).item())
     return losses
 
 
