@@ -61,14 +61,14 @@ def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, s
     return F.cross_entropy(softcapped(wide(F.linear(x, weight.to(x.dtype))), softcap), targets, reduction="none")
 
 
-def _exponentials(logits: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [n, V] before the cap -> (exp(capped - cap) times the cap's derivative [n, V], sums of the former [n, 1]).
-
-    The first divided by the second is the softmax's part of the gradient; one pass over the logits makes both.
+def _chunk_gradient(logits: torch.Tensor, valid: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [n, V] before the cap, valid [n, 1] -> the softmax's part of the gradient to them [n, V], and [n, 1]
+    the sums of exp(capped - softcap). What the target subtracts touches one entry a row: that is cheaper afterwards.
     """
     squashed = 2 * torch.sigmoid(wide(logits) * (2 / softcap)) - 1  # tanh(logits / softcap), vectorised everywhere
     exps = torch.exp(squashed * softcap - softcap)
-    return (exps * (1 - squashed * squashed)).to(logits.dtype), exps.sum(dim=-1, keepdim=True)
+    total = exps.sum(dim=-1, keepdim=True)
+    return (exps * torch.where(valid, 1 / total, 0.0) * (1 - squashed * squashed)).to(logits.dtype), total
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -84,13 +84,10 @@ class _ChunkedSum(torch.autograd.Function):
             logits = xs @ cast.t()
             valid, column = (ys != IGNORED)[:, None], ys.clamp(min=0)[:, None]
             own = torch.tanh(wide(logits.gather(1, column)) / softcap)
-            gradient, total = exponentials(logits, softcap)
+            gradient, total = chunk_gradient(logits, valid, softcap)
             loss += torch.where(valid, total.log() + softcap - own * softcap, 0.0).sum()
-            # The gradient to the logits, before each row is divided by its total: the features take the division.
-            gradient.scatter_add_(1, column, ((own * own - 1) * total).to(gradient.dtype))
-            share = torch.where(valid, 1 / total, 0.0)
-            dx[start : start + rows] = wide(gradient @ cast) * share
-            xs = (wide(xs) * share).to(gradient.dtype)
+            gradient.scatter_add_(1, column, torch.where(valid, own * own - 1, 0.0).to(gradient.dtype))
+            dx[start : start + rows] = gradient @ cast
             if gradient.dtype == dw.dtype:
                 dw.addmm_(gradient.t(), xs)
             else:
@@ -104,17 +101,18 @@ class _ChunkedSum(torch.autograd.Function):
         return dx * scale.to(dx.dtype), dw * scale, None, None
 
 
-exponentials = _exponentials  # base_train replaces it by a compiled one: see compile_loss_head
+chunk_gradient = _chunk_gradient  # base_train replaces it by a compiled one: see compile_loss_head
 
 
 def compile_loss_head(on: bool) -> None:
     """Fuse the elementwise part of every chunk with torch.compile, or undo it; results change by rounding only."""
-    global exponentials
-    exponentials = _exponentials
+    global chunk_gradient
+    chunk_gradient = _chunk_gradient
     if on:
-        compiled = torch.compile(_exponentials)
+        compiled = torch.compile(_chunk_gradient)
 
-        def exponentials(logits: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
-            torch._dynamo.maybe_mark_dynamic(logits, 0)  # one graph for every number of rows
-            torch._dynamo.mark_static(logits, 1)
-            return compiled(logits, softcap)
+        def chunk_gradient(logits: torch.Tensor, valid: torch.Tensor, softcap: float) -> tuple[torch.Tensor, ...]:
+            for tensor in (logits, valid):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one graph for every number of rows
+                torch._dynamo.mark_static(tensor, 1)
+            return compiled(logits, valid, softcap)

@@ -86,9 +86,9 @@ def test_logits_stay_inside_the_cap():
 def test_switching_compilation_on_and_off_changes_the_kernel_only():
     """torch.compile is lazy: nothing is compiled before the first call."""
     compile_loss_head(True)
-    assert loss_head.exponentials is not loss_head._exponentials
+    assert loss_head.chunk_gradient is not loss_head._chunk_gradient
     compile_loss_head(False)
-    assert loss_head.exponentials is loss_head._exponentials
+    assert loss_head.chunk_gradient is loss_head._chunk_gradient
 
 
 def test_one_graph_for_chunks_of_any_length(monkeypatch):
