@@ -6,29 +6,41 @@ from collections.abc import Iterator
 
 import torch
 
+from nanochat.optim import MuonAdamW
 from nanochat.runtime import UserError, first_line
 from nanochat.settings import Settings
 
 
 def accumulate(
-    model, inputs: torch.Tensor, targets: torch.Tensor, rows: int, valid: torch.Tensor
+    model,
+    inputs: torch.Tensor,
+    targets: torch.Tensor,
+    rows: int,
+    valid: torch.Tensor,
+    optimizer: MuonAdamW | None = None,
 ) -> torch.Tensor | None:
     """Forward and backward of `rows` rows at a time; the loss over `valid` targets, or None without memory.
 
     inputs, targets int64 [rows of this rank, T]; valid: targets that count in the global batch, a scalar tensor.
     Returns each modality's part of the loss, [E]: their sum is the loss.
-    Gradients are left in the parameters; after None they are not of use.
+    Gradients are left in the parameters, or are already on their way to the other ranks if the optimizer is told;
+    after None they are not of use, and all ranks have to drop them.
     """
-    loss = torch.zeros((), device=inputs.device)  # of as many modalities as the model says
+    loss: torch.Tensor | None = torch.zeros((), device=inputs.device)  # of as many modalities as the model says
     try:
-        for x, y in zip(inputs.split(rows), targets.split(rows), strict=True):
+        for start in range(0, len(inputs), rows):
+            x, y = inputs[start : start + rows], targets[start : start + rows]
             micro_loss = model(x, y, loss_reduction="modalities") / valid.clamp(min=1)
+            if optimizer is not None and start + rows >= len(inputs):
+                optimizer.send_when_ready()
             micro_loss.sum().backward()
             loss = loss + micro_loss.detach()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        return None
+        loss = None
+    if optimizer is not None:  # not in the handler, which keeps the failed pass's memory alive
+        optimizer.send_gradients(lost=loss is None)
     return loss
 
 

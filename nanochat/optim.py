@@ -1,11 +1,12 @@
 """Muon for the matrices, AdamW for embeddings, heads and scalars, in one optimizer for 1 to N ranks.
 
 Sharded like ZeRO-1 (arXiv 1910.02054): gradients are summed over the ranks by reduce-scatter, every rank updates the
-shard it owns and keeps optimizer state only for it, all-gather brings the parameters back. Saved state has whole
-tensors under parameter names, so it loads at any number of ranks.
+shard it owns and keeps optimizer state only for it, all-gather brings the parameters back. The sums begin while the
+backward pass still runs, as in DDP (arXiv 2006.15704). Saved state has whole tensors under parameter names, so it
+loads at any number of ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ import torch.nn as nn
 from torch.optim.adamw import adamw
 
 from nanochat.parameters import group_of, modality_of
+from nanochat.runtime import first_line
 
 # Newer releases of torch rename these collectives; the arguments are the same.
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -59,12 +61,76 @@ class MuonAdamW(torch.optim.Optimizer):
     of which a global batch may hold nothing, has its name in `modality`: without a gradient it stays as it is, since
     Muon would make a step of full size from what its momentum remembers.
     Use: `norm = optimizer.reduce_gradients()`, then `optimizer.step(scale)`, or drop_gradients() to skip a bad step.
+    With ranks, send_when_ready() before the last backward() of a step lets communication overlap with it.
     """
 
     def __init__(self, groups: list[dict], rank: int = 0, world_size: int = 1):
         super().__init__(groups, {})
         self.rank, self.world_size = rank, world_size
         self.units = [unit for group in self.param_groups for unit in _units(group, rank, world_size)]
+        self.pieces = [(unit, number) for unit in self.units for number in range(unit.pieces)]
+        self.order: list[int] | None = None  # in which pieces are sent; None: not known yet when each will be ready
+        self.finished: list[int] = []  # pieces in the order in which this backward pass completed them
+        self.sent = 0  # how many pieces, of this order
+        self.hooks: list = []
+
+    # -- gradients of all ranks ---------------------------------------------------------------------------------------
+
+    def send_when_ready(self) -> None:
+        """To be called before the last backward() of a step: each piece is summed over the ranks once it is complete.
+
+        The sums have to begin in the same order on all ranks, whatever their graphs look like: the order in which rank
+        0 completed the pieces in its first such pass, in which nothing is sent early. A piece waits for those before
+        it; send_gradients() sends what is left.
+        """
+        if self.world_size == 1:
+            return
+        missing = [len(unit.members(number)) for unit, number in self.pieces]
+        self.finished = []
+
+        def arrived(piece: int) -> None:
+            missing[piece] -= 1
+            if missing[piece] == 0:
+                self.finished.append(piece)
+            while self.order and self.sent < len(self.order) and not missing[self.order[self.sent]]:
+                self._send_next(self.order)
+
+        for piece, (unit, number) in enumerate(self.pieces):
+            for parameter in unit.members(number):
+                hook = parameter.register_post_accumulate_grad_hook(lambda _, piece=piece: arrived(piece))
+                self.hooks.append(hook)
+
+    @torch.no_grad()
+    def send_gradients(self, lost: bool = False) -> None:
+        """Begin all sums that have not begun; lost: this rank has no gradients, it sends zeros in their place.
+
+        A rank whose backward pass failed has to send as much as the others before it does anything else with them.
+        """
+        if self.world_size > 1:
+            self._send_rest(lost)
+
+    def _send_rest(self, lost: bool = False) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        if lost:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
+        while self.sent < len(self.pieces):
+            self._send_next(self.order or range(len(self.pieces)))
+
+    def _send_next(self, order) -> None:
+        unit, number = self.pieces[order[self.sent]]
+        unit.send(number)
+        self.sent += 1
+
+    def _agree_on_order(self) -> None:
+        """From now on pieces are sent as rank 0 completed them; those without a gradient come last."""
+        rest = sorted(set(range(len(self.pieces))).difference(self.finished))
+        order = torch.tensor(self.finished + rest, device=self.units[0].params[0].device)
+        dist.broadcast(order, src=0)
+        self.order = order.tolist()
 
     @torch.no_grad()
     def reduce_gradients(self) -> tuple[float, dict[str, float]]:
@@ -72,37 +138,48 @@ class MuonAdamW(torch.optim.Optimizer):
 
         Afterwards each rank holds the summed gradient of its own shard; p.grad is spent.
         """
+        self._send_rest()
         device = self.units[0].params[0].device
         squares = torch.zeros(len(self.param_groups), dtype=torch.float32, device=device)
         index = {id(group): i for i, group in enumerate(self.param_groups)}
         for unit in self.units:
-            unit.grad = unit.scatter([p.grad if p.grad is not None else torch.zeros_like(p) for p in unit.params])
-            squares[index[id(unit.group)]] += unit.grad.float().square().sum()
+            unit.receive()
+            squares[index[id(unit.group)]] += torch.linalg.vector_norm(unit.grad, dtype=torch.float32).square()
+        self.sent = 0
         if self.world_size > 1:
             dist.all_reduce(squares)
+            if self.order is None and self.finished:
+                self._agree_on_order()
         norms = squares.sqrt().tolist()
         for unit in self.units:
             unit.idle = unit.group.get("modality") is not None and norms[index[id(unit.group)]] == 0
         return squares.sum().sqrt().item(), {g["name"]: n for g, n in zip(self.param_groups, norms, strict=True)}
 
     def drop_gradients(self) -> None:
-        """Instead of step(): forget the reduced gradients, which would hold memory through the next backward pass."""
+        """Instead of step(): forget the reduced gradients, which would hold memory through the next backward pass.
+
+        Also instead of reduce_gradients(), after send_gradients().
+        """
         for unit in self.units:
+            unit.receive()
             unit.grad = None
+        self.sent = 0
 
     @torch.no_grad()
     def step(self, scale: float = 1.0) -> None:
         """Update all parameters from the reduced gradients times `scale` (the clipping factor)."""
+        updated = []
         for unit in self.units:
             assert unit.grad is not None, "call reduce_gradients() before step()"
+            gradient, unit.grad = unit.grad, None
             if unit.idle:
-                unit.grad = None
                 continue
-            gradient = unit.grad if scale == 1.0 else unit.grad * scale
-            unit.grad = None
             shard = unit.shard()
-            (_adamw_step if unit.group["kind"] == "adamw" else _muon_step)(shard, gradient, unit.state, unit.group)
-            unit.gather(shard)
+            update = _adamw_step if unit.group["kind"] == "adamw" else _muon_step
+            update(shard, gradient, scale, unit.state, unit.group)
+            updated.append((unit, *unit.begin_gather(shard)))  # while the next one is computed
+        for unit, whole, work in updated:
+            unit.end_gather(whole, work)
 
     # -- state under parameter names ----------------------------------------------------------------------------------
 
@@ -116,7 +193,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 if quantity == "step":
                     yield from ((f"{name}.step", torch.tensor(value)) for name in unit.names)
                 else:
-                    parts = unit.split(unit.all_gather(value))
+                    parts = unit.split(unit.in_order(*unit.begin_gather(value)))
                     yield from ((f"{name}.{quantity}", part) for name, part in zip(unit.names, parts, strict=True))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -138,13 +215,14 @@ class MuonAdamW(torch.optim.Optimizer):
                 if quantity == "step":
                     unit.state["step"] = int(parts[0])
                 else:
-                    unit.state[quantity] = unit.own(unit.join([p.to(unit.params[0].device) for p in parts])).clone()
+                    unit.state[quantity] = unit.own([p.to(unit.params[0].device) for p in parts]).clone()
 
 
 class _Unit:
-    """What one collective moves: one flattened AdamW parameter, or a stack of Muon matrices of the same shape.
+    """What is updated together: one flattened AdamW parameter, or a stack of Muon matrices of the same shape.
 
-    The joined tensor is padded along its first dimension to a multiple of the ranks; each rank owns an equal slice.
+    It is padded to a multiple of the ranks. Each owns an equal slice of the flat one; of a stack rank r owns the
+    matrices r, r + N, ..., so that a piece, N neighbours that the backward pass completes together, can be sent early.
     """
 
     def __init__(self, group: dict, params: list[nn.Parameter], names: list[str], rank: int, world_size: int):
@@ -153,14 +231,21 @@ class _Unit:
         self.stacked = group["kind"] == "muon"
         self.length = len(params) if self.stacked else params[0].numel()
         self.own_length = -(-self.length // world_size)
+        self.pieces = self.own_length if self.stacked and world_size > 1 else 1  # a reduce-scatter each
         self.state: dict = {}
         self.grad: torch.Tensor | None = None
+        self.works: list = []  # reduce-scatters on their way, with the memory that they read
         self.idle = False  # the whole group of a modality is without a gradient in this step, on all ranks
 
-    def join(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """Tensors of the unit's parameters -> one padded tensor [own_length * world_size, ...]."""
+    def members(self, piece: int) -> list[nn.Parameter]:
+        """The parameters whose gradients a piece holds."""
+        whole = self.pieces == 1
+        return self.params if whole else self.params[piece * self.world_size : (piece + 1) * self.world_size]
+
+    def join(self, tensors: list[torch.Tensor], multiple: int) -> torch.Tensor:
+        """Tensors of parameters -> one tensor, padded along its first dimension to a multiple."""
         whole = torch.stack(tensors) if self.stacked else tensors[0].reshape(-1)
-        padding = self.own_length * self.world_size - self.length
+        padding = -len(whole) % multiple
         return torch.cat([whole, whole.new_zeros(padding, *whole.shape[1:])]) if padding else whole
 
     def split(self, whole: torch.Tensor) -> list[torch.Tensor]:
@@ -169,35 +254,57 @@ class _Unit:
             return list(whole[: self.length].unbind(0))
         return [whole[: self.length].view(self.params[0].shape)]
 
-    def own(self, whole: torch.Tensor) -> torch.Tensor:
+    def own(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """This rank's shard of what lies in such tensors; alone and flat it is the tensor's own memory."""
+        if self.stacked:
+            some = tensors[self.rank :: self.world_size]
+            return torch.stack(some + [torch.zeros_like(tensors[0])] * (self.own_length - len(some)))
+        whole = self.join(tensors, self.world_size)
         return whole[self.rank * self.own_length : (self.rank + 1) * self.own_length]
 
-    def scatter(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Sum over the ranks of this rank's slice."""
-        whole = self.join(gradients)
+    def send(self, piece: int) -> None:
+        """Begin to sum a piece of the gradient over the ranks; p.grad is given up."""
+        members = self.members(piece)
+        whole = self.join([p.grad if p.grad is not None else torch.zeros_like(p) for p in members], self.world_size)
+        for parameter in members:
+            parameter.grad = None
         if self.world_size == 1:
-            return whole
-        out = whole.new_empty(self.own_length, *whole.shape[1:])
-        REDUCE_SCATTER(out, whole.contiguous())
-        return out
+            self.grad = whole
+            return
+        if self.grad is None:
+            self.grad = whole.new_empty(self.own_length, *whole.shape[1:])
+        out = self.grad[piece : piece + 1] if self.stacked else self.grad
+        self.works.append((REDUCE_SCATTER(out, whole.contiguous(), async_op=True), whole))
 
-    def all_gather(self, shard: torch.Tensor) -> torch.Tensor:
+    def receive(self) -> None:
+        """Wait for what was sent: `grad` is this rank's slice of the sum."""
+        for work, _ in self.works:
+            work.wait()
+        self.works = []
+
+    def begin_gather(self, shard: torch.Tensor) -> tuple[torch.Tensor, object]:
+        """Collect the shards of all ranks; returns (memory for them, what to wait for)."""
         if self.world_size == 1:
-            return shard
-        out = shard.new_empty(self.own_length * self.world_size, *shard.shape[1:])
-        ALL_GATHER(out, shard.contiguous())
-        return out
+            return shard, None
+        whole = shard.new_empty(self.own_length * self.world_size, *shard.shape[1:])
+        return whole, ALL_GATHER(whole, shard.contiguous(), async_op=True)
+
+    def in_order(self, whole: torch.Tensor, work) -> torch.Tensor:
+        """What begin_gather() collected, as join() would give it."""
+        if work is not None:
+            work.wait()
+        if not self.stacked:
+            return whole
+        return whole.unflatten(0, (self.world_size, self.own_length)).transpose(0, 1).flatten(0, 1)
 
     def shard(self) -> torch.Tensor:
-        """This rank's slice of the parameters; alone and flat it is the parameter's own memory."""
-        return self.own(self.join([p.detach() for p in self.params]))
+        """This rank's slice of the parameters, to be updated in place."""
+        return self.own([p.detach() for p in self.params])
 
-    def gather(self, shard: torch.Tensor) -> None:
+    def end_gather(self, whole: torch.Tensor, work) -> None:
         """Bring the updated slices of all ranks back into the parameters."""
-        if self.world_size == 1 and not self.stacked:
-            return  # updated in place
-        for parameter, value in zip(self.params, self.split(self.all_gather(shard)), strict=True):
-            parameter.copy_(value)
+        if self.world_size > 1 or self.stacked:  # else it was updated in place
+            torch._foreach_copy_([p.detach() for p in self.params], self.split(self.in_order(whole, work)))
 
 
 def _units(group: dict, rank: int, world_size: int) -> list[_Unit]:
@@ -209,8 +316,9 @@ def _units(group: dict, rank: int, world_size: int) -> list[_Unit]:
     return [_Unit(group, [p for p, _ in s], [name for _, name in s], rank, world_size) for s in stacks]
 
 
-def _adamw_step(p: torch.Tensor, g: torch.Tensor, state: dict, group: dict) -> None:
+def _adamw_step(p: torch.Tensor, g: torch.Tensor, scale: float, state: dict, group: dict) -> None:
     """AdamW with decoupled decay (arXiv 1711.05101), in place on the flat shard p [n], in one pass over memory."""
+    g = g if scale == 1.0 else g * scale
     if not state:
         state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     beta1, beta2 = group["betas"]
@@ -226,36 +334,71 @@ def _adamw_step(p: torch.Tensor, g: torch.Tensor, state: dict, group: dict) -> N
 NEURON_BETA = 0.95  # decay of the running per-neuron variance
 
 
-def _muon_step(p: torch.Tensor, g: torch.Tensor, state: dict, group: dict) -> None:
+def _muon_step(p: torch.Tensor, g: torch.Tensor, scale: float, state: dict, group: dict) -> None:
     """Muon (Keller Jordan, 2024), in place on the stacked shard p [k, m, n] (padding matrices are zero and stay so)."""
     if not state:
         state["momentum"] = torch.zeros_like(p)
-    momentum = group["momentum"]
-    state["momentum"].lerp_(g, 1 - momentum)
-    direction = g.lerp(state["momentum"], momentum) if group["nesterov"] else state["momentum"]
-    update = orthogonalize(direction, group["method"], group["dtype"]).to(p.dtype)
-    if group["normalize"]:
-        update = _normalize_neurons(update, state)
+    if group["normalize"] and "neuron_sq" not in state:  # the longer side counts the neurons
+        k, m, n = p.shape
+        state["neuron_sq"] = p.new_zeros((k, m, 1) if m >= n else (k, 1, n))
     # A tall matrix has more outputs than inputs: the same spectral change per input needs a larger step.
     rate = group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5
-    if decay := group["lr"] * group["weight_decay"]:
-        p.sub_(p * (update * p >= 0) if group["cautious"] else p, alpha=decay)
-    p.sub_(update, alpha=rate)
+    # What changes from step to step is a tensor: as a number it would be compiled in.
+    rates = torch.tensor([scale, group["momentum"], rate, group["lr"] * group["weight_decay"]], device=p.device)
+    neuron_sq = state["neuron_sq"] if group["normalize"] else None
+    fixed = group["nesterov"], group["cautious"], group["method"], group["dtype"]
+    try:
+        muon_update(p, g, state["momentum"], neuron_sq, rates, *fixed)
+    except torch._dynamo.exc.TorchDynamoException as error:  # while compiling, before anything was changed
+        print(f"Muon goes on without torch.compile ({type(error).__name__}: {first_line(error)})", flush=True)
+        compile_muon(False)
+        muon_update(p, g, state["momentum"], neuron_sq, rates, *fixed)
 
 
-def _normalize_neurons(update: torch.Tensor, state: dict) -> torch.Tensor:
+def _muon_update(
+    p: torch.Tensor,
+    g: torch.Tensor,
+    mean: torch.Tensor,
+    neuron_sq: torch.Tensor | None,
+    rates: torch.Tensor,
+    nesterov: bool,
+    cautious: bool,
+    method: str,
+    dtype: torch.dtype,
+) -> None:
+    """In place on p, mean (of the gradients) [k, m, n] and neuron_sq; rates: scale of g, momentum, step, decay."""
+    scale, momentum, rate, decay = rates.unbind()
+    g = g * scale
+    mean.lerp_(g, 1 - momentum)
+    update = orthogonalize(g.lerp(mean, momentum) if nesterov else mean, method, dtype).to(p.dtype)
+    if neuron_sq is not None:
+        update = _normalize_neurons(update, neuron_sq)
+    decayed = torch.where(update * p >= 0, p, 0.0) if cautious else p
+    p.sub_(rate * update + decay * decayed)
+
+
+def _normalize_neurons(update: torch.Tensor, neuron_sq: torch.Tensor) -> torch.Tensor:
     """Divide each neuron's update by its running rms, then restore the norm of every matrix (arXiv 2510.05491).
 
-    The longer side counts the neurons; the state "neuron_sq" is [k, m, 1] for m >= n, else [k, 1, n].
+    neuron_sq: the running mean squares, in place, [k, m, 1] or [k, 1, n].
     """
-    dim = -1 if update.size(-2) >= update.size(-1) else -2
-    mean_square = update.square().mean(dim=dim, keepdim=True)
-    if "neuron_sq" not in state:
-        state["neuron_sq"] = torch.zeros_like(mean_square)
-    state["neuron_sq"].lerp_(mean_square, 1 - NEURON_BETA)
-    scaled = update * state["neuron_sq"].clamp(min=1e-10).rsqrt()
+    mean_square = update.square().mean(dim=-1 if neuron_sq.size(-1) == 1 else -2, keepdim=True)
+    neuron_sq.lerp_(mean_square, 1 - NEURON_BETA)
+    scaled = update * neuron_sq.clamp(min=1e-10).rsqrt()
     before = update.norm(dim=(-2, -1), keepdim=True)
     return scaled * (before / scaled.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
+
+
+muon_update: Callable[..., None] = _muon_update  # compile_muon() replaces it
+
+
+def compile_muon(on: bool) -> None:
+    """Make Muon's update one compiled graph a shape, each at its first use, or undo it; changes results by rounding."""
+    global muon_update
+    if on:
+        config = torch._dynamo.config
+        config.recompile_limit = max(64, config.recompile_limit)  # modalities may bring more shapes than the default
+    muon_update = torch.compile(_muon_update, dynamic=False) if on else _muon_update
 
 
 def build_optimizer(model: nn.Module, settings, dtype: torch.dtype, rank: int = 0, world_size: int = 1) -> MuonAdamW:
@@ -266,9 +409,9 @@ def build_optimizer(model: nn.Module, settings, dtype: torch.dtype, rank: int = 
     """
     kinds = {
         "wte": "tied" if model.config.tie_weights else "embedding", "lm_head": "unembedding",
-        "value_embeds": "value_embedding", "scalars": "scalar",
+        "value_embeds": "value_embedding", "bigram_embed": "bigram", "scalars": "scalar",
     }  # fmt: skip
-    order = ("embedding", "tied", "unembedding", "value_embedding", "matrix", "scalar")
+    order = ("embedding", "tied", "unembedding", "value_embedding", "bigram", "matrix", "scalar")
     modalities = (None, *model.vocabulary.names)
     groups: dict[tuple[str, str | None], list[str]] = {(kind, m): [] for kind in order for m in modalities}
     named = dict(model.named_parameters())
@@ -285,6 +428,7 @@ def build_optimizer(model: nn.Module, settings, dtype: torch.dtype, rank: int = 
         "tied": settings.tied_weights_lr * scale,
         "unembedding": (settings.tied_weights_lr if split else settings.unembedding_lr) * scale,
         "value_embedding": settings.value_embedding_lr * scale,
+        "bigram": settings.bigram_lr * scale,
         "matrix": settings.matrix_lr,
         "scalar": settings.scalar_lr,
     }

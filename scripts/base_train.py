@@ -239,15 +239,16 @@ def loop(training: Training) -> dict:
             if compute.world_size > 1:
                 dist.all_reduce(scored)
             valid = scored.sum()
-            loss = accumulate(model, inputs, targets, micro_rows, valid)
+            loss = accumulate(model, inputs, targets, micro_rows, valid, optimizer)
             while compute.agreed(loss is None):  # no memory on some rank: all try the same batch in smaller parts
+                optimizer.drop_gradients()
                 model.zero_grad(set_to_none=True)
                 compute.free_memory()
                 settings = smaller(settings, compute.world_size)
                 micro_rows, accumulation = settings.batch_plan(compute.world_size)
                 log.write(run.step, event="oom", device_batch_size=micro_rows)
                 print0(f"out of memory: going on with {micro_rows} rows x {accumulation} micro-batches")
-                loss = accumulate(model, inputs, targets, micro_rows, valid)
+                loss = accumulate(model, inputs, targets, micro_rows, valid, optimizer)
             if compute.world_size > 1:
                 dist.all_reduce(loss)
             multiplier = schedule.lr_multiplier(settings, run.step, steps)

@@ -19,17 +19,20 @@ def tag_of(key: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in key)
 
 
-def base_train(key: str, settings: dict, stage: str = "base") -> list[dict]:
-    """One training run with one thread, in a process of its own, under a tag made of its key: its metrics.jsonl.
+def base_train(
+    key: str, settings: dict, stage: str = "base", ranks: int = 1, threads: int = 1, module: str | None = None
+) -> list[dict]:
+    """One training run with so many threads a rank, in processes of its own, under a tag made of its key.
 
-    stage: "base", or "adapter" for scripts.adapter_train.
+    stage: "base", or "adapter" for scripts.adapter_train; module: what to run in its place. Returns its metrics.jsonl.
     """
     tag = tag_of(key)
     flags = [f"--{name}={value}" for name, value in {**settings, "model_tag": tag, "overwrite": True}.items()]
     write_atomically(base_dir() / NO_CONFIG, "")
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else []
     done = subprocess.run(
-        [sys.executable, "-m", f"scripts.{stage}_train", str(base_dir() / NO_CONFIG), *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        [sys.executable, "-m", *launcher, module or f"scripts.{stage}_train", str(base_dir() / NO_CONFIG), *flags],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         raise UserError(f"run {key} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")

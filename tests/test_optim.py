@@ -1,16 +1,21 @@
 """The optimizer against torch's AdamW and Muon, float64 references, and itself on one rank."""
 
+from datetime import timedelta
+
 import hypothesis.strategies as st
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn as nn
+from forked import spawn
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
+from torch._dynamo.testing import CompileCounter
 
+from nanochat import optim
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import NEWTON_SCHULZ, POLAR_EXPRESS, MuonAdamW, build_optimizer, orthogonalize
+from nanochat.micro_batches import accumulate
+from nanochat.optim import NEWTON_SCHULZ, POLAR_EXPRESS, MuonAdamW, build_optimizer, compile_muon, orthogonalize
 from nanochat.settings import Settings
 
 TINY = GPTConfig(sequence_len=8, vocab_size=11, n_layer=2, n_head=1, n_kv_head=1, n_embd=8)
@@ -184,6 +189,57 @@ def test_clipping_scales_the_gradient_and_the_norms_are_those_of_the_whole():
         optimizer.step()
 
 
+def muon_steps() -> list[torch.Tensor]:
+    """Two shapes, three steps of changing rates: the weights."""
+    ps = [nn.Parameter(randn(*shape, seed=1)) for shape in ((4, 6), (6, 4), (4, 6))]
+    optimizer = MuonAdamW([{**muon_group(ps, normalize=True, cautious=True), "weight_decay": 0.1}])
+    for step in range(3):
+        optimizer.param_groups[0].update(lr=0.1 / (step + 1), momentum=0.8 + step / 20)
+        for i, p in enumerate(ps):
+            p.grad = randn(*p.shape, seed=10 * step + i)
+        take_step(optimizer, 0.5 + step)
+    return [p.detach() for p in ps]
+
+
+@pytest.fixture
+def compiled_by(monkeypatch):
+    """compiled_by(backend): Muon's update is compiled by it from now on."""
+    torch._dynamo.reset()
+
+    def use(backend) -> None:
+        compiler = torch.compile
+        monkeypatch.setattr(
+            torch, "compile", lambda function, dynamic: compiler(function, dynamic=dynamic, backend=backend)
+        )
+        compile_muon(True)
+
+    yield use
+    compile_muon(False)
+    torch._dynamo.reset()
+
+
+def test_muon_is_one_graph_a_shape_at_all_rates(compiled_by):
+    """Red when a rate goes in as a number (a graph for every step), or when the stacks are taken apart."""
+    eager, counter = muon_steps(), CompileCounter()
+    compiled_by(counter)
+    for a, b in zip(muon_steps(), eager, strict=True):
+        torch.testing.assert_close(a, b)
+    assert counter.frame_count == 2
+
+
+def test_muon_goes_on_where_its_compiler_fails(compiled_by, capsys):
+    """Red when the update is not repeated after the failure, or without `compile_muon(False)`."""
+
+    def broken(graph, inputs):
+        raise ValueError("no such instruction")
+
+    eager = muon_steps()
+    compiled_by(broken)
+    assert all(torch.equal(a, b) for a, b in zip(muon_steps(), eager, strict=True))
+    assert capsys.readouterr().out.count("Muon goes on without torch.compile (BackendCompilerFailed: ") == 1
+    assert optim.muon_update is optim._muon_update
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # groups
 
@@ -218,13 +274,15 @@ def test_every_parameter_is_in_exactly_one_group(variant):
 
 def test_gates_lambdas_and_value_embeddings_have_their_own_rates():
     """Red when a gate of one row goes to Muon, which would push every update of it to full size."""
-    model = tiny_model(value_embeddings=True, smear=True, residual_scalars=True, backout=True)
-    optimizer = build_optimizer(model, Settings(value_embedding_lr=0.3, scalar_lr=0.02), torch.float32)
+    model = tiny_model(value_embeddings=True, smear=True, residual_scalars=True, backout=True, bigram_rows=11)
+    optimizer = build_optimizer(model, Settings(value_embedding_lr=0.3, bigram_lr=0.4, scalar_lr=0.02), torch.float32)
     groups = {group["name"]: group for group in optimizer.param_groups}
-    lambdas = {"smear_lambda", "resid_lambdas", "x0_lambdas", "backout_lambda"}
+    lambdas = {"smear_lambda", "resid_lambdas", "x0_lambdas", "backout_lambda", "bigram_lambdas"}
     gates = {"smear_gate.weight", "transformer.h.1.attn.ve_gate.weight"}
     assert set(groups["scalar"]["param_names"]) == lambdas | gates
     assert groups["value_embedding"]["param_names"] == ["value_embeds.1.weight"]
+    assert groups["bigram"]["param_names"] == ["bigram_embed.weight"]
+    assert groups["bigram"]["lr"] == pytest.approx(0.4 * (8 / 768) ** -0.5)
     assert (groups["scalar"]["kind"], groups["value_embedding"]["kind"]) == ("adamw", "adamw")
     assert groups["scalar"]["lr"] == 0.02
     assert groups["value_embedding"]["lr"] == pytest.approx(0.3 * (8 / 768) ** -0.5)
@@ -247,7 +305,9 @@ def train(model: GPT, optimizer: MuonAdamW, steps: range, rows: slice = slice(No
     """Steps on six rows that depend on the step alone; `rows` are this rank's."""
     for step in steps:
         ids = torch.randint(11, (6, 9), generator=torch.Generator().manual_seed(step))[rows]
-        (model(ids[:, :-1], ids[:, 1:], loss_reduction="sum") / 48).backward()
+        loss = model(ids[:, :-1], ids[:, 1:], loss_reduction="sum") / 48
+        optimizer.send_when_ready()
+        loss.backward()
         take_step(optimizer)
         model.zero_grad(set_to_none=True)
 
@@ -275,10 +335,15 @@ def test_saved_state_continues_the_same_run():
         fresh.load_state_dict({})
 
 
-def one_of_three(rank: int, folder: str) -> None:
-    """Rank `rank` of 3: 2 steps, save, load into a fresh optimizer, 1 more step; rank 0 writes what came out."""
+def meet(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=3)
+    where = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks, timeout=timedelta(seconds=20))
+
+
+def one_of_three(rank: int, folder: str) -> None:
+    """Rank `rank` of 3: 2 steps, save, load into a fresh optimizer, 2 more steps; rank 0 writes what came out."""
+    meet(rank, 3, folder)
     model, optimizer = make(rank, 3)
     rows = slice(2 * rank, 2 * rank + 2)
     train(model, optimizer, range(2), rows)
@@ -290,17 +355,48 @@ def one_of_three(rank: int, folder: str) -> None:
     train(model, resumed, range(2, 3), rows)
     if rank == 0:
         torch.save({"two": state, "model": model.state_dict()}, f"{folder}/out.pt")
+    without_memory(rank, model, resumed, rows)
+    if rank == 0:
+        torch.save(model.state_dict(), f"{folder}/four.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def without_memory(rank: int, model: GPT, optimizer: MuonAdamW, rows: slice) -> None:
+    """Step 3, at which rank 1 fails in the middle of its last backward pass, and all try again in smaller parts."""
+    ids = torch.randint(11, (6, 9), generator=torch.Generator().manual_seed(3))[rows]
+    batch = ids[:, :-1], ids[:, 1:]
+
+    def starved(_):
+        assert 0 < optimizer.sent < len(optimizer.pieces)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    middle = model.transformer.h[1].attn.c_q.weight
+    hook = middle.register_hook(starved) if rank == 1 else None
+    loss = accumulate(model, *batch, 2, torch.tensor(48), optimizer)
+    failed = torch.tensor(float(loss is None))
+    dist.all_reduce(failed)
+    assert failed == 1
+    if hook is not None:
+        hook.remove()
+    else:
+        assert all(p.grad is None for p in model.parameters())  # they were sent, and their memory is free
+    optimizer.drop_gradients()
+    model.zero_grad(set_to_none=True)
+    assert accumulate(model, *batch, 1, torch.tensor(48), optimizer) is not None
+    assert optimizer.sent == len(optimizer.pieces)
+    take_step(optimizer)
 
 
 def test_three_ranks_are_one(tmp_path):
     """Stacks of 8, 2 and 2 matrices and 88 numbers over 3 ranks; state saved by 3 loaded by 1 and by 3.
 
-    Red when REDUCE_SCATTER is left out of `_Unit.scatter` (each rank would go its own way), when the padding is not
-    cut off again, or when state_dict saves one rank's shard alone.
+    Red when REDUCE_SCATTER is left out of `_Unit.send` (each rank would go its own way), when the padding is not
+    cut off again, or when state_dict saves one rank's shard alone. And the rank without memory: red when
+    send_gradients() does nothing for a rank that `lost` its gradients (the others wait for their sums), or when
+    drop_gradients() keeps what was sent (the step would take the sums of the failed pass).
     """
-    mp.spawn(one_of_three, args=(str(tmp_path),), nprocs=3)
+    spawn(one_of_three, (str(tmp_path),), ranks=3)
     out = torch.load(tmp_path / "out.pt", weights_only=True)
     model, optimizer = make()
     train(model, optimizer, range(2))
@@ -310,6 +406,38 @@ def test_three_ranks_are_one(tmp_path):
     train(model, optimizer, range(2, 3))
     for name, value in model.state_dict().items():
         torch.testing.assert_close(out["model"][name], value, rtol=1e-4, atol=2e-6, msg=name)
+    train(model, optimizer, range(3, 4))
+    four = torch.load(tmp_path / "four.pt", weights_only=True)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(four[name], value, rtol=1e-4, atol=5e-6, msg=name)
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    """Two parameters whose gradients the ranks complete in opposite orders; at the last step rank 1 lacks one."""
+    meet(rank, 2, folder)
+    a, b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(6))
+    facts = dict(kind="adamw", name="a", params=[a, b], param_names=["a", "b"], weight_decay=0.0)
+    optimizer = MuonAdamW([dict(facts, lr=0.1, betas=(0.5, 0.5), eps=1e-10)], rank, 2)
+    early = []
+    for step in range(3):
+        first, second = (a, b) if rank else (b, a)
+        terms = [(rank + 1) * (first * 1).sum()] + [(rank + 1) * (second * 1).sum()] * (step < 2 or rank == 0)
+        optimizer.send_when_ready()
+        sum(terms).backward()
+        early.append(optimizer.sent)
+        norm, _ = optimizer.reduce_gradients()
+        assert norm == pytest.approx((10 * 9) ** 0.5 if step < 2 else (4 * 9 + 6) ** 0.5)
+        optimizer.step()
+        a.grad = b.grad = None
+    assert optimizer.order == [0, 1]  # as rank 0 completed them
+    assert early == ([0, 2, 2] if rank == 0 else [0, 2, 1]), early
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_gradients_are_summed_while_the_backward_pass_runs_in_one_order_on_all_ranks(tmp_path):
+    """Red when each rank sends what is complete, whatever the others do: gradients of 4 numbers meet those of 6."""
+    spawn(one_of_two, (str(tmp_path),), ranks=2)
 
 
 def test_a_step_that_is_left_out_leaves_nothing_behind():
