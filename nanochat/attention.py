@@ -1,4 +1,4 @@
-"""Causal attention behind one signature: blocked matmuls on a CPU, what attention_kernels chose on a GPU, or SDPA."""
+"""Causal attention behind one signature: blocked matmuls on a CPU, what attention_choice chose on a GPU, or SDPA."""
 
 import torch
 import torch.nn.functional as F

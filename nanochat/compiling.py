@@ -1,13 +1,24 @@
-"""Compiling a model before its first step, so that a compiler that fails is found before the run has begun."""
+"""What a model's steps run on: kernels chosen, and compiled before the first step, so that failures come early."""
 
 import time
 
 import torch
 
+from nanochat.attention_choice import choose_attention
+from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT
 from nanochat.micro_batches import is_out_of_memory
 from nanochat.progress import duration
 from nanochat.runtime import compiler_problem, first_line, import_compiler, print0
+from nanochat.settings import Settings
+
+
+def choose_kernels(model: GPT, settings: Settings) -> None:
+    """Before compile_model: FP8 where it is asked for, and what computes attention, with the reasons."""
+    if settings.fp8:
+        print0(f"FP8: {len(enable_fp8(model))} matrices")
+    for choice in choose_attention(model.config, model.device, model.compute_dtype, compiled=settings.compile):
+        print0(choice)
 
 
 def compile_model(model: GPT, rows: int) -> float:

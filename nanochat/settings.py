@@ -254,6 +254,7 @@ class Settings(RunSettings):
     compile: bool = setting(
         True, "compile the model with torch.compile; falls back to eager with a printed reason", "run"
     )
+    fp8: bool = setting(False, "multiply the blocks' large matrices in FP8 in training: GPUs from Hopper on", "run")
     init_from: str | None = setting(
         None, "begin with the weights of the newest step of this model_tag or folder, ours or nanochat's own", "run"
     )
@@ -694,10 +695,10 @@ def validate(settings: RunSettings, world_size: int = 1) -> RunSettings:
 
 PRESETS: dict[str, dict] = {
     "cpu": dict(
-        data="stdlib", vocab_size=4096, depth=4, model_dim=192, head_dim=64, max_seq_len=256, tie_weights=True,
-        value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0,
-        num_iterations=800, total_batch_size=2048, device_batch_size=8, eval_every=200, eval_tokens=None,
-        sample_every=None, save_every=400, target_param_data_ratio=None,
+        data="stdlib", vocab_size=4096, depth=4, model_dim=128, head_dim=64, max_seq_len=256, tie_weights=True,
+        value_embeddings=True, smear=True, residual_scalars=True, qk_scale=1.2, window_pattern="S", short_window=64,
+        bigram_rows=16_384, num_iterations=1200, total_batch_size=2048, device_batch_size=8, eval_every=300,
+        eval_tokens=None, sample_every=None, save_every=600, target_param_data_ratio=None,
     ),
     "audio": dict(
         data="synth", data_limit=3000, modalities="audio:256", codebooks=2, codec="pitch", vocab_size=320, depth=4,

@@ -31,7 +31,10 @@ wandb_mode = "disabled"
 # compile the model with torch.compile; falls back to eager with a printed reason
 compile = True
 
-# begin with the weights of this model_tag's newest step, such as one that scripts.convert made
+# multiply the blocks' large matrices in FP8 in training: GPUs from Hopper on
+fp8 = False
+
+# begin with the weights of the newest step of this model_tag or folder, ours or nanochat's own
 init_from = None
 
 # what nanochat's own files in init_from are from, as in 2026-03-02; None: what they look like; matters only with
@@ -75,11 +78,11 @@ max_seq_len = 256
 depth = 4
 
 # width per layer: model_dim = depth * aspect_ratio, rounded up to head_dim; matters only with model_dim=None
-# [aspect_ratio has no effect while model_dim=192]
+# [aspect_ratio has no effect while model_dim=128]
 aspect_ratio = 64
 
 # width of the residual stream; None takes depth * aspect_ratio
-model_dim = 192
+model_dim = 128
 
 # width of one attention head (even)
 head_dim = 64
@@ -101,7 +104,7 @@ use_output_projection = False
 output_projection_residual = False
 
 # base of the rotary frequencies; nanochat now uses 100000
-rope_base = 100000.0
+rope_base = 10000.0
 
 # factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2
 qk_scale = 1.2
@@ -110,11 +113,11 @@ qk_scale = 1.2
 softcap = 15.0
 
 # what each layer sees, again and again: L all that came before, S a short window; the last layer is always L
-window_pattern = "L"
+window_pattern = "S"
 
 # tokens before a token that an S layer sees; None: a quarter of the context, rounded up to 128; matters only with
-# window_pattern [short_window has no effect while window_pattern='L']
-short_window = None
+# window_pattern
+short_window = 64
 
 # rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs
 vocab_multiple = 1
@@ -129,7 +132,10 @@ smear = True
 residual_scalars = True
 
 # take a learned part of the middle block's output off the last one's (from depth 3 on)
-backout = True
+backout = False
+
+# rows of a hashed table of embeddings of two neighbouring tokens, which every block adds; None has none
+bigram_rows = 16_384
 
 
 # -------------------- modalities --------------------------------------------------------------------------------------
@@ -185,7 +191,7 @@ route = "sort"
 # -------------------- horizon -----------------------------------------------------------------------------------------
 
 # optimizer steps; takes precedence over the other two horizons
-num_iterations = 800
+num_iterations = 1200
 
 # rows a device works on at a time; lower it when memory runs out
 device_batch_size = 8
@@ -194,11 +200,11 @@ device_batch_size = 8
 total_batch_size = 2048
 
 # train for so many FLOPs; takes precedence over the ratio; matters only with num_iterations=None [target_flops has no
-# effect while num_iterations=800]
+# effect while num_iterations=1200]
 target_flops = None
 
 # train for so many tokens per matmul parameter (Chinchilla: 20); matters only with target_flops=None
-# [target_param_data_ratio has no effect while num_iterations=800]
+# [target_param_data_ratio has no effect while num_iterations=1200]
 target_param_data_ratio = None
 
 
@@ -240,6 +246,9 @@ untie_at = None
 # AdamW rate of value embeddings, before the same scaling; matters only with value_embeddings=True
 value_embedding_lr = 0.2
 
+# AdamW rate of the table of bigrams, before the same scaling; matters only with bigram_rows
+bigram_lr = 0.2
+
 # Muon rate of the weight matrices
 matrix_lr = 0.02
 
@@ -269,7 +278,7 @@ muon_normalize = True
 # -------------------- evaluation --------------------------------------------------------------------------------------
 
 # steps between measurements of val bpb; None only at the end
-eval_every = 200
+eval_every = 300
 
 # held-out tokens of each measurement; None takes all
 eval_tokens = None
@@ -288,7 +297,7 @@ sample_every = None
 # -------------------- checkpoints -------------------------------------------------------------------------------------
 
 # steps between checkpoints; None only at the end
-save_every = 400
+save_every = 600
 
 # keep only the newest so many checkpoints; None keeps all; matters only with save_every
 keep_last = None

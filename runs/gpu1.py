@@ -31,7 +31,10 @@ wandb_mode = "disabled"
 # compile the model with torch.compile; falls back to eager with a printed reason
 compile = True
 
-# begin with the weights of this model_tag's newest step, such as one that scripts.convert made
+# multiply the blocks' large matrices in FP8 in training: GPUs from Hopper on
+fp8 = False
+
+# begin with the weights of the newest step of this model_tag or folder, ours or nanochat's own
 init_from = None
 
 # what nanochat's own files in init_from are from, as in 2026-03-02; None: what they look like; matters only with
@@ -129,6 +132,9 @@ residual_scalars = False
 
 # take a learned part of the middle block's output off the last one's (from depth 3 on)
 backout = False
+
+# rows of a hashed table of embeddings of two neighbouring tokens, which every block adds; None has none
+bigram_rows = None
 
 
 # -------------------- modalities --------------------------------------------------------------------------------------
@@ -237,6 +243,10 @@ untie_at = None
 # AdamW rate of value embeddings, before the same scaling; matters only with value_embeddings=True [value_embedding_lr
 # has no effect while value_embeddings=False]
 value_embedding_lr = 0.2
+
+# AdamW rate of the table of bigrams, before the same scaling; matters only with bigram_rows [bigram_lr has no effect
+# while bigram_rows=None]
+bigram_lr = 0.2
 
 # Muon rate of the weight matrices
 matrix_lr = 0.02

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import schedule
 from nanochat.checkpoint_manager import tag_dir
-from nanochat.compiling import compile_model
+from nanochat.compiling import choose_kernels, compile_model
 from nanochat.config_file import as_dict, from_command_line, render_config
 from nanochat.dataloader import DataLoader
 from nanochat.gpt import GPT, GPTConfig
@@ -77,6 +77,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     elif settings.init_from:
         begin_from(*found, era, model, optimizer, tokenizer, dataset)
     model.uncompile()  # the compiled loss would outlive an earlier run in this process
+    choose_kernels(model, settings)
     compile_seconds = compile_model(model, micro_rows) if settings.compile else 0.0
 
     # -- what the loop evaluates and saves ----------------------------------------------------------------------------

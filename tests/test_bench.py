@@ -3,7 +3,9 @@
 Nothing is timed here: figures come from `python -m scripts.bench`.
 """
 
+import functools
 import json
+import types
 from argparse import Namespace
 
 import numpy as np
@@ -12,10 +14,11 @@ import torch
 
 from nanochat import loss_head
 from nanochat.dataloader import DataLoader
+from nanochat.estimate import meta_model
 from nanochat.runtime import UserError
 from nanochat.settings import Settings, validate
 from scripts.bench import __main__ as bench
-from scripts.bench import growth, load, memory, optimizer, timing, train
+from scripts.bench import growth, load, memory, optimizer, predictions, timing, train
 
 TINY = dict(vocab_size=300, depth=2, model_dim=32, head_dim=16, max_seq_len=64, total_batch_size=256,
             device_batch_size=2, num_iterations=5)  # fmt: skip
@@ -314,3 +317,20 @@ def test_growth_fits_the_exponent_and_plots(small, monkeypatch, tmp_path, capsys
     assert (tmp_path / "g.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="not one of depth"):
         bench.main(["growth", "--dimensions=height"])
+
+
+def test_predictions_stand_beside_what_a_step_takes(monkeypatch, capsys):
+    """One tiny configuration, eagerly, in this process. Red when the whole run is predicted, not a step."""
+    tiny = dict(depth=1, model_dim=16, head_dim=8, max_seq_len=16, vocab_size=300, total_batch_size=64)
+    monkeypatch.setattr(predictions, "BASE", tiny | dict(device_batch_size=4, num_iterations=1000))
+    monkeypatch.setattr(predictions, "CONFIGURATIONS", {"base": {}})
+    monkeypatch.setattr(predictions, "Contender", functools.partial(train.Contender, compiled=False))
+    monkeypatch.setattr(predictions, "measure", lambda settings, hardware, seconds: 1e6)
+    found = predictions.one("base", 0.01, 1)
+    flops = 64 * meta_model(Settings(**tiny, num_iterations=1000)).flops_per_token()
+    assert found["seconds"][1] == pytest.approx(flops / 1e6)
+    assert found["bytes"][1] > 4 * 300 * 16  # the embedding at least
+    done = types.SimpleNamespace(stdout=f"said before\n{json.dumps(found, default=str)}\n")
+    monkeypatch.setattr(predictions.subprocess, "run", lambda command, **_: done)
+    assert bench.main(["predictions", "--rounds=1"])["predictions"]["base"]["bytes"] == found["bytes"]
+    assert "| base" in capsys.readouterr().out

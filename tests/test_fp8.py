@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from nanochat.compiling import choose_kernels
 from nanochat.fp8 import Float8Linear, enable_fp8, rounded, swap
 from nanochat.gpt import GPT, GPTConfig, Linear
 from nanochat.runtime import UserError
+from nanochat.settings import Settings
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -130,3 +132,12 @@ def test_other_devices_are_refused(monkeypatch, capability, said):
     monkeypatch.setattr(GPT, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert len(enable_fp8(model)) == 6
+
+
+def test_a_run_says_its_kernels_and_refuses_fp8_elsewhere(capsys):
+    """Red when choose_kernels() leaves the setting out, or says nothing."""
+    model = GPT(GPTConfig(sequence_len=8, vocab_size=32, n_layer=1, n_head=1, n_kv_head=1, n_embd=16))
+    choose_kernels(model, Settings())
+    assert "attention of all layers: blocked matmuls" in capsys.readouterr().out
+    with pytest.raises(UserError, match="fp8=True needs a GPU"):
+        choose_kernels(model, Settings(fp8=True))
