@@ -20,22 +20,30 @@ from scripts import base_train
 MODERN = dict(
     value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0
 )  # fmt: skip
-CLASSIC = {name: FIELDS[name].default for name in MODERN}
+WINDOWS = dict(window_pattern="S", short_window=64, bigram_rows=16_384)
+CLASSIC = {name: FIELDS[name].default for name in (*MODERN, *WINDOWS)}
 COMMON = dict(depth=4, model_dim=192, total_batch_size=2048, tied_weights_lr=0.005, matrix_lr=0.02)
 SHORT = {
     **COMMON, "max_seq_len": 256, "device_batch_size": 8, "vocab_size": 4096, "num_iterations": 1000,
     "warmdown_ratio": 0.4,
 }  # fmt: skip
 LONG = {**COMMON, "max_seq_len": 512, "device_batch_size": 4, "warmdown_ratio": 0.7}
-# At most 12: each is the preset with these changes.
+# Each is the preset with these changes.
 TRIALS: dict[str, dict] = {
     "t256": {**SHORT, **CLASSIC},
     "t256-warmdown": {**SHORT, **CLASSIC, "warmdown_ratio": 0.7},
     "t512": {**LONG, **CLASSIC, "vocab_size": 4096, "num_iterations": 900},
     "t512-v2048": {**LONG, **CLASSIC, "vocab_size": 2048, "num_iterations": 1000},
     "t256-ve-smear": {**SHORT, **CLASSIC, "value_embeddings": True, "smear": True},
-    "t256-modern": {**SHORT, **MODERN},
-    "t256-modern-800": {**SHORT, **MODERN, "num_iterations": 800},
+    "t256-modern": {**SHORT, **CLASSIC, **MODERN},
+    "t256-modern-800": {**SHORT, **CLASSIC, **MODERN, "num_iterations": 800},
+    # The second choice: with windows, and as much work as 500 steps of width 192.
+    "w192": {**SHORT, **MODERN, **WINDOWS, "bigram_rows": None, "num_iterations": 500},
+    "w192-bigrams": {**SHORT, **MODERN, **WINDOWS, "num_iterations": 500},
+    "w128": {**SHORT, **MODERN, **WINDOWS, "model_dim": 128, "num_iterations": 1000},
+    "w128-d6": {**SHORT, **MODERN, **WINDOWS, "model_dim": 128, "depth": 6, "num_iterations": 720},
+    "w128-d8": {**SHORT, **MODERN, **WINDOWS, "model_dim": 128, "depth": 8, "num_iterations": 580},
+    "w96": {**SHORT, **MODERN, **WINDOWS, "model_dim": 96, "head_dim": 32, "num_iterations": 1400},
 }
 
 
