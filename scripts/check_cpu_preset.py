@@ -44,6 +44,15 @@ TRIALS: dict[str, dict] = {
     "w128-d6": {**SHORT, **MODERN, **WINDOWS, "model_dim": 128, "depth": 6, "num_iterations": 720},
     "w128-d8": {**SHORT, **MODERN, **WINDOWS, "model_dim": 128, "depth": 8, "num_iterations": 580},
     "w96": {**SHORT, **MODERN, **WINDOWS, "model_dim": 96, "head_dim": 32, "num_iterations": 1400},
+    "w128-1200": {
+        **SHORT,
+        **MODERN,
+        **WINDOWS,
+        "model_dim": 128,
+        "num_iterations": 1200,
+        "backout": False,
+        "rope_base": FIELDS["rope_base"].default,
+    },
 }
 
 
