@@ -134,9 +134,13 @@ def restarts_from_env() -> int:
 
 
 def print0(*args, **kwargs) -> None:
-    """Print on rank 0 only, at once."""
+    """Print on rank 0 only, at once. A reader that is gone, such as a `tee` that was killed, ends no run."""
     if rank_from_env() == 0:
-        print(*args, **{"flush": True, **kwargs})
+        try:
+            print(*args, **{"flush": True, **kwargs})
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print("nobody reads the output any more: going on without it", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat import runtime
-from nanochat.runtime import UserError, base_dir, init_compute, run_script, write_atomically
+from nanochat.runtime import UserError, base_dir, init_compute, print0, run_script, write_atomically
 
 
 def exit_code(error: BaseException) -> int:
@@ -139,3 +140,15 @@ def test_ranks_that_were_started_anew_do_not_see_what_the_dead_left(monkeypatch)
     assert not runtime._meeting_place()["store"].check(["address"])
     monkeypatch.setenv("WORLD_SIZE", "2")  # another node counts its own attempts
     assert runtime._meeting_place() == {}
+
+
+def test_a_reader_that_is_gone_ends_no_run(monkeypatch, capsys):
+    """Red without the except in print0: a run whose `tee` was killed stopped at the next line, unsaved."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        print0("nobody reads this")
+        print0("nor this")
+        monkeypatch.undo()
+    assert capsys.readouterr().err.count("going on without it") == 1
