@@ -296,7 +296,7 @@ class AdapterModel(Parts):
         met = sum(p.numel() for p in host.model.parameters())
         if config.output_layers == "shared" and config.train_output != "whole" and host.tied:
             met += host.output_weight.numel()  # looked up and multiplied with
-        met -= sum(table.weight.numel() for table in host.embeddings)
+        met -= sum(m.weight.numel() for m in host.model.modules() if isinstance(m, nn.Embedding))
         met -= sum(p.numel() for mlp in host.mlps for p in mlp.parameters())
         if not host.tied and (config.output_layers == "separate" or config.train_output == "whole"):
             met -= host.output_weight.numel()

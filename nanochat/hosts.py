@@ -99,7 +99,8 @@ class NanochatHost:
         self.context, self.n_layer = model.config.sequence_len, model.config.n_layer
         self.stop = (tokenizer.bos_id,)
         self.mlps = [block.mlp for block in model.transformer.h]
-        self.embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        self.embeddings = [table for table in tables if table is not getattr(model, "bigram_embed", None)]
 
     def features(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """ids int64 [B, T] -> [B, T, C], what the output matrix is multiplied with; a cache goes T positions on."""

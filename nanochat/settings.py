@@ -516,7 +516,8 @@ class Settings(RunSettings):
             depth=config.n_layer, model_dim=config.n_embd, head_dim=config.head_dim, max_seq_len=config.sequence_len
         )
         other = ("vocab_size", "modalities", "untie", "output_layers")  # the tokenizer's, and what data has to go with
-        return shape | {n: getattr(config, n) for n in fields_of(Settings) if hasattr(config, n) and n not in other}
+        shape |= {n: getattr(config, n) for n in fields_of(Settings) if hasattr(config, n) and n not in other}
+        return shape | dict(bigram_rows=config.bigram_rows or None)
 
     def untie_step(self, steps: int) -> int | None:
         """How many of `steps` are done before the tied tables are split: one at least, not all. None: never split."""
@@ -536,6 +537,9 @@ class Settings(RunSettings):
         return PRESETS
 
     def check(self, world_size: int = 1) -> None:
+        if not re.fullmatch("[SL]+", self.window_pattern):
+            message = f"window_pattern={shown(self.window_pattern)} is not made of S and L, as SSSL is"
+            raise IllegalCombination("window_pattern", "SSSL", message)
         if self.head_dim % 2:
             even = self.head_dim + 1
             raise IllegalCombination(
@@ -551,9 +555,6 @@ class Settings(RunSettings):
                 f"n_kv_head={self.n_kv_head} does not divide the {self.n_head} query heads "
                 f"(model_dim {self.n_embd} / head_dim {self.head_dim}): nearest legal value {nearest}",
             )
-        if not re.fullmatch("[SL]+", self.window_pattern):
-            message = f"window_pattern={shown(self.window_pattern)} is not made of S and L, as SSSL is"
-            raise IllegalCombination("window_pattern", "SSSL", message)
         if (self.num_iterations, self.target_flops, self.target_param_data_ratio) == (None, None, None):
             message = "no horizon: set num_iterations, target_flops or target_param_data_ratio"
             raise IllegalCombination("target_param_data_ratio", 20.0, message)

@@ -361,7 +361,8 @@ def _ask(dialogue: Dialogue, name: str, position: int) -> bool:
 
 def _why(settings: RunSettings, name: str) -> str:
     """The line above a question; what tying saves is computed for this vocabulary and width."""
-    if name == "tie_weights":
+    problem = _problem(settings)  # no model can be made of a wrong pattern, which may still be mended
+    if name == "tie_weights" and (problem is None or problem.name != "window_pattern"):
         return f"one matrix for the embedding and the logits {tying_saves(settings)}"
     data = fields_of(type(settings))[name].metadata
     choices = data["choices"]

@@ -158,8 +158,9 @@ def test_the_tying_questions_in_order():
     questions = ["tie embedding weights? [yes]:", "add an output projection before the logits? [no]:"]
     places = [text.index(q) for q in (*questions, f"tied learning rate [{FIELDS['tied_weights_lr'].default}]:")]
     assert places == sorted(places)
-    # 12.58M of layers, 2 x 12.58M of wte and lm_head, and as much again in the preset's two value embeddings
-    assert "24,576 x 512 = 12.58M of 62.91M parameters (20%)" in " ".join(text.split())
+    # 12.58M of layers, 2 x 12.58M of wte and lm_head, as much again in the preset's two value embeddings, and 8.39M of
+    # bigrams
+    assert "24,576 x 512 = 12.58M of 71.30M parameters (18%)" in " ".join(text.split())
     assert "unembedding_lr [" not in text
 
 

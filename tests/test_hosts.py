@@ -229,6 +229,8 @@ def test_a_checkpoint_of_ours_is_a_host(base, variant):
         table.register_forward_hook(lambda module, *_: called.append(module))
     host.features(ids)
     tables = {id(module) for module in host.model.modules() if isinstance(module, torch.nn.Embedding)}
+    if variant != "untied":  # that of bigrams is not called with ids
+        tables -= {id(host.model.bigram_embed)}
     assert {id(module) for module in called} == tables and len(tables) == (1 if variant == "untied" else 2)
     assert host.hash == by_hand(model.state_dict()) and host.tokenizer.hash == TOKENIZER.hash
 

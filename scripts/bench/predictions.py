@@ -6,6 +6,7 @@ its own, whose resident set is counted above what it was after the imports.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -54,7 +55,8 @@ def run(args: argparse.Namespace) -> dict:
         results[name] = json.loads(done.stdout.splitlines()[-1])
     rows = []
     for name, found in results.items():
-        (taken, told), (held, wanted) = found["seconds"], found["bytes"]
+        (taken, told), (held, wanted) = found["seconds"], map(float, found["bytes"])
+        held = held or math.nan  # a process that was larger before
         rows.append((name, 1e3 * taken, 1e3 * told, told / taken, held / 2**20, wanted / 2**20, wanted / held))
     print(table(("configuration", "ms a step", "predicted", "ratio", "MiB", "predicted", "ratio"), rows))
     return results
