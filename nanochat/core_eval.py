@@ -184,13 +184,17 @@ class Prefixes:
         self.store = torch.empty(shape, dtype=model.compute_dtype, device=model.device)
         self.position, self.last = 0, None
         ids = torch.tensor([family[0].tokens[: batch.shared] for family in batch.families])
+        ids = ids.to(model.device)
         with suppress(_Read):
-            model.features(ids.to(model.device), self)
+            model.features(ids, self)
         self.position = self.shared
-        self.last = self.last.repeat_interleave(batch.options, dim=0)  # the newest token of each row: [B n, 1]
+        self.last = ids[:, -1:].repeat_interleave(batch.options, dim=0)  # the newest token of each row: [B n, 1]
 
     def places(self, count: int) -> slice:
         return slice(self.position, self.position + count)
+
+    def advance(self, ids: torch.Tensor) -> None:
+        """Nothing comes behind the options."""
 
     def attend(self, layer: int, q, k, v, window: int | None) -> torch.Tensor:
         """q [B, S, H, D] with k and v [B, S, H_kv, D] of the prefixes, or [B n, T, ...] of the options -> as q."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from nanochat.attention import causal_attention
+from nanochat.decoding import cast_once, stepper
 from nanochat.gpt import GPT
 from nanochat.modality import Grammar
 
@@ -22,7 +23,7 @@ class KVCache:
     def insert(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k and v [B, T, H_kv, D] behind the filled positions; returns all up to and including them.
 
-        The position itself moves once per forward, in GPT.features, after the last layer.
+        The position itself moves once per forward, by advance().
         """
         end = self.position + k.size(1)
         assert end <= self.store.size(3), f"cache of {self.store.size(3)} positions is full"
@@ -33,6 +34,11 @@ class KVCache:
     def places(self, count: int) -> slice:
         """Where the next `count` tokens stand."""
         return slice(self.position, self.position + count)
+
+    def advance(self, ids: torch.Tensor) -> None:
+        """All layers have seen the tokens ids [B, T]."""
+        self.position += ids.size(1)
+        self.last = ids[:, -1:]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
         """q [B, T, H, D] to all positions so far, of which the newest have k and v [B, T, H_kv, D] -> [B, T, H, D]."""
@@ -60,16 +66,18 @@ def decode(
     inside: str | None = None,
     unguided: list[int] | None = None,
     guidance: float = 1.0,
+    compiled: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Continue prompts int64 [B, P] of one length: yields the next ids int64 [B] of all rows, at most max_tokens times.
 
     num_samples: of a single prompt, which is read once (B is num_samples then). temperature 0 is greedy. frames: the
     most frames of a sound; of a model with several modalities only legal ids come (see Grammar). inside: a modality
     without a start that the rows enter behind the prompt. unguided: a prompt without the caption, from whose logits
-    those of the prompts are taken `guidance` times as far: classifier-free guidance (arXiv 2207.12598).
+    those of the prompts are taken `guidance` times as far: classifier-free guidance (arXiv 2207.12598). compiled: each
+    step is one compiled graph (see decoding.py), which takes seconds and pays for itself after a thousand tokens.
     The prompt with max_tokens has to fit the rotary table, 10 times the training context.
     """
-    prompts = prompts.to(model.device)
+    model, prompts = cast_once(model), prompts.to(model.device)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     cache = model.new_cache(len(prompts), prompts.size(1) + max_tokens)
     grammar = Grammar(model.vocabulary, len(prompts), model.device, frames) if model.vocabulary.modalities else None
@@ -87,6 +95,8 @@ def decode(
     if guided:
         free_cache = model.new_cache(len(logits), len(unguided) + max_tokens)
         free = model(torch.tensor([unguided] * len(logits), device=model.device), kv_cache=free_cache)[:, -1]
+        free_step = stepper(model, free_cache, compiled)
+    next_logits = stepper(model, cache, compiled)
     for step in range(max_tokens):
         if guided:
             logits = free + guidance * (logits - free)
@@ -97,9 +107,9 @@ def decode(
             grammar.advance(tokens[:, 0])
         yield tokens[:, 0]
         if step < max_tokens - 1:
-            logits = model(tokens, kv_cache=cache)[:, -1]
+            logits = next_logits(tokens)
             if guided:
-                free = model(tokens, kv_cache=free_cache)[:, -1]
+                free = free_step(tokens)
 
 
 def generate(
@@ -125,7 +135,8 @@ def sample(logits: torch.Tensor, generator: torch.Generator, temperature: float,
     """Draw one id per row of logits [B, V] -> int64 [B, 1]; temperature 0 is greedy, top_k keeps the k best."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    if top_k is not None:
-        worst = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < worst, -float("inf"))
-    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+    ids = None
+    if top_k is not None:  # then only among those: drawing from a whole vocabulary takes as long as a layer
+        logits, ids = logits.topk(min(top_k, logits.size(-1)))
+    drawn = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
+    return drawn if ids is None else ids.gather(1, drawn)

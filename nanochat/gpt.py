@@ -408,13 +408,11 @@ class GPT(nn.Module):
         last = None if kv_cache is None else kv_cache.last
         x = x0 = self.embed(idx, last)
         pairs = self.bigrams(idx, last) if self.config.bigram_rows else None
-        if kv_cache is not None:
-            kv_cache.last = idx[:, -1:]
         # Only training runs compiled, or by another route: evaluation and generation come in too many shapes.
         run = self.block_forward if torch.is_grad_enabled() else Block.forward
         plan = None
         if self.config.has_experts:
-            kind = self.route if torch.is_grad_enabled() else "sort"
+            kind = self.route if torch.is_grad_enabled() else getattr(kv_cache, "route", "sort")
             plan = plan_route(kind, self.expert_of_id[idx], len(self.vocabulary.names), run is not Block.forward)
         for layer, block in enumerate(self.transformer.h):
             ve = self.value_embeds[str(layer)](idx).to(x.dtype) if self.config.has_value_embedding(layer) else None
@@ -427,7 +425,7 @@ class GPT(nn.Module):
             if layer == self.config.n_layer // 2:
                 middle = x
         if kv_cache is not None:
-            kv_cache.position += T
+            kv_cache.advance(idx)
         if self.config.backout:
             x = x - self.backout_lambda.to(x.dtype) * middle
         x = norm(x)
@@ -441,10 +439,10 @@ class GPT(nn.Module):
 
         return KVCache(self, batch, length)
 
-    def logits(self, features: torch.Tensor) -> torch.Tensor:
+    def logits(self, features: torch.Tensor, product=F.linear) -> torch.Tensor:
         """features [..., C] of any positions -> softcapped float32 logits of all ids [..., V]."""
         matrices = [m for _, m in self.output_weights()] if self.config.separate else [self.output_weight]
-        parts = [wide(F.linear(features, matrix.to(features.dtype))) for matrix in matrices]
+        parts = [wide(product(features, matrix.to(features.dtype))) for matrix in matrices]
         return softcapped(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], self.config.softcap)
 
     def text_logits(self, features: torch.Tensor) -> torch.Tensor:

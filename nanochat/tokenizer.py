@@ -93,6 +93,10 @@ class Tokenizer:
             raise ValueError(f"id {unknown[0]} is outside the vocabulary of {self.vocab_size}")
         return self._encoding.decode(ids)
 
+    def bytes_of(self, token: int) -> bytes:
+        """What an id stands for: perhaps part of a character; of a special its name."""
+        return self._encoding.decode_single_token_bytes(token)
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     @classmethod

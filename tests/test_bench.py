@@ -21,7 +21,7 @@ from scripts.bench import __main__ as bench
 from scripts.bench import growth, load, memory, optimizer, predictions, timing, train
 
 TINY = dict(vocab_size=300, depth=2, model_dim=32, head_dim=16, max_seq_len=64, total_batch_size=256,
-            device_batch_size=2, num_iterations=5)  # fmt: skip
+            device_batch_size=2, num_iterations=5, dtype="float32")  # fmt: skip
 FLAG = ",".join(f"{key}={value}" for key, value in TINY.items())
 
 

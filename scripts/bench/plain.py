@@ -1,18 +1,22 @@
 """The plain path that the benchmarks measure against: torch's fused attention, all logits at once, one compiled whole.
 
 The same parameters under the same names, so weights, gradients and optimizer are those of GPT. Text only.
+`python -m scripts.bench.plain` is scripts.base_train with it.
 """
 
 import torch
 import torch.nn.functional as F
 
 from nanochat.gpt import GPT, CausalSelfAttention, GPTConfig, norm, rotate
+from nanochat.runtime import run_script
 
 
 class PlainAttention(CausalSelfAttention):
     def forward(self, x: torch.Tensor, cos, sin, ve=None, kv_cache=None, plan=None) -> torch.Tensor:
-        """x [B, T, C] -> [B, T, C], of training only."""
-        assert kv_cache is None and plan is None, "the plain path trains on text"
+        """x [B, T, C] -> [B, T, C]; generation takes GPT's way."""
+        assert plan is None, "the plain path knows text only"
+        if kv_cache is not None:
+            return super().forward(x, cos, sin, ve, kv_cache)
         B, T, C = x.shape
         q, k, v = (matrix(x).view(B, T, -1, self.head_dim) for matrix in (self.c_q, self.c_k, self.c_v))
         if ve is not None:
@@ -29,7 +33,7 @@ class PlainAttention(CausalSelfAttention):
 
 
 class PlainGPT(GPT):
-    """GPT as one writes it first; the loss of training is all that it computes."""
+    """GPT as one writes it first, in training; without gradients it is GPT, but for its attention."""
 
     def __init__(self, config: GPTConfig):
         assert not config.modalities, "the plain path knows text only"
@@ -47,6 +51,8 @@ class PlainGPT(GPT):
 
     def forward(self, idx: torch.Tensor, targets=None, kv_cache=None, loss_reduction: str = "mean") -> torch.Tensor:
         """The loss as GPT.forward gives it; "modalities" is the sum for the one that there is, [1]."""
+        if not torch.is_grad_enabled():
+            return super().forward(idx, targets, kv_cache, loss_reduction)
         total = self.run(self, idx, targets)
         if loss_reduction == "modalities":
             return total[None]
@@ -57,3 +63,10 @@ class PlainGPT(GPT):
 
     def uncompile(self) -> None:
         self.run = PlainGPT.loss_sum
+
+
+if __name__ == "__main__":
+    from scripts import base_train
+
+    base_train.GPT = PlainGPT
+    run_script(base_train.main)

@@ -93,16 +93,20 @@ def variants(args: argparse.Namespace) -> list[tuple[str, dict]]:
         if len(dict(pairs)) < len(pairs) or "control" in dict(pairs):
             raise UserError("--variant: names must differ, and 'control' is taken")
         return pairs
-    if args.dtypes:
-        dtypes = args.dtypes.split(",")
-        if unknown := sorted(set(dtypes) - {"float32", "bfloat16"}):
-            raise UserError(f"--dtypes {args.dtypes}: {unknown[0]!r} is not one of float32, bfloat16")
-    else:
-        best = str(pick_dtype(None, pick_device_type(args.device_type))).removeprefix("torch.")
-        dtypes = list(dict.fromkeys(("float32", best)))
     return [("plain", dict(path="plain", dtype="float32"))] + [
-        ("default" if dtype == "float32" else f"default {dtype}", dict(dtype=dtype)) for dtype in dtypes
+        ("default" if dtype == "float32" else f"default {dtype}", dict(dtype=dtype)) for dtype in chosen_dtypes(args)
     ]
+
+
+def chosen_dtypes(args: argparse.Namespace) -> list[str]:
+    """The names in --dtypes; without it float32, and what this machine would train in."""
+    if not args.dtypes:
+        best = str(pick_dtype(None, pick_device_type(args.device_type))).removeprefix("torch.")
+        return list(dict.fromkeys(("float32", best)))
+    dtypes = args.dtypes.split(",")
+    if unknown := sorted(set(dtypes) - {"float32", "bfloat16"}):
+        raise UserError(f"--dtypes {args.dtypes}: {unknown[0]!r} is not one of float32, bfloat16")
+    return dtypes
 
 
 def parse_variant(text: str) -> tuple[str, dict]:

@@ -1,0 +1,49 @@
+"""The quality experiment: settings that differ by the path alone, pairs by seed, and a plain path that evaluates."""
+
+import torch
+from tiny_run import metrics
+
+from nanochat.settings import Settings, validate
+from scripts import base_train, check_quality
+from scripts.bench.plain import PlainGPT
+from scripts.check_quality import PLAIN, SEEDS, WAYS, main, report, runs
+
+
+def test_runs_differ_by_path_and_dtype_alone():
+    """Red when a way has another batch, or plain trains by the default path."""
+    wanted = runs(8192, list(WAYS))
+    assert len(wanted) == len(SEEDS) * len(WAYS)
+    plain = wanted[f"8192/{PLAIN}/1"]
+    assert plain["module"] == "scripts.bench.plain" and plain["dtype"] == "float32"
+    for key, settings in wanted.items():
+        shown = {name: value for name, value in settings.items() if name != "module"}
+        validate(Settings(**shown, model_tag="x"))
+        assert {name for name in shown if shown[name] != plain[name]} <= {"dtype", "seed"}, key
+
+
+def test_pairs_by_seed_and_nothing_twice(tmp_path, monkeypatch, capsys):
+    """The default is 0.001 worse in every seed, the seeds 0.1 apart. Red when pairs are not by seed."""
+    trained = []
+
+    def train(key: str, settings: dict) -> dict:
+        trained.append(key)
+        bpb = 1.5 + 0.1 * settings["seed"] + 0.001 * (settings["dtype"] is None)
+        return dict(key=key, settings=settings, val_bpb=bpb, seconds=1.0, dtype=settings["dtype"] or "bfloat16")
+
+    monkeypatch.setattr(check_quality, "train", train)
+    for _ in range(2):
+        lines = main([f"--results={tmp_path / 'results.jsonl'}"])
+    assert sorted(trained) == sorted(runs(8192, [PLAIN, "default"]))
+    assert "| bfloat16 | 1.6010, 1.7010, 1.8010, 1.9010, 2.0010 | +0.0010 +- 0.0000 | 5 |" in capsys.readouterr().out
+    del lines[f"8192/{PLAIN}/2"]
+    assert "| 1.6010, 1.8010, 1.9010, 2.0010 | +0.0010 +- 0.0000 | 4 |" in "\n".join(report(lines, 8192))
+
+
+def test_the_plain_path_trains_and_evaluates(train, monkeypatch):
+    """The plain path's losses and val bpb are the default's. Red when its evaluation asks plain.py for a sum."""
+    train("default", seed=5)
+    monkeypatch.setattr(base_train, "GPT", PlainGPT)
+    train("plain", seed=5)
+    for key in ("loss", "val_bpb"):
+        found, wanted = (torch.tensor([x for x in metrics(tag, key) if x]) for tag in ("plain", "default"))
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
