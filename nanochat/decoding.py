@@ -5,6 +5,7 @@ compiled once, and on a GPU is a CUDA graph. Here layers with a window keep no m
 """
 
 import copy
+import sys
 from collections.abc import Callable
 
 import torch
@@ -41,8 +42,8 @@ def cast_once(model):
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [..., K] times the transpose of weight [N, K].
 
-    One row is a sum that the compiler writes itself, on a CPU: it reads the matrix as fast as memory gives it, the
-    library's product of matrices at a third of that (dev/LOG.md).
+    One row is a sum that the compiler writes itself, on a CPU: the library's product of matrices took 2 to 3 times as
+    long (dev/LOG.md).
     """
     if x.device.type == "cpu" and x.numel() == x.size(-1) and torch.compiler.is_compiling():
         return (wide(weight) * wide(x.reshape(-1))).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
@@ -64,8 +65,8 @@ class DecodingGPT(GPT):
 class StaticCache:
     """Keys and values in memory of a fixed size, for one new token a row at a time.
 
-    A layer's are [2, B, H_kv, S, D]: S is `length`, or window + 1 in a ring, where a token takes the place of the one
-    that no later token sees. Rotary positions are in the keys, so their order does not matter.
+    A layer's are [2, B, H_kv, S, D]: S has room for all positions, or is window + 1 in a ring, where a token takes the
+    place of the one that no later token sees. Rotary positions are in the keys, so their order does not matter.
     """
 
     route = "where"  # to experts: by shapes that do not depend on the ids
@@ -73,34 +74,40 @@ class StaticCache:
     def __init__(self, model: GPT, cache, length: int):
         """Takes over what is in an engine.KVCache; up to `length` positions in all."""
         config, filled = model.config, cache.position
+        assert filled < length <= model.rotary_length, f"{length} positions behind {filled} of {model.rotary_length}"
+        # A power of two has one graph for many lengths, and one that is never seen whole keeps its strides in any part.
+        capacity = 1 << (-(-length // ROOM) * ROOM).bit_length()
         batch = cache.store.size(2)
         self.position = torch.full((1,), filled, device=model.device)
-        self.last = cache.last.clone()
+        self.last = cache.last.clone(memory_format=torch.contiguous_format)  # whatever the prompt's length was
         self.filled, self.length = filled, length
-        self.store = []
+        self.store, self.rings = [], []
         for layer in range(config.n_layer):
             window = config.window(layer)
-            size = length if window is None else min(length, window + 1)
+            self.rings.append(window is not None and window + 1 < length)
+            size = window + 1 if self.rings[-1] else capacity
             shape = (2, batch, config.n_kv_head, size, config.head_dim)
             store = torch.zeros(shape, dtype=model.compute_dtype, device=model.device)
             kept = torch.arange(max(0, filled - size), filled, device=model.device)
-            store[:, :, :, kept % size] = cache.store[layer, :, :, kept].transpose(2, 3)
+            store[:, :, :, kept % size] = cache.store[layer][:, :, kept].transpose(2, 3)
             self.store.append(store)
         self.seen: list[torch.Tensor] = []  # of each layer's store what a step looks at
         self.room = 0  # positions of it
         self.make_room()
 
     def make_room(self) -> None:
-        """Before each step: let it see as far as it has to write."""
+        """Before each step: let it see as far as it has to write, in parts of any size by one graph."""
         assert self.filled < self.length, f"cache of {self.length} positions is full"
         if self.filled < self.room:
             return
         gpu = self.position.device.type == "cuda"
-        self.room = self.length if gpu else min(self.length, (self.filled // ROOM + 1) * ROOM)
-        self.seen = [store[:, :, :, : self.room] for store in self.store]
-        for store, seen in zip(self.store, self.seen, strict=True):
-            if store.size(3) == self.length and not gpu:  # one graph for all lengths
+        self.room = self.length if gpu else (self.filled // ROOM + 1) * ROOM
+        self.seen = []
+        for store, ring in zip(self.store, self.rings, strict=True):
+            seen = store if ring or gpu else store[:, :, :, : self.room]
+            if not (ring or gpu):
                 torch._dynamo.maybe_mark_dynamic(seen, 3)
+            self.seen.append(seen)
 
     def places(self, count: int) -> torch.Tensor:
         return self.position
@@ -121,16 +128,22 @@ class StaticCache:
         return (weights[..., None] * values).sum(-2).to(q.dtype).view(q.shape)
 
 
-def stepper(model, cache, compiled: bool = False) -> Step:
+def stepper(model, cache, length: int, compiled: bool = False) -> Step:
     """What gives the logits behind each next token of the rows in the cache of a prompt, one token a row at a time.
 
-    compiled: as one graph over a static cache, for models of ours; where that fails it is said, and eager goes on.
+    length: positions in all. compiled: as one graph over a static cache, for models of ours; where that fails it is
+    said, and eager goes on.
     """
     if compiled and isinstance(model, DecodingGPT):
-        return CompiledStep(model, StaticCache(model, cache, cache.store.size(3)))
+        return CompiledStep(model, StaticCache(model, cache, length))
     if compiled:
-        print0(f"generating without torch.compile ({type(model).__name__} has a cache of its own)")
+        say(f"generating without torch.compile ({type(model).__name__} has a cache of its own)")
     return lambda tokens: model(tokens, kv_cache=cache)[:, -1]
+
+
+def say(line: str) -> None:
+    """On standard error: the text may be going to standard output meanwhile."""
+    print0(line, file=sys.stderr)
 
 
 def _step(model: DecodingGPT, cache: StaticCache, tokens: torch.Tensor) -> torch.Tensor:
@@ -150,7 +163,7 @@ class CompiledStep:
             import_compiler()
             if CompiledStep.compiled is None:
                 torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-                CompiledStep.compiled = torch.compile(_step, dynamic=False)
+                CompiledStep.compiled = torch.compile(_step, dynamic=False, fullgraph=True)
             self.run = CompiledStep.compiled
         else:
             self._without(problem)
@@ -180,16 +193,19 @@ class CompiledStep:
 
     def _without(self, problem: str) -> None:
         self.run = _step
-        print0(f"generating without torch.compile ({problem})")
+        say(f"generating without torch.compile ({problem})")
 
     def _record(self, tokens: torch.Tensor) -> None:
         """Record the step for the tokens to come. Recording runs nothing: the cache stays as it is."""
         self.tokens, graph = tokens.clone(), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
-            with torch.cuda.graph(graph):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph),
+            ):  # whose stream a failure keeps
                 self.logits = self.run(self.model, self.cache, self.tokens)
         except RuntimeError as error:
-            print0(f"generating without a CUDA graph ({first_line(error)})")
+            say(f"generating without a CUDA graph ({first_line(error)})")
         else:
             self.graph = graph

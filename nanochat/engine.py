@@ -74,12 +74,13 @@ def decode(
     most frames of a sound; of a model with several modalities only legal ids come (see Grammar). inside: a modality
     without a start that the rows enter behind the prompt. unguided: a prompt without the caption, from whose logits
     those of the prompts are taken `guidance` times as far: classifier-free guidance (arXiv 2207.12598). compiled: each
-    step is one compiled graph (see decoding.py), which takes seconds and pays for itself after a thousand tokens.
+    step is one compiled graph (see decoding.py), which takes seconds to make.
     The prompt with max_tokens has to fit the rotary table, 10 times the training context.
     """
     model, prompts = cast_once(model), prompts.to(model.device)
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    cache = model.new_cache(len(prompts), prompts.size(1) + max_tokens)
+    room = 0 if compiled and isinstance(model, GPT) else max_tokens  # a compiled step has a cache of its own
+    cache = model.new_cache(len(prompts), prompts.size(1) + room)
     grammar = Grammar(model.vocabulary, len(prompts), model.device, frames) if model.vocabulary.modalities else None
     logits = model(prompts, kv_cache=cache)[:, -1]
     if grammar is not None:
@@ -93,10 +94,13 @@ def decode(
         grammar = grammar and grammar.repeated(num_samples)
     guided = unguided is not None and guidance != 1.0
     if guided:
-        free_cache = model.new_cache(len(logits), len(unguided) + max_tokens)
+        free_cache = model.new_cache(len(logits), len(unguided) + room)
         free = model(torch.tensor([unguided] * len(logits), device=model.device), kv_cache=free_cache)[:, -1]
-        free_step = stepper(model, free_cache, compiled)
-    next_logits = stepper(model, cache, compiled)
+    if max_tokens > 1:
+        next_logits = stepper(model, cache, prompts.size(1) + max_tokens, compiled)
+        if guided:
+            free_step = stepper(model, free_cache, len(unguided) + max_tokens, compiled)
+    cache = free_cache = None  # a compiled step needs the prompt's no more
     for step in range(max_tokens):
         if guided:
             logits = free + guidance * (logits - free)
@@ -137,6 +141,7 @@ def sample(logits: torch.Tensor, generator: torch.Generator, temperature: float,
         return logits.argmax(dim=-1, keepdim=True)
     ids = None
     if top_k is not None:  # then only among those: drawing from a whole vocabulary takes as long as a layer
-        logits, ids = logits.topk(min(top_k, logits.size(-1)))
+        ids = logits.topk(min(top_k, logits.size(-1))).indices.sort().values  # equal logits come in no certain order
+        logits = logits.gather(1, ids)
     drawn = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
     return drawn if ids is None else ids.gather(1, drawn)

@@ -103,35 +103,35 @@ use_output_projection = False
 output_projection_residual = False
 
 # base of the rotary frequencies; nanochat now uses 100000
-rope_base = 10000.0
+rope_base = 100000.0
 
 # factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2
-qk_scale = 1.0
+qk_scale = 1.2
 
 # logits are squashed smoothly into plus and minus this
 softcap = 15.0
 
 # what each layer sees, again and again: L all that came before, S a short window; the last layer is always L
-window_pattern = "L"
+window_pattern = "SSSL"
 
 # tokens before a token that an S layer sees; None: a quarter of the context, rounded up to 128; matters only with
-# window_pattern [short_window has no effect while window_pattern='L']
+# window_pattern
 short_window = None
 
 # rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs
 vocab_multiple = 1
 
 # every other layer adds a gated embedding of the token to its values: memory, hardly any time
-value_embeddings = False
+value_embeddings = True
 
 # mix a gated part of the previous token's embedding into each token's
-smear = False
+smear = True
 
 # learn how much of the stream and of the first embedding goes into each block
-residual_scalars = False
+residual_scalars = True
 
 # take a learned part of the middle block's output off the last one's (from depth 3 on)
-backout = False
+backout = True
 
 # rows of a hashed table of embeddings of two neighbouring tokens, which every block adds; None has none
 bigram_rows = None
@@ -240,8 +240,7 @@ tied_init_std = 0.02
 # tie_weights=True
 untie_at = None
 
-# AdamW rate of value embeddings, before the same scaling; matters only with value_embeddings=True [value_embedding_lr
-# has no effect while value_embeddings=False]
+# AdamW rate of value embeddings, before the same scaling; matters only with value_embeddings=True
 value_embedding_lr = 0.2
 
 # AdamW rate of the table of bigrams, before the same scaling; matters only with bigram_rows [bigram_lr has no effect

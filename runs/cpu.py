@@ -72,17 +72,17 @@ vocab_size = 4096
 # -------------------- model -------------------------------------------------------------------------------------------
 
 # context length in tokens
-max_seq_len = 256
+max_seq_len = 512
 
 # number of transformer layers: the one dial
 depth = 4
 
 # width per layer: model_dim = depth * aspect_ratio, rounded up to head_dim; matters only with model_dim=None
-# [aspect_ratio has no effect while model_dim=128]
+# [aspect_ratio has no effect while model_dim=192]
 aspect_ratio = 64
 
 # width of the residual stream; None takes depth * aspect_ratio
-model_dim = 128
+model_dim = 192
 
 # width of one attention head (even)
 head_dim = 64
@@ -104,7 +104,7 @@ use_output_projection = False
 output_projection_residual = False
 
 # base of the rotary frequencies; nanochat now uses 100000
-rope_base = 10000.0
+rope_base = 100000.0
 
 # factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2
 qk_scale = 1.2
@@ -113,7 +113,7 @@ qk_scale = 1.2
 softcap = 15.0
 
 # what each layer sees, again and again: L all that came before, S a short window; the last layer is always L
-window_pattern = "S"
+window_pattern = "SSSL"
 
 # tokens before a token that an S layer sees; None: a quarter of the context, rounded up to 128; matters only with
 # window_pattern
@@ -132,10 +132,10 @@ smear = True
 residual_scalars = True
 
 # take a learned part of the middle block's output off the last one's (from depth 3 on)
-backout = False
+backout = True
 
 # rows of a hashed table of embeddings of two neighbouring tokens, which every block adds; None has none
-bigram_rows = 16_384
+bigram_rows = None
 
 
 # -------------------- modalities --------------------------------------------------------------------------------------
@@ -191,20 +191,20 @@ route = "sort"
 # -------------------- horizon -----------------------------------------------------------------------------------------
 
 # optimizer steps; takes precedence over the other two horizons
-num_iterations = 1200
+num_iterations = 600
 
 # rows a device works on at a time; lower it when memory runs out
 device_batch_size = 8
 
 # tokens per optimizer step over all devices
-total_batch_size = 2048
+total_batch_size = 4096
 
 # train for so many FLOPs; takes precedence over the ratio; matters only with num_iterations=None [target_flops has no
-# effect while num_iterations=1200]
+# effect while num_iterations=600]
 target_flops = None
 
 # train for so many tokens per matmul parameter (Chinchilla: 20); matters only with target_flops=None
-# [target_param_data_ratio has no effect while num_iterations=1200]
+# [target_param_data_ratio has no effect while num_iterations=600]
 target_param_data_ratio = None
 
 
@@ -246,7 +246,8 @@ untie_at = None
 # AdamW rate of value embeddings, before the same scaling; matters only with value_embeddings=True
 value_embedding_lr = 0.2
 
-# AdamW rate of the table of bigrams, before the same scaling; matters only with bigram_rows
+# AdamW rate of the table of bigrams, before the same scaling; matters only with bigram_rows [bigram_lr has no effect
+# while bigram_rows=None]
 bigram_lr = 0.2
 
 # Muon rate of the weight matrices
@@ -278,7 +279,7 @@ muon_normalize = True
 # -------------------- evaluation --------------------------------------------------------------------------------------
 
 # steps between measurements of val bpb; None only at the end
-eval_every = 300
+eval_every = 200
 
 # held-out tokens of each measurement; None takes all
 eval_tokens = None
@@ -297,7 +298,7 @@ sample_every = None
 # -------------------- checkpoints -------------------------------------------------------------------------------------
 
 # steps between checkpoints; None only at the end
-save_every = 600
+save_every = 300
 
 # keep only the newest so many checkpoints; None keeps all; matters only with save_every
 keep_last = None

@@ -1,18 +1,21 @@
 """Text from a prompt: python -m scripts.base_generate --prompt "def main(" [--num 3] [--max-tokens 500] [--compile]
 
-A single continuation is printed as it comes. The same seed gives the same text. --compile makes every token of a model
-of ours three times as fast, after seconds of compiling, which are kept for the next time.
+A single continuation is printed as it comes, with nothing else on the standard output. The same seed gives the same
+text. --compile makes tokens come faster (a single row on a CPU: three times), after seconds of compiling.
 """
 
 import argparse
 import codecs
+import contextlib
+import sys
 
 import torch
 
 from nanochat.arguments import Parser, number, temperature
 from nanochat.checkpoint_manager import load_model
+from nanochat.decoding import say
 from nanochat.engine import decode, generate
-from nanochat.runtime import UserError, init_compute, pick_dtype, print0, run_script
+from nanochat.runtime import UserError, init_compute, pick_dtype, run_script
 from scripts.base_eval import printable
 
 
@@ -36,18 +39,24 @@ def main(argv: list[str] | None = None) -> list[str]:
     """Generate and print; returns the continuations."""
     args = parse(argv)
     compute = init_compute(args.device_type, None, args.seed)
-    model, tokenizer, metadata = load_model("base", compute.device, "eval", args.model_tag, args.step, args.era)
+    with contextlib.redirect_stdout(sys.stderr):
+        model, tokenizer, metadata = load_model("base", compute.device, "eval", args.model_tag, args.step, args.era)
     if tokenizer is None:
         raise UserError("the checkpoint holds no tokenizer: a prompt cannot be read")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
     model.compute_dtype = pick_dtype((metadata.get("settings") or {}).get("dtype"), compute.device_type)
     ids = tokenizer.encode(args.prompt, bos=True)
-    if len(ids) + args.max_tokens > model.rotary_length:
+    room = model.rotary_length - len(ids)
+    if room < 1:
+        raise UserError(f"--prompt is {len(ids)} tokens long, the rotary table {model.rotary_length}: shorten it")
+    if args.max_tokens > room:
         raise UserError(
             f"--max-tokens={args.max_tokens} behind a prompt of {len(ids)} tokens is beyond the {model.rotary_length} "
-            f"positions of the rotary table: {max(0, model.rotary_length - len(ids))} or fewer"
+            f"positions of the rotary table: {room} or fewer"
         )
     if len(ids) + args.max_tokens > model.config.sequence_len:
-        print0(f"longer than the {model.config.sequence_len} tokens that the model has ever seen together")
+        say(f"longer than the {model.config.sequence_len} tokens that the model has ever seen together")
     stop = (tokenizer.bos_id, *(m.start for m in model.config.modalities))
     how = dict(temperature=args.temperature, top_k=args.top_k, seed=args.seed, compiled=args.compile)
     if args.num > 1:

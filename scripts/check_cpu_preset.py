@@ -53,6 +53,7 @@ TRIALS: dict[str, dict] = {
         "backout": False,
         "rope_base": FIELDS["rope_base"].default,
     },
+    "t512-w192": {},  # the preset as it is since it has contexts of 512
 }
 
 

@@ -265,31 +265,39 @@ def fp8(plan: Plan) -> Finding:
 
 
 def decoding(plan: Plan) -> Finding:
-    """Tokens a second of generation, and whether a cache changes what is generated."""
-    finding = Finding(("model", "rows", "new tokens", "tok/s", "ms a token"))
+    """Tokens a second of generation, eager and compiled with a CUDA graph, and whether either changes a text."""
+    finding = Finding(("model", "rows", "new tokens", "tok/s", "ms a token", "tok/s compiled", "ms a token compiled"))
+    generator = torch.Generator().manual_seed(0)
     for depth in plan.depths:
         model = contender(plan, plan.settings(depth), compiled=False).model
-        generator = torch.Generator().manual_seed(0)
         for rows in (1, 16):
             prompts = torch.randint(model.config.vocab_size, (rows, 64), generator=generator)
-            for _ in range(2):  # the first pays for what is compiled
-                start = settled()
-                count = sum(1 for _ in decode(model, prompts, plan.new_tokens, temperature=0))
-                seconds = settled() - start
-            finding.rows.append((f"d{depth}", rows, count, rows * count / seconds, 1000 * seconds / count))
+            figures = []
+            for compiled in (False, plan.compiled):
+                for _ in range(2):  # the first pays for what is compiled
+                    start = settled()
+                    count = sum(1 for _ in decode(model, prompts, plan.new_tokens, temperature=0, compiled=compiled))
+                    seconds = settled() - start
+                figures += [rows * count / seconds, 1000 * seconds / count]
+            finding.rows.append((f"d{depth}", rows, count, *figures))
         del model
     settings = Settings(**plan.small, dtype="float32", device_type=plan.compute.device_type)
     model = contender(plan, settings, compiled=False).model
     with torch.no_grad(), exact_matmuls():
         for parameter in model.parameters():  # off their start, where every block is the identity
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
-        ids = torch.randint(model.config.vocab_size, (1, 150), generator=generator)
-        new = [tokens.item() for tokens in decode(model, ids, 20, temperature=0)]
-        wanted = ids.to(model.device)
-        for _ in new:
-            wanted = torch.cat([wanted, model(wanted)[:, -1:].argmax(-1)], dim=1)
-    if new != wanted[0, ids.size(1) :].tolist():
-        finding.problems.append(f"with a cache {new} comes, without {wanted[0, ids.size(1) :].tolist()}")
+        for rows in (1, 3):  # past the window of 100
+            ids = torch.randint(model.config.vocab_size, (rows, 150), generator=generator)
+            wanted = ids.to(model.device)
+            for _ in range(20):
+                wanted = torch.cat([wanted, model(wanted)[:, -1:].argmax(-1)], dim=1)
+            for how in (dict(compiled=False), dict(compiled=True), dict(compiled=True, guidance=2.0, unguided=[1, 2])):
+                found = torch.stack(list(decode(model, ids, 20, temperature=0, **how)), dim=1)
+                text = wanted[:, 150:]
+                if "guidance" in how:
+                    text = torch.stack(list(decode(model, ids, 20, temperature=0, **{**how, "compiled": False})), dim=1)
+                if not torch.equal(found, text):
+                    finding.problems.append(f"{rows} rows, {how}: {found.tolist()} comes instead of {text.tolist()}")
     return finding
 
 

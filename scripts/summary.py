@@ -221,7 +221,7 @@ def _next_commands(run: Run) -> list[str]:
     python = typed(sys.executable)
     config = shlex.quote(str(run.folder / "config.py"))  # the run's own settings, flags included
     return [
-        f"{python} -m scripts.base_eval --model-tag {shlex.quote(run.tag)} --eval sample",
+        f"{python} -m scripts.base_generate --model-tag {shlex.quote(run.tag)} --prompt 'import '",
         f"{python} -m scripts.base_train {config} --resume --num_iterations={2 * run.step}",
         f"{python} -m scripts.base_train {config} --data=FOLDER --model_tag=mine",
         f"{python} -m scripts.configure",

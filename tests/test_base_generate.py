@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanochat import decoding
+from nanochat import decoding, engine
 from nanochat.checkpoint_manager import load_model
 from nanochat.engine import generate
 from nanochat.runtime import UserError
@@ -19,22 +19,42 @@ def trained(train):
 def test_streamed_text_is_generated_text(trained, capsys, monkeypatch):
     """One continuation as it comes, three at once, compiled or not, from nothing: the texts of generate().
 
-    Red when the stop tokens are not asked, when --seed is not passed on, or when bytes are decoded one by one.
+    Red when --seed is not passed on, or when anything but the text goes to the standard output.
     """
     words = [trained, "--prompt=the cat é", "--max-tokens=40", "--temperature=1.5", "--top-k=300", "--seed=3"]
     capsys.readouterr()
     text = base_generate.main(words)
-    printed = capsys.readouterr().out
+    assert capsys.readouterr().out == base_generate.printable("the cat é" + text[0]) + "\n"
     model, tokenizer, _ = load_model("base", "cpu", "eval", "writer")
     ids = tokenizer.encode("the cat é", bos=True)
     how = dict(temperature=1.5, top_k=300, seed=3, stop=(tokenizer.bos_id,))
     assert text == [tokenizer.decode(generate(model, ids, 40, **how)[0])]
-    assert "the cat é" + base_generate.printable(text[0]) in printed
     monkeypatch.setattr(decoding, "compiler_problem", lambda: "left out")
+    capsys.readouterr()
     assert base_generate.main([*words, "--compile"]) == text
+    out, notes = capsys.readouterr()
+    assert out == base_generate.printable("the cat é" + text[0]) + "\n" and "left out" in notes
     three = base_generate.main([*words, "--num=3"])
     assert three == [tokenizer.decode(new) for new in generate(model, ids, 40, num_samples=3, **how)]
     assert base_generate.main([trained, "--max-tokens=1", "--temperature=0"])
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_text_ends_before_the_next_begins(num, trained, monkeypatch):
+    """Red when the stop tokens are not asked, or when the dtype of the training is not that of the text."""
+    tokenizer = load_model("base", "cpu", "eval", "writer")[1]
+    drawn = [*tokenizer.encode("cat"), tokenizer.bos_id, *tokenizer.encode("dog")]
+    dtypes = []
+
+    def decode(model, *args, num_samples=1, **how):
+        dtypes.append(model.compute_dtype)
+        return iter(torch.tensor([[token] * num_samples for token in drawn]))
+
+    monkeypatch.setattr(base_generate, "decode", decode)
+    monkeypatch.setattr(engine, "decode", decode)
+    monkeypatch.setattr(base_generate, "pick_dtype", lambda *args: torch.bfloat16)
+    assert base_generate.main([trained, f"--num={num}"]) == ["cat"] * num
+    assert dtypes == [torch.bfloat16]
 
 
 def test_a_character_of_several_tokens_comes_whole(trained, monkeypatch, capsys):
@@ -53,6 +73,8 @@ def test_what_cannot_be_written(trained, monkeypatch):
         base_generate.main([trained, "--max-tokens=640"])
     with pytest.raises(UserError, match="'-1' is not a whole number"):
         base_generate.main([trained, "--seed=-1"])
+    with pytest.raises(UserError, match=r"--prompt is \d+ tokens long, the rotary table 640: shorten it"):
+        base_generate.main([trained, "--prompt", "1 " * 700])
     monkeypatch.setattr(base_generate, "load_model", lambda *args: (None, None, {}))
     with pytest.raises(UserError, match="no tokenizer"):
         base_generate.main([trained])

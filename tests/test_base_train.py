@@ -96,10 +96,22 @@ def test_cadences_of_samples_suites_and_pruning(train, monkeypatch, capsys):
 
 
 def test_compiled_runs_resume_to_the_bit_and_agree_with_eager(train, base, monkeypatch, capsys):
+    """Also: no graph is made after the second step, whatever is evaluated and sampled between.
+
+    Red when a block is compiled for evaluation's shapes too, or when Muon's rates are numbers that are compiled in.
+    """
     monkeypatch.setattr(inductor, "compile_threads", 1)  # a pool of compilers takes longer to start than to use
     small = dict(depth=3, device_batch_size=12, num_iterations=6, save_every=3, **MODERN)  # two kinds of blocks
     train("eager", **small)
-    train("compiled", **small, compile=True)
+    graphs, multiplier = [], base_train.schedule.lr_multiplier
+
+    def watched(*arguments):
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return multiplier(*arguments)
+
+    monkeypatch.setattr(base_train.schedule, "lr_multiplier", watched)
+    train("compiled", **small, compile=True, eval_every=3, sample_every=3)
+    assert 0 < graphs[1] == graphs[-1]  # Muon's come with the first update; nothing is compiled after step 2
     assert ("compiled in" in capsys.readouterr().out) == (compiler_problem() is None)
     assert metrics("compiled", "loss") == pytest.approx(metrics("eager", "loss"), rel=5e-4)
     whole = state_hashes("compiled", 6)

@@ -1,8 +1,10 @@
 """The quality experiment: settings that differ by the path alone, pairs by seed, and a plain path that evaluates."""
 
+import pytest
 import torch
 from tiny_run import metrics
 
+from nanochat.runtime import UserError
 from nanochat.settings import Settings, validate
 from scripts import base_train, check_quality
 from scripts.bench.plain import PlainGPT
@@ -22,21 +24,29 @@ def test_runs_differ_by_path_and_dtype_alone():
 
 
 def test_pairs_by_seed_and_nothing_twice(tmp_path, monkeypatch, capsys):
-    """The default is 0.001 worse in every seed, the seeds 0.1 apart. Red when pairs are not by seed."""
+    """bfloat16 is 0.001 worse in every seed, the seeds 0.1 apart. Red when pairs are not by seed."""
     trained = []
 
     def train(key: str, settings: dict) -> dict:
         trained.append(key)
-        bpb = 1.5 + 0.1 * settings["seed"] + 0.001 * (settings["dtype"] is None)
-        return dict(key=key, settings=settings, val_bpb=bpb, seconds=1.0, dtype=settings["dtype"] or "bfloat16")
+        bpb = 1.5 + 0.1 * settings["seed"] + 0.001 * (settings["dtype"] == "bfloat16")
+        return dict(key=key, settings=settings, val_bpb=bpb, seconds=1.0)
 
     monkeypatch.setattr(check_quality, "train", train)
+    monkeypatch.setattr(check_quality, "pick_dtype", lambda *args: torch.bfloat16)
     for _ in range(2):
         lines = main([f"--results={tmp_path / 'results.jsonl'}"])
-    assert sorted(trained) == sorted(runs(8192, [PLAIN, "default"]))
-    assert "| bfloat16 | 1.6010, 1.7010, 1.8010, 1.9010, 2.0010 | +0.0010 +- 0.0000 | 5 |" in capsys.readouterr().out
+    assert sorted(trained) == sorted(runs(8192, [PLAIN, "fast bfloat16"]))
+    assert "| 1.6010, 1.7010, 1.8010, 1.9010, 2.0010 | +0.0010 +- 0.0000 | 5 |" in capsys.readouterr().out
     del lines[f"8192/{PLAIN}/2"]
     assert "| 1.6010, 1.8010, 1.9010, 2.0010 | +0.0010 +- 0.0000 | 4 |" in "\n".join(report(lines, 8192))
+
+
+def test_what_cannot_be_run():
+    with pytest.raises(UserError, match="--ways: 'typo' is not one of plain float32, fast float32, fast bfloat16"):
+        runs(8192, ["typo"])
+    with pytest.raises(UserError, match="--tokens 256 is not a multiple of the context of 512"):
+        runs(256, list(WAYS))
 
 
 def test_the_plain_path_trains_and_evaluates(train, monkeypatch):

@@ -1,5 +1,7 @@
 """The compiled step over a static cache against eager decoding, which test_engine.py holds against none at all."""
 
+import weakref
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -10,6 +12,7 @@ from test_routing import BOTH, mixture
 from nanochat import decoding
 from nanochat.decoding import CompiledStep, StaticCache, cast_once, stepper
 from nanochat.engine import decode, generate
+from nanochat.gpt import GPT
 
 LONG = dict(sequence_len=200, n_kv_head=2, tie_weights=True, **MODERN)
 
@@ -26,7 +29,7 @@ def steps(model, ids: torch.Tensor, prompt: int, compiled: bool) -> torch.Tensor
         model = cast_once(model)
         cache = model.new_cache(len(ids), ids.size(1))
         model(ids[:, :prompt], kv_cache=cache)
-        step = stepper(model, cache, compiled)
+        step = stepper(model, cache, ids.size(1), compiled)
         return torch.stack([step(ids[:, t : t + 1]).clone() for t in range(prompt, ids.size(1))], dim=1)
 
 
@@ -60,23 +63,46 @@ def test_experts_of_every_row(untie, uncompiled):
     torch.testing.assert_close(steps(model, ids, 4, True), model(ids)[:, 4:], rtol=1e-5, atol=1e-5)
 
 
-def test_one_graph_for_a_whole_text_and_the_next():
-    """Compiled, past two growths of what a step sees: eager's text, and nothing is compiled twice.
+def test_one_graph_for_all_texts(monkeypatch):
+    """Compiled, past growths of what a step sees and around a ring of 101: eager's text, and one graph for each number
+    of rows, whatever the prompt's length, the text's, and the model's weights.
 
-    Red when `seen` is not marked dynamic, or when the sum for one row in product() leaves out a channel.
+    Red when `seen` is not marked dynamic, when a ring is cut to `room`, when `last` keeps the strides of the prompt, or
+    when the sum for one row in product() leaves out a channel.
     """
-    model = build(**LONG)
-    compiled = torch._dynamo.utils.counters["stats"]
+    made = torch._dynamo.utils.counters["stats"]
     for rows in (1, 3):
-        prompts = random_ids(rows, 60)
-        eager = torch.stack(list(decode(model, prompts, 80, temperature=0)))
-        assert torch.equal(torch.stack(list(decode(model, prompts, 80, temperature=0, compiled=True))), eager)
-        before = compiled["unique_graphs"]
-        other = build(seed=1, **LONG)
-        eager = torch.stack(list(decode(other, prompts[:, :9], 100, seed=3, top_k=5)))
-        assert torch.equal(torch.stack(list(decode(other, prompts[:, :9], 100, seed=3, top_k=5, compiled=True))), eager)
-        assert compiled["unique_graphs"] == before > 0
-    assert len(set(eager[:, 0].tolist())) > 3  # a constant text would prove nothing
+        before = made["unique_graphs"]
+        for seed, prompt, new in ((0, 60, 80), (1, 9, 140), (0, 70, 60)):
+            model, prompts = build(seed=seed, **{**LONG, "short_window": 100}), random_ids(rows, prompt)
+            how = dict(temperature=0) if seed == 0 else dict(seed=3, top_k=5)
+            eager = torch.stack(list(decode(model, prompts, new, **how)))
+            found = torch.stack(list(decode(model, prompts, new, compiled=True, **how)))
+            assert torch.equal(found, eager), (rows, prompt)
+            assert len(set(eager[:, 0].tolist())) > 3  # a constant text would prove nothing
+        assert made["unique_graphs"] == before + 1
+
+
+def test_experts_and_bfloat16_compiled():
+    """As scripts run it on a CPU, with deterministic algorithms. Red when product() rounds each term to bfloat16."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        model = build(**{**BOTH, "untie": "all", "output_layers": "separate"}, **MODERN)
+        ids = mixture("interleaved")[:1]
+        torch.testing.assert_close(steps(model, ids, 4, True), model(ids)[:, 4:], rtol=1e-5, atol=1e-5)
+        exact = model(ids)[:, 4:]
+        model.compute_dtype = torch.bfloat16
+        errors = [(steps(model, ids, 4, compiled) - exact).square().mean() for compiled in (True, False)]
+        assert errors[0] < 1.2 * errors[1]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_few_tokens(count, uncompiled):
+    """Red when a static cache is made for a text that takes no step."""
+    model = build()
+    assert generate(model, [1, 2, 3], count, compiled=True) == generate(model, [1, 2, 3], count)
 
 
 def test_guidance_and_several_samples(uncompiled):
@@ -107,13 +133,27 @@ def test_weights_are_cast_once_and_float32_is_shared():
 
 
 def test_memory_of_a_window_is_the_windows(uncompiled):
-    """Ten times the positions, and a layer with a window takes what it took. Red without min(length, window + 1)."""
+    """Of 150 positions a layer with a window of 7 keeps 8. Red without min(length, window + 1)."""
     model = cast_once(build(n_layer=2, window_pattern="SL", short_window=7))
     with torch.inference_mode():
         cache = model.new_cache(1, 150)
         model(random_ids(1, 12), kv_cache=cache)
         sizes = [store.size(3) for store in StaticCache(model, cache, 150).store]
-    assert sizes == [8, 150]
+    assert sizes == [8, 256]
+
+
+def test_the_prompts_cache_is_gone_after_the_first_step(uncompiled, monkeypatch):
+    """Red when decode() keeps it, or makes it as long as the text."""
+    made, real = [], GPT.new_cache
+
+    def watched(self, batch, length):
+        made.append((length, weakref.ref(cache := real(self, batch, length))))
+        return cache
+
+    monkeypatch.setattr(GPT, "new_cache", watched)
+    text = decode(build(), random_ids(1, 9), 20, compiled=True)
+    next(text), next(text)
+    assert [(length, cache()) for length, cache in made] == [(9, None)]
 
 
 def test_a_full_cache_and_a_compiler_that_fails(monkeypatch, capsys):
@@ -128,13 +168,13 @@ def test_a_full_cache_and_a_compiler_that_fails(monkeypatch, capsys):
 
     monkeypatch.setattr(CompiledStep, "compiled", fails)
     found = steps(model, ids, 60, compiled=True)
-    assert "without torch.compile (InternalTorchDynamoError: no luck)" in capsys.readouterr().out
+    assert "without torch.compile (InternalTorchDynamoError: no luck)" in capsys.readouterr().err
     torch.testing.assert_close(found, model(ids)[:, 60:], rtol=1e-5, atol=1e-5)
     with torch.inference_mode():
         model = cast_once(model)
         cache = model.new_cache(1, 61)
         model(ids[:, :60], kv_cache=cache)
-        step = stepper(model, cache, True)
+        step = stepper(model, cache, 61, True)
         step(ids[:, :1])
         with pytest.raises(AssertionError, match="cache of 61 positions is full"):
             step(ids[:, :1])

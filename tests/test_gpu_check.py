@@ -87,7 +87,7 @@ def test_what_is_wrong_is_a_finding_and_the_rest_goes_on(monkeypatch, tmp_path, 
     said = capsys.readouterr().out
     assert "FAILED: RuntimeError: out of order\n" in said
     assert "FAILED: d1: FP8 changes the gradient by 50.0%" in said
-    assert "FAILED: with a cache [0.0, 0.0" in said
+    assert "FAILED: 3 rows, {'compiled': True}: [[0.0, 0.0" in said
     assert "default compiled: the gradient is off by 5.00e-01, at most 1e-05" in said
     assert "4 checks, failed: training, fp8, decoding, gradients" in said
 

@@ -2,8 +2,9 @@
 
 `python -m scripts.bench generate [--batches 1,16] [--new 128] [--prompt 128] [--dtypes float32,bfloat16]`: random
 prompts and a random model in the shape that nanochat was measured at; drawn from the 50 best. Both contenders cast the
-weights once and draw alike; a turn is a whole call, prompt included. Bytes a second: matrices, and what a step sees of
-keys and values, beside a copy of 256 MB. In the end greedy text is compared: compiled, eager, and without a cache.
+weights once and draw alike; a turn is a whole call, prompt included. Bytes a second: of the matrices, and of the keys
+and values that there are half way, beside copies of as many bytes as the matrices have (which a cache may hold) and of
+256 MB (which it does not). In the end greedy text is compared: compiled, eager, and without a cache.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import torch
 from nanochat.engine import decode
 from nanochat.gpt import GPT
 from nanochat.parameters import num_matmul_parameters
-from nanochat.runtime import UserError
+from nanochat.runtime import UserError, compiler_problem
 from scripts.bench.evaluate import random_model
 from scripts.bench.timing import alternate, matmul_peak, settled, summary, table
 from scripts.bench.train import chosen_dtypes
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Print the table; returns contenders (seconds, tok_per_sec, bytes_per_sec, ratio...), peak_flops, copy, same."""
+    """Print the table; returns contenders (seconds, tok_per_sec, bytes_per_sec, ratio...), peak_flops, copies, same."""
     try:
         batches = [int(rows) for rows in args.batches.split(",")]
     except ValueError:
@@ -40,15 +41,21 @@ def run(args: argparse.Namespace) -> dict:
         raise UserError(f"--batches {args.batches} --prompt {args.prompt} --new {args.new}: at least 1, 1 and 2")
     device = args.compute.device
     model, found, rows = random_model(0, device), {}, []
+    if args.prompt + args.new > model.rotary_length:
+        raise UserError(f"--prompt {args.prompt} --new {args.new}: together at most {model.rotary_length}")
+    if problem := compiler_problem() if device.type == "cpu" else None:
+        raise UserError(f"nothing can be compiled here: {problem}")
     peaks: dict[str, list[float]] = {}
-    copies: list[float] = []
+    copies: dict[str, list[float]] = {"of the matrices": [], "of 256 MB": []}
     for dtype in chosen_dtypes(args):
         model.compute_dtype = getattr(torch, dtype)
         peaks[dtype] = []
 
         def between(dtype=dtype) -> None:
             peaks[dtype].append(matmul_peak(device, getattr(torch, dtype)))
-            copies.append(copy_rate(device))
+            own = num_matmul_parameters(model) * model.compute_dtype.itemsize
+            for found, size in zip(copies.values(), (own, COPY_BYTES), strict=True):
+                found.append(copy_rate(device, size))
 
         for batch in batches:
             prompts = random_prompts(model, batch, args.prompt)
@@ -73,14 +80,16 @@ def run(args: argparse.Namespace) -> dict:
                 )  # fmt: skip
     result = dict(
         contenders=found, peak_flops={dtype: statistics.median(peak) for dtype, peak in peaks.items()},
-        copy=statistics.median(copies), same=same_text(model, max(batches), args.prompt, args.new),
+        copies={name: statistics.median(rates) for name, rates in copies.items()},
+        same={batch: same_text(model, batch, args.prompt, args.new) for batch in batches},
     )  # fmt: skip
+    told = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in result["copies"].items())
     print(
-        f"{args.new} new tokens behind {args.prompt}, {args.rounds} rounds, medians; a copy moves "
-        f"{result['copy'] / 1e9:.1f} GB/s (read and written)"
+        f"{args.new} new tokens behind {args.prompt}, {args.rounds} rounds, medians, prompt included; copies, read and "
+        f"written, GB/s: {told}"
     )
-    print(table(("contender", "tok/s", "ms a step", "GB/s", "min to max", "times faster"), rows))
-    print(f"greedy text in float32, compiled = eager = without a cache: {result['same']}")
+    print(table(("contender", "tok/s", "ms a token", "GB/s", "min to max", "times faster"), rows))
+    print(f"greedy text in float32, compiled = eager = without a cache, by rows: {result['same']}")
     return result
 
 
@@ -100,15 +109,15 @@ def bytes_of_a_step(model: GPT, batch: int, length: float) -> float:
     return numbers * model.compute_dtype.itemsize
 
 
-def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of the best of five copies."""
-    source = torch.ones(COPY_BYTES // 4, device=device)
+def copy_rate(device: torch.device, size: int) -> float:
+    """Bytes a second, read and written, of the best of five copies of so many bytes."""
+    source = torch.ones(size // 4, device=device)
     target, seconds = torch.empty_like(source), []
     for _ in range(5):
         start = settled()
         target.copy_(source)
         seconds.append(settled() - start)
-    return 2 * COPY_BYTES / min(seconds)
+    return 2 * size / min(seconds)
 
 
 @torch.inference_mode()
