@@ -3,10 +3,10 @@ the plain path in float32, seed by seed.
 
 `python -m scripts.check_quality [--tokens 8192] [--ways NAMES] [--results FILE] [--workers 2]`: depth 4, width 256,
 context 512, vocabulary 8192 on the `packages` corpus, 600 steps of --tokens, 5 seeds, val bpb on 524,288 held-out
-tokens as the run itself measures it, in its own dtype; processes of one thread each. plain: full logits, torch's attention,
-float32, compiled whole (scripts/bench/plain.py). "fast float32", on request, tells the kernels' part from bfloat16's. A
-run that is in the results file is not repeated, so the script continues where it stopped. Prints differences of the
-seeds with their 95% interval (Student's t).
+tokens as the run itself measures it, in its own dtype; processes of one thread each. plain: full logits, torch's
+attention, float32, compiled whole (scripts/bench/plain.py). "fast float32", on request, tells the kernels' part from
+bfloat16's. A run that is in the results file is not repeated, so the script continues where it stopped. Prints
+differences of the seeds with their 95% interval (Student's t).
 """
 
 import argparse
