@@ -138,7 +138,12 @@ def stepper(model, cache, length: int, compiled: bool = False) -> Step:
         return CompiledStep(model, StaticCache(model, cache, length))
     if compiled:
         say(f"generating without torch.compile ({type(model).__name__} has a cache of its own)")
-    return lambda tokens: model(tokens, kv_cache=cache)[:, -1]
+    return lambda tokens: last_logits(model, tokens, cache)
+
+
+def last_logits(model, ids: torch.Tensor, cache) -> torch.Tensor:
+    """ids int64 [B, T] behind what is in the cache -> logits [B, V] of what comes next, and no others."""
+    return model.logits(model.features(ids, cache)[:, -1])
 
 
 def say(line: str) -> None:
@@ -146,24 +151,20 @@ def say(line: str) -> None:
     print0(line, file=sys.stderr)
 
 
-def _step(model: DecodingGPT, cache: StaticCache, tokens: torch.Tensor) -> torch.Tensor:
-    return model.logits(model.features(tokens, cache)[:, -1])
-
-
 class CompiledStep:
     """A step over a static cache: compiled, and on a GPU recorded as a CUDA graph once it is."""
 
-    compiled = None  # _step after torch.compile, which knows the graphs of all models and batches so far
+    compiled = None  # last_logits after torch.compile, which knows the graphs of all models and batches so far
 
     def __init__(self, model: DecodingGPT, cache: StaticCache):
         self.model, self.cache = model, cache
-        self.run = _step
+        self.run = last_logits
         problem = compiler_problem() if model.device.type == "cpu" else None
         if problem is None:
             import_compiler()
             if CompiledStep.compiled is None:
                 torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-                CompiledStep.compiled = torch.compile(_step, dynamic=False, fullgraph=True)
+                CompiledStep.compiled = torch.compile(last_logits, dynamic=False, fullgraph=True)
             self.run = CompiledStep.compiled
         else:
             self._without(problem)
@@ -186,13 +187,13 @@ class CompiledStep:
 
     def _run(self, tokens: torch.Tensor) -> torch.Tensor:
         try:
-            return self.run(self.model, self.cache, tokens)
+            return self.run(self.model, tokens, self.cache)
         except torch._dynamo.exc.TorchDynamoException as error:  # while compiling, before anything was changed
             self._without(f"{type(error).__name__}: {first_line(error)}")
-            return self.run(self.model, self.cache, tokens)
+            return self.run(self.model, tokens, self.cache)
 
     def _without(self, problem: str) -> None:
-        self.run = _step
+        self.run = last_logits
         say(f"generating without torch.compile ({problem})")
 
     def _record(self, tokens: torch.Tensor) -> None:
@@ -204,7 +205,7 @@ class CompiledStep:
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph),
             ):  # whose stream a failure keeps
-                self.logits = self.run(self.model, self.cache, self.tokens)
+                self.logits = self.run(self.model, self.tokens, self.cache)
         except RuntimeError as error:
             say(f"generating without a CUDA graph ({first_line(error)})")
         else:

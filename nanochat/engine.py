@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from nanochat.attention import causal_attention
-from nanochat.decoding import cast_once, stepper
+from nanochat.decoding import cast_once, last_logits, stepper
 from nanochat.gpt import GPT
 from nanochat.modality import Grammar
 
@@ -82,7 +82,7 @@ def decode(
     room = 0 if compiled and isinstance(model, GPT) else max_tokens  # a compiled step has a cache of its own
     cache = model.new_cache(len(prompts), prompts.size(1) + room)
     grammar = Grammar(model.vocabulary, len(prompts), model.device, frames) if model.vocabulary.modalities else None
-    logits = model(prompts, kv_cache=cache)[:, -1]
+    logits = last_logits(model, prompts, cache)
     if grammar is not None:
         for column in prompts.unbind(1):
             grammar.advance(column)
@@ -95,7 +95,7 @@ def decode(
     guided = unguided is not None and guidance != 1.0
     if guided:
         free_cache = model.new_cache(len(logits), len(unguided) + room)
-        free = model(torch.tensor([unguided] * len(logits), device=model.device), kv_cache=free_cache)[:, -1]
+        free = last_logits(model, torch.tensor([unguided] * len(logits), device=model.device), free_cache)
     if max_tokens > 1:
         next_logits = stepper(model, cache, prompts.size(1) + max_tokens, compiled)
         if guided:

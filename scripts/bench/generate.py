@@ -2,13 +2,14 @@
 
 `python -m scripts.bench generate [--batches 1,16] [--new 128] [--prompt 128] [--dtypes float32,bfloat16]`: random
 prompts and a random model in the shape that nanochat was measured at; drawn from the 50 best. Both contenders cast the
-weights once and draw alike; a turn is a whole call, prompt included. Bytes a second: of the matrices, and of the keys
-and values that there are half way, beside copies of as many bytes as the matrices have (which a cache may hold) and of
-256 MB (which it does not). In the end greedy text is compared: compiled, eager, and without a cache.
+weights once and draw alike; the clock runs from the first new token to the last. Bytes a second: of the matrices, and
+of the keys and values that there are half way, beside copies of as many bytes as the matrices have (which a cache may
+hold) and of 256 MB (which it does not). In the end greedy text is compared: compiled, eager, and without a cache.
 """
 
 import argparse
 import statistics
+from functools import partial
 
 import torch
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> dict:
     if min(*batches, args.prompt, args.new - 1) < 1:
         raise UserError(f"--batches {args.batches} --prompt {args.prompt} --new {args.new}: at least 1, 1 and 2")
     device = args.compute.device
-    model, found, rows = random_model(0, device), {}, []
+    model, found, rows, steps = random_model(0, device), {}, [], args.new - 1
     if args.prompt + args.new > model.rotary_length:
         raise UserError(f"--prompt {args.prompt} --new {args.new}: together at most {model.rotary_length}")
     if problem := compiler_problem() if device.type == "cpu" else None:
@@ -60,22 +61,22 @@ def run(args: argparse.Namespace) -> dict:
         for batch in batches:
             prompts = random_prompts(model, batch, args.prompt)
             ways = {f"{name} {dtype} x {batch}": name == COMPILED for name in (EAGER, COMPILED)}
-            times = alternate(
-                {
-                    name: lambda prompts=prompts, compiled=compiled: generated(model, prompts, args.new, compiled)
-                    for name, compiled in ways.items()
-                },
-                args.rounds, warmup=1, between=between,
-            )  # fmt: skip
+            times: dict[str, list[float]] = {name: [] for name in ways}
+
+            def turn(name: str, prompts=prompts, ways=ways, times=times) -> None:
+                times[name].append(seconds_of_steps(model, prompts, args.new, ways[name]))
+
+            alternate({name: partial(turn, name) for name in ways}, args.rounds, warmup=1, between=between)
+            times = {name: found[1:] for name, found in times.items()}  # without the warm-up
             for name, one in summary(times, next(iter(ways))).items():
                 one.update(
-                    dtype=dtype, tok_per_sec=batch * args.new / one["seconds"],
-                    bytes_per_sec=bytes_of_a_step(model, batch, args.prompt + args.new / 2) * args.new / one["seconds"],
+                    dtype=dtype, tok_per_sec=batch * steps / one["seconds"],
+                    bytes_per_sec=steps * bytes_of_a_step(model, batch, args.prompt + steps / 2) / one["seconds"],
                 )  # fmt: skip
                 found[name] = one
                 rows.append(
-                    (name, one["tok_per_sec"], 1000 * one["seconds"] / args.new, one["bytes_per_sec"] / 1e9,
-                     f"{1000 * one['fastest'] / args.new:.2f} to {1000 * one['slowest'] / args.new:.2f}",
+                    (name, one["tok_per_sec"], 1000 * one["seconds"] / steps, one["bytes_per_sec"] / 1e9,
+                     f"{1000 * one['fastest'] / steps:.2f} to {1000 * one['slowest'] / steps:.2f}",
                      1 / one["ratio"])
                 )  # fmt: skip
     result = dict(
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> dict:
     )  # fmt: skip
     told = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in result["copies"].items())
     print(
-        f"{args.new} new tokens behind {args.prompt}, {args.rounds} rounds, medians, prompt included; copies, read and "
+        f"{args.new} new tokens behind {args.prompt}, {args.rounds} rounds, medians of the steps; copies, read and "
         f"written, GB/s: {told}"
     )
     print(table(("contender", "tok/s", "ms a token", "GB/s", "min to max", "times faster"), rows))
@@ -93,9 +94,13 @@ def run(args: argparse.Namespace) -> dict:
     return result
 
 
-def generated(model: GPT, prompts: torch.Tensor, new: int, compiled: bool) -> torch.Tensor:
-    """Drawn continuations int64 [new, B]."""
-    return torch.stack(list(decode(model, prompts, new, top_k=50, compiled=compiled)))
+def seconds_of_steps(model: GPT, prompts: torch.Tensor, new: int, compiled: bool) -> float:
+    """From the first drawn token of every row to the last: new - 1 steps."""
+    tokens = decode(model, prompts, new, top_k=50, compiled=compiled)
+    next(tokens)
+    start = settled()
+    assert sum(1 for _ in tokens) == new - 1
+    return settled() - start
 
 
 def random_prompts(model: GPT, rows: int, length: int) -> torch.Tensor:
