@@ -32,6 +32,8 @@ class Forked:
         arguments = list(map(str, command[1:])), dict(env or os.environ), self._file.name, cwd or os.getcwd()
         self._process = _context.Process(target=_begin, args=arguments)
         self._process.start()
+        # Else the next start, in another thread perhaps, asks for the exit code beside us, and one of both gets 255.
+        multiprocessing.process._children.discard(self._process)
         self.pid = self._process.pid
 
     @property
