@@ -200,11 +200,9 @@ class CompiledStep:
         """Record the step for the tokens to come. Recording runs nothing: the cache stays as it is."""
         self.tokens, graph = tokens.clone(), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
+        outer = torch.cuda.stream(torch.cuda.current_stream())  # come back to also where recording fails
         try:
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph),
-            ):  # whose stream a failure keeps
+            with outer, torch.cuda.graph(graph):
                 self.logits = self.run(self.model, self.tokens, self.cache)
         except RuntimeError as error:
             say(f"generating without a CUDA graph ({first_line(error)})")
