@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -78,8 +79,10 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:
+        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that saw the dead rank before us
         lost = lost_ranks()
         if not lost:
+            signal.signal(signal.SIGTERM, before)
             if others := sorted({host for host, _, _ in _places if host != platform.node()}):
                 print(f"ranks on other hosts cannot be seen from here: {', '.join(others)}", file=sys.stderr)
             raise
