@@ -79,10 +79,10 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:
-        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that saw the dead rank before us
+        if launched():  # a launcher that saw the dead rank before us ends us, too: not before it is named
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lost = lost_ranks()
         if not lost:
-            signal.signal(signal.SIGTERM, before)
             if others := sorted({host for host, _, _ in _places if host != platform.node()}):
                 print(f"ranks on other hosts cannot be seen from here: {', '.join(others)}", file=sys.stderr)
             raise

@@ -63,7 +63,7 @@ def test_experts_of_every_row(untie, uncompiled):
     torch.testing.assert_close(steps(model, ids, 4, True), model(ids)[:, 4:], rtol=1e-5, atol=1e-5)
 
 
-def test_one_graph_for_all_texts(monkeypatch):
+def test_one_graph_for_all_texts():
     """Compiled, past growths of what a step sees and around a ring of 101: eager's text, and one graph for each number
     of rows, whatever the prompt's length, the text's, and the model's weights.
 
