@@ -86,7 +86,7 @@ class _ChunkedSum(torch.autograd.Function):
             own = torch.tanh(wide(logits.gather(1, column)) / softcap)
             gradient, total = chunk_gradient(logits, valid, softcap)
             loss += torch.where(valid, total.log() + softcap - own * softcap, 0.0).sum()
-            place = torch.arange(len(ys), device=ys.device), column[:, 0]  # a scatter in bfloat16 copies the whole chunk
+            place = torch.arange(len(ys), device=ys.device), column[:, 0]  # a bfloat16 scatter copies the whole chunk
             gradient[place] += torch.where(valid, own * own - 1, 0.0)[:, 0].to(gradient.dtype)
             dx[start : start + rows] = gradient @ cast
             if gradient.dtype == dw.dtype:
