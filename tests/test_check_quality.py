@@ -1,13 +1,15 @@
 """The quality experiment: settings that differ by the path alone, pairs by seed, and a plain path that evaluates."""
 
+import runpy
+import sys
+
 import pytest
 import torch
-from tiny_run import metrics
+from tiny_run import TINY, flags, metrics
 
 from nanochat.runtime import UserError
 from nanochat.settings import Settings, validate
 from scripts import base_train, check_quality
-from scripts.bench.plain import PlainGPT
 from scripts.check_quality import PLAIN, SEEDS, WAYS, main, report, runs
 
 
@@ -49,11 +51,17 @@ def test_what_cannot_be_run():
         runs(256, list(WAYS))
 
 
-def test_the_plain_path_trains_and_evaluates(train, monkeypatch):
-    """The plain path's losses and val bpb are the default's. Red when its evaluation asks plain.py for a sum."""
+def test_the_plain_path_trains_and_evaluates(train, corpus, monkeypatch):
+    """As `python -m scripts.bench.plain` runs it: the default's losses and val bpb, by another model.
+
+    Red when its evaluation asks plain.py for a sum, or when base_train keeps its own GPT.
+    """
     train("default", seed=5)
-    monkeypatch.setattr(base_train, "GPT", PlainGPT)
-    train("plain", seed=5)
+    monkeypatch.setattr(base_train, "GPT", base_train.GPT)  # put back afterwards
+    words = flags({"data": corpus, **TINY, "seed": 5, "model_tag": "plain"})
+    monkeypatch.setattr(sys, "argv", ["scripts.bench.plain", *words])
+    runpy.run_module("scripts.bench.plain", run_name="__main__")
+    assert base_train.GPT.__name__ == "PlainGPT"
     for key in ("loss", "val_bpb"):
         found, wanted = (torch.tensor([x for x in metrics(tag, key) if x]) for tag in ("plain", "default"))
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)

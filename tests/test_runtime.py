@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from forked import Forked
 
 from nanochat import runtime
 from nanochat.runtime import UserError, base_dir, init_compute, print0, run_script, write_atomically
@@ -152,3 +153,23 @@ def test_a_reader_that_is_gone_ends_no_run(monkeypatch, capsys):
         print0("nor this")
         monkeypatch.undo()
     assert capsys.readouterr().err.count("going on without it") == 1
+
+
+def test_a_dead_rank_is_named_before_the_launcher_ends_us():
+    """The launcher's SIGTERM comes while the dead rank is looked for. Red when run_script leaves SIGTERM as it is."""
+    program = """
+import os, signal
+from nanochat import runtime
+def lost():
+    os.kill(os.getpid(), signal.SIGTERM)
+    return "rank 1 (process 5 on here) died"
+runtime.lost_ranks = lost
+def main():
+    raise RuntimeError("Connection closed by peer")
+runtime.run_script(main)
+"""
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "RANK": "0"}
+    process = Forked([sys.executable, "-c", program], env=environment)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 1, said
+    assert "error: rank 1 (process 5 on here) died: rank 0 cannot go on (Connection closed by peer)" in said
