@@ -17,7 +17,15 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_head import chunk_rows
 from nanochat.optim import build_optimizer
 from nanochat.progress import duration
-from nanochat.runtime import Compute, device_name, gpu_peak_flops, measured_matmul_flops, pick_device_type, pick_dtype
+from nanochat.runtime import (
+    Compute,
+    compiler_problem,
+    device_name,
+    gpu_peak_flops,
+    measured_matmul_flops,
+    pick_device_type,
+    pick_dtype,
+)
 from nanochat.schedule import num_iterations
 from nanochat.settings import RunSettings, Settings
 
@@ -25,6 +33,9 @@ MEASURE_SECONDS = 4.0
 # The part of the matmul peak that training reaches, where nobody has measured: large models on data-centre GPUs, and
 # small ones on CPUs, where attention and the elementwise work weigh more.
 ASSUMED_MFU = {"cuda": 0.40, "mps": 0.25, "cpu": 0.50}
+COMPILED_TIME = (
+    0.82  # of a compiled forward and backward pass on a CPU over an eager one's, which is what measure() times
+)
 RUNTIME_BYTES = {"cpu": 600 << 20, "mps": 600 << 20, "cuda": 0}  # Python, torch, data; CUDA reports its tensors alone
 
 
@@ -108,14 +119,17 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
 
     parameters, gradients   4 each a parameter: both are float32
     optimizer               float32, each rank its shard: Muon momentum plus one variance a neuron, AdamW two moments
-    activations             n tokens of a micro-batch, L layers, width C, k = n_kv_head / n_head:
-                            float32 n L C 4 (17.5 + k), bfloat16 n L C 2 (21.2 + 2 k) as torch saves them in eager mode
-                            with MLPs of 4 times the width (compiled runs save less), two arrays more with experts, plus
-                            the bfloat16 copies of the matrices; residual scalars keep one more array a layer, value
-                            embeddings k of one in every other layer, smear and bigrams two, backout one in all; blocked
-                            attention (CPU) also keeps its weights: a token about 9/16 H T, or H (window + a block)
-    logits                  one chunk of the loss head: 5 arrays rows x V in float32, the cast output matrix, gradients
-                            to features and to that matrix
+    activations             n tokens of a micro-batch, L layers, width C, k = n_kv_head / n_head, MLPs of 4 C:
+                            as torch saves them in eager mode and, measured on a GPU, compiled
+                            float32   n L C 4 (17.5 + k),   compiled 13.1 + 3 k, and 2.8 n C 4
+                            bfloat16  n L C 2 (21.2 + 2 k), compiled 15.1 + 3 k, and 2.8 n C 2
+                            two arrays more with experts, plus the bfloat16 copies of the matrices; residual scalars
+                            keep one more array a layer in eager mode, value embeddings k of one in every other layer,
+                            smear and bigrams two, backout one in all; blocked attention (CPU) also keeps its weights: a
+                            token about 9/16 H T, or H (window + a block)
+    logits                  one chunk of the loss head: 5 arrays rows x V in float32, compiled on a GPU one in the dtype
+                            of the activations and two that are smaller; the cast output matrix, gradients to features
+                            and to that matrix
     step                    what an update holds for a while: the reduced gradients of the matrices, and 6 copies of
                             their largest stack
     saving                  the copy that is written in the background, where it shares the device's memory (CPU)
@@ -124,6 +138,7 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     model, dtype, kind = largest_model(settings), hardware.activation_dtype(settings), hardware.device_type
     optimizer = build_optimizer(model, settings, dtype, world_size=world_size)
     size, full = dtype.itemsize, dtype == torch.float32
+    lean = settings.compile and kind == "cuda"
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
 
@@ -140,8 +155,11 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     tokens = settings.batch_plan(world_size)[0] * settings.max_seq_len
     kv = config.n_kv_head / config.n_head
     hidden = 2 * config.mlp_ratio + 2 * config.has_experts  # experts: the sorted tokens, there and back
-    per_token = config.n_embd * (4 * (9.5 + hidden + kv) if full else 2 * (13.2 + hidden + 2 * kv))
-    per_token += config.n_embd * size * (config.residual_scalars + config.value_embeddings * kv / 2)
+    if lean:
+        arrays = (5.1 if full else 7.1) + hidden + 3 * kv
+    else:
+        arrays = (9.5 + kv if full else 13.2 + 2 * kv) + hidden + config.residual_scalars
+    per_token = config.n_embd * size * (arrays + config.value_embeddings * kv / 2)
     if kind == "cpu":
         T = settings.max_seq_len
         spans = [span for layer in range(config.n_layer) for span in blocks(T, config.window(layer))]
@@ -149,13 +167,14 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
         per_token += config.n_head * seen * size  # keys that a query is multiplied with: their weights stay
     count = model.num_parameters()
     matrices = count["transformer"] + count["experts"] + count["output_projection"]
-    once = config.n_embd * size * (2 * config.smear + config.backout + 2 * bool(config.bigram_rows))
+    once = config.n_embd * size * (2.8 * lean + 2 * config.smear + config.backout + 2 * bool(config.bigram_rows))
     activations = tokens * (config.n_layer * per_token + once) + (0 if full else 2 * matrices)
 
     ids = max(len(matrix) for _, matrix in model.output_weights())
-    rows = min(tokens, chunk_rows(kind, ids))
+    rows = min(tokens, chunk_rows(kind, ids, settings.compile))
     table = ids * config.n_embd
-    logits = 5 * 4 * rows * ids + tokens * config.n_embd * size + table * (4 if full else 6)
+    chunk = rows * (size * ids + 8 * config.n_embd) + 4 * table if lean else 5 * 4 * rows * ids
+    logits = chunk + tokens * config.n_embd * size + table * (4 if full else 6)
     return {
         "parameters": 4 * parameters,
         "gradients": 4 * parameters,
@@ -182,7 +201,8 @@ def checkpoint_bytes(settings: Settings) -> int:
 def estimate(settings: Settings, hardware: Hardware, flops: float | None = None) -> Estimate:
     """All predictions for a run on `hardware`, on all of its devices if the batch divides among them.
 
-    flops: achieved FLOP/s of one device as measure() returns it; None assumes a part of the peak.
+    flops: achieved FLOP/s of one device as measure() returns it; None assumes a part of the peak. A step is its passes
+    and Muon's products, which go at that rate too (in small batches of wide models they are most of the work).
     """
     model = meta_model(settings)
     flops_per_token = model.flops_per_token()
@@ -190,6 +210,9 @@ def estimate(settings: Settings, hardware: Hardware, flops: float | None = None)
     tokens = steps * settings.total_batch_size
     world = usable_devices(settings, hardware.count)
     rate = (flops or hardware.peak * ASSUMED_MFU[hardware.device_type]) * world
+    compiled = flops and settings.compile and hardware.device_type == "cpu" and compiler_problem() is None
+    passes = tokens * flops_per_token * (COMPILED_TIME if compiled else 1.0)
+    muon = steps * build_optimizer(model, settings, hardware.activation_dtype(settings)).muon_flops()
     saves, kept = checkpoints_of(settings, steps)
     return Estimate(
         parameters=model.num_parameters(),
@@ -197,7 +220,7 @@ def estimate(settings: Settings, hardware: Hardware, flops: float | None = None)
         steps=steps,
         tokens=tokens,
         memory=memory_parts(settings, hardware, world),
-        seconds=tokens * flops_per_token / rate,
+        seconds=(passes + muon) / rate,
         checkpoint_bytes=checkpoint_bytes(settings),
         saves=saves,
         kept=kept,

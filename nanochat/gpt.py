@@ -111,17 +111,18 @@ class Linear(nn.Linear):
 
 
 def rotary_tables(length: int, head_dim: int, device, base: float = 10000.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [1, length, 1, D/2] of rotary positions (arXiv 2104.09864), always float32."""
+    """cos and sin [1, length, 1, D] of rotary positions (arXiv 2104.09864) as rotate() wants them, always float32."""
     # As transformers divides, to the last bit: at far positions another rounding of the angle shows in the logits.
     frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
-    return angles.cos()[None, :, None, :], angles.sin()[None, :, None, :]
+    cos, sin = torch.cat([angles.cos()] * 2, dim=-1), torch.cat([angles.sin(), -angles.sin()], dim=-1)
+    return cos[None, :, None, :], sin[None, :, None, :]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the pairs (x[d], x[d + D/2]) of [B, T, H, D] by the angle of their position, clockwise as nanochat does."""
-    first, second = wide(x).chunk(2, dim=-1)
-    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # the compiler only looks elsewhere; parts it would copy
+    return x * cos + swapped * sin
 
 
 class AttentionMatrices(nn.Module):
@@ -172,7 +173,8 @@ class CausalSelfAttention(AttentionMatrices):
         if ve is not None:
             gate = self.gate_range * self.ve_gate(x[..., : self.ve_gate.in_features]).sigmoid()
             v = v + gate[..., None] * ve.view(v.shape)
-        q, k = ((norm(rotate(z, cos, sin)) * self.qk_scale).to(x.dtype) for z in (q, k))
+        # Turning keeps the length, so the norm may come first: nanochat's order costs more in the backward pass.
+        q, k = ((rotate(norm(wide(z)), cos, sin) * self.qk_scale).to(x.dtype) for z in (q, k))
         if kv_cache is None:
             y = causal_attention(q, k, v, self.window, bound=self.bound).reshape(B, T, C)
         else:

@@ -11,18 +11,19 @@ import torch.nn.functional as F
 from nanochat.attention import wide
 from nanochat.modality import IGNORED
 
-# Rows of features whose logits are alive at a time: enough for good matmuls (dev/LOG.md has the measurements of a CPU),
-# fewer where the vocabulary is so large that they would take more than LOGITS numbers.
-CHUNK_ROWS = {"cpu": 1024}
-CHUNK_ROWS_DEFAULT = 4096
-LOGITS = {"cpu": 1 << 23}
-LOGITS_DEFAULT = 1 << 28
 
+def chunk_rows(device: str, ids: int, compiled: bool = True) -> int:
+    """Rows of features whose logits, for so many ids, are alive at a time on a kind of device.
 
-def chunk_rows(device: str, ids: int) -> int:
-    """Rows of a chunk on a kind of device, for so many ids."""
-    most = max(128, LOGITS.get(device, LOGITS_DEFAULT) // ids)
-    return min(most, CHUNK_ROWS.get(device, CHUNK_ROWS_DEFAULT))
+    Enough for good matmuls (dev/LOG.md has the measurements), fewer where the vocabulary is so large that the logits
+    would take too much; without the compiler several arrays of their size are alive.
+    """
+    rows, logits = 4096, 1 << 28
+    if device == "cpu":
+        rows, logits = 1024, 1 << 23
+    elif device == "cuda" and compiled:
+        rows, logits = 16384, 1 << 30
+    return min(max(128, logits // ids), rows)
 
 
 def softcapped(logits: torch.Tensor, softcap: float = 15.0) -> torch.Tensor:
@@ -39,7 +40,7 @@ def chunked_cross_entropy(
     valid targets and is 0 without any, "sum" does not; "none" returns [N] and has no gradient.
     """
     if reduction == "none" or not torch.is_grad_enabled():
-        rows = chunk_rows(x.device.type, len(weight))
+        rows = chunk_rows(x.device.type, len(weight), compiled=False)
         cast = weight.to(x.dtype)
         parts = [
             F.cross_entropy(softcapped(wide(F.linear(xs, cast)), softcap), ys, reduction="none")
@@ -61,38 +62,50 @@ def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, s
     return F.cross_entropy(softcapped(wide(F.linear(x, weight.to(x.dtype))), softcap), targets, reduction="none")
 
 
-def _chunk_gradient(logits: torch.Tensor, valid: torch.Tensor, softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [n, V] before the cap, valid [n, 1] -> the softmax's part of the gradient to them [n, V], and [n, 1]
-    the sums of exp(capped - softcap). What the target subtracts touches one entry a row: that is cheaper afterwards.
+def _chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> torch.Tensor:
+    """logits [n, V] before the cap -> [n, 1], the sums of exp(capped - softcap).
+
+    In the place of the logits stays the softmax's part of their gradient, times that sum unless it is to divide: then
+    each logit is read and written only once. What the target subtracts touches one entry a row: that is done later.
     """
     squashed = 2 * torch.sigmoid(wide(logits) * (2 / softcap)) - 1  # tanh(logits / softcap), vectorised everywhere
     exps = torch.exp(squashed * softcap - softcap)
     total = exps.sum(dim=-1, keepdim=True)
-    return (exps * torch.where(valid, 1 / total, 0.0) * (1 - squashed * squashed)).to(logits.dtype), total
+    gradient = exps * (1 - squashed * squashed)
+    logits.copy_(gradient / total if divide else gradient)
+    return total
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, not rounded to bfloat16 where the hardware hands out its float32 sums."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a @ b
 
 
 class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, softcap):
-        rows = chunk_rows(x.device.type, len(weight))
+        rows = chunk_rows(x.device.type, len(weight), chunk_gradient is not _chunk_gradient)
+        # Dividing small factors later saves a pass over the logits. Where products are rounded to bfloat16, though, it
+        # would round once more.
+        divide = x.dtype != torch.float32 and not x.is_cuda
         cast = weight.to(x.dtype)
         dx = torch.empty_like(x)
         dw = torch.zeros(weight.shape, dtype=weight.dtype, device=x.device)
         loss = torch.zeros((), dtype=weight.dtype, device=x.device)
+        memory = x.new_empty(min(len(x), rows), len(weight))  # of all chunks
         for start in range(0, x.size(0), rows):
             xs, ys = x[start : start + rows], targets[start : start + rows]
-            logits = xs @ cast.t()
+            logits = torch.mm(xs, cast.t(), out=memory[: len(xs)])
             valid, column = (ys != IGNORED)[:, None], ys.clamp(min=0)[:, None]
             own = torch.tanh(wide(logits.gather(1, column)) / softcap)
-            gradient, total = chunk_gradient(logits, valid, softcap)
+            total = chunk_gradient(logits, softcap, divide)
             loss += torch.where(valid, total.log() + softcap - own * softcap, 0.0).sum()
+            size = torch.ones_like(total) if divide else total  # of what the gradient is a multiple
             place = torch.arange(len(ys), device=ys.device), column[:, 0]  # a bfloat16 scatter copies the whole chunk
-            gradient[place] += torch.where(valid, own * own - 1, 0.0)[:, 0].to(gradient.dtype)
-            dx[start : start + rows] = gradient @ cast
-            if gradient.dtype == dw.dtype:
-                dw.addmm_(gradient.t(), xs)
-            else:
-                dw += gradient.t() @ xs
+            logits[place] += ((own * own - 1) * size)[:, 0].to(logits.dtype)
+            scale = torch.where(valid, 1 / size, 0.0)
+            dx[start : start + rows] = _product(logits, cast) * scale
+            dw += _product(logits.t(), (xs * scale).to(xs.dtype))
         ctx.save_for_backward(dx, dw)
         return loss
 
@@ -112,8 +125,7 @@ def compile_loss_head(on: bool) -> None:
     if on:
         compiled = torch.compile(_chunk_gradient)
 
-        def chunk_gradient(logits: torch.Tensor, valid: torch.Tensor, softcap: float) -> tuple[torch.Tensor, ...]:
-            for tensor in (logits, valid):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one graph for every number of rows
-                torch._dynamo.mark_static(tensor, 1)
-            return compiled(logits, valid, softcap)
+        def chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> torch.Tensor:
+            torch._dynamo.maybe_mark_dynamic(logits, 0)  # one graph for every number of rows
+            torch._dynamo.mark_static(logits, 1)
+            return compiled(logits, softcap, divide)

@@ -74,6 +74,16 @@ class MuonAdamW(torch.optim.Optimizer):
         self.sent = 0  # how many pieces, of this order
         self.hooks: list = []
 
+    def muon_flops(self) -> int:
+        """FLOPs of orthogonalising all matrices once, over all ranks: two products with the Gram matrix of the short
+        side, and its square, in each iteration."""
+        total = 0
+        for group in self.param_groups:
+            for matrix in group["params"] if group["kind"] == "muon" else ():
+                short, long = sorted(matrix.shape)
+                total += len(POLAR_EXPRESS) * (4 * short * short * long + 2 * short**3)
+        return total
+
     # -- gradients of all ranks ---------------------------------------------------------------------------------------
 
     def send_when_ready(self) -> None:
@@ -343,8 +353,9 @@ def _muon_step(p: torch.Tensor, g: torch.Tensor, scale: float, state: dict, grou
         state["neuron_sq"] = p.new_zeros((k, m, 1) if m >= n else (k, 1, n))
     # A tall matrix has more outputs than inputs: the same spectral change per input needs a larger step.
     rate = group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5
-    # What changes from step to step is a tensor: as a number it would be compiled in.
-    rates = torch.tensor([scale, group["momentum"], rate, group["lr"] * group["weight_decay"]], device=p.device)
+    # What changes from step to step is a tensor: as a number it would be compiled in. Filled, since a copy would wait.
+    changing = (scale, group["momentum"], rate, group["lr"] * group["weight_decay"])
+    rates = [torch.full((), value, device=p.device) for value in changing]
     neuron_sq = state["neuron_sq"] if group["normalize"] else None
     fixed = group["nesterov"], group["cautious"], group["method"], group["dtype"]
     try:
@@ -360,14 +371,14 @@ def _muon_update(
     g: torch.Tensor,
     mean: torch.Tensor,
     neuron_sq: torch.Tensor | None,
-    rates: torch.Tensor,
+    rates: list[torch.Tensor],
     nesterov: bool,
     cautious: bool,
     method: str,
     dtype: torch.dtype,
 ) -> None:
     """In place on p, mean (of the gradients) [k, m, n] and neuron_sq; rates: scale of g, momentum, step, decay."""
-    scale, momentum, rate, decay = rates.unbind()
+    scale, momentum, rate, decay = rates
     g = g * scale
     mean.lerp_(g, 1 - momentum)
     update = orthogonalize(g.lerp(mean, momentum) if nesterov else mean, method, dtype).to(p.dtype)

@@ -47,11 +47,12 @@ from nanochat.runtime import (
     run_script,
     write_atomically,
 )
-from nanochat.settings import Settings
+from nanochat.settings import MODERN, Settings
 from scripts.bench.__main__ import machine as describe
 from scripts.bench.timing import alternate, matmul_peak, median_ratio, settled, table
 from scripts.bench.train import Contender, compare, gradients_of
 
+WARMUP = 5  # tokens generated before any are timed
 start_process = subprocess.Popen  # tests put forks here
 
 
@@ -62,7 +63,8 @@ class Plan:
     compute: Compute
     depths: dict[int, int] = field(default_factory=lambda: {12: 32, 20: 16})  # and rows of a micro-batch
     shape: dict = field(default_factory=lambda: dict(max_seq_len=2048, vocab_size=65536, head_dim=128))
-    steps: int = 10
+    batch: int = 524_288  # tokens of a step that is timed: as many as nanochat's
+    steps: int = 5
     new_tokens: int = 256
     compiled: bool = True
     small: dict = field(  # for what is compared, not timed
@@ -72,10 +74,33 @@ class Plan:
         )
     )  # fmt: skip
 
-    def settings(self, depth: int, **changes) -> Settings:
+    def settings(self, depth: int, micro_batches: int = 1, **changes) -> Settings:
         rows = self.depths[depth]
-        batch = dict(device_batch_size=rows, total_batch_size=rows * self.shape["max_seq_len"])
+        batch = dict(device_batch_size=rows, total_batch_size=micro_batches * rows * self.shape["max_seq_len"])
         return Settings(**{**self.shape, **batch, "depth": depth, "device_type": self.compute.device_type, **changes})
+
+    def trainings(self) -> Iterator[tuple[str, Settings]]:
+        """What is trained for its speed: each depth as classic nanochat, and the smallest with what the presets add."""
+        for depth in self.depths:
+            yield f"d{depth}", self.settings(depth, total_batch_size=self.batch)
+        depth = min(self.depths)
+        yield f"d{depth}, as the presets", self.settings(depth, total_batch_size=self.batch, tie_weights=True, **MODERN)
+
+    def memories(self) -> Iterator[tuple[str, Settings]]:
+        """What is held against the prediction of memory, in micro-batches of an eighth."""
+        depth, T = min(self.depths), self.shape["max_seq_len"]
+        rows = max(1, self.depths[depth] // 8)
+        for name, changes in {
+            "classic": {},
+            "two micro-batches": dict(total_batch_size=2 * rows * T),
+            "grouped queries": dict(n_kv_head=1),
+            "short context": dict(max_seq_len=T // 4, device_batch_size=4 * rows),
+            "tied, small vocabulary": dict(tie_weights=True, vocab_size=max(300, self.shape["vocab_size"] // 8)),
+            "as the presets": dict(tie_weights=True, **MODERN),
+            "float32": dict(dtype="float32"),
+            "without compiling": dict(compile=False),
+        }.items():
+            yield name, self.settings(depth, **(dict(device_batch_size=rows, total_batch_size=rows * T) | changes))
 
 
 @dataclass
@@ -175,27 +200,49 @@ def training(plan: Plan) -> Finding:
         notes=["the goal for MFU is 55% of the data sheet's peak on one H100"],
     )
     sheet = gpu_peak_flops(hardware.name) or hardware.peak
-    for depth in plan.depths:
-        free(plan)
-        if plan.compute.device_type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        settings = plan.settings(depth)
-        one = contender(plan, settings)
-        peaks: list[float] = []
+    for name, settings in plan.trainings():
+        one, peaks = fresh(plan, settings), []
         times = alternate({"step": one.step}, plan.steps)["step"]
-        measured = memory_mb(plan.compute) * 2**20
+        memory = memory_against(plan, name, settings, finding.problems)
         for _ in range(3):
             peaks.append(matmul_peak(plan.compute.device, plan.compute.dtype, one.matmuls()))
-        seconds, predicted = statistics.median(times), estimate(settings, hardware).peak_memory
+        seconds = statistics.median(times)
         finding.rows.append(
-            (f"d{depth}", one.ids.numel() / seconds, f"{one.flops / seconds / sheet:.1%}",
-             f"{one.flops / seconds / statistics.median(peaks):.1%}", 1000 * seconds, predicted / 2**30,
-             measured / 2**30, predicted / measured)
+            (name, one.ids.numel() / seconds, f"{one.flops / seconds / sheet:.1%}",
+             f"{one.flops / seconds / statistics.median(peaks):.1%}", 1000 * seconds, *memory)
         )  # fmt: skip
-        if plan.compute.device_type == "cuda" and not 0.9 <= predicted / measured <= 1.1:
-            finding.problems.append(f"d{depth}: memory is predicted {predicted / measured - 1:+.0%} of what it takes")
         del one
     return finding
+
+
+def memory(plan: Plan) -> Finding:
+    """The peak of two steps against the prediction, for settings that change what is kept."""
+    finding = Finding(("settings", "GiB predicted", "GiB measured", "ratio"))
+    for name, settings in plan.memories():
+        one = fresh(plan, settings)
+        for _ in range(2):
+            one.step()
+        finding.rows.append((name, *memory_against(plan, name, settings, finding.problems)))
+        del one
+    return finding
+
+
+def fresh(plan: Plan, settings: Settings) -> Contender:
+    """A contender in memory that holds nothing else, whose peak is counted from here on."""
+    free(plan)
+    if plan.compute.device_type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    return contender(plan, settings, compiled=settings.compile)
+
+
+def memory_against(plan: Plan, name: str, settings: Settings, problems: list[str]) -> tuple[float, float, float]:
+    """(GiB predicted, GiB measured, their ratio) of the steps since fresh(); off by a tenth, on a GPU, is a problem."""
+    measured = memory_mb(plan.compute) * 2**20
+    hardware = dataclasses.replace(find_hardware(plan.compute.device_type), count=1)
+    predicted = estimate(settings, hardware).peak_memory
+    if plan.compute.device_type == "cuda" and not 0.9 <= predicted / measured <= 1.1:
+        problems.append(f"{name}: memory is predicted {predicted / measured - 1:+.0%} of what it takes")
+    return predicted / 2**30, measured / 2**30, predicted / measured
 
 
 def attention_choices(plan: Plan) -> Finding:
@@ -209,7 +256,7 @@ def attention_choices(plan: Plan) -> Finding:
     own = torch.Generator(device).manual_seed(0)
     shapes = ((plan.depths[max(plan.depths)], T, n, config.head_dim) for n in (*heads[:2], heads[1], heads[0]))
     q, k, v, weight = (torch.randn(*shape, device=device, generator=own).to(dtype).requires_grad_() for shape in shapes)
-    for window in (None, T // 16):
+    for window in (None, T // 4, T // 16):
 
         def timed(kernel: Callable, window: int | None = window) -> Callable[[], object]:
             return lambda: torch.autograd.grad(kernel(q, k, v, window, None), (q, k, v), weight)
@@ -245,7 +292,7 @@ def fp8(plan: Plan) -> Finding:
     if plan.compute.device_type == "cuda" and (device := lacking(plan.compute.device)):
         return Finding(notes=[f"left out: {device} has no FP8"])
     depth = max(plan.depths)
-    settings = plan.settings(depth)
+    settings = plan.settings(depth, micro_batches=4)
     both = {name: contender(plan, settings, fp8=name == "FP8") for name in ("without", "FP8")}
     error = compare(*(gradients_of(both[name]) for name in ("FP8", "without")))["whole"]
     for one in both.values():
@@ -274,10 +321,12 @@ def decoding(plan: Plan) -> Finding:
             prompts = torch.randint(model.config.vocab_size, (rows, 64), generator=generator)
             figures = []
             for compiled in (False, plan.compiled):
-                for _ in range(2):  # the first pays for what is compiled
-                    start = settled()
-                    count = sum(1 for _ in decode(model, prompts, plan.new_tokens, temperature=0, compiled=compiled))
-                    seconds = settled() - start
+                tokens = decode(model, prompts, 1 + WARMUP + plan.new_tokens, temperature=0, compiled=compiled)
+                for _ in range(1 + WARMUP):  # of the prompt, and while compiling and recording
+                    next(tokens)
+                start = settled()
+                count = sum(1 for _ in tokens)
+                seconds = settled() - start
                 figures += [rows * count / seconds, 1000 * seconds / count]
             finding.rows.append((f"d{depth}", rows, count, *figures))
         del model
@@ -417,6 +466,7 @@ def _train(base: Path, flags: list[str], torchrun: bool) -> None:
 
 CHECKS: dict[str, Callable[[Plan], Finding]] = {
     "training": training,
+    "memory": memory,
     "attention": attention_choices,
     "fp8": fp8,
     "decoding": decoding,

@@ -266,7 +266,7 @@ def test_a_kernel_that_is_wrong_or_fails_is_passed_over(interpreter):
     detached = trial(lambda q, k, v, window, mask: plain_attention(q, k.detach() + 0 * k, v, window))
     assert detached == "it is wrong by 100.0% in dk"
     assert trial(kernels.flash_attention_2) == "ModuleNotFoundError: No module named 'flash_attn'"
-    assert trial(kernels.torch_flash) == "NotImplementedError: it knows no windows and no document boundaries"
+    assert trial(kernels.cudnn) == "NotImplementedError: it knows no windows and no document boundaries"
     assert trial(kernels.torch_flash, None) is None
     assert trial(kernels.cudnn, None).startswith("RuntimeError: ")
 

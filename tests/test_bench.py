@@ -326,10 +326,13 @@ def test_predictions_stand_beside_what_a_step_takes(monkeypatch, capsys):
     monkeypatch.setattr(predictions, "CONFIGURATIONS", {"base": {}})
     monkeypatch.setattr(predictions, "Contender", functools.partial(train.Contender, compiled=False))
     monkeypatch.setattr(predictions, "measure", lambda settings, hardware, seconds: 1e6)
+    monkeypatch.setattr(predictions, "resident_bytes", {"VmRSS": 500 << 20, "VmHWM": 700 << 20}.get)
     found = predictions.one("base", 0.01, 1)
-    flops = 64 * meta_model(Settings(**tiny, num_iterations=1000)).flops_per_token()
-    assert found["seconds"][1] == pytest.approx(flops / 1e6)
-    assert found["bytes"][1] > 4 * 300 * 16  # the embedding at least
+    flops = 0.82 * 64 * meta_model(Settings(**tiny, num_iterations=1000)).flops_per_token()
+    muon = 5 * (4 * (4 * 16**3 + 2 * 16**3) + 2 * (4 * 16 * 16 * 64 + 2 * 16**3))
+    assert found["seconds"][1] == pytest.approx((flops + muon) / 1e6)
+    assert found["bytes"][0] == 200 << 20
+    assert (100 << 20) + 4 * 300 * 16 < found["bytes"][1] < 101 << 20  # 600 of the process, 500 of them imports
     done = types.SimpleNamespace(stdout=f"said before\n{json.dumps(found, default=str)}\n")
     monkeypatch.setattr(predictions.subprocess, "run", lambda command, **_: done)
     assert bench.main(["predictions", "--rounds=1"])["predictions"]["base"]["bytes"] == found["bytes"]

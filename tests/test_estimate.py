@@ -103,8 +103,16 @@ def test_steps_tokens_and_flops_by_hand():
     e = estimate(dataclasses.replace(s, target_param_data_ratio=3.0), CPU)
     assert e.flops_per_token == 6 * matmul + 12 * 2 * 128 * 64
     assert e.steps == round(3 * matmul / 1024) and e.tokens == e.steps * 1024
-    assert e.seconds == pytest.approx(e.tokens * e.flops_per_token / (0.5 * 1e11))
-    assert estimate(s, CPU, flops=2e9).seconds == pytest.approx(estimate(s, CPU).tokens * e.flops_per_token / 2e9)
+    # Muon's five iterations: 4 square matrices and 2 of 128 x 512 a layer
+    muon = 2 * 5 * (4 * (4 * 128**3 + 2 * 128**3) + 2 * (4 * 128 * 128 * 512 + 2 * 128**3))
+    passes = e.tokens * e.flops_per_token
+    assert e.seconds == pytest.approx((passes + e.steps * muon) / (0.5 * 1e11))
+    measured = [
+        estimate(dataclasses.replace(s, target_param_data_ratio=3.0, compile=on), CPU, flops=2e9)
+        for on in (False, True)
+    ]
+    assert measured[0].seconds == pytest.approx((passes + e.steps * muon) / 2e9)  # as eager as what was measured
+    assert measured[1].seconds == pytest.approx((0.82 * passes + e.steps * muon) / 2e9)
     budget = estimate(dataclasses.replace(s, target_flops=1e12), CPU)
     assert budget.steps == round(1e12 / e.flops_per_token / 1024)
 

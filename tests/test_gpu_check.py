@@ -10,12 +10,14 @@ from tiny_run import exit_code
 
 from nanochat import runtime
 from nanochat.runtime import Compute, UserError
+from nanochat.settings import validate
 from scripts import gpu_check
 
 TINY = gpu_check.Plan(
     Compute(torch.device("cpu"), torch.bfloat16),
     depths={1: 2},
     shape=dict(max_seq_len=16, vocab_size=300, head_dim=64, model_dim=128),
+    batch=64,
     steps=1,
     new_tokens=3,
     compiled=False,
@@ -39,7 +41,7 @@ def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert exit_code(lambda: gpu_check.main([])) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(UserError, match="'speed' is not one of training, attention"):
+    with pytest.raises(UserError, match="'speed' is not one of training, memory"):
         gpu_check.main(["--only=training,speed"])
 
 
@@ -53,6 +55,10 @@ def test_the_plan_on_a_gpu(monkeypatch, tmp_path):
         (768, 6),
         (1280, 10),
     ]
+    planned = [*plan.trainings(), *plan.memories()]
+    assert [validate(settings).batch_plan() for _, settings in planned] == [
+        (32, 8), (16, 16), (32, 8), (4, 1), (4, 2), (4, 1), (16, 1), (4, 1), (4, 1), (4, 1), (4, 1),
+    ]  # fmt: skip
     assert (names, output, plan.settings(20).max_seq_len) == (list(gpu_check.CHECKS), tmp_path, 2048)
     assert list(gpu_check.main(["--quick", "--only=fp8"])[0].depths) == [12]
 
@@ -62,7 +68,8 @@ def test_every_check_runs_and_is_written_down(tmp_path, capsys):
     names = list(gpu_check.CHECKS)
     result = gpu_check.run(TINY, names, tmp_path)
     assert [name for name in names if result[name]["problems"]] == []
-    assert json.loads((tmp_path / "gpu_check.json").read_text())["training"]["rows"][0][0] == "d1"
+    assert json.loads((tmp_path / "gpu_check.json").read_text())["training"]["rows"][1][0] == "d1, as the presets"
+    assert result["memory"]["rows"][-1][0] == "without compiling"
     said = (tmp_path / "gpu_check.md").read_text()
     assert all(f"## {name} (" in said for name in names)
     assert [row[0] for row in result["attention"]["rows"] if row[1] == "all"] == ["torch's FlashAttention 2", "SDPA"]

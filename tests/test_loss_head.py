@@ -43,7 +43,7 @@ def test_loss_and_gradients_in_chunks(rows, chunk, vocab, scale, ignored, reduct
     """Red when the last, shorter chunk is dropped, `(1 - squashed^2)` is left out, or -100 counts in the mean."""
     x, weight, targets = problem(rows, 5, vocab, scale, ignored)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(loss_head.CHUNK_ROWS, "cpu", chunk)
+        patch.setattr(loss_head, "chunk_rows", lambda *where, **how: chunk)
         loss = chunked_cross_entropy(x, weight, targets, reduction, softcap)
         with torch.no_grad():
             evaluated = chunked_cross_entropy(x, weight, targets, reduction, softcap)

@@ -4,12 +4,9 @@
 """
 
 import argparse
-import math
 import statistics
 
-import torch
-
-from nanochat.optim import POLAR_EXPRESS, MuonAdamW
+from nanochat.optim import MuonAdamW
 from scripts.bench.timing import alternate, matmul_peak, summary, table
 from scripts.bench.train import Contender, settings_of
 
@@ -51,8 +48,7 @@ def run(args: argparse.Namespace) -> dict:
     device = contender.ids.device
     times = alternate(contenders, args.rounds, between=lambda: peaks.append(matmul_peak(device, dtype)))
     found = summary(times, "whole step")
-    flops = sum(muon_flops(p.shape) for g in contender.optimizer.param_groups if g["kind"] == "muon"
-                for p in g["params"])  # fmt: skip
+    flops = contender.optimizer.muon_flops()
     rate = flops / found["Muon"]["seconds"]
     for one in found.values():
         one["dtype"] = name
@@ -61,9 +57,3 @@ def run(args: argparse.Namespace) -> dict:
     peak = statistics.median(peaks)
     print(f"Muon: {flops / 1e9:.3g} GFLOP in {name}, {rate / 1e9:,.0f} GFLOP/s, {rate / peak:.1%} of the peak")
     return dict(contenders=found, peak_flops={name: peak}, muon_flops=flops)
-
-
-def muon_flops(shape: torch.Size) -> int:
-    """FLOPs of orthogonalising a matrix: two products with the short side's Gram matrix and its square, every step."""
-    short, long = sorted(shape[-2:])
-    return math.prod(shape[:-2]) * len(POLAR_EXPRESS) * (4 * short * short * long + 2 * short**3)

@@ -7,6 +7,7 @@ The same parameters under the same names, so weights, gradients and optimizer ar
 import torch
 import torch.nn.functional as F
 
+from nanochat.attention import wide
 from nanochat.gpt import GPT, CausalSelfAttention, GPTConfig, norm, rotate
 from nanochat.runtime import run_script
 
@@ -22,7 +23,7 @@ class PlainAttention(CausalSelfAttention):
         if ve is not None:
             gate = self.gate_range * self.ve_gate(x[..., : self.ve_gate.in_features]).sigmoid()
             v = v + gate[..., None] * ve.view(v.shape)
-        q, k = ((norm(rotate(z, cos, sin)) * self.qk_scale).to(x.dtype) for z in (q, k))
+        q, k = ((rotate(norm(wide(z)), cos, sin) * self.qk_scale).to(x.dtype) for z in (q, k))
         mask = None
         if self.window is not None:
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(-self.window)

@@ -1,7 +1,8 @@
 """What the wizard predicts, against what a run then takes: time of a step and resident memory, for 12 configurations.
 
-`python -m scripts.bench predictions [--seconds 4]`: prediction and steps alternate; each configuration has a process of
-its own, whose resident set is counted above what it was after the imports.
+`python -m scripts.bench predictions [--seconds 4] [--dtype float32]`: prediction and steps alternate; a configuration
+has a process of its own. Resident memory counts above the imports, on both sides: what is predicted for the process
+holds them, and what the compiler needs. On a GPU it is what torch allocates there.
 """
 
 import argparse
@@ -11,13 +12,14 @@ import os
 import statistics
 import subprocess
 import sys
-import time
+
+import torch
 
 from nanochat.config_file import as_dict
 from nanochat.estimate import MEASURE_SECONDS, estimate, find_hardware, measure
 from nanochat.settings import Settings
 from scripts.bench.memory import resident_bytes
-from scripts.bench.timing import table
+from scripts.bench.timing import settled, table
 from scripts.bench.train import Contender
 
 BASE = dict(
@@ -44,13 +46,22 @@ CONFIGURATIONS: dict[str, dict] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=MEASURE_SECONDS, help="that each of the wizard's probes takes")
     parser.add_argument("--only", help="one of the configurations")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the activations; None: as training would")
 
 
 def run(args: argparse.Namespace) -> dict:
     """Print the table; returns {configuration: {"seconds": [measured, predicted], "bytes": [measured, predicted]}}."""
     results = {}
     for name in [args.only] if args.only else CONFIGURATIONS:
-        command = [sys.executable, "-m", "scripts.bench.predictions", name, str(args.seconds), str(args.rounds)]
+        command = [
+            sys.executable,
+            "-m",
+            "scripts.bench.predictions",
+            name,
+            str(args.seconds),
+            str(args.rounds),
+            args.dtype or "",
+        ]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         results[name] = json.loads(done.stdout.splitlines()[-1])
     rows = []
@@ -62,24 +73,27 @@ def run(args: argparse.Namespace) -> dict:
     return results
 
 
-def one(name: str, seconds: float, rounds: int) -> dict:
+def one(name: str, seconds: float, rounds: int, dtype: str = "") -> dict:
     """Both figures of one configuration, measured here."""
     before = resident_bytes("VmRSS") or 0
-    settings = Settings(**{**BASE, **CONFIGURATIONS[name]})
+    settings = Settings(**{**BASE, **CONFIGURATIONS[name], "dtype": dtype or None})
     hardware = find_hardware()
     contender = Contender(settings)
     contender.step()
+    contender.step()  # the first had no state of the optimizer yet
+    allocated = torch.cuda.max_memory_allocated() if hardware.device_type == "cuda" else None
     predicted, taken = [], []
     for _ in range(max(2, min(rounds, 5))):
         predicted.append(estimate(settings, hardware, measure(settings, hardware, seconds)))
-        start = time.perf_counter()
+        start = settled()
         for _ in range(3):
             contender.step()
-        taken.append((time.perf_counter() - start) / 3)
+        taken.append((settled() - start) / 3)
     told = [each.seconds / each.steps for each in predicted]
-    memory = predicted[0].memory
-    wanted = predicted[0].peak_memory - sum(memory.get(part, 0) for part in ("runtime", "saving"))
-    held = (resident_bytes("VmHWM") or 0) - before
+    held, wanted = allocated, predicted[0].peak_memory
+    if held is None:
+        held = (resident_bytes("VmHWM") or 0) - before
+        wanted -= predicted[0].memory.get("saving", 0) + before  # nothing is saved here
     return dict(
         settings=as_dict(settings), threads=os.environ.get("OMP_NUM_THREADS"),
         seconds=[statistics.median(taken), statistics.median(told)], bytes=[held, wanted],
@@ -87,4 +101,4 @@ def one(name: str, seconds: float, rounds: int) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(one(sys.argv[1], float(sys.argv[2]), int(sys.argv[3])), default=str))
+    print(json.dumps(one(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]), default=str))
