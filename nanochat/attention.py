@@ -1,7 +1,10 @@
 """Causal attention behind one signature: blocked matmuls on a CPU, what attention_choice chose on a GPU, or SDPA."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.attention_kernels import Mask, chosen, visible
 from nanochat.blocked_attention import blocked_causal_attention
@@ -47,5 +50,13 @@ def sdpa(q, k, v, window: int | None = None, mask: torch.Tensor | None = None) -
     if not causal and mask is None and T > 1:  # several new tokens behind a cache, or a window; one sees all there is
         place = torch.arange(S, device=q.device)
         mask = visible(place[S - T :, None], place, window)
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+    with without_plans(q.device):
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
     return out.transpose(1, 2)
+
+
+def without_plans(device: torch.device) -> AbstractContextManager:
+    """Leaves cuDNN out on a GPU: it plans for every shape anew, 50 ms each on an H200, and here come many shapes."""
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -67,13 +67,17 @@ class Estimate:
     checkpoint_bytes: int
     saves: int
     kept: int
+    micro_batches: int  # of a step
 
     @property
     def peak_memory(self) -> int:
-        """Backward pass and optimizer step do not overlap: the larger of the two counts."""
+        """Of what does not overlap the larger part counts: the passes, which a first micro-batch begins without
+        gradients, and the optimizer step."""
         parts = dict(self.memory)
-        passing = [parts.pop("activations") + parts.pop("logits"), parts.pop("step")]
-        return sum(parts.values()) + max(passing)
+        passes, step = parts.pop("activations") + parts.pop("logits"), parts.pop("step")
+        if self.micro_batches == 1:
+            passes -= parts["gradients"]
+        return sum(parts.values()) + max(passes, step)
 
 
 def find_hardware(device_type: str | None = None) -> Hardware:
@@ -127,7 +131,7 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
                             keep one more array a layer in eager mode, value embeddings k of one in every other layer,
                             smear and bigrams two, backout one in all; blocked attention (CPU) also keeps its weights: a
                             token about 9/16 H T, or H (window + a block)
-    logits                  one chunk of the loss head: 5 arrays rows x V in float32, compiled on a GPU one in the dtype
+    logits                  one chunk of the loss head: 5 arrays rows x V in float32, compiled on a GPU two in the dtype
                             of the activations and two that are smaller; the cast output matrix, gradients to features
                             and to that matrix
     step                    what an update holds for a while: the reduced gradients of the matrices, and 6 copies of
@@ -173,7 +177,7 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     ids = max(len(matrix) for _, matrix in model.output_weights())
     rows = min(tokens, chunk_rows(kind, ids, settings.compile))
     table = ids * config.n_embd
-    chunk = rows * (size * ids + 8 * config.n_embd) + 4 * table if lean else 5 * 4 * rows * ids
+    chunk = rows * (2 * size * ids + 8 * config.n_embd) + 4 * table if lean else 5 * 4 * rows * ids
     logits = chunk + tokens * config.n_embd * size + table * (4 if full else 6)
     return {
         "parameters": 4 * parameters,
@@ -224,6 +228,7 @@ def estimate(settings: Settings, hardware: Hardware, flops: float | None = None)
         checkpoint_bytes=checkpoint_bytes(settings),
         saves=saves,
         kept=kept,
+        micro_batches=settings.batch_plan(world)[1],
     )
 
 

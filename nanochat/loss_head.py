@@ -22,7 +22,7 @@ def chunk_rows(device: str, ids: int, compiled: bool = True) -> int:
     if device == "cpu":
         rows, logits = 1024, 1 << 23
     elif device == "cuda" and compiled:
-        rows, logits = 16384, 1 << 30
+        rows, logits = 16384, 1 << 29
     return min(max(128, logits // ids), rows)
 
 
@@ -62,18 +62,16 @@ def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, s
     return F.cross_entropy(softcapped(wide(F.linear(x, weight.to(x.dtype))), softcap), targets, reduction="none")
 
 
-def _chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> torch.Tensor:
-    """logits [n, V] before the cap -> [n, 1], the sums of exp(capped - softcap).
-
-    In the place of the logits stays the softmax's part of their gradient, times that sum unless it is to divide: then
-    each logit is read and written only once. What the target subtracts touches one entry a row: that is done later.
+def _chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [n, V] before the cap -> their gradient by the softmax's part of the loss [n, V], and [n, 1] the sums of
+    exp(capped - softcap). Unless it is to divide, the gradient is the true one times that sum: then each logit is read
+    only once. What the target subtracts touches one entry a row: that is done later.
     """
     squashed = 2 * torch.sigmoid(wide(logits) * (2 / softcap)) - 1  # tanh(logits / softcap), vectorised everywhere
     exps = torch.exp(squashed * softcap - softcap)
     total = exps.sum(dim=-1, keepdim=True)
     gradient = exps * (1 - squashed * squashed)
-    logits.copy_(gradient / total if divide else gradient)
-    return total
+    return (gradient / total if divide else gradient).to(logits.dtype), total
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -92,20 +90,21 @@ class _ChunkedSum(torch.autograd.Function):
         dx = torch.empty_like(x)
         dw = torch.zeros(weight.shape, dtype=weight.dtype, device=x.device)
         loss = torch.zeros((), dtype=weight.dtype, device=x.device)
-        memory = x.new_empty(min(len(x), rows), len(weight))  # of all chunks
+        memory = x.new_empty(min(len(x), rows), len(weight))  # of the logits of all chunks
         for start in range(0, x.size(0), rows):
             xs, ys = x[start : start + rows], targets[start : start + rows]
             logits = torch.mm(xs, cast.t(), out=memory[: len(xs)])
             valid, column = (ys != IGNORED)[:, None], ys.clamp(min=0)[:, None]
             own = torch.tanh(wide(logits.gather(1, column)) / softcap)
-            total = chunk_gradient(logits, softcap, divide)
+            gradient, total = chunk_gradient(logits, softcap, divide)
             loss += torch.where(valid, total.log() + softcap - own * softcap, 0.0).sum()
             size = torch.ones_like(total) if divide else total  # of what the gradient is a multiple
             place = torch.arange(len(ys), device=ys.device), column[:, 0]  # a bfloat16 scatter copies the whole chunk
-            logits[place] += ((own * own - 1) * size)[:, 0].to(logits.dtype)
+            gradient[place] += ((own * own - 1) * size)[:, 0].to(gradient.dtype)
             scale = torch.where(valid, 1 / size, 0.0)
-            dx[start : start + rows] = _product(logits, cast) * scale
-            dw += _product(logits.t(), (xs * scale).to(xs.dtype))
+            dx[start : start + rows] = _product(gradient, cast) * scale
+            dw += _product(gradient.t(), (xs * scale).to(xs.dtype))
+            del gradient
         ctx.save_for_backward(dx, dw)
         return loss
 
@@ -125,7 +124,7 @@ def compile_loss_head(on: bool) -> None:
     if on:
         compiled = torch.compile(_chunk_gradient)
 
-        def chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> torch.Tensor:
+        def chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> tuple[torch.Tensor, torch.Tensor]:
             torch._dynamo.maybe_mark_dynamic(logits, 0)  # one graph for every number of rows
             torch._dynamo.mark_static(logits, 1)
             return compiled(logits, softcap, divide)

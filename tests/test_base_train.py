@@ -95,12 +95,12 @@ def test_cadences_of_samples_suites_and_pruning(train, monkeypatch, capsys):
 # resume
 
 
+@inductor.patch(compile_threads=1)  # a pool of compilers takes longer to start than to use
 def test_compiled_runs_resume_to_the_bit_and_agree_with_eager(train, base, monkeypatch, capsys):
     """Also: no graph is made after the second step, whatever is evaluated and sampled between.
 
     Red when a block is compiled for evaluation's shapes too, or when Muon's rates are numbers that are compiled in.
     """
-    monkeypatch.setattr(inductor, "compile_threads", 1)  # a pool of compilers takes longer to start than to use
     small = dict(depth=3, device_batch_size=12, num_iterations=6, save_every=3, **MODERN)  # two kinds of blocks
     train("eager", **small)
     graphs, multiplier = [], base_train.schedule.lr_multiplier
