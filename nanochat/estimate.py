@@ -6,6 +6,7 @@ drift away from them. Only activations and speed are predictions.
 
 import math
 import os
+import statistics
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,10 +34,9 @@ MEASURE_SECONDS = 4.0
 # The part of the matmul peak that training reaches, where nobody has measured: large models on data-centre GPUs, and
 # small ones on CPUs, where attention and the elementwise work weigh more.
 ASSUMED_MFU = {"cuda": 0.40, "mps": 0.25, "cpu": 0.50}
-COMPILED_TIME = (
-    0.82  # of a compiled forward and backward pass on a CPU over an eager one's, which is what measure() times
-)
-RUNTIME_BYTES = {"cpu": 600 << 20, "mps": 600 << 20, "cuda": 0}  # Python, torch, data; CUDA reports its tensors alone
+# The time of compiled passes on a CPU over that of eager ones, which measure() times: blocks, and the output matrix.
+COMPILED_TIME = {torch.float32: (0.78, 0.98), torch.bfloat16: (0.62, 1.0)}
+RUNTIME_BYTES = {"cpu": 460 << 20, "mps": 460 << 20, "cuda": 0}  # Python, torch, data; CUDA reports its tensors alone
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class Estimate:
 
     @property
     def peak_memory(self) -> int:
-        """Of what does not overlap the larger part counts: the passes, which a first micro-batch begins without
-        gradients, and the optimizer step."""
+        """Of passes, which a first micro-batch begins without gradients, and step the larger counts, where the memory
+        of the one serves the other: the heap of a CPU's process is in pieces by then."""
         parts = dict(self.memory)
-        passes, step = parts.pop("activations") + parts.pop("logits"), parts.pop("step")
-        if self.micro_batches == 1:
-            passes -= parts["gradients"]
-        return sum(parts.values()) + max(passes, step)
+        if "saving" not in parts:
+            passes, step = parts.pop("activations") + parts.pop("logits"), parts.pop("step")
+            parts["larger"] = max(passes - (parts["gradients"] if self.micro_batches == 1 else 0), step)
+        return sum(parts.values())
 
 
 def find_hardware(device_type: str | None = None) -> Hardware:
@@ -215,8 +215,11 @@ def estimate(settings: Settings, hardware: Hardware, flops: float | None = None)
     world = usable_devices(settings, hardware.count)
     rate = (flops or hardware.peak * ASSUMED_MFU[hardware.device_type]) * world
     compiled = flops and settings.compile and hardware.device_type == "cpu" and compiler_problem() is None
-    passes = tokens * flops_per_token * (COMPILED_TIME if compiled else 1.0)
-    muon = steps * build_optimizer(model, settings, hardware.activation_dtype(settings)).muon_flops()
+    dtype = hardware.activation_dtype(settings)
+    head = 6 * max(matrix.numel() for _, matrix in model.output_weights())
+    blocks, output = COMPILED_TIME[dtype] if compiled else (1.0, 1.0)
+    passes = tokens * (blocks * (flops_per_token - head) + output * head)
+    muon = steps * build_optimizer(model, settings, dtype).muon_flops()
     saves, kept = checkpoints_of(settings, steps)
     return Estimate(
         parameters=model.num_parameters(),
@@ -259,16 +262,16 @@ def measure(settings: Settings, hardware: Hardware, seconds: float = MEASURE_SEC
     shape = (settings.batch_plan()[0], settings.max_seq_len)
     ids = torch.randint(0, settings.vocab_size, shape, device=device)
     work = math.prod(shape) * model.flops_per_token()
-    best, deadline, passes = 0.0, time.perf_counter() + seconds, 0
-    while passes < 2 or (passes < 10 and time.perf_counter() < deadline):
+    taken: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while len(taken) < 2 or (len(taken) < 10 and time.perf_counter() < deadline):
         start = time.perf_counter()
         loss = model(ids, ids)
         loss.backward()
         loss.item()  # waits for the device
-        best = max(best, work / (time.perf_counter() - start))
+        taken.append(time.perf_counter() - start)
         model.zero_grad(set_to_none=True)
-        passes += 1
-    return best
+    return work / statistics.median(taken[1:])  # the first pays for what is set up
 
 
 def measure_bytes(settings: Settings, hardware: Hardware) -> int:

@@ -74,18 +74,20 @@ def _chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> tuple
     return (gradient / total if divide else gradient).to(logits.dtype), total
 
 
+def rounds(x: torch.Tensor) -> bool:
+    """Whether products of such factors come rounded to their dtype: NVIDIA's GPUs hand out the float32 sums."""
+    return x.dtype != torch.float32 and not (x.is_cuda and torch.version.cuda)
+
+
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, not rounded to bfloat16 where the hardware hands out its float32 sums."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a @ b
+    return a @ b if a.dtype == torch.float32 or rounds(a) else torch.mm(a, b, out_dtype=torch.float32)
 
 
 class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, softcap):
         rows = chunk_rows(x.device.type, len(weight), chunk_gradient is not _chunk_gradient)
-        # Dividing small factors later saves a pass over the logits. Where products are rounded to bfloat16, though, it
-        # would round once more.
-        divide = x.dtype != torch.float32 and not x.is_cuda
+        divide = rounds(x)  # dividing small factors later saves a pass over the logits, but would round once more
         cast = weight.to(x.dtype)
         dx = torch.empty_like(x)
         dw = torch.zeros(weight.shape, dtype=weight.dtype, device=x.device)

@@ -1,6 +1,6 @@
 """What only a GPU can show: `python -m scripts.gpu_check [--quick] [--only training,fp8] [--output DIR]`.
 
-About 8 minutes on one H100, with torch, numpy, tiktoken, safetensors and pyarrow alone. Prints a Markdown table for
+About 12 minutes on one H200, with torch, numpy, tiktoken, safetensors and pyarrow alone. Prints a Markdown table for
 each check, and writes gpu_check.json and gpu_check.md into DIR after each. A check that fails says so, the others go
 on, and the exit code is 1.
 """

@@ -271,6 +271,30 @@ def test_a_kernel_that_is_wrong_or_fails_is_passed_over(interpreter):
     assert trial(kernels.cudnn, None).startswith("RuntimeError: ")
 
 
+def test_windows_go_into_torchs_flash_attention():
+    """Torch's own account of shapes and gradients, where nothing is computed. Red when the window is not passed on, or
+    is one too long."""
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "flash" in str(function):
+                asked.append((str(function), kwargs["window_size_left"], kwargs["window_size_right"]))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        q, k, v = (torch.empty(2, 64, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
+        q, k, v = (z.requires_grad_() for z in (q, k, v))
+        out = kernels.torch_flash(q, k, v, 20)
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert out.shape == q.shape
+    assert [g.shape for g in gradients] == [q.shape, k.shape, v.shape]
+    assert asked == [
+        ("aten._flash_attention_forward.default", 20, 0),
+        ("aten._flash_attention_backward.default", 20, 0),
+    ]
+
+
 def test_the_first_right_kernel_trains_and_the_reason_is_told(interpreter, packages, monkeypatch):
     """As on a Hopper GPU, where the trials happen on the CPU: windows go to one kernel, the rest to another, evaluation
     and caches to SDPA. Red when choose_attention() goes on after the first (no `break`)."""
@@ -351,3 +375,15 @@ def test_shapes_and_dtypes_without_data(window):
     out = causal_attention(q, k, v, window)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+
+
+def test_evaluation_and_caches_leave_cudnn_out_on_a_gpu():
+    """It plans for every new shape: a generated token took 50 ms. Red when without_plans() is a nullcontext there."""
+    from torch.backends import cuda
+
+    enabled = {"cudnn": cuda.cudnn_sdp_enabled, "flash": cuda.flash_sdp_enabled, "math": cuda.math_sdp_enabled}
+    before = {name: ask() for name, ask in enabled.items()}
+    with attention.without_plans(CUDA):
+        assert {name: ask() for name, ask in enabled.items()} == {"cudnn": False, "flash": True, "math": True}
+    with attention.without_plans(CPU):
+        assert {name: ask() for name, ask in enabled.items()} == before

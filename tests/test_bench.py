@@ -319,21 +319,35 @@ def test_growth_fits_the_exponent_and_plots(small, monkeypatch, tmp_path, capsys
         bench.main(["growth", "--dimensions=height"])
 
 
-def test_predictions_stand_beside_what_a_step_takes(monkeypatch, capsys):
-    """One tiny configuration, eagerly, in this process. Red when the whole run is predicted, not a step."""
+def test_predictions_stand_beside_what_a_run_takes(monkeypatch, capsys):
+    """One tiny configuration, eagerly, in this process. Red when the whole run is predicted, not a step, when imports
+    stay in the prediction, or when the tokenizer is trained in the run that is measured."""
     tiny = dict(depth=1, model_dim=16, head_dim=8, max_seq_len=16, vocab_size=300, total_batch_size=64)
     monkeypatch.setattr(predictions, "BASE", tiny | dict(device_batch_size=4, num_iterations=1000))
     monkeypatch.setattr(predictions, "CONFIGURATIONS", {"base": {}})
     monkeypatch.setattr(predictions, "Contender", functools.partial(train.Contender, compiled=False))
     monkeypatch.setattr(predictions, "measure", lambda settings, hardware, seconds: 1e6)
-    monkeypatch.setattr(predictions, "resident_bytes", {"VmRSS": 500 << 20, "VmHWM": 700 << 20}.get)
-    found = predictions.one("base", 0.01, 1)
-    flops = 0.82 * 64 * meta_model(Settings(**tiny, num_iterations=1000)).flops_per_token()
+    monkeypatch.setattr(predictions, "resident_bytes", {"VmRSS": 400 << 20, "VmHWM": 700 << 20}.get)
+    runs, calls = [], []
+    monkeypatch.setattr(predictions.base_train, "main", runs.append)
+
+    def child(command, env=None, **_):
+        if command[0] == "git":
+            return types.SimpleNamespace(stdout="0123abc")
+        what, name, dtype, seconds, rounds = command[-5:]
+        calls.append((what, env["NANOCHAT_BASE_DIR"]))
+        found = predictions.MEASURES[what](predictions.settings_of(name, dtype), float(seconds), int(rounds))
+        return types.SimpleNamespace(stdout=f"said before\n{json.dumps(found, default=str)}\n")
+
+    monkeypatch.setattr(predictions.subprocess, "run", child)
+    found = bench.main(["predictions", "--rounds=1", "--dtype=float32"])["predictions"]["base"]
+    head = 6 * 16 * 300
+    flops = 64 * (0.78 * (meta_model(Settings(**tiny, num_iterations=1000)).flops_per_token() - head) + 0.98 * head)
     muon = 5 * (4 * (4 * 16**3 + 2 * 16**3) + 2 * (4 * 16 * 16 * 64 + 2 * 16**3))
     assert found["seconds"][1] == pytest.approx((flops + muon) / 1e6)
-    assert found["bytes"][0] == 200 << 20
-    assert (100 << 20) + 4 * 300 * 16 < found["bytes"][1] < 101 << 20  # 600 of the process, 500 of them imports
-    done = types.SimpleNamespace(stdout=f"said before\n{json.dumps(found, default=str)}\n")
-    monkeypatch.setattr(predictions.subprocess, "run", lambda command, **_: done)
-    assert bench.main(["predictions", "--rounds=1"])["predictions"]["base"]["bytes"] == found["bytes"]
+    assert found["bytes"][0] == 300 << 20
+    assert (60 << 20) + 4 * 300 * 16 < found["bytes"][1] < 61 << 20  # 460 of the process, 400 of them imports
+    assert [what for what, _ in calls] == ["seconds", "bytes", "bytes"]
+    assert len({folder for _, folder in calls}) == 1
+    assert {"--num_iterations=4", "--vocab_size=300", "--dtype=float32"} < set(runs[1])
     assert "| base" in capsys.readouterr().out

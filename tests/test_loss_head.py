@@ -79,6 +79,27 @@ def test_bfloat16_features_give_a_float32_loss_and_master_gradient():
     assert (got - wanted).norm() < 0.02 * wanted.norm()
 
 
+def test_bfloat16_where_products_hand_out_their_sums(monkeypatch):
+    """As on NVIDIA's GPUs, the gradient is a multiple until rows are divided. Red when the target's part or `scale` is
+    left out, or when -100 pulls at the weights."""
+    x, weight, targets = problem(700, 16, 40, 3.0, 0.3)
+    wanted = torch.autograd.grad(reference(x, weight, targets, "sum"), (x, weight))
+    asked = []
+
+    def mm(a, b, out_dtype=None, out=None):
+        asked.append(out_dtype)
+        return torch.matmul(a.to(out_dtype or a.dtype), b.to(out_dtype or a.dtype), out=out)
+
+    monkeypatch.setattr(loss_head, "rounds", lambda x: False)
+    monkeypatch.setattr(loss_head.torch, "mm", mm)
+    features = x.detach().bfloat16().requires_grad_()
+    got = torch.autograd.grad(chunked_cross_entropy(features, weight, targets, "sum"), (features, weight))
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
+    assert got[0][targets == -100].eq(0).all()
+    assert asked == [None, torch.float32, torch.float32]
+
+
 def test_logits_stay_inside_the_cap():
     assert softcapped(torch.tensor([-1e9, 0.0, 1e9])).tolist() == [-15.0, 0.0, 15.0]
 

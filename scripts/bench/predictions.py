@@ -1,23 +1,27 @@
-"""What the wizard predicts, against what a run then takes: time of a step and resident memory, for 12 configurations.
+"""What the wizard predicts, against what a run then takes: time of a step and memory, for 12 configurations.
 
-`python -m scripts.bench predictions [--seconds 4] [--dtype float32]`: prediction and steps alternate; a configuration
-has a process of its own. Resident memory counts above the imports, on both sides: what is predicted for the process
-holds them, and what the compiler needs. On a GPU it is what torch allocates there.
+`python -m scripts.bench predictions [--seconds 4] [--dtype float32]`: prediction and steps alternate in a process for
+each configuration. Memory is that of scripts.base_train: on a GPU what torch allocates there, else the resident set
+above what the imports take, which is taken off the prediction too.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 
 import torch
 
 from nanochat.config_file import as_dict
 from nanochat.estimate import MEASURE_SECONDS, estimate, find_hardware, measure
 from nanochat.settings import Settings
+from scripts import base_train
 from scripts.bench.memory import resident_bytes
 from scripts.bench.timing import settled, table
 from scripts.bench.train import Contender
@@ -51,19 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Print the table; returns {configuration: {"seconds": [measured, predicted], "bytes": [measured, predicted]}}."""
-    results = {}
-    for name in [args.only] if args.only else CONFIGURATIONS:
-        command = [
-            sys.executable,
-            "-m",
-            "scripts.bench.predictions",
-            name,
-            str(args.seconds),
-            str(args.rounds),
-            args.dtype or "",
-        ]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        results[name] = json.loads(done.stdout.splitlines()[-1])
+    results: dict[str, dict] = {}
+    sizes = set()
+    with tempfile.TemporaryDirectory(prefix="predictions-") as base:
+        for name in [args.only] if args.only else CONFIGURATIONS:
+            results[name] = in_a_process(name, "seconds", args, base)
+            vocab_size = results[name]["settings"]["vocab_size"]
+            if vocab_size not in sizes:  # training its tokenizer takes memory too, once
+                in_a_process(name, "bytes", args, base)
+                sizes.add(vocab_size)
+            results[name] |= in_a_process(name, "bytes", args, base)
     rows = []
     for name, found in results.items():
         (taken, told), (held, wanted) = found["seconds"], map(float, found["bytes"])
@@ -73,32 +74,55 @@ def run(args: argparse.Namespace) -> dict:
     return results
 
 
-def one(name: str, seconds: float, rounds: int, dtype: str = "") -> dict:
-    """Both figures of one configuration, measured here."""
-    before = resident_bytes("VmRSS") or 0
-    settings = Settings(**{**BASE, **CONFIGURATIONS[name], "dtype": dtype or None})
-    hardware = find_hardware()
-    contender = Contender(settings)
+def in_a_process(name: str, what: str, args: argparse.Namespace, base: str) -> dict:
+    """MEASURES[what] of a configuration, with its own base directory."""
+    command = [sys.executable, "-m", "scripts.bench.predictions", what, name, args.dtype or ""]
+    done = subprocess.run(
+        [*command, str(args.seconds), str(args.rounds)],
+        env={**os.environ, "NANOCHAT_BASE_DIR": base}, check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def settings_of(name: str, dtype: str) -> Settings:
+    return Settings(**{**BASE, **CONFIGURATIONS[name], "dtype": dtype or None})
+
+
+def step_seconds(settings: Settings, seconds: float, rounds: int) -> dict:
+    """Seconds of a step, measured and predicted in turn."""
+    hardware, contender = find_hardware(), Contender(settings)
     contender.step()
-    contender.step()  # the first had no state of the optimizer yet
-    allocated = torch.cuda.max_memory_allocated() if hardware.device_type == "cuda" else None
     predicted, taken = [], []
     for _ in range(max(2, min(rounds, 5))):
-        predicted.append(estimate(settings, hardware, measure(settings, hardware, seconds)))
+        probe = estimate(settings, hardware, measure(settings, hardware, seconds))
+        predicted.append(probe.seconds / probe.steps)
         start = settled()
         for _ in range(3):
             contender.step()
         taken.append((settled() - start) / 3)
-    told = [each.seconds / each.steps for each in predicted]
-    held, wanted = allocated, predicted[0].peak_memory
-    if held is None:
-        held = (resident_bytes("VmHWM") or 0) - before
-        wanted -= predicted[0].memory.get("saving", 0) + before  # nothing is saved here
     return dict(
         settings=as_dict(settings), threads=os.environ.get("OMP_NUM_THREADS"),
-        seconds=[statistics.median(taken), statistics.median(told)], bytes=[held, wanted],
+        seconds=[statistics.median(taken), statistics.median(predicted)],
     )  # fmt: skip
 
 
+def run_bytes(settings: Settings, *_) -> dict:
+    """Memory of a run of four steps, measured and predicted."""
+    before, hardware = resident_bytes("VmRSS") or 0, find_hardware()
+    changes = dict(
+        model_tag="predictions", overwrite=True, num_iterations=4, eval_every=None, sample_every=None, save_every=None
+    )
+    flags = {**as_dict(settings), **changes, "eval_tokens": settings.total_batch_size}
+    with contextlib.redirect_stdout(io.StringIO()):
+        base_train.main([f"--{key}={value}" for key, value in flags.items()])
+    predicted = estimate(settings, hardware).peak_memory
+    if hardware.device_type == "cuda":
+        return dict(bytes=[torch.cuda.max_memory_allocated(), predicted])
+    return dict(bytes=[(resident_bytes("VmHWM") or 0) - before, predicted - before])
+
+
+MEASURES = {"seconds": step_seconds, "bytes": run_bytes}
+
 if __name__ == "__main__":
-    print(json.dumps(one(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]), default=str))
+    what, name, dtype, seconds, rounds = sys.argv[1:]
+    print(json.dumps(MEASURES[what](settings_of(name, dtype), float(seconds), int(rounds)), default=str))
