@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import types
 
 import pytest
 import torch
 from forked import Forked
 from tiny_run import exit_code
 
-from nanochat import runtime
+from nanochat import compiling, loss_head, runtime
+from nanochat.loss_head import compile_loss_head
 from nanochat.runtime import Compute, UserError
-from nanochat.settings import validate
+from nanochat.settings import Settings, validate
 from scripts import gpu_check
 
 TINY = gpu_check.Plan(
@@ -102,3 +104,26 @@ def test_what_is_wrong_is_a_finding_and_the_rest_goes_on(monkeypatch, tmp_path, 
 def test_a_run_that_fails_tells_its_end(tmp_path):
     with pytest.raises(RuntimeError, match=r"--depth=0 left with code 2: .*depth=0 is too small"):
         gpu_check._train(tmp_path, ["--model_tag=x", "--depth=0"], torchrun=False)
+
+
+def test_what_is_not_to_be_compiled_is_not(monkeypatch):
+    """The head is compiled for all models of a process. Red when contender() takes what the one before has left."""
+    compile_loss_head(True)
+    gpu_check.contender(TINY, Settings(**TINY.small, device_type="cpu"), compiled=False)
+    assert loss_head.chunk_gradient is loss_head._chunk_gradient
+
+
+def test_muon_is_compiled_on_a_gpu_alone(monkeypatch, capsys):
+    """As far as one gets without a GPU. Red when Muon stays compiled where the model could not be."""
+    switched = []
+    monkeypatch.setattr(compiling, "compile_muon", switched.append)
+    model = gpu_check.contender(TINY, Settings(**TINY.small, device_type="cpu"), compiled=False).model
+    monkeypatch.setattr(type(model), "compile", lambda model: None)
+    compiling.compile_model(model, 1)
+    assert switched == [False] * len(switched)
+    switched.clear()
+    monkeypatch.setattr(type(model), "device", types.SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **how: None)  # there is no such device
+    compiling.compile_model(model, 1)
+    assert switched == [True, False]
+    assert "running without torch.compile (AttributeError" in capsys.readouterr().out

@@ -96,6 +96,7 @@ def plot(growth: dict, tokens: int, path: Path) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     figure, axes = plt.subplots(2, len(growth), figsize=(4 * len(growth), 6), squeeze=False, layout="constrained")
     for column, (name, one) in enumerate(growth.items()):
@@ -106,6 +107,7 @@ def plot(growth: dict, tokens: int, path: Path) -> None:
             panel.loglog(sizes, [unit * values[0] * size / sizes[0] for size in sizes], ":", label="proportional")
             panel.set(xlabel=name, ylabel=label)
             panel.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+            panel.xaxis.set_minor_locator(NullLocator())
             panel.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
