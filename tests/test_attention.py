@@ -342,6 +342,13 @@ def test_a_kernel_that_breaks_the_graph_is_not_for_compiled_blocks(packages, mon
         assert problem(kernel, (4, 2, 8), CPU, torch.float32, compiled=True) is None
 
 
+def test_the_reason_is_what_was_raised_not_what_the_compiler_makes_of_it(monkeypatch):
+    """Red when problem() does not ask again without the compiler ("Unsupported: Observed exception")."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for kernel, words in ((kernels.cudnn, "it knows no windows"), (kernels.flash_attention_2, "No module named")):
+        assert words in problem(kernel, (4, 2, 8), CPU, torch.float32, 9, compiled=True)
+
+
 def test_flex_attention_lies_in_one_graph_of_a_compiled_block(interpreter, monkeypatch):
     """No break, and no graph anew for another batch of documents. Red when block_mask() keeps what a tracer made."""
     inputs, graphs = qkv(2, 256, 256, 4, 2, 16), []

@@ -216,6 +216,14 @@ def test_memory_does_not_grow_with_accumulation_and_logits_stay_a_chunk():
     assert chunk_rows("cpu", 50_000) < chunk_rows("cpu", 5_000)
 
 
+def test_the_first_pass_that_is_measured_pays_for_the_others(monkeypatch):
+    """Red when it counts: passes of 10 s and 1 s are not one of 5.5."""
+    clock = iter((0.0, 0.0, 10.0, 10.0, 11.0, 99.0))  # the deadline, begin and end of both, and it is over
+    monkeypatch.setattr("nanochat.estimate.time.perf_counter", lambda: next(clock))
+    s = Settings(depth=1, model_dim=16, head_dim=8, max_seq_len=16, vocab_size=300, total_batch_size=16)
+    assert measure(s, CPU, 20.0) == pytest.approx(16 * meta_model(s).flops_per_token())
+
+
 # GiB that two steps of each of gpu_check's settings took at most on an H200 (dev/LOG.md).
 MEASURED = {
     "classic": 6.89, "two micro-batches": 7.605, "grouped queries": 6.417, "short context": 6.881,
