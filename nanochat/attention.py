@@ -50,13 +50,19 @@ def sdpa(q, k, v, window: int | None = None, mask: torch.Tensor | None = None) -
     if not causal and mask is None and T > 1:  # several new tokens behind a cache, or a window; one sees all there is
         place = torch.arange(S, device=q.device)
         mask = visible(place[S - T :, None], place, window)
-    with without_plans(q.device):
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
+    grouped = q.size(1) != k.size(1)
+    if grouped and mask is not None and q.device.type == "cuda":  # for which torch has no kernel that saves memory
+        k, v = (z.repeat_interleave(q.size(1) // z.size(1), dim=1) for z in (k, v))
+        grouped = False
+    with kernels_for(q.device, cached=S != T):
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
-def without_plans(device: torch.device) -> AbstractContextManager:
-    """Leaves cuDNN out on a GPU: it plans for every shape anew, 50 ms each on an H200, and here come many shapes."""
-    if device.type != "cuda":
+def kernels_for(device: torch.device, cached: bool) -> AbstractContextManager:
+    """All of torch's; behind a GPU's cache, where each token has a shape of its own, not cuDNN's: it plans for every
+    shape anew, which took 50 ms on an H200.
+    """
+    if device.type != "cuda" or not cached:
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

@@ -10,7 +10,7 @@ from nanochat.attention_kernels import Kernel, chosen, flash_attention_3, flex
 from nanochat.gpt import GPTConfig
 from nanochat.runtime import first_line
 
-CANDIDATES: tuple[tuple[str, Kernel], ...] = (  # by preference: cuDNN is said to be ahead of FlashAttention 2 on Hopper
+CANDIDATES: tuple[tuple[str, Kernel], ...] = (  # by preference; cuDNN was ahead of FlashAttention 2 on an H200
     ("FlashAttention 3", flash_attention_3),
     ("cuDNN", kernels.cudnn),
     ("FlashAttention 2", kernels.flash_attention_2),

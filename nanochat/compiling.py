@@ -29,7 +29,7 @@ def compile_model(model: GPT, rows: int) -> float:
     if problem is None:
         import_compiler()
         model.compile()
-        # On a CPU it makes an update 0.9 times as long, 1% of a step: less than compiling takes (dev/LOG.md).
+        # On a CPU an update gets 0.9 times as long: in short runs of small models less than compiling takes.
         compile_muon(model.device.type == "cuda")
         ids = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=model.device)
         try:

@@ -36,7 +36,7 @@ MEASURE_SECONDS = 4.0
 ASSUMED_MFU = {"cuda": 0.40, "mps": 0.25, "cpu": 0.50}
 # The time of compiled passes on a CPU over that of eager ones, which measure() times: blocks, and the output matrix.
 COMPILED_TIME = {torch.float32: (0.78, 0.98), torch.bfloat16: (0.62, 1.0)}
-RUNTIME_BYTES = {"cpu": 460 << 20, "mps": 460 << 20, "cuda": 0}  # Python, torch, data; CUDA reports its tensors alone
+RUNTIME_BYTES = {"cpu": 460 << 20, "mps": 600 << 20, "cuda": 0}  # Python, torch, data; CUDA reports its tensors alone
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,16 @@ class Estimate:
     checkpoint_bytes: int
     saves: int
     kept: int
-    micro_batches: int  # of a step
+    bare_passes: bool  # begin without gradients: there is one micro-batch, and its activations are known well enough
 
     @property
     def peak_memory(self) -> int:
-        """Of passes, which a first micro-batch begins without gradients, and step the larger counts, where the memory
-        of the one serves the other: the heap of a CPU's process is in pieces by then."""
+        """On a GPU the passes' memory serves the optimizer step, and the larger counts. On a CPU both do: by the time
+        of the step the heap is in pieces."""
         parts = dict(self.memory)
         if "saving" not in parts:
             passes, step = parts.pop("activations") + parts.pop("logits"), parts.pop("step")
-            parts["larger"] = max(passes - (parts["gradients"] if self.micro_batches == 1 else 0), step)
+            parts["larger"] = max(passes - (parts["gradients"] if self.bare_passes else 0), step)
         return sum(parts.values())
 
 
@@ -141,8 +141,7 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     """
     model, dtype, kind = largest_model(settings), hardware.activation_dtype(settings), hardware.device_type
     optimizer = build_optimizer(model, settings, dtype, world_size=world_size)
-    size, full = dtype.itemsize, dtype == torch.float32
-    lean = settings.compile and kind == "cuda"
+    size, full, compact = dtype.itemsize, dtype == torch.float32, lean(settings, kind)
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
 
@@ -159,7 +158,7 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     tokens = settings.batch_plan(world_size)[0] * settings.max_seq_len
     kv = config.n_kv_head / config.n_head
     hidden = 2 * config.mlp_ratio + 2 * config.has_experts  # experts: the sorted tokens, there and back
-    if lean:
+    if compact:
         arrays = (5.1 if full else 7.1) + hidden + 3 * kv
     else:
         arrays = (9.5 + kv if full else 13.2 + 2 * kv) + hidden + config.residual_scalars
@@ -171,13 +170,13 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
         per_token += config.n_head * seen * size  # keys that a query is multiplied with: their weights stay
     count = model.num_parameters()
     matrices = count["transformer"] + count["experts"] + count["output_projection"]
-    once = config.n_embd * size * (2.8 * lean + 2 * config.smear + config.backout + 2 * bool(config.bigram_rows))
+    once = config.n_embd * size * (2.8 * compact + 2 * config.smear + config.backout + 2 * bool(config.bigram_rows))
     activations = tokens * (config.n_layer * per_token + once) + (0 if full else 2 * matrices)
 
     ids = max(len(matrix) for _, matrix in model.output_weights())
     rows = min(tokens, chunk_rows(kind, ids, settings.compile))
     table = ids * config.n_embd
-    chunk = rows * (2 * size * ids + 8 * config.n_embd) + 4 * table if lean else 5 * 4 * rows * ids
+    chunk = rows * (2 * size * ids + 8 * config.n_embd) + 4 * table if compact else 5 * 4 * rows * ids
     logits = chunk + tokens * config.n_embd * size + table * (4 if full else 6)
     return {
         "parameters": 4 * parameters,
@@ -189,6 +188,11 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
         **({"saving": checkpoint_bytes(settings)} if kind == "cpu" else {}),
         "runtime": RUNTIME_BYTES[kind],
     }
+
+
+def lean(settings: Settings, device_type: str) -> bool:
+    """Whether a run keeps what compiled blocks keep, as measured on a GPU."""
+    return settings.compile and device_type == "cuda"
 
 
 def checkpoint_bytes(settings: Settings) -> int:
@@ -207,6 +211,7 @@ def estimate(settings: Settings, hardware: Hardware, flops: float | None = None)
 
     flops: achieved FLOP/s of one device as measure() returns it; None assumes a part of the peak. A step is its passes
     and Muon's products, which go at that rate too (in small batches of wide models they are most of the work).
+    measure() times eager passes; what compiling gains is known for CPUs alone, so a GPU will be faster than predicted.
     """
     model = meta_model(settings)
     flops_per_token = model.flops_per_token()
@@ -231,7 +236,7 @@ def estimate(settings: Settings, hardware: Hardware, flops: float | None = None)
         checkpoint_bytes=checkpoint_bytes(settings),
         saves=saves,
         kept=kept,
-        micro_batches=settings.batch_plan(world)[1],
+        bare_passes=lean(settings, hardware.device_type) and settings.batch_plan(world)[1] == 1,
     )
 
 

@@ -76,7 +76,7 @@ def _chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> tuple
 
 def rounds(x: torch.Tensor) -> bool:
     """Whether products of such factors come rounded to their dtype: NVIDIA's GPUs hand out the float32 sums."""
-    return x.dtype != torch.float32 and not (x.is_cuda and torch.version.cuda)
+    return x.dtype != torch.float32 and not (x.is_cuda and torch.version.cuda is not None)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ class _ChunkedSum(torch.autograd.Function):
         dx = torch.empty_like(x)
         dw = torch.zeros(weight.shape, dtype=weight.dtype, device=x.device)
         loss = torch.zeros((), dtype=weight.dtype, device=x.device)
-        memory = x.new_empty(min(len(x), rows), len(weight))  # of the logits of all chunks
+        memory = x.new_empty(min(len(x), rows), len(weight))  # that every chunk uses again for its logits
         for start in range(0, x.size(0), rows):
             xs, ys = x[start : start + rows], targets[start : start + rows]
             logits = torch.mm(xs, cast.t(), out=memory[: len(xs)])
@@ -105,7 +105,11 @@ class _ChunkedSum(torch.autograd.Function):
             gradient[place] += ((own * own - 1) * size)[:, 0].to(gradient.dtype)
             scale = torch.where(valid, 1 / size, 0.0)
             dx[start : start + rows] = _product(gradient, cast) * scale
-            dw += _product(gradient.t(), (xs * scale).to(xs.dtype))
+            scaled = (xs * scale).to(xs.dtype)
+            if scaled.dtype == dw.dtype:
+                dw.addmm_(gradient.t(), scaled)
+            else:
+                dw += _product(gradient.t(), scaled)
             del gradient
         ctx.save_for_backward(dx, dw)
         return loss
@@ -116,7 +120,7 @@ class _ChunkedSum(torch.autograd.Function):
         return dx * scale.to(dx.dtype), dw * scale, None, None
 
 
-chunk_gradient = _chunk_gradient  # base_train replaces it by a compiled one: see compile_loss_head
+chunk_gradient = _chunk_gradient  # compile_loss_head() replaces it by a compiled one
 
 
 def compile_loss_head(on: bool) -> None:

@@ -1,8 +1,8 @@
 """What only a GPU can show: `python -m scripts.gpu_check [--quick] [--only training,fp8] [--output DIR]`.
 
-About 12 minutes on one H200, with torch, numpy, tiktoken, safetensors and pyarrow alone. Prints a Markdown table for
-each check, and writes gpu_check.json and gpu_check.md into DIR after each. A check that fails says so, the others go
-on, and the exit code is 1.
+An estimated 12 minutes on one H200, with torch, numpy, tiktoken, safetensors and pyarrow alone. Prints a Markdown
+table for each check, and writes gpu_check.json and gpu_check.md into DIR after each. A check that fails says so, the
+others go on, and the exit code is 1.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from nanochat.engine import decode
 from nanochat.estimate import estimate, find_hardware
 from nanochat.fp8 import lacking, swap
 from nanochat.gpt import GPTConfig
-from nanochat.optim import ALL_GATHER, REDUCE_SCATTER
+from nanochat.optim import ALL_GATHER, REDUCE_SCATTER, compile_muon
 from nanochat.runtime import (
     Compute,
     UserError,
@@ -121,7 +121,7 @@ class Finding:
 def main(argv: list[str] | None = None) -> dict:
     """Run the checks; returns what gpu_check.json holds, or leaves with code 1 when one failed."""
     parser = argparse.ArgumentParser(prog="scripts.gpu_check", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="only d12, fewer steps: two minutes")
+    parser.add_argument("--quick", action="store_true", help="only d12, fewer and smaller steps")
     parser.add_argument("--only", default=",".join(CHECKS), help=f"comma-separated, of {', '.join(CHECKS)}")
     parser.add_argument("--output", type=Path, default=Path("gpu_check"), help="folder for the figures")
     args = parser.parse_args(argv)
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise UserError("scripts.gpu_check needs a CUDA GPU, and torch sees none: everything else has its tests")
     plan = Plan(init_compute("cuda", None, seed=1))
     if args.quick:
-        plan = dataclasses.replace(plan, depths={12: 16}, steps=4, new_tokens=64)
+        plan = dataclasses.replace(plan, depths={12: 16}, batch=65_536, steps=4, new_tokens=64)
     return run(plan, names, args.output)
 
 
@@ -183,7 +183,8 @@ def contender(plan: Plan, settings: Settings, path: str = "default", compiled: b
     one = Contender(settings, path, compiled=False)
     if fp8:
         swap(one.model)
-    one.model.uncompile()  # what a model before has left compiled
+    one.model.uncompile()  # with what a model before has left compiled
+    compile_muon(False)
     if compiled:
         compile_model(one.model, one.rows)
     return one

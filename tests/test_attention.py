@@ -384,13 +384,19 @@ def test_shapes_and_dtypes_without_data(window):
     assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
 
 
-def test_evaluation_and_caches_leave_cudnn_out_on_a_gpu():
-    """It plans for every new shape: a generated token took 50 ms. Red when without_plans() is a nullcontext there."""
+def test_behind_a_cache_a_gpu_leaves_cudnn_out(monkeypatch):
+    """It plans for every new shape: a generated token took 50 ms. Red when sdpa() does not ask, or asks always."""
     from torch.backends import cuda
 
     enabled = {"cudnn": cuda.cudnn_sdp_enabled, "flash": cuda.flash_sdp_enabled, "math": cuda.math_sdp_enabled}
     before = {name: ask() for name, ask in enabled.items()}
-    with attention.without_plans(CUDA):
+    with attention.kernels_for(CUDA, cached=True):
         assert {name: ask() for name, ask in enabled.items()} == {"cudnn": False, "flash": True, "math": True}
-    with attention.without_plans(CPU):
-        assert {name: ask() for name, ask in enabled.items()} == before
+    for device, cached in ((CUDA, False), (CPU, True)):
+        with attention.kernels_for(device, cached):
+            assert {name: ask() for name, ask in enabled.items()} == before
+    asked, real = [], attention.kernels_for
+    monkeypatch.setattr(attention, "kernels_for", lambda device, cached: asked.append(cached) or real(device, cached))
+    for T in (1, 3, 7):
+        causal_attention(*qkv(1, T, 7, 2, 2, 4), None) if T < 7 else sdpa(*qkv(1, T, 7, 2, 2, 4))
+    assert asked == [True, True, False]

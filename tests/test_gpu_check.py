@@ -9,8 +9,9 @@ import torch
 from forked import Forked
 from tiny_run import exit_code
 
-from nanochat import compiling, loss_head, runtime
+from nanochat import compiling, loss_head, optim, runtime
 from nanochat.loss_head import compile_loss_head
+from nanochat.optim import compile_muon
 from nanochat.runtime import Compute, UserError
 from nanochat.settings import Settings, validate
 from scripts import gpu_check
@@ -109,8 +110,10 @@ def test_a_run_that_fails_tells_its_end(tmp_path):
 def test_what_is_not_to_be_compiled_is_not(monkeypatch):
     """The head is compiled for all models of a process. Red when contender() takes what the one before has left."""
     compile_loss_head(True)
+    compile_muon(True)
     gpu_check.contender(TINY, Settings(**TINY.small, device_type="cpu"), compiled=False)
     assert loss_head.chunk_gradient is loss_head._chunk_gradient
+    assert optim.muon_update is optim._muon_update
 
 
 def test_muon_is_compiled_on_a_gpu_alone(monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The chunked loss and its gradients against all logits at once and F.cross_entropy in float64."""
 
 import functools
+import types
 
 import hypothesis.strategies as st
 import pytest
@@ -91,13 +92,24 @@ def test_bfloat16_where_products_hand_out_their_sums(monkeypatch):
         return torch.matmul(a.to(out_dtype or a.dtype), b.to(out_dtype or a.dtype), out=out)
 
     monkeypatch.setattr(loss_head, "rounds", lambda x: False)
+    monkeypatch.setattr(loss_head, "chunk_rows", lambda *where, **how: 256)
     monkeypatch.setattr(loss_head.torch, "mm", mm)
     features = x.detach().bfloat16().requires_grad_()
     got = torch.autograd.grad(chunked_cross_entropy(features, weight, targets, "sum"), (features, weight))
     for a, b in zip(got, wanted, strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
     assert got[0][targets == -100].eq(0).all()
-    assert asked == [None, torch.float32, torch.float32]
+    assert asked == [None, torch.float32, torch.float32] * 3  # of 256, 256 and 188 rows
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cuda", "dtype", "rounded"),
+    [(False, None, torch.bfloat16, True), (False, None, torch.float32, False), (True, "13.0", torch.bfloat16, False),
+     (True, "13.0", torch.float32, False), (True, None, torch.bfloat16, True)],  # the last is ROCm
+)  # fmt: skip
+def test_who_hands_out_float32_sums(monkeypatch, gpu, cuda, dtype, rounded):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert loss_head.rounds(types.SimpleNamespace(is_cuda=gpu, dtype=dtype)) is rounded
 
 
 def test_logits_stay_inside_the_cap():

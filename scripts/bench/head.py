@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict:
 
     def chunked(rows: int):
         def loss() -> torch.Tensor:
-            loss_head.chunk_rows = lambda *where: rows
+            loss_head.chunk_rows = lambda *where, **how: rows
             return loss_head.chunked_cross_entropy(x, weight, targets, "sum")
 
         return lambda: backward(loss)
