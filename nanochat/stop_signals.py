@@ -39,10 +39,13 @@ class StopSignals:
                 self._before[number] = signal.signal(number, lambda *_: None)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
+        failed = kind is not None and issubclass(kind, RuntimeError)
         for number, handler in self._before.items():
+            if number == signal.SIGTERM and failed and launched():
+                handler = signal.SIG_IGN  # the launcher may end us because a rank died: run_script names it first
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
         os.close(self._writer)  # the thread reads the end of the pipe

@@ -76,3 +76,20 @@ def test_an_ignored_signal_stays_ignored(monkeypatch):
             assert signals.requested == "SIGTERM"
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_launcher_cannot_end_a_rank_that_has_yet_to_name_the_dead_one(monkeypatch, error, launched):
+    """Red when SIGTERM has its default again between a collective's error and run_script, or stays ignored for ever."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(error), StopSignals():
+            raise error("connection closed by peer")
+        ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+        assert ignored == (launched and error is RuntimeError)
+    finally:
+        signal.signal(signal.SIGTERM, before)
