@@ -107,7 +107,7 @@ def test_a_run_that_fails_tells_its_end(tmp_path):
         gpu_check._train(tmp_path, ["--model_tag=x", "--depth=0"], torchrun=False)
 
 
-def test_what_is_not_to_be_compiled_is_not(monkeypatch):
+def test_what_is_not_to_be_compiled_is_not():
     """The head is compiled for all models of a process. Red when contender() takes what the one before has left."""
     compile_loss_head(True)
     compile_muon(True)
@@ -117,13 +117,13 @@ def test_what_is_not_to_be_compiled_is_not(monkeypatch):
 
 
 def test_muon_is_compiled_on_a_gpu_alone(monkeypatch, capsys):
-    """As far as one gets without a GPU. Red when Muon stays compiled where the model could not be."""
+    """As far as one gets without a GPU. Red when it is compiled on a CPU, or stays compiled where the model could not be."""
     switched = []
     monkeypatch.setattr(compiling, "compile_muon", switched.append)
     model = gpu_check.contender(TINY, Settings(**TINY.small, device_type="cpu"), compiled=False).model
     monkeypatch.setattr(type(model), "compile", lambda model: None)
     compiling.compile_model(model, 1)
-    assert switched == [False] * len(switched)
+    assert set(switched) == {False}
     switched.clear()
     monkeypatch.setattr(type(model), "device", types.SimpleNamespace(type="cuda"))
     monkeypatch.setattr(torch, "zeros", lambda *shape, **how: None)  # there is no such device
