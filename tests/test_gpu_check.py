@@ -117,7 +117,7 @@ def test_what_is_not_to_be_compiled_is_not():
 
 
 def test_muon_is_compiled_on_a_gpu_alone(monkeypatch, capsys):
-    """As far as one gets without a GPU. Red when it is compiled on a CPU, or stays compiled where the model could not be."""
+    """As far as one gets without a GPU. Red when it is on a CPU, or stays so where the model could not be."""
     switched = []
     monkeypatch.setattr(compiling, "compile_muon", switched.append)
     model = gpu_check.contender(TINY, Settings(**TINY.small, device_type="cpu"), compiled=False).model
