@@ -20,41 +20,47 @@ def causal_attention(
     """q [B, T, H, D], k and v [B, S, H_kv, D] with S >= T -> [B, T, H, D].
 
     The queries are the last T of the S positions, each sees its own position and everything before, or only `window`
-    positions before. H_kv divides H. mask: that of document_masks() for this window, where T = S. bound: the largest
-    size that q k / sqrt(D) can have, where it is known.
+    positions before. H_kv divides H. mask: that of document_masks() for this window. bound: the largest size that
+    q k / sqrt(D) can have, where it is known.
     """
     if torch.is_grad_enabled() and k.size(1) == q.size(1):  # training
         kernel = chosen.get((q.device.type, window is not None))
         if kernel is not None:
             return kernel(q, k, v, window, mask)
-        if q.device.type == "cpu" and mask is None:
-            return blocked_causal_attention(q, k, v, window, bound)
+        if q.device.type == "cpu":
+            return blocked_causal_attention(q, k, v, window, bound, mask)
     return sdpa(q, k, v, window, mask)
 
 
-def sdpa(q, k, v, window: int | None = None, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """causal_attention() by torch's kernels for scaled dot products, in memory proportional to the window."""
+def sdpa(q, k, v, window: int | None = None, begins: torch.Tensor | None = None) -> torch.Tensor:
+    """causal_attention() by torch's kernels for scaled dot products, in memory proportional to the window.
+
+    begins: int [B, T], where each query's document begins among the S positions.
+    """
     T, S = q.size(1), k.size(1)
-    if window is not None and mask is None:
+    first = 0  # position of the first key
+    if window is not None:
         step = max(window, SDPA_BLOCK)
         if step < T:
             out, end = [], S - T
-            for part in q.split(step, dim=1):
+            for n, part in enumerate(q.split(step, dim=1)):
                 end += part.size(1)
-                out.append(sdpa(part, k[:, :end], v[:, :end], window))
+                own = None if begins is None else begins[:, n * step : n * step + part.size(1)]
+                out.append(sdpa(part, k[:, :end], v[:, :end], window, own))
             return torch.cat(out, dim=1)
-        k, v = (z[:, -(T + window) :] for z in (k, v))  # no query sees what lies further back than the first one does
-        S = k.size(1)
+        first = max(0, S - T - window)  # no query sees what lies further back than the first one does
+        k, v = k[:, first:], v[:, first:]
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-    causal = T == S > 1 and mask is None and (window is None or window >= S - 1)
-    if not causal and mask is None and T > 1:  # several new tokens behind a cache, or a window; one sees all there is
-        place = torch.arange(S, device=q.device)
-        mask = visible(place[S - T :, None], place, window)
+    causal, mask = T == S > 1 and begins is None and (window is None or window >= S - 1), None
+    # Several new tokens behind a cache, or that see a window or their document; a single one sees all there is.
+    if begins is not None or (T > 1 and not causal):
+        place = torch.arange(first, S, device=q.device)
+        mask = visible(place[-T:, None], place, window, None if begins is None else begins[:, None, :, None])
     grouped = q.size(1) != k.size(1)
     if grouped and mask is not None and q.device.type == "cuda":  # for which torch has no kernel that saves memory
         k, v = (z.repeat_interleave(q.size(1) // z.size(1), dim=1) for z in (k, v))
         grouped = False
-    with kernels_for(q.device, cached=S != T):
+    with kernels_for(q.device, cached=k.size(2) != T):
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
 

@@ -34,19 +34,19 @@ class Choice:
 
 
 def choose_attention(
-    config: GPTConfig, device: torch.device, dtype: torch.dtype, documents: bool = False, compiled: bool = True
+    config: GPTConfig, device: torch.device, dtype: torch.dtype, compiled: bool = True
 ) -> list[Choice]:
     """Try the candidates for the layers with and without a window on this device; the first that is right trains them.
 
-    documents: the layers will be given document_masks(). compiled: they run inside torch.compile, so a kernel that
-    breaks its graph is passed over.
+    compiled: they run inside torch.compile, so a kernel that breaks its graph is passed over.
     """
+    documents = config.document_start is not None
     for windowed in (False, True):
         chosen.pop((device.type, windowed), None)
     if device.type != "cuda":
-        if device.type == "cpu" and not documents:
+        if device.type == "cpu":
             return [Choice("blocked matmuls", "on a CPU the backward of a fused kernel is slow")]
-        return [Choice("SDPA", f"on {device.type}{' with document boundaries' if documents else ''} nothing else runs")]
+        return [Choice("SDPA", f"on {device.type} nothing else runs")]
     choices = []
     for window in dict.fromkeys(config.window(layer) for layer in range(config.n_layer)):
         layers = "layers that see everything" if window is None else f"layers with a window of {window}"
@@ -87,17 +87,16 @@ def problem(
         torch.randn(1, TILE, n, D, device=device, generator=own).to(dtype).requires_grad_() for n in (H, kv, kv, H)
     )
     window = window if window is None else min(window, TILE_WINDOW)
-    numbers = (torch.arange(TILE, device=device) // 150)[None] if documents else None
+    begins = (torch.arange(TILE, device=device) // 150 * 150)[None] if documents else None
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch tells at length why a kernel is none for these tensors
         inputs = [z.detach().float().requires_grad_() for z in (q, k, v)]
-        out = plain_attention(*inputs, window, numbers)
+        out = plain_attention(*inputs, window, begins)
         wanted = (out, *torch.autograd.grad(out, inputs, weight.float()))
         try:
             run = torch.compile(kernel, fullgraph=True, dynamic=False) if compiled else kernel
-            out = run(
-                q, k, v, window, None if numbers is None else kernels.document_mask(numbers, window, kernel is flex)
-            )
+            mask = kernels.document_block_mask(begins, window) if documents and kernel is flex else begins
+            out = run(q, k, v, window, mask)
             found = (out, *torch.autograd.grad(out, (q, k, v), weight))
             pairs = zip(("out", "dq", "dk", "dv"), found, wanted, strict=True)
             errors = {name: ((a.float() - b).norm() / b.norm()).item() for name, a, b in pairs}
@@ -112,12 +111,10 @@ def on_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def plain_attention(q, k, v, window: int | None = None, documents: torch.Tensor | None = None) -> torch.Tensor:
-    """The definition, with all scores in memory: what the kernels are held against. documents: int [B, T] numbers."""
+def plain_attention(q, k, v, window: int | None = None, begins: torch.Tensor | None = None) -> torch.Tensor:
+    """The definition, with all scores in memory: what the kernels are held against. begins: as document_masks()."""
     k, v = (z.repeat_interleave(q.size(2) // z.size(2), dim=2) for z in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k) * q.size(-1) ** -0.5
     place = torch.arange(q.size(1), device=q.device)
-    seen = kernels.visible(place[:, None], place, window)
-    if documents is not None:
-        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+    seen = kernels.visible(place[:, None], place, window, None if begins is None else begins[:, None, :, None])
     return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~seen, -float("inf")).softmax(-1), v)

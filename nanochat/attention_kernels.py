@@ -1,7 +1,7 @@
 """Kernels that train attention on a GPU: which one does is for attention_choice.py to say.
 
-All take q [B, T, H, D], k and v [B, T, H_kv, D] with H_kv dividing H, the window (None: all that came before) and a
-mask of documents (None: no boundaries), and return [B, T, H, D]. What one cannot do it raises. FlashAttention
+All take q [B, T, H, D], k and v [B, T, H_kv, D] with H_kv dividing H, the window (None: all that came before) and the
+documents' mask (None: no boundaries), and return [B, T, H, D]. What one cannot do it raises. FlashAttention
 (arXiv 2307.08691, 2407.08608) is used where it is installed; FlexAttention (arXiv 2412.05496) is torch's.
 """
 
@@ -16,44 +16,42 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 Kernel = Callable[..., torch.Tensor]
-Mask = "torch.Tensor | BlockMask | None"  # what document_masks() makes
+Mask = "torch.Tensor | BlockMask | None"  # of the documents, as document_masks() makes it
 chosen: dict[tuple[str, bool], Kernel] = {}  # by device type and whether the layer has a window; else SDPA
 block_masks: dict[tuple, "BlockMask"] = {}  # of FlexAttention, by length, window and device
 
 
-def visible(query: torch.Tensor, key: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Whether the query at one position sees the key at another."""
-    return key <= query if window is None else (key <= query) & (query - key <= window)
+def visible(query: torch.Tensor, key: torch.Tensor, window: int | None, begin=None) -> torch.Tensor:
+    """Whether the query at one position sees the key at another; begin: the first position of the query's document."""
+    seen = key <= query if window is None else (key <= query) & (query - key <= window)
+    return seen if begin is None else seen & (key >= begin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # documents
 
 
-def document_masks(documents: torch.Tensor, windows: Iterable[int | None]) -> dict[int | None, Mask]:
-    """{window: mask} that all layers of one forward pass share, so that tokens see only their own document.
+def document_masks(begins: torch.Tensor | None, windows: Iterable[int | None]) -> dict[int | None, Mask]:
+    """{window: mask} that the layers of one forward pass share, so that tokens see only their own document.
 
-    documents int [B, T]: the number of each token's document, as in (ids == bos).cumsum(1).
+    begins int [B, T]: at which position each token's document begins; None: there are no boundaries. What takes a mask
+    takes begins itself, but FlexAttention, which trains with a BlockMask.
     """
     masks = {}
     for window in set(windows):
-        kernel = chosen.get((documents.device.type, window is not None)) if torch.is_grad_enabled() else None
-        masks[window] = document_mask(documents, window, kernel is flex)
+        kernel = chosen.get((begins.device.type, window is not None)) if begins is not None else None
+        blocks = kernel is flex and torch.is_grad_enabled()
+        masks[window] = document_block_mask(begins, window) if blocks else begins
     return masks
 
 
-def document_mask(documents: torch.Tensor, window: int | None, blocks: bool) -> Mask:
-    """A BlockMask for FlexAttention, or bool [B, 1, T, T] with True where something is seen."""
-    B, T = documents.shape
-    if not blocks:
-        place = torch.arange(T, device=documents.device)
-        return visible(place[:, None], place, window) & (documents[:, None, :, None] == documents[:, None, None, :])
+def document_block_mask(begins: torch.Tensor, window: int | None) -> "BlockMask":
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def seen(b, h, query, key):
-        return visible(query, key, window) & (documents[b, query] == documents[b, key])
-
-    return create_block_mask(seen, B, None, T, T, device=documents.device)
+    B, T = begins.shape
+    return create_block_mask(
+        lambda b, h, query, key: visible(query, key, window, begins[b, query]), B, None, T, T, device=begins.device
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -28,24 +28,28 @@ def blocks(length: int, window: int | None = None) -> list[tuple[int, int, int]]
 
 
 def blocked_causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, bound: float = float("inf")
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, bound: float = float("inf"),
+    begins: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]; each position sees itself and what comes before.
 
     window: only so many positions before. bound: the largest size that q k / sqrt(D) can have, if that is known.
+    begins: int [B, T], only what comes from there on.
     """
     B, T, H, D = q.shape
+    if begins is not None:
+        begins = begins[:, None].expand(B, H, T).reshape(B * H, T)
     if k.size(2) != H:
         k, v = (z.repeat_interleave(H // z.size(2), dim=2) for z in (k, v))
     q, k, v = (z.transpose(1, 2).reshape(B * H, T, D) for z in (q, k, v))
-    return _Blocked.apply(q, k, v, window, bound).view(B, H, T, D).transpose(1, 2)
+    return _Blocked.apply(q, k, v, window, bound, begins).view(B, H, T, D).transpose(1, 2)
 
 
 class _Blocked(torch.autograd.Function):
     """q, k, v [N, T, D] -> [N, T, D]. The weights stay as they were before the division by their sums."""
 
     @staticmethod
-    def forward(ctx, q, k, v, window, bound):
+    def forward(ctx, q, k, v, window, bound, begins):
         outputs, weights, sums = [], [], []
         for start, end, first in blocks(q.size(1), window):
             scores = wide(torch.bmm(q[:, start:end], k[:, first:end].transpose(1, 2))) * q.size(2) ** -0.5
@@ -53,6 +57,8 @@ class _Blocked(torch.autograd.Function):
             hidden = square.triu(start - first + 1)
             if window is not None:
                 hidden = hidden | square.tril(start - first - window - 1)
+            if begins is not None:
+                hidden = hidden | (torch.arange(first, end, device=q.device) < begins[:, start:end, None])
             if bound > SAFE_BOUND:
                 scores = scores - scores.masked_fill(hidden, -float("inf")).amax(dim=-1, keepdim=True)
             w = torch.exp(scores).masked_fill(hidden, 0.0)
@@ -80,4 +86,4 @@ class _Blocked(torch.autograd.Function):
             dq.append(torch.bmm(ds, k[:, first:end]))
             dk = dk + F.pad(torch.bmm(ds.transpose(1, 2), q[:, start:end]), place)
             dv = dv + F.pad(torch.bmm(w.transpose(1, 2), g), place)
-        return torch.cat(dq, dim=1), dk, dv, None, None
+        return torch.cat(dq, dim=1), dk, dv, None, None, None

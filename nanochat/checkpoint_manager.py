@@ -350,10 +350,15 @@ def model_config(metadata: dict) -> GPTConfig:
     for name, value in saved.items():
         default = getattr(GPTConfig, name)
         kind = type(default)
-        if type(value) is not kind or (kind in (int, float) and not 0 < value < math.inf and value != default):
-            raise UserError(
-                f"model_config: {name}={value!r} is not {'true or false' if kind is bool else 'a number > 0'}"
-            )
+        if default is None:
+            fits, told = value is None or type(value) is int, "an id, or null"
+        elif kind is bool:
+            fits, told = type(value) is bool, "true or false"
+        else:
+            fits, told = type(value) is kind, "a number > 0"
+            fits = fits and (kind not in (int, float) or 0 < value < math.inf or value == default)
+        if not fits:
+            raise UserError(f"model_config: {name}={value!r} is not {told}")
     try:
         config = GPTConfig(**saved)
         assert config.vocabulary.size > 0

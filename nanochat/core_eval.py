@@ -182,41 +182,48 @@ class Prefixes:
         self.shared, self.width = batch.shared, batch.width - batch.shared
         shape = (config.n_layer, 2, B, self.shared + batch.options * self.width, config.n_kv_head, config.head_dim)
         self.store = torch.empty(shape, dtype=model.compute_dtype, device=model.device)
-        self.position, self.last = 0, None
+        self.position, self.last, self.begun = 0, None, 0
         ids = torch.tensor([family[0].tokens[: batch.shared] for family in batch.families])
         ids = ids.to(model.device)
         with suppress(_Read):
             model.features(ids, self)
         self.position = self.shared
         self.last = ids[:, -1:].repeat_interleave(batch.options, dim=0)  # the newest token of each row: [B n, 1]
+        begins = model.document_begins(ids)
+        if begins is not None:
+            self.begun = begins[:, -1:].repeat_interleave(batch.options, dim=0)
 
     def places(self, count: int) -> slice:
         return slice(self.position, self.position + count)
 
-    def advance(self, ids: torch.Tensor) -> None:
+    def advance(self, ids: torch.Tensor, begins: torch.Tensor | None) -> None:
         """Nothing comes behind the options."""
 
-    def attend(self, layer: int, q, k, v, window: int | None) -> torch.Tensor:
+    def attend(self, layer: int, q, k, v, window: int | None, mask: torch.Tensor | None) -> torch.Tensor:
         """q [B, S, H, D] with k and v [B, S, H_kv, D] of the prefixes, or [B n, T, ...] of the options -> as q."""
         own = self.store[layer, :, :, self.position :] if self.position else self.store[layer, :, :, : self.shared]
         own[0], own[1] = k.reshape(own[0].shape), v.reshape(own[1].shape)
         if self.position == 0:
             if layer == len(self.store) - 1:
                 raise _Read
-            return causal_attention(q, k, v, window)
+            return causal_attention(q, k, v, window, mask)
         keys, values = self.store[layer].transpose(2, 3)  # [B, H_kv, S + n T, D]
         queries = q.reshape(len(keys), -1, *q.shape[2:]).transpose(1, 2)
         gqa = queries.size(1) != keys.size(1)
-        out = F.scaled_dot_product_attention(queries, keys, values, self.mask(window), enable_gqa=gqa)
+        seen = self.seen(window, None if mask is None else mask.view(len(keys), 1, -1, 1))
+        out = F.scaled_dot_product_attention(queries, keys, values, seen, enable_gqa=gqa)
         return out.transpose(1, 2).reshape(q.shape)
 
-    def mask(self, window: int | None) -> torch.Tensor:
-        """What each of the n T tokens of a family's options sees of the prefix and them all: bool [n T, S + n T]."""
+    def seen(self, window: int | None, begins: torch.Tensor | None) -> torch.Tensor:
+        """What each of the n T tokens of a family's options sees of the prefix and them all: bool [n T, S + n T].
+
+        begins: where their documents begin, [B, 1, n T, 1]; the result is [B, 1, n T, S + n T] then.
+        """
         number = torch.arange(self.store.size(3) - self.shared, device=self.store.device)
         place, option = self.shared + number % self.width, number // self.width
         before = torch.arange(self.shared, device=self.store.device)
-        others = visible(place[:, None], place, window) & (option[:, None] == option)
-        return torch.cat([visible(place[:, None], before, window), others], dim=1)
+        others = visible(place[:, None], place, window, begins) & (option[:, None] == option)
+        return torch.cat([visible(place[:, None], before, window, begins), others], dim=-1)
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ class StaticCache:
         batch = cache.store.size(2)
         self.position = torch.full((1,), filled, device=model.device)
         self.last = cache.last.clone(memory_format=torch.contiguous_format)  # whatever the prompt's length was
+        self.begun = cache.begun.clone(memory_format=torch.contiguous_format)
         self.filled, self.length = filled, length
         self.store, self.rings = [], []
         for layer in range(config.n_layer):
@@ -112,18 +113,23 @@ class StaticCache:
     def places(self, count: int) -> torch.Tensor:
         return self.position
 
-    def advance(self, ids: torch.Tensor) -> None:
+    def advance(self, ids: torch.Tensor, begins: torch.Tensor | None) -> None:
         self.position += 1
         self.last.copy_(ids)
+        if begins is not None:
+            self.begun.copy_(begins)
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    def attend(self, layer: int, q, k, v, window: int | None, mask: torch.Tensor | None) -> torch.Tensor:
         """q [B, 1, H, D] to all positions so far, of which the newest has k and v [B, 1, H_kv, D] -> [B, 1, H, D]."""
         store = self.seen[layer]
         size = store.size(3)
         store.index_copy_(3, self.position % size, torch.stack([k, v]).transpose(2, 3))
         keys, values = wide(store[:, :, :, None]).unbind(0)  # [B, H_kv, 1, S, D]
         queries = wide(q).view(*keys.shape[:2], -1, 1, q.size(3)) * q.size(3) ** -0.5  # [B, H_kv, H / H_kv, 1, D]
-        free = torch.arange(size, device=q.device) > self.position  # not written yet
+        places = torch.arange(size, device=q.device)
+        free = places > self.position  # not written yet
+        if mask is not None:
+            free = free | (self.position - (self.position - places) % size < mask[:, None, None])
         weights = (queries * keys).sum(-1).masked_fill(free, -float("inf")).softmax(dim=-1)
         return (weights[..., None] * values).sum(-2).to(q.dtype).view(q.shape)
 

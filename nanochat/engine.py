@@ -19,6 +19,7 @@ class KVCache:
         self.store = torch.empty(shape, dtype=model.compute_dtype, device=model.device)
         self.position = 0
         self.last: torch.Tensor | None = None  # ids [B, 1] of the newest token
+        self.begun = torch.zeros(batch, 1, dtype=torch.long, device=model.device)  # where its document did
 
     def insert(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k and v [B, T, H_kv, D] behind the filled positions; returns all up to and including them.
@@ -35,20 +36,23 @@ class KVCache:
         """Where the next `count` tokens stand."""
         return slice(self.position, self.position + count)
 
-    def advance(self, ids: torch.Tensor) -> None:
-        """All layers have seen the tokens ids [B, T]."""
+    def advance(self, ids: torch.Tensor, begins: torch.Tensor | None) -> None:
+        """All layers have seen the tokens ids [B, T], whose documents begin at begins [B, T]."""
         self.position += ids.size(1)
         self.last = ids[:, -1:]
+        if begins is not None:
+            self.begun = begins[:, -1:]
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    def attend(self, layer: int, q, k, v, window: int | None, mask: torch.Tensor | None) -> torch.Tensor:
         """q [B, T, H, D] to all positions so far, of which the newest have k and v [B, T, H_kv, D] -> [B, T, H, D]."""
-        return causal_attention(q, *self.insert(layer, k, v), window)
+        return causal_attention(q, *self.insert(layer, k, v), window, mask)
 
     def repeated(self, batch: int) -> "KVCache":
         """A copy of this cache of one row for `batch` rows: one prompt, several continuations."""
         other = object.__new__(KVCache)
         other.store, other.position = self.store.repeat(1, 1, batch, 1, 1, 1), self.position
         other.last = self.last if self.last is None else self.last.repeat(batch, 1)
+        other.begun = self.begun.repeat(batch, 1)
         return other
 
 

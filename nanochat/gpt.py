@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from nanochat import parameters
 from nanochat.attention import causal_attention, wide
+from nanochat.attention_kernels import document_masks
 from nanochat.loss_head import chunked_cross_entropy, compile_loss_head, softcapped, token_losses
 from nanochat.modality import IGNORED, Modality, Vocabulary
 from nanochat.parameters import is_scalar
@@ -41,6 +42,7 @@ class GPTConfig:
     vocab_multiple: int = 1  # rows of the tables are rounded up to a multiple of it; the padding gets no logits
     window_pattern: str = "L"  # a letter a layer, again and again: L sees all that came before, and so does the last
     short_window: int = 1024  # layer; S sees so many tokens before a token, and itself (Longformer, arXiv 2004.05150)
+    document_start: int | None = None  # id that begins a document; set, no token sees what came before its document
     # The rest comes from modded-nanogpt by way of nanochat; lambdas and gates are learned.
     value_embeddings: bool = False  # every other layer, the last included, adds gate * embedding of the token to v
     value_gate_channels: int = 12  # the gate, one number a KV head, reads the first channels of attention's input
@@ -65,6 +67,8 @@ class GPTConfig:
         assert self.n_head % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}"
         assert self.tie_weights or not self.use_output_projection, "an output projection needs tied weights"
         assert self.window_pattern and set(self.window_pattern) <= set("LS"), f"window_pattern={self.window_pattern!r}"
+        start = self.document_start
+        assert start is None or 0 <= start < self.vocab_size, f"document_start={start} of {self.vocab_size} ids"
 
     @property
     def head_dim(self) -> int:
@@ -156,9 +160,10 @@ class CausalSelfAttention(AttentionMatrices):
             self.experts = None
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None, plan: Plan | None = None
-    ) -> torch.Tensor:
-        """x [B, T, C], ve the tokens' value embeddings [B, T, H_kv D] or None -> [B, T, C]."""
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None, plan: Plan | None = None,
+        mask=None,
+    ) -> torch.Tensor:  # fmt: skip
+        """x [B, T, C], ve the tokens' value embeddings [B, T, H_kv D] or None, mask the documents' -> [B, T, C]."""
         B, T, C = x.shape
         everyone = (self, *self.experts.values()) if self.experts is not None else (self,)
         if len(everyone) == 1:
@@ -176,9 +181,9 @@ class CausalSelfAttention(AttentionMatrices):
         # Turning keeps the length, so the norm may come first: nanochat's order costs more in the backward pass.
         q, k = ((rotate(norm(wide(z)), cos, sin) * self.qk_scale).to(x.dtype) for z in (q, k))
         if kv_cache is None:
-            y = causal_attention(q, k, v, self.window, bound=self.bound).reshape(B, T, C)
+            y = causal_attention(q, k, v, self.window, mask, self.bound).reshape(B, T, C)
         else:
-            y = kv_cache.attend(self.layer, q, k, v, self.window).reshape(B, T, C)
+            y = kv_cache.attend(self.layer, q, k, v, self.window, mask).reshape(B, T, C)
         if len(everyone) == 1:
             return self.c_proj(y)
         if isinstance(plan, Grouped):
@@ -242,11 +247,12 @@ class Block(nn.Module):
         self.mlp = ModalityMLP(config) if config.has_experts else MLP(config.n_embd, config.mlp_ratio)
 
     def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None, plan=None, mix=()
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None, plan=None, mask=None,
+        mix=(),
+    ) -> torch.Tensor:  # fmt: skip
         """mix: (lambda, stream [B, T, C]) pairs, whose sum takes the place of x."""
         x = sum(scale * stream for scale, stream in mix) if len(mix) > 1 else x
-        x = x + self.attn(norm(x), cos, sin, ve, kv_cache, plan)
+        x = x + self.attn(norm(x), cos, sin, ve, kv_cache, plan, mask)
         return x + (self.mlp(norm(x)) if plan is None else self.mlp(norm(x), plan))
 
 
@@ -392,14 +398,34 @@ class GPT(nn.Module):
         if not self.config.smear:
             return x
         before = torch.cat([torch.zeros_like(x[:, :1]) if last is None else norm(self.lookup(last)), x[:, :-1]], dim=1)
+        before = self.within_document(before, idx, 0)
         gate = self.smear_gate(x[..., : self.smear_gate.in_features]).sigmoid()
         return x + self.smear_lambda.to(x.dtype) * gate * before
 
     def bigrams(self, idx: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
         """idx int64 [B, T], last the ids before [B, 1] -> the rows [B, T, C] of the pairs that end at each token."""
         before = torch.cat([torch.full_like(idx[:, :1], -1) if last is None else last, idx[:, :-1]], dim=1)
+        before = self.within_document(before, idx, -1)
         row = ((idx * 2654435761) ^ (before * 2246822519)) % self.config.bigram_rows  # multiplicative hashing (Knuth)
         return self.bigram_embed(row).to(self.compute_dtype)
+
+    def within_document(self, before: torch.Tensor, idx: torch.Tensor, nothing: int) -> torch.Tensor:
+        """before [B, T, ...]: of the token before each of idx; `nothing` where that belongs to another document."""
+        if self.config.document_start is None:
+            return before
+        starts = idx == self.config.document_start
+        return before.masked_fill(starts if before.ndim == 2 else starts[..., None], nothing)
+
+    def document_begins(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor | None:
+        """idx int64 [B, T] -> int64 [B, T], the position at which each token's document begins, 0 if that is not known.
+
+        None: the model knows no documents.
+        """
+        if self.config.document_start is None:
+            return None
+        place = torch.arange(idx.size(1), device=idx.device) + (0 if kv_cache is None else kv_cache.position)
+        begun = 0 if kv_cache is None else kv_cache.begun
+        return torch.where(idx == self.config.document_start, place, begun).cummax(dim=1).values
 
     def features(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor:
         """idx int64 [B, T] -> what the output matrix is multiplied with, [B, T, C]."""
@@ -410,6 +436,8 @@ class GPT(nn.Module):
         last = None if kv_cache is None else kv_cache.last
         x = x0 = self.embed(idx, last)
         pairs = self.bigrams(idx, last) if self.config.bigram_rows else None
+        begins = self.document_begins(idx, kv_cache)
+        masks = document_masks(begins, (block.attn.window for block in self.transformer.h))
         # Only training runs compiled, or by another route: evaluation and generation come in too many shapes.
         run = self.block_forward if torch.is_grad_enabled() else Block.forward
         plan = None
@@ -423,11 +451,11 @@ class GPT(nn.Module):
                 mix = [(self.resid_lambdas[layer], x), (self.x0_lambdas[layer], x0)]
             if pairs is not None:
                 mix.append((self.bigram_lambdas[layer], pairs))
-            x = run(block, x, cos, sin, ve, kv_cache, plan, mix)
+            x = run(block, x, cos, sin, ve, kv_cache, plan, masks[block.attn.window], mix)
             if layer == self.config.n_layer // 2:
                 middle = x
         if kv_cache is not None:
-            kv_cache.advance(idx)
+            kv_cache.advance(idx, begins)
         if self.config.backout:
             x = x - self.backout_lambda.to(x.dtype) * middle
         x = norm(x)

@@ -45,8 +45,9 @@ CLASSIC_FIELDS = (*KEYS, "mlp_ratio", "rope_base")
 MODERN_FIELDS = (
     *CLASSIC_FIELDS, "qk_scale", "window_pattern", "short_window", "use_output_projection",
     "output_projection_residual", "value_embeddings", "value_gate_channels", "value_gate_range", "smear",
-    "residual_scalars", "backout", "bigram_rows",
+    "residual_scalars", "backout", "bigram_rows", "document_start",
 )  # fmt: skip
+LATER_FIELDS = ("bigram_rows", "document_start")  # which folders from before they were there lack: off
 PARTS = {
     "transformer.wte.": "model.embed_tokens.", "transformer.h.": "model.layers.", ".attn.c_q.": ".self_attn.q_proj.",
     ".attn.c_k.": ".self_attn.k_proj.", ".attn.c_v.": ".self_attn.v_proj.", ".attn.c_proj.": ".self_attn.o_proj.",
@@ -296,10 +297,10 @@ def read_config(path: Path) -> tuple[GPTConfig, str]:
     if found.get("quantization_config"):
         raise UserError(f"{path}: quantization_config: quantized weights are not read, take the model before that")
     if model_type == MODERN:
-        lacking = [name for name in MODERN_FIELDS if found.get(there(name)) is None]
+        fields = {name: found[there(name)] for name in MODERN_FIELDS if found.get(there(name)) is not None}
+        lacking = [name for name in MODERN_FIELDS if name not in (*fields, *LATER_FIELDS)]
         if lacking:
             raise UserError(f"{path} lacks {there(lacking[0])}")
-        fields = {name: found[there(name)] for name in MODERN_FIELDS}
     else:
         fields = classic_fields(found, path)
     for name, value in fields.items():  # transformers may write 15.0 where 15 was, and the other way round

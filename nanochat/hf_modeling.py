@@ -30,7 +30,8 @@ class ModernNanoChatConfig(PreTrainedConfig):
     from P x (with output_projection_residual x + P x). value_embeddings: every other layer, the last included, adds
     value_gate_range * sigmoid(W x[:value_gate_channels]) times an embedding of the token to its values. smear: an
     embedding adds that of the token before, gated. residual_scalars: before each block x is lambda x + lambda0 x0.
-    backout: lambda times the middle block's output is taken off before the last norm.
+    backout: lambda times the middle block's output is taken off before the last norm. document_start: the id that
+    begins a document; set, no token sees what came before its document.
     """
 
     model_type = "nanochat_modern"
@@ -57,6 +58,7 @@ class ModernNanoChatConfig(PreTrainedConfig):
         softcap: float = 15.0,
         window_pattern: str = "L",
         short_window: int = 1024,
+        document_start: int | None = None,
         use_output_projection: bool = False,
         output_projection_residual: bool = False,
         value_embeddings: bool = False,
@@ -74,6 +76,7 @@ class ModernNanoChatConfig(PreTrainedConfig):
         self.n_layer, self.n_head, self.n_kv_head, self.n_embd = n_layer, n_head, n_kv_head, n_embd
         self.mlp_ratio, self.rope_base, self.qk_scale, self.softcap = mlp_ratio, rope_base, qk_scale, softcap
         self.window_pattern, self.short_window = window_pattern, short_window
+        self.document_start = document_start
         self.use_output_projection = use_output_projection
         self.output_projection_residual = output_projection_residual
         self.value_embeddings = value_embeddings
@@ -181,6 +184,10 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
         if config.bigram_rows:
             self.bigram_embed = nn.Embedding(config.bigram_rows, C)
             self.bigram_lambdas = nn.Parameter(torch.zeros(config.n_layer))
+        features = dict(starts=config.document_start is not None, smear=config.smear, ids=config.bigram_rows)
+        self.kept = [
+            name for name, on in features.items() if on
+        ]  # by the cache, besides keys and values, in this order
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -189,23 +196,36 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def before(self, x: torch.Tensor, real: torch.Tensor, cache: DynamicCache | None, number: int) -> torch.Tensor:
-        """What of x [B, T, F] stands one position before, 0 where nothing does; real: bool [B, S], False at padding.
+    def remembered(self, x: torch.Tensor, cache: DynamicCache | None, name: str) -> torch.Tensor:
+        """x [B, T, F] behind that of the tokens in the cache: [B, S, F].
 
-        The cache keeps x as the keys of one more layer for each `number`, so that whatever reorders, repeats or crops
-        it does the same to x.
+        The cache keeps x as the keys of one more layer for each name, so that whatever reorders, repeats or crops it
+        does the same to x.
         """
-        T, whole = x.size(1), x
-        if cache is not None:
-            layer = self.config.n_layer + number
-            if len(cache.layers) == layer:  # made for as many layers as the configuration has
-                cache.layers.append(DynamicLayer())
-            whole = cache.update(x[:, None], x[:, None, :, :0], layer)[0][:, 0]
-        return torch.cat([torch.zeros_like(x[:, :1]), whole * real[..., None]], dim=1)[:, -T - 1 : -1]
+        if cache is None:
+            return x
+        layer = self.config.n_layer + self.kept.index(name)
+        if len(cache.layers) == layer:  # made for as many layers as the configuration has
+            cache.layers.append(DynamicLayer())
+        return cache.update(x[:, None], x[:, None, :, :0], layer)[0][:, 0]
 
-    def bigrams(self, ids: torch.Tensor, real: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
+    def begins(self, starts: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
+        """starts bool [B, T], where documents begin -> int64 [B, T], where that of each token did."""
+        whole = self.remembered(starts[..., None].float(), cache, "starts")[..., 0].bool()
+        place = torch.arange(whole.size(1), device=whole.device)
+        return torch.where(whole, place, 0).cummax(dim=1).values[:, -starts.size(1) :]
+
+    def before(self, x, real, starts, cache: DynamicCache | None, name: str) -> torch.Tensor:
+        """What of x [B, T, F] stands one position before, 0 where nothing does or another document; real: bool [B, S],
+        False at padding; starts: bool [B, T].
+        """
+        whole = self.remembered(x, cache, name) * real[..., None]
+        before = torch.cat([torch.zeros_like(x[:, :1]), whole], dim=1)[:, -x.size(1) - 1 : -1]
+        return before.masked_fill(starts[..., None], 0)
+
+    def bigrams(self, ids: torch.Tensor, real, starts, cache: DynamicCache | None) -> torch.Tensor:
         """ids int64 [B, T] -> the rows [B, T, C] of the pairs that end at each token; nothing before counts as -1."""
-        before = self.before((ids[..., None] + 1).float(), real, cache, int(self.config.smear))[..., 0].long() - 1
+        before = self.before((ids[..., None] + 1).float(), real, starts, cache, "ids")[..., 0].long() - 1
         return self.bigram_embed(((ids * 2654435761) ^ (before * 2246822519)) % self.config.bigram_rows)
 
     def forward(
@@ -237,11 +257,17 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}: give [batch, all tokens]")
         real = attention_mask.bool()
         new, old = torch.arange(past, S, device=device)[:, None], torch.arange(S, device=device)
+        starts = torch.zeros_like(input_ids, dtype=torch.bool)
+        if config.document_start is not None:
+            starts = input_ids == config.document_start
+            begins = self.begins(starts, past_key_values)
         masks = {}
         for window in {config.window(layer) for layer in range(config.n_layer)}:
             seen = (old <= new) if window is None else (old <= new) & (old >= new - window)
-            # Padding sees itself, for a softmax over nothing is no number.
-            masks[window] = ((seen & real[:, None]) | (old == new))[:, None]
+            seen = seen & real[:, None]
+            if config.document_start is not None:
+                seen = seen & (old >= begins[..., None])
+            masks[window] = (seen | (old == new))[:, None]  # padding sees itself: a softmax over nothing is no number
         if position_ids is None:
             position_ids = torch.arange(past, S, device=device)[None]
         D = config.n_embd // config.n_head
@@ -252,10 +278,10 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
         x = norm(self.transformer.wte(input_ids))
         if config.smear:
             gate = self.smear_gate(x[..., : self.smear_gate.in_features]).sigmoid()
-            x = x + self.smear_lambda * gate * self.before(x, real, past_key_values, 0)
+            x = x + self.smear_lambda * gate * self.before(x, real, starts, past_key_values, "smear")
         x0 = x
         if config.bigram_rows:
-            pairs = self.bigrams(input_ids, real, past_key_values)
+            pairs = self.bigrams(input_ids, real, starts, past_key_values)
         for layer, block in enumerate(self.transformer.h):
             ve = self.value_embeds[str(layer)](input_ids) if config.has_value_embedding(layer) else None
             if config.residual_scalars:

@@ -309,6 +309,11 @@ class Settings(RunSettings):
         None, "tokens before a token that an S layer sees; None: a quarter of the context, rounded up to 128", "model",
         at_least=1, at_most=2**24, when=("window_pattern", ON),
     )  # fmt: skip
+    document_mask: bool = setting(
+        False,
+        "no token sees what came before its document in the same row; on GPUs only FlexAttention trains so",
+        "model",
+    )
     vocab_multiple: int = setting(
         1, "rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs", "model", at_least=1,
         at_most=65536,
@@ -475,8 +480,8 @@ class Settings(RunSettings):
         residual = projected and self.output_projection_residual
         return f"d{self.depth}{tied}{'-proj' * projected}{'-res' * residual}{further}"
 
-    def model_arguments(self, vocab_size: int | None = None) -> dict:
-        """Keyword arguments of GPTConfig (vocab_size: the tokenizer's, which may differ from the wish)."""
+    def model_arguments(self, vocab_size: int | None = None, bos_id: int = 0) -> dict:
+        """Keyword arguments of GPTConfig (vocab_size, which may differ from the wish, and bos_id: the tokenizer's)."""
         short = math.ceil(self.max_seq_len / 512) * 128  # as nanochat: a quarter, rounded up to its kernels' tile
         return dict(
             sequence_len=self.max_seq_len,
@@ -494,6 +499,7 @@ class Settings(RunSettings):
             rope_base=self.rope_base,
             qk_scale=self.qk_scale,
             softcap=self.softcap,
+            document_start=bos_id if self.document_mask else None,
             vocab_multiple=self.vocab_multiple,
             window_pattern=self.window_pattern,
             value_embeddings=self.value_embeddings,
@@ -517,7 +523,7 @@ class Settings(RunSettings):
         )
         other = ("vocab_size", "modalities", "untie", "output_layers")  # the tokenizer's, and what data has to go with
         shape |= {n: getattr(config, n) for n in fields_of(Settings) if hasattr(config, n) and n not in other}
-        return shape | dict(bigram_rows=config.bigram_rows or None)
+        return shape | dict(bigram_rows=config.bigram_rows or None, document_mask=config.document_start is not None)
 
     def untie_step(self, steps: int) -> int | None:
         """How many of `steps` are done before the tied tables are split: one at least, not all. None: never split."""

@@ -118,6 +118,9 @@ window_pattern = "SSSL"
 # window_pattern
 short_window = None
 
+# no token sees what came before its document in the same row; on GPUs only FlexAttention trains so
+document_mask = False
+
 # rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs
 vocab_multiple = 1
 

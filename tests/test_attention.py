@@ -1,5 +1,6 @@
 """Every attention path against a softmax over an explicit mask in float64; the choice of kernels that need a GPU."""
 
+import dataclasses
 import functools
 import sys
 import types
@@ -32,7 +33,7 @@ def reference(
 ) -> torch.Tensor:
     """Query t of T sees keys 0 .. S - T + t, or the last window + 1 of them; head h reads key head h // (H / H_kv).
 
-    documents [B, T]: only those of the same number.
+    documents [B, S]: only those of the same number.
     """
     (_, T, H, D), S = q.shape, k.size(1)
     k, v = (z.double()[:, :, [h * z.size(2) // H for h in range(H)]] for z in (k, v))
@@ -40,8 +41,19 @@ def reference(
     back = torch.arange(S - T, S)[:, None] - torch.arange(S)[None]
     visible = (back >= 0) & (back <= (S if window is None else window))
     if documents is not None:
-        visible = visible & (documents[:, None, :, None] - documents[:, None, None, :] == 0)
+        visible = visible & (documents[:, None, S - T :, None] - documents[:, None, None, :] == 0)
     return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
+
+
+def numbered(length: int, *ends: list[int]) -> torch.Tensor:
+    """int [rows, length]: the number of each position's document, a new one behind each end of a row."""
+    place = torch.arange(length)
+    return torch.stack([sum((place >= end).long() for end in row) + torch.zeros_like(place) for row in ends])
+
+
+def begins_of(documents: torch.Tensor) -> torch.Tensor:
+    """The first position of the same number, one by one."""
+    return torch.tensor([[row.index(number) for number in row] for row in documents.tolist()])
 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 300])
@@ -62,15 +74,22 @@ def test_blocked_attention_at_block_edges(length, heads, window):
     heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (6, 1)]),
     grad=st.booleans(),
     window=st.none() | st.integers(1, 22),
+    ends=st.none() | st.lists(st.integers(0, 20), min_size=2, max_size=6),
     seed=st.integers(0, 3),
 )
-def test_every_path_is_the_reference(T, past, heads, grad, window, seed):
-    """One new token, several behind a cache, none cached, with windows. Red when `tril(S - T)` becomes `tril()`."""
+def test_every_path_is_the_reference(T, past, heads, grad, window, ends, seed):
+    """One new token, several behind a cache, none cached, with windows, with documents (ends: in turn of both rows).
+    Red when `place[-T:` becomes `place[:T`, or the parts of a window do not get their part of `begins`."""
     q, k, v = qkv(2, T, T + past, *heads, 6, seed)
-    with torch.set_grad_enabled(grad):
-        out = causal_attention(q, k, v, window)
+    documents = mask = None
+    if ends is not None:
+        documents = numbered(T + past, ends[::2], ends[1::2])
+        mask = document_masks(begins_of(documents)[:, past:], [window])[window]
+    with torch.set_grad_enabled(grad), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SDPA_BLOCK", 2)
+        out = causal_attention(q, k, v, window, mask)
     assert out.shape == q.shape
-    torch.testing.assert_close(out.double(), reference(q, k, v, window), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.double(), reference(q, k, v, window, documents), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 2, 4])
@@ -153,9 +172,8 @@ def test_a_short_window_takes_under_half_of_the_memory(path):
     for window in (T // 16, None):
         q, k, v = (z.requires_grad_() for z in qkv(1, T, T, 2, 2, 8))
         with Peak() as peak:
-            one = torch.zeros(1, T, dtype=torch.long)
-            mask = document_masks(one, [None])[None] if path is sdpa and window is None else None
-            path(q, k, v, window, mask).sum().backward()
+            begins = torch.zeros(1, T, dtype=torch.long) if path is sdpa and window is None else None
+            path(q, k, v, window, begins).sum().backward()
         most.append(peak.most)
     assert most[0] < 0.5 * most[1], most
 
@@ -191,29 +209,32 @@ def same(ours, theirs) -> None:
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
 
 
-NUMBERS = torch.tensor([[0] * 70 + [1] * 80, [3] * 150]) + torch.zeros(2, 1, dtype=torch.long)
+NUMBERS = numbered(150, [70], [])
 
 
 @pytest.mark.parametrize("documents", [None, NUMBERS], ids=["whole", "documents"])
 @pytest.mark.parametrize("window", [None, 20])
 def test_flex_attention_is_the_reference(interpreter, window, documents):
-    """Red when visible() loses its `<= window`, or a document's mask its `==`."""
+    """Red when visible() loses its `<= window`, or the block mask's its `begins`."""
     inputs = qkv(2, 150, 150, 4, 2, 16)
     kernels.chosen["cpu", window is not None] = kernels.flex
-    mask = None if documents is None else document_masks(documents, [window])[window]
+    begins = None if documents is None else begins_of(documents)
+    mask = document_masks(begins, [window])[window]
     assert mask is None or not isinstance(mask, torch.Tensor)
     theirs = gradients(reference, inputs, window, documents)
     same(gradients(causal_attention, inputs, window, mask), theirs)
-    same(gradients(plain_attention, inputs, window, documents), theirs)
+    same(gradients(plain_attention, inputs, window, begins), theirs)
 
 
 @pytest.mark.parametrize("window", [None, 20])
 def test_documents_do_not_see_each_other(window):
-    """On a CPU: the tokens of a row's second document are what they are alone. Red when causal_attention() asks only
-    for the device before it takes the blocked path."""
+    """On a CPU: the tokens of a row's second document are what they are alone, by both ways of computing it. Red when
+    the blocks' `begins` are those of the whole row (`begins[:, :end`), or are not repeated for each head."""
     q, k, v = qkv(2, 150, 150, 4, 2, 8)
-    mask = document_masks(NUMBERS, [None, window])[window]
-    same(gradients(causal_attention, (q, k, v), window, mask), gradients(reference, (q, k, v), window, NUMBERS))
+    mask = document_masks(begins_of(NUMBERS), [None, window])[window]
+    theirs = gradients(reference, (q, k, v), window, NUMBERS)
+    for path in (causal_attention, sdpa):
+        same(gradients(path, (q, k, v), window, mask), theirs)
     out = causal_attention(q, k, v, window, mask)[:1, 70:]
     torch.testing.assert_close(out, causal_attention(*(z[:1, 70:] for z in (q, k, v)), window), rtol=1e-4, atol=1e-5)
 
@@ -311,13 +332,14 @@ def test_the_first_right_kernel_trains_and_the_reason_is_told(interpreter, packa
     assert (whole.name, whole.layers) == ("torch's FlashAttention 2", "layers that see everything")
     assert (64, 30, CUDA) in built
     assert kernels.chosen == {("cuda", True): kernels.flex, ("cuda", False): kernels.torch_flash}
-    names = {one.name for one in choose_attention(config, CUDA, torch.bfloat16, documents=True, compiled=False)}
+    documents = dataclasses.replace(config, document_start=1)
+    names = {one.name for one in choose_attention(documents, CUDA, torch.bfloat16, compiled=False)}
     assert names == {"FlexAttention"}
     monkeypatch.setattr(choice, "CANDIDATES", choice.CANDIDATES[:1])
     assert {one.name for one in choose_attention(config, CUDA, torch.bfloat16)} == {"SDPA"}
     assert kernels.chosen == {}
     assert [one.name for one in choose_attention(config, CPU, torch.float32)] == ["blocked matmuls"]
-    assert [one.name for one in choose_attention(config, CPU, torch.float32, True)] == ["SDPA"]
+    assert [one.name for one in choose_attention(config, torch.device("mps"), torch.float32)] == ["SDPA"]
 
     kernels.chosen["cpu", True] = lambda q, k, v, window, mask: v + window
     q, k, v = qkv(1, 5, 5, 2, 2, 4)
@@ -366,7 +388,7 @@ def test_flex_attention_lies_in_one_graph_of_a_compiled_block(interpreter, monke
     for documents in (None, None, NUMBERS, 1 - NUMBERS):
         if documents is not None:
             documents = torch.nn.functional.pad(documents, (0, 106), value=7)
-        mask = None if documents is None else document_masks(documents, [30])[30]
+        mask = None if documents is None else document_masks(begins_of(documents), [30])[30]
         wanted = reference(2 * inputs[0], *inputs[1:], 30, documents) + 1
         torch.testing.assert_close(run(*inputs, mask).double(), wanted, rtol=1e-4, atol=1e-5)
     assert len(graphs) == 2

@@ -99,10 +99,14 @@ def test_cadences_of_samples_suites_and_pruning(train, monkeypatch, capsys):
 def test_compiled_runs_resume_to_the_bit_and_agree_with_eager(train, base, monkeypatch, capsys):
     """Also: no graph is made after the second step, whatever is evaluated and sampled between.
 
-    Red when a block is compiled for evaluation's shapes too, or when Muon's rates are numbers that are compiled in.
+    Red when a block is compiled for evaluation's shapes too, when Muon's rates are numbers that are compiled in, or
+    when the model is not told the tokenizer's <|bos|>.
     """
     small = dict(depth=3, device_batch_size=12, num_iterations=6, save_every=3, **MODERN)  # two kinds of blocks
+    small |= dict(document_mask=True)
     train("eager", **small)
+    model, tokenizer, _ = cm.load_model("base", "cpu", "eval", "eager")
+    assert model.config.document_start == tokenizer.bos_id
     graphs, multiplier = [], base_train.schedule.lr_multiplier
 
     def watched(*arguments):

@@ -312,6 +312,7 @@ WRONG = {
     "n_layer": (0, "n_layer=0 is not a number > 0"),
     "vocab_size": (True, "vocab_size=True is not a number > 0"),
     "tie_weights": (1, "tie_weights=1 is not true or false"),
+    "document_start": (True, "document_start=True is not an id, or null"),
     "n_head": (3, "describes no model that can be"),
     "use_output_projection": (True, "describes no model that can be"),
     "sequence_len": ([8], r"sequence_len=\[8\] is not a number"),

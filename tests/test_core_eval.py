@@ -60,6 +60,7 @@ class Table(torch.nn.Module):
 
 
 FEATURES = dict(window_pattern="S", short_window=9, smear=True, value_embeddings=True, bigram_rows=99)
+DOCUMENTS = dict(FEATURES, window_pattern="L", document_start=ord("w"))  # in prefixes and options, but not in all
 
 
 def small_gpt(**features) -> GPT:
@@ -229,13 +230,13 @@ def plain_score(model, row: Row) -> tuple[float, bool]:
     return F.cross_entropy(spans, wanted).item(), bool((spans.argmax(-1) == wanted).all())
 
 
-@pytest.mark.parametrize("features", [{}, FEATURES])
+@pytest.mark.parametrize("features", [{}, FEATURES, DOCUMENTS])
 @pytest.mark.parametrize("kind", core_bundle.KEYS)
 def test_batched_equals_one_by_one(kind, features):
     """A real transformer: shared prefixes in batches of any size give the losses of one whole row at a time, to 1e-4.
 
-    Red when batches are padded on the left, when results are not put back into their order, when cache.position or
-    cache.last is not set back before an option, or when a batch's prefixes are cut to the longest one.
+    Red when batches are padded on the left, when results are not put back into their order, when cache.position,
+    cache.last or cache.begun is not set before an option, or when a batch's prefixes are cut to the longest one.
     """
     model, task = small_gpt(**features), make_task(kind, 8, 3)
     for max_len in (40, 500):  # the shorter one truncates the options of an item by different lengths

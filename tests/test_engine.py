@@ -75,10 +75,30 @@ def test_any_combination_of_features_in_pieces(variant, features, layers, kv_hea
         torch.testing.assert_close(logits, model(ids), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("features", [dict(document_start=9), MODERN])
+def test_a_document_knows_nothing_of_the_one_before(features):
+    """Uncached and cached, its logits are those that it has alone; without the field they are not.
+
+    Red when smear() or bigrams() look across the border, or the cache's `begun` stays at 0.
+    """
+    model, ids = build(**features), random_ids(2, 14)
+    ids[:, 8:] = torch.where(ids[:, 8:] == 9, 10, ids[:, 8:])
+    ids[:, 8] = 9
+    other = build(**{**features, "document_start": None})
+    with torch.inference_mode():
+        alone = model(ids[:, 8:])
+        torch.testing.assert_close(model(ids)[:, 8:], alone, rtol=1e-4, atol=1e-4)
+        assert (other(ids)[:, 8:] - other(ids[:, 8:])).abs().amax(dim=(0, 2)).min() > 1e-2
+        cache = KVCache(model, 2, 14)
+        pieces = [model(part, kv_cache=cache) for part in ids.split([10, 1, 3], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1)[:, 8:], alone, rtol=1e-4, atol=1e-4)
+
+
 def test_a_repeated_cache_goes_on_for_every_row():
-    """Red when the smeared embedding of the prompt's last token is not repeated."""
+    """Red when the smeared embedding of the prompt's last token is not repeated, or where its document begins."""
     model, ids = build(**MODERN), random_ids(3, 9)
     ids[:, :5] = ids[0, :5]
+    ids[:, 2] = MODERN["document_start"]
     with torch.inference_mode():
         cache = KVCache(model, 1, 9)
         model(ids[:1, :5], kv_cache=cache)

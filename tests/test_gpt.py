@@ -32,6 +32,7 @@ FEATURES = {
     "residual_scalars": dict(residual_scalars=True),
     "backout": dict(backout=True),
     "bigrams": dict(bigram_rows=37),
+    "documents": dict(document_start=9),
 }
 MODERN = {name: value for changes in FEATURES.values() for name, value in changes.items()}
 VARIANTS_AND_FEATURES = {**VARIANTS, **FEATURES, "modern": {**MODERN, "tie_weights": True}}
@@ -76,6 +77,8 @@ def reference_logits(weights: dict[str, torch.Tensor], ids: list[int], config: G
     x = embedded.clone()
     if config.smear:
         for t in range(1, T):
+            if ids[t] == config.document_start:
+                continue
             gate = 1 / (1 + (-embedded[t, :24] @ w["smear_gate.weight"][0]).exp())
             x[t] = embedded[t] + w["smear_lambda"] * gate * embedded[t - 1]
     x0, after = x, []
@@ -84,7 +87,8 @@ def reference_logits(weights: dict[str, torch.Tensor], ids: list[int], config: G
         if config.residual_scalars:
             x = w["resid_lambdas"][layer] * x + w["x0_lambdas"][layer] * x0
         if config.bigram_rows:
-            rows = [(a * 2654435761 ^ b * 2246822519) % config.bigram_rows for b, a in pairwise([-1, *ids])]
+            pairs = [(-1 if a == config.document_start else b, a) for b, a in pairwise([-1, *ids])]
+            rows = [(a * 2654435761 ^ b * 2246822519) % config.bigram_rows for b, a in pairs]
             x = x + w["bigram_lambdas"][layer] * w["bigram_embed.weight"][rows]
         h = rms(x)
         q = (h @ w[block + "attn.c_q.weight"].T).view(T, config.n_head, D)
@@ -104,6 +108,7 @@ def reference_logits(weights: dict[str, torch.Tensor], ids: list[int], config: G
                 scores = torch.tensor([query @ keys[s] / math.sqrt(D) for s in range(t + 1)], dtype=torch.float64)
                 short = config.window_pattern[layer % len(config.window_pattern)] == "S" and layer < config.n_layer - 1
                 first = max(0, t - config.short_window) if short else 0
+                first = max([first, *(s for s in range(t + 1) if ids[s] == config.document_start)])
                 weight = scores[first:].exp() / scores[first:].exp().sum()
                 heads[t, head] = sum(weight[s - first] * v[s, shared] for s in range(first, t + 1))
         x = x + heads.view(T, -1) @ w[block + "attn.c_proj.weight"].T
@@ -362,9 +367,9 @@ def test_config_refuses_what_cannot_be_and_its_defaults_are_the_classic_model():
         use_output_projection=False, output_projection_residual=False, rope_base=10_000.0, qk_scale=1.0,
         value_embeddings=False, value_gate_channels=12, value_gate_range=3.0, smear=False, residual_scalars=False,
         backout=False, mlp_ratio=4.0, modalities=(), untie="none", output_layers="shared", softcap=15.0,
-        vocab_multiple=1, window_pattern="L", short_window=1024, bigram_rows=0,
+        vocab_multiple=1, window_pattern="L", short_window=1024, bigram_rows=0, document_start=None,
     )  # fmt: skip
-    for wrong in (dict(n_head=5), dict(n_kv_head=4), dict(use_output_projection=True)):
+    for wrong in (dict(n_head=5), dict(n_kv_head=4), dict(use_output_projection=True), dict(document_start=50304)):
         with pytest.raises(AssertionError):
             GPTConfig(**wrong)
 

@@ -36,6 +36,7 @@ NEWER = {
     "windows": dict(SHORT, qk_scale=1.2, n_kv_head=2),
     "projection": TIED_PROJECTION,
     "bigrams": dict(bigram_rows=37),
+    "documents": dict(document_start=16),
     "all": dict(MODERN, **SHORT, **TIED_PROJECTION, output_projection_residual=True, n_kv_head=2, vocab_multiple=64),
 }
 PROMPT = random_ids(2, 7, seed=5)
@@ -310,6 +311,16 @@ def test_damaged_folders_are_named(folders, tmp_path):
     assert "no byte-level BPE" in refusal(folder)
     path.write_text("{")
     assert "is not JSON" in refusal(folder)
+
+
+def test_folders_of_before_later_fields(folders, tmp_path):
+    """What was exported before a feature was there has it not. Red when LATER_FIELDS loses one of them."""
+    folder = shutil.copytree(folders / "newer", tmp_path / "copy")
+    wanted = read_hf(folder)[0]
+    path = folder / "config.json"
+    kept = {key: value for key, value in json.loads(path.read_text()).items() if key not in hf_format.LATER_FIELDS}
+    path.write_text(json.dumps(kept))
+    assert read_hf(folder)[0] == wanted
 
 
 def test_no_field_is_left_out(tmp_path):

@@ -127,7 +127,7 @@ def test_slice_refuses_rows_that_differ():
         model.features(ids)
 
 
-THEN = dict(softcap=15.0, vocab_multiple=1, window_pattern="L", bigram_rows=0)  # what was no field yet
+THEN = dict(softcap=15.0, vocab_multiple=1, window_pattern="L", bigram_rows=0, document_start=None)  # no fields yet
 
 
 @pytest.mark.parametrize(

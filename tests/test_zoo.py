@@ -92,7 +92,7 @@ def test_an_entrys_run_could_go_on(name):
     _, _, metadata = load_checkpoint(ZOO / name, STEP)
     settings = Settings(**{key: checked(key, value) for key, value in metadata["settings"].items() if key in FIELDS})
     config = model_config(metadata)
-    described = settings.model_arguments(config.vocab_size)
+    described = settings.model_arguments(config.vocab_size, config.document_start or 0)
     assert {key: getattr(config, key) for key in described} == described
     if (step_dir(ZOO / name, STEP) / "optimizer.safetensors").exists():
         _, state, _ = load_checkpoint(ZOO / name, STEP, load_optimizer=True)

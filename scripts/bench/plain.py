@@ -13,18 +13,18 @@ from nanochat.runtime import run_script
 
 
 class PlainAttention(CausalSelfAttention):
-    def forward(self, x: torch.Tensor, cos, sin, ve=None, kv_cache=None, plan=None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cos, sin, ve=None, kv_cache=None, plan=None, mask=None) -> torch.Tensor:
         """x [B, T, C] -> [B, T, C]; generation takes GPT's way."""
         assert plan is None, "the plain path knows text only"
         if kv_cache is not None:
-            return super().forward(x, cos, sin, ve, kv_cache)
+            return super().forward(x, cos, sin, ve, kv_cache, None, mask)
         B, T, C = x.shape
         q, k, v = (matrix(x).view(B, T, -1, self.head_dim) for matrix in (self.c_q, self.c_k, self.c_v))
         if ve is not None:
             gate = self.gate_range * self.ve_gate(x[..., : self.ve_gate.in_features]).sigmoid()
             v = v + gate[..., None] * ve.view(v.shape)
         q, k = ((rotate(norm(wide(z)), cos, sin) * self.qk_scale).to(x.dtype) for z in (q, k))
-        mask = None
+        assert mask is None, "the plain path knows no documents"
         if self.window is not None:
             mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(-self.window)
         y = F.scaled_dot_product_attention(
