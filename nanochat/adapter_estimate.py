@@ -11,6 +11,7 @@ import torch
 from nanochat.adapter_settings import AdapterSettings
 from nanochat.estimate import Hardware, checkpoints_of, gigabytes, millions
 from nanochat.runtime import UserError
+from nanochat.schedule import batch_words, tokens_before
 
 # of each trained parameter, all float32; the last are AdamW's two moments
 TRAINED_BYTES = {"trained weights": 4, "their gradients": 4, "their optimizer state": 8}
@@ -20,8 +21,9 @@ def report(settings: AdapterSettings, hardware: Hardware) -> list[str]:
     """The prediction as lines of at most 80 columns; what cannot be counted, for want of a host, is said with why."""
     from nanochat.adapter_counts import parameter_counts  # hosts and experts, which base training does without
 
-    steps, batch = settings.num_iterations, settings.total_batch_size
-    horizon = f"steps and tokens  {steps:,} steps of {batch:,} = {steps * batch:,} tokens"
+    steps = settings.num_iterations
+    tokens = tokens_before(settings, steps, steps)
+    horizon = f"steps and tokens  {steps:,} steps of {batch_words(settings)} = {tokens:,} tokens"
     try:
         count = parameter_counts(settings)
     except UserError as error:

@@ -35,7 +35,8 @@ def causal_attention(
 def sdpa(q, k, v, window: int | None = None, begins: torch.Tensor | None = None) -> torch.Tensor:
     """causal_attention() by torch's kernels for scaled dot products, in memory proportional to the window.
 
-    begins: int [B, T], where each query's document begins among the S positions.
+    begins: int [B, T], where each query's document begins among the S positions; without a window the mask of them
+    takes B T S bytes.
     """
     T, S = q.size(1), k.size(1)
     first = 0  # position of the first key

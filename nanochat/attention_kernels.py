@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Kernel = Callable[..., torch.Tensor]
 Mask = "torch.Tensor | BlockMask | None"  # of the documents, as document_masks() makes it
+BLOCK = 128  # queries, and keys, of a block of FlexAttention
 chosen: dict[tuple[str, bool], Kernel] = {}  # by device type and whether the layer has a window; else SDPA
 block_masks: dict[tuple, "BlockMask"] = {}  # of FlexAttention, by length, window and device
 
@@ -31,27 +32,48 @@ def visible(query: torch.Tensor, key: torch.Tensor, window: int | None, begin=No
 # documents
 
 
-def document_masks(begins: torch.Tensor | None, windows: Iterable[int | None]) -> dict[int | None, Mask]:
+def document_masks(
+    begins: torch.Tensor | None, windows: Iterable[int | None], cached: bool = False
+) -> dict[int | None, Mask]:
     """{window: mask} that the layers of one forward pass share, so that tokens see only their own document.
 
     begins int [B, T]: at which position each token's document begins; None: there are no boundaries. What takes a mask
-    takes begins itself, but FlexAttention, which trains with a BlockMask.
+    takes begins itself, but FlexAttention, which trains with a BlockMask. cached: keys come from a cache.
     """
     masks = {}
     for window in set(windows):
         kernel = chosen.get((begins.device.type, window is not None)) if begins is not None else None
-        blocks = kernel is flex and torch.is_grad_enabled()
+        blocks = kernel is flex and torch.is_grad_enabled() and not cached
         masks[window] = document_block_mask(begins, window) if blocks else begins
     return masks
 
 
 def document_block_mask(begins: torch.Tensor, window: int | None) -> "BlockMask":
-    from torch.nn.attention.flex_attention import create_block_mask
+    """begins int [B, T], which never decreases along a row -> which blocks FlexAttention computes, and which of them
+    without looking at each score.
 
-    B, T = begins.shape
-    return create_block_mask(
-        lambda b, h, query, key: visible(query, key, window, begins[b, query]), B, None, T, T, device=begins.device
-    )
+    What create_block_mask would find after computing all T x T scores' masks, in memory for the blocks alone.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    T = begins.size(1)
+    first = torch.arange(0, T, BLOCK, device=begins.device)  # position of each block
+    last = (first + BLOCK - 1).clamp(max=T - 1)
+    query, key = first[:, None], last[None]  # the pair of a block that sees best: least begin, least distance
+    seen = (first[None] <= last[:, None]) & (key >= begins[:, first, None])
+    whole = (last[None] < query) & (first[None] >= begins[:, last, None])  # the pair that sees worst
+    if window is not None:
+        seen = seen & (query - key <= window)
+        whole = whole & (last[:, None] - first[None] <= window)
+    whole = whole & (last - first == BLOCK - 1)[:, None]  # rows that end within a block are looked at
+    blocks = []
+    for some in (seen & ~whole, whole):
+        order = some.int().argsort(dim=-1, descending=True, stable=True)
+        blocks += [some.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]]
+    return BlockMask.from_kv_blocks(
+        *blocks, BLOCK_SIZE=BLOCK, seq_lengths=(T, T),
+        mask_mod=lambda b, h, query, key: visible(query, key, window, begins[b, query]),
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nanochat.attention import causal_attention
+from nanochat.attention import sdpa
 from nanochat.attention_kernels import visible
 from nanochat.core_bundle import Task, load_bundle
 from nanochat.gpt import GPT
@@ -206,7 +206,7 @@ class Prefixes:
         if self.position == 0:
             if layer == len(self.store) - 1:
                 raise _Read
-            return causal_attention(q, k, v, window, mask)
+            return sdpa(q, k, v, window, mask)
         keys, values = self.store[layer].transpose(2, 3)  # [B, H_kv, S + n T, D]
         queries = q.reshape(len(keys), -1, *q.shape[2:]).transpose(1, 2)
         gqa = queries.size(1) != keys.size(1)

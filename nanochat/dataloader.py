@@ -308,7 +308,7 @@ class DataLoader:
         assert rows % world_size == 0 and 0 <= rank < world_size, (rows, rank, world_size)
         self.store, self.rows, self.seq_len, self.seed = store, rows, seq_len, seed
         self.device = torch.device(device)
-        self.mine = range(rank * rows // world_size, (rank + 1) * rows // world_size)
+        self.rank, self.world_size = rank, world_size
         self.cursor = 0  # rows handed out so far, over all ranks
         self.epoch, self.row = 0, 0  # where the last row handed out lies: its epoch, its place in the epoch's order
         self.tokens: int | None = None  # of a whole epoch, once the rows handed out took a look at all shards
@@ -320,6 +320,17 @@ class DataLoader:
         self._shard_ends = lru_cache(4)(self._ends_of_shards)
         self._document_order = lru_cache(64)(self._order_of_documents)
         self._row_order = lru_cache(4)(lambda epoch, block, size: self._permutation(ROWS, epoch, block, size))
+
+    @property
+    def mine(self) -> range:
+        """This rank's rows of a batch."""
+        return range(self.rank * self.rows // self.world_size, (self.rank + 1) * self.rows // self.world_size)
+
+    def resize(self, rows: int) -> None:
+        """Batches of so many rows from now on, which go on where the last one ended."""
+        if rows != self.rows:
+            assert rows % self.world_size == 0, (rows, self.world_size)
+            self.rows, self._ahead = rows, None
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next batch of this rank; waits for tokens that are not ready yet."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from nanochat.attention import causal_attention
+from nanochat.attention import sdpa
 from nanochat.decoding import cast_once, last_logits, stepper
 from nanochat.gpt import GPT
 from nanochat.modality import Grammar
@@ -45,7 +45,7 @@ class KVCache:
 
     def attend(self, layer: int, q, k, v, window: int | None, mask: torch.Tensor | None) -> torch.Tensor:
         """q [B, T, H, D] to all positions so far, of which the newest have k and v [B, T, H_kv, D] -> [B, T, H, D]."""
-        return causal_attention(q, *self.insert(layer, k, v), window, mask)
+        return sdpa(q, *self.insert(layer, k, v), window, mask)
 
     def repeated(self, batch: int) -> "KVCache":
         """A copy of this cache of one row for `batch` rows: one prompt, several continuations."""

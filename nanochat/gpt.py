@@ -437,7 +437,7 @@ class GPT(nn.Module):
         x = x0 = self.embed(idx, last)
         pairs = self.bigrams(idx, last) if self.config.bigram_rows else None
         begins = self.document_begins(idx, kv_cache)
-        masks = document_masks(begins, (block.attn.window for block in self.transformer.h))
+        masks = document_masks(begins, (block.attn.window for block in self.transformer.h), kv_cache is not None)
         # Only training runs compiled, or by another route: evaluation and generation come in too many shapes.
         run = self.block_forward if torch.is_grad_enabled() else Block.forward
         plan = None

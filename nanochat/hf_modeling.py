@@ -185,9 +185,8 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
             self.bigram_embed = nn.Embedding(config.bigram_rows, C)
             self.bigram_lambdas = nn.Parameter(torch.zeros(config.n_layer))
         features = dict(starts=config.document_start is not None, smear=config.smear, ids=config.bigram_rows)
-        self.kept = [
-            name for name, on in features.items() if on
-        ]  # by the cache, besides keys and values, in this order
+        # What the cache keeps besides keys and values, in this order.
+        self.kept = [name for name, on in features.items() if on]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -259,7 +258,7 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
         new, old = torch.arange(past, S, device=device)[:, None], torch.arange(S, device=device)
         starts = torch.zeros_like(input_ids, dtype=torch.bool)
         if config.document_start is not None:
-            starts = input_ids == config.document_start
+            starts = (input_ids == config.document_start) & real[:, past:]
             begins = self.begins(starts, past_key_values)
         masks = {}
         for window in {config.window(layer) for layer in range(config.n_layer)}:

@@ -54,13 +54,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def smaller(settings: Settings, world_size: int) -> Settings:
     """The settings with at most half as many rows a micro-batch; UserError when one row was too much already."""
-    micro, accumulation = settings.batch_plan(world_size)
+    micro, _ = settings.batch_plan(world_size)
     if micro == 1:
         raise UserError(
             f"out of memory with a single row of max_seq_len={settings.max_seq_len}: a shorter max_seq_len or a "
             "smaller model fits"
         )
-    rows = micro * accumulation
+    rows = settings.least_rows // world_size
     half = next(n for n in range(micro // 2, 0, -1) if rows % n == 0)
     return dataclasses.replace(settings, device_batch_size=half)
 

@@ -55,10 +55,16 @@ class Rows:
         return len(self._order)
 
     def read(self, row: int, out: np.ndarray) -> None:
-        """Copy the ids of a row into out [seq_len + 1]."""
+        """Copy the ids of a row into out [seq_len + 1].
+
+        Behind another document a later piece of a long text begins with BOS too, in place of the id that it has in
+        common with the piece before, where that is a target.
+        """
         filled = 0
         for shard, _, start, count, _ in self._of(row):
             out[filled : filled + count] = self.store.shard(shard)[0][start : start + count]
+            if filled:
+                out[filled] = self.store.tokenizer.bos_id
             filled += count
         out[filled:] = EMPTY
 

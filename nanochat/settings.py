@@ -136,6 +136,10 @@ class RunSettings:
     total_batch_size: int = setting(
         8192, "tokens per optimizer step over all devices", "horizon", at_least=2, at_most=2**40
     )
+    batch_start: int | None = setting(
+        None, "tokens per step at first: a half, quarter, ... of total_batch_size, then twice as many, as long each",
+        "horizon", at_least=2, at_most=2**40,
+    )  # fmt: skip
 
     grad_clip: float | None = setting(1.0, "largest gradient norm; None never clips", "optimizer", above=0)
     adam_betas: tuple[float, float] = setting(
@@ -176,6 +180,11 @@ class RunSettings:
         """Rows of max_seq_len tokens in one global batch."""
         return self.total_batch_size // self.max_seq_len
 
+    @property
+    def least_rows(self) -> int:
+        """Rows in the smallest batch of the run."""
+        return min(self.batch_start or self.total_batch_size, self.total_batch_size) // self.max_seq_len
+
     def modality_codes(self) -> dict[str, int]:
         """Codes in a codebook of each modality beside text, by name; UserError for what is not name:codes, ..."""
         codes = {}
@@ -199,11 +208,26 @@ class RunSettings:
         return codes
 
     def batch_plan(self, world_size: int = 1) -> tuple[int, int]:
-        """(rows of one micro-batch, micro-batches a step) of each rank; UserError names the nearest legal values."""
-        if self.total_batch_size % (self.max_seq_len * world_size):
-            ranks = f" * {world_size} ranks" if world_size > 1 else ""
-            raise _not_multiple(self, "total_batch_size", f"max_seq_len{ranks}", self.max_seq_len * world_size)
-        rows = self.rows // world_size
+        """(rows of one micro-batch, micro-batches a step) of each rank; UserError names the nearest legal values.
+
+        Micro-batches are those of total_batch_size, and fit the smaller batches before it.
+        """
+        unit, ranks = self.max_seq_len * world_size, f" * {world_size} ranks" if world_size > 1 else ""
+        if self.total_batch_size % unit:
+            raise _not_multiple(self, "total_batch_size", f"max_seq_len{ranks}", unit)
+        name = "total_batch_size"
+        if self.batch_start is not None:
+            name, sizes = "batch_start", [self.total_batch_size]
+            while sizes[-1] % (2 * unit) == 0:
+                sizes.append(sizes[-1] // 2)
+            if self.batch_start not in sizes:
+                nearest = min(sizes, key=lambda size: abs(size - self.batch_start))
+                raise IllegalCombination(
+                    "batch_start", nearest,
+                    f"batch_start={self.batch_start} does not become total_batch_size={self.total_batch_size} by "
+                    f"doubling in rows of max_seq_len{ranks}: nearest legal value {nearest}",
+                )  # fmt: skip
+        rows = self.least_rows // world_size
         micro = min(self.device_batch_size, rows)
         if rows % micro:
             nearest = nearest_divisor(rows, micro)
@@ -211,10 +235,10 @@ class RunSettings:
                 "device_batch_size",
                 nearest,
                 f"device_batch_size={micro} does not divide the {rows} rows of a rank "
-                f"(total_batch_size {self.total_batch_size} / max_seq_len {self.max_seq_len} / {world_size} ranks): "
+                f"({name} {getattr(self, name)} / max_seq_len {self.max_seq_len} / {world_size} ranks): "
                 f"nearest legal value {nearest}",
             )
-        return micro, rows // micro
+        return micro, self.rows // world_size // micro
 
     def inert(self, name: str) -> str | None:
         """Why a setting has no effect under the others, or None when it has one."""
@@ -311,7 +335,7 @@ class Settings(RunSettings):
     )  # fmt: skip
     document_mask: bool = setting(
         False,
-        "no token sees what came before its document in the same row; on GPUs only FlexAttention trains so",
+        "no token sees what came before its document in the same row; on GPUs FlexAttention trains so",
         "model",
     )
     vocab_multiple: int = setting(

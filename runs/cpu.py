@@ -119,7 +119,7 @@ window_pattern = "SSSL"
 # window_pattern
 short_window = 64
 
-# no token sees what came before its document in the same row; on GPUs only FlexAttention trains so
+# no token sees what came before its document in the same row; on GPUs FlexAttention trains so
 document_mask = False
 
 # rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs
@@ -201,6 +201,9 @@ device_batch_size = 8
 
 # tokens per optimizer step over all devices
 total_batch_size = 4096
+
+# tokens per step at first: a half, quarter, ... of total_batch_size, then twice as many, as long each
+batch_start = None
 
 # train for so many FLOPs; takes precedence over the ratio; matters only with num_iterations=None [target_flops has no
 # effect while num_iterations=600]

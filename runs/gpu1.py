@@ -118,7 +118,7 @@ window_pattern = "SSSL"
 # window_pattern
 short_window = None
 
-# no token sees what came before its document in the same row; on GPUs only FlexAttention trains so
+# no token sees what came before its document in the same row; on GPUs FlexAttention trains so
 document_mask = False
 
 # rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs
@@ -200,6 +200,9 @@ device_batch_size = 16
 
 # tokens per optimizer step over all devices
 total_batch_size = 524_288
+
+# tokens per step at first: a half, quarter, ... of total_batch_size, then twice as many, as long each
+batch_start = None
 
 # train for so many FLOPs; takes precedence over the ratio; matters only with num_iterations=None
 target_flops = None

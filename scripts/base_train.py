@@ -160,7 +160,7 @@ def loop(training: Training) -> dict:
     peak = peak_flops(compute) * compute.world_size
     micro_rows, accumulation = settings.batch_plan(compute.world_size)
     print0(
-        f"{steps} steps of {settings.total_batch_size:,} tokens ({micro_rows} rows x {accumulation} micro-batches x "
+        f"{steps} steps of {schedule.batch_words(settings)} tokens ({micro_rows} rows x {accumulation} micro-batches x "
         f"{compute.world_size} ranks), {model.flops_per_token():,} FLOPs a token, peak {peak / 1e12:.3f} TFLOP/s"
     )
     log = rows_log = MetricsLog(None)
@@ -197,7 +197,7 @@ def loop(training: Training) -> dict:
         if folder is not None:
             log.write(checkpoints.step_of(folder), event="save", folder=folder.name)
 
-    step_times: list[float] = []
+    step_times: list[tuple[float, int]] = []  # seconds and tokens
     guard = StepGuard(run.bad_in_a_row)
     started, before = run.step, run.train_seconds
     save_due, stopped = False, None
@@ -235,6 +235,8 @@ def loop(training: Training) -> dict:
 
             # -- one step: loss and gradients of the global batch, their sum over the ranks, the update
             start = time.perf_counter()
+            batch_tokens = schedule.batch_tokens(settings, run.step, steps)
+            loader.resize(batch_tokens // settings.max_seq_len)
             inputs, targets = loader.next()  # this rank's rows of the global batch, [rows / ranks, T]
             scored = model.count_targets(targets)  # of each modality, [E]
             if compute.world_size > 1:
@@ -289,19 +291,20 @@ def loop(training: Training) -> dict:
                     stopped = "nonfinite"
                     print0(f"stopped: {MAX_BAD_STEPS} non-finite steps in a row; earlier checkpoints are as they were")
             if run.step > started + 1:  # the first step compiles
-                step_times.append(seconds)
-            pace = statistics.median(step_times[-50:]) if step_times else seconds
-            tok_per_sec = settings.total_batch_size / seconds
+                step_times.append((seconds, batch_tokens))
+            pace = median_rate(step_times[-50:] or [(seconds, batch_tokens)])
+            tok_per_sec = batch_tokens / seconds
+            left = schedule.tokens_before(settings, steps, steps) - schedule.tokens_before(settings, run.step, steps)
             log.write(
-                run.step, tokens=run.step * settings.total_batch_size, loss=loss_value,
+                run.step, tokens=loader.cursor * settings.max_seq_len, loss=loss_value,
                 lr=multiplier * training.rate, lr_multiplier=multiplier, grad_norm=grad_norm,
                 tok_per_sec=tok_per_sec, mfu=tok_per_sec * model.flops_per_token() / peak, mem_mb=memory_mb(compute),
                 epoch=loader.epoch, **{f"norm/grad_{name}": value for name, value in group_norms.items()},
                 **model.loss_by_modality(loss, scored),
             )  # fmt: skip
             progress.update(
-                run.step, run.smooth_loss or loss_value, run.figures(), settings.total_batch_size / pace,
-                settings.total_batch_size / pace * model.flops_per_token() / peak, pace * (steps - run.step),
+                run.step, run.smooth_loss or loss_value, run.figures(), pace,
+                pace * model.flops_per_token() / peak, left / pace,
             )  # fmt: skip
             if stopped:
                 break
@@ -310,8 +313,8 @@ def loop(training: Training) -> dict:
         # -- the end: what it was, still with an ear for signals, whose copies must not cut the last lines off
         if step_times:
             peak = max(peak, peak_flops(compute) * compute.world_size)  # the first measurement may have had company
-            pace = settings.total_batch_size / statistics.median(step_times)
-            first = run.train_seconds - before - sum(step_times)
+            pace = median_rate(step_times)
+            first = run.train_seconds - before - sum(seconds for seconds, _ in step_times)
             mfu = f"MFU {100 * pace * model.flops_per_token() / peak:.1f}% of {peak / 1e12:.3f} TFLOP/s"
             print0(f"median step: {pace:,.0f} tok/s, {mfu}; first {first:.1f} s")
         if stopped == "preempted":
@@ -323,6 +326,11 @@ def loop(training: Training) -> dict:
             peak_flops=peak, **run.figures(),
         )  # fmt: skip
         return finish(settings, run, log, rows_log, stopped)
+
+
+def median_rate(step_times: list[tuple[float, int]]) -> float:
+    """Tokens a second of the median step."""
+    return statistics.median(tokens / seconds for seconds, tokens in step_times)
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer) -> None:

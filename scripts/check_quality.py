@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nanochat.runtime import UserError, pick_dtype, run_script
 from scripts.bench.train import SHAPE
-from scripts.experiments import base_train, paired, run_missing
+from scripts.experiments import against, base_train, run_missing
 
 STEPS = 600
 SEEDS = (1, 2, 3, 4, 5)
@@ -50,23 +50,8 @@ def train(key: str, settings: dict) -> dict:
 
 
 def report(lines: dict[str, dict], tokens: int) -> list[str]:
-    """The table, over the seeds that a way and plain have in common."""
-    out = [
-        f"| {STEPS} steps of {tokens:,} tokens | val bpb by seed | minus {PLAIN}, paired, 95% | n |",
-        "| --- " * 4 + "|",
-    ]
-    for way in WAYS:
-        seeds = [seed for seed in SEEDS if {f"{tokens}/{PLAIN}/{seed}", f"{tokens}/{way}/{seed}"} <= set(lines)]
-        found = [lines[f"{tokens}/{way}/{seed}"] for seed in seeds]
-        if found:
-            bpbs = [line["val_bpb"] for line in found]
-            against = [lines[f"{tokens}/{PLAIN}/{seed}"]["val_bpb"] for seed in seeds]
-            difference = ""
-            if way != PLAIN and len(seeds) > 1:
-                difference = "{:+.4f} +- {:.4f}".format(*paired([a - b for a, b in zip(bpbs, against, strict=True)]))
-            shown = ", ".join(f"{bpb:.4f}" for bpb in bpbs)
-            out.append(f"| {way} | {shown} | {difference} | {len(seeds)} |")
-    return out
+    title = f"{STEPS} steps of {tokens:,} tokens"
+    return against(PLAIN, WAYS, SEEDS, lines, title, f"{tokens}/{{way}}/{{seed}}")
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:

@@ -82,6 +82,29 @@ def seed_runs(
     }
 
 
+def against(
+    baseline: str, ways: Iterable[str], seeds: Iterable[int], lines: dict, title: str, key: str, times: bool = False
+) -> list[str]:
+    """A table of val bpb over the seeds that a way and the baseline have in common.
+
+    key: of a result line, with {way} and {seed}. times: also the median ratio of seconds, for runs that had equal
+    company.
+    """
+    heads = [title, "val bpb by seed", f"minus {baseline}, paired, 95%", *[f"time, of {baseline}"] * times, "n"]
+    out = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for way in ways:
+        pairs = [[lines.get(key.format(way=name, seed=seed)) for name in (way, baseline)] for seed in seeds]
+        pairs = [pair for pair in pairs if None not in pair]
+        if pairs:
+            ratio = statistics.median(one["seconds"] / base["seconds"] for one, base in pairs)
+            apart = [one["val_bpb"] - base["val_bpb"] for one, base in pairs]
+            difference = "{:+.4f} +- {:.4f}".format(*paired(apart)) if way != baseline and len(pairs) > 1 else ""
+            shown = ", ".join(f"{one['val_bpb']:.4f}" for one, _ in pairs)
+            cells = [way, shown, difference, *[f"{ratio:.3f}"] * times, str(len(pairs))]
+            out.append(f"| {' | '.join(cells)} |")
+    return out
+
+
 def read(results: Path) -> dict[str, dict]:
     if not results.exists():
         return {}

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 
 from nanochat import attention
 from nanochat.attention_choice import CANDIDATES, choose_attention, problem
+from nanochat.attention_kernels import document_block_mask, flex
 from nanochat.checkpoint_manager import step_dir, weights_hash
 from nanochat.compiling import compile_model
 from nanochat.engine import decode
@@ -248,29 +249,38 @@ def memory_against(plan: Plan, name: str, settings: Settings, problems: list[str
 
 
 def attention_choices(plan: Plan) -> Finding:
-    """Every kernel that is right here, forward and backward, with and without a window."""
+    """Every kernel that is right here, forward and backward: with and without a window, and with eight documents a row,
+    whose masks are made anew for each batch.
+    """
     device, dtype = plan.compute.device, plan.compute.dtype
     settings = plan.settings(max(plan.depths), window_pattern="SL")
     config = GPTConfig(**settings.model_arguments())
     T, heads = config.sequence_len, (config.n_head, config.n_kv_head, config.head_dim)
-    finding = Finding(("kernel", "window", "ms", "min to max", "time / SDPA", "MiB"))
+    finding = Finding(("kernel", "sees", "ms", "min to max", "time / SDPA", "MiB"))
     finding.notes += map(str, choose_attention(config, device, dtype, compiled=plan.compiled))
     own = torch.Generator(device).manual_seed(0)
     shapes = ((plan.depths[max(plan.depths)], T, n, config.head_dim) for n in (*heads[:2], heads[1], heads[0]))
     q, k, v, weight = (torch.randn(*shape, device=device, generator=own).to(dtype).requires_grad_() for shape in shapes)
-    for window in (None, T // 4, T // 16):
+    eight = (torch.arange(T, device=device) // -(-T // 8) * -(-T // 8)).expand(len(q), T)
+    for window, begins in ((None, None), (T // 4, None), (T // 16, None), (None, eight)):
+        documents = begins is not None
+        seen = "documents" if documents else f"window of {window}" if window else "all"
 
-        def timed(kernel: Callable, window: int | None = window) -> Callable[[], object]:
-            return lambda: torch.autograd.grad(kernel(q, k, v, window, None), (q, k, v), weight)
+        def timed(kernel: Callable, window: int | None = window, begins=begins) -> Callable[[], object]:
+            def call() -> object:
+                mask = document_block_mask(begins, window) if kernel is flex and begins is not None else begins
+                return torch.autograd.grad(kernel(q, k, v, window, mask), (q, k, v), weight)
 
-        reasons = {name: problem(kernel, heads, device, dtype, window) for name, kernel in CANDIDATES}
+            return call
+
+        reasons = {name: problem(kernel, heads, device, dtype, window, documents) for name, kernel in CANDIDATES}
         contenders = {name: timed(kernel) for name, kernel in CANDIDATES if reasons[name] is None}
-        finding.notes += [f"window {window}: no {name}: {reason}" for name, reason in reasons.items() if reason]
+        finding.notes += [f"{seen}: no {name}: {reason}" for name, reason in reasons.items() if reason]
         contenders["SDPA"] = timed(attention.sdpa)
         memory = {name: _extra_bytes(plan.compute, step) for name, step in contenders.items()}
         for name, times in (found := alternate(contenders, plan.steps)).items():
             finding.rows.append(
-                (name, window or "all", 1000 * statistics.median(times),
+                (name, seen, 1000 * statistics.median(times),
                  f"{1000 * min(times):.2f} to {1000 * max(times):.2f}", median_ratio(found, name, "SDPA"),
                  None if memory[name] is None else memory[name] / 2**20)
             )  # fmt: skip
@@ -332,13 +342,14 @@ def decoding(plan: Plan) -> Finding:
                 figures += [rows * count / seconds, 1000 * seconds / count]
             finding.rows.append((f"d{depth}", rows, count, *figures))
         del model
-    settings = Settings(**plan.small, dtype="float32", device_type=plan.compute.device_type)
+    settings = Settings(**plan.small, dtype="float32", device_type=plan.compute.device_type, document_mask=True)
     model = contender(plan, settings, compiled=False).model
     with torch.no_grad(), exact_matmuls():
         for parameter in model.parameters():  # off their start, where every block is the identity
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
         for rows in (1, 3):  # past the window of 100
             ids = torch.randint(model.config.vocab_size, (rows, 150), generator=generator)
+            ids[:, 120] = model.config.document_start
             wanted = ids.to(model.device)
             for _ in range(20):
                 wanted = torch.cat([wanted, model(wanted)[:, -1:].argmax(-1)], dim=1)
@@ -415,7 +426,7 @@ def runs(plan: Plan) -> Finding:
         base, steps = Path(folder), 6
         shape = {**plan.small, "vocab_size": 300, "num_iterations": steps, "save_every": steps // 2, "eval_every": None}
         shape |= dict(device_type=plan.compute.device_type, deterministic=True, compile=plan.compiled)
-        shape |= dict(sample_every=None, data=_some_text(base), dtype="bfloat16")
+        shape |= dict(sample_every=None, data=_some_text(base), dtype="bfloat16", document_mask=True)
 
         def losses(tag: str, *words: str, torchrun: bool = False, **changes) -> list[float]:
             flags = [f"--{name}={value}" for name, value in {**shape, "model_tag": tag, **changes}.items()]

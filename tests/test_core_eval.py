@@ -60,7 +60,7 @@ class Table(torch.nn.Module):
 
 
 FEATURES = dict(window_pattern="S", short_window=9, smear=True, value_embeddings=True, bigram_rows=99)
-DOCUMENTS = dict(FEATURES, window_pattern="L", document_start=ord("w"))  # in prefixes and options, but not in all
+DOCUMENTS = dict(FEATURES, document_start=ord("w"))  # in prefixes and options, but not in all
 
 
 def small_gpt(**features) -> GPT:

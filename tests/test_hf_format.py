@@ -161,13 +161,15 @@ def test_a_newer_model_runs_by_our_file(kind, tmp_path):
 
 @torch.inference_mode()
 def test_the_cache_of_our_file(tmp_path):
-    """Pieces of 4 + 1 + 6 tokens, beams, padding on the left. Red when the smeared embedding is not kept in the cache,
-    when a window is counted from the piece's beginning, or when padding is smeared into the first token."""
+    """Pieces of 4 + 1 + 6 tokens, beams, padding on the left. Red when the smeared embedding, or where documents start,
+    is not kept in the cache, when a window is counted from the piece's beginning, when padding is smeared into the
+    first token, or when padding starts a document."""
     from transformers import DynamicCache
 
     model = build(**NEWER["all"])
     _, there = export(model, tmp_path / "out")
     ids = random_ids(2, 11)
+    ids[:, 2] = model.config.document_start
     whole = model(ids)
     for cache in (DynamicCache(), DynamicCache(config=there.config)):
         pieces = [there(part, past_key_values=cache).logits for part in ids.split([4, 1, 6], dim=1)]
@@ -183,6 +185,21 @@ def test_the_cache_of_our_file(tmp_path):
         there(ids, attention_mask=mask[:, :3])
     loss = there(ids, labels=ids, logits_to_keep=0).loss
     torch.testing.assert_close(loss, model(ids[:, :-1], ids[:, 1:].contiguous()), rtol=1e-5, atol=1e-5)
+
+
+def test_padding_starts_no_document(tmp_path):
+    """On the right, by the id that starts documents, as the exported tokenizer pads. Red when `starts` is not cut to
+    what is real: the next token would see no prompt."""
+    from transformers import DynamicCache
+
+    model = build(**NEWER["documents"])
+    _, there = export(model, tmp_path / "out")
+    ids, cache = random_ids(2, 10), DynamicCache()
+    padded = torch.cat([ids[:, :9], torch.full((2, 2), model.config.document_start)], dim=1)
+    mask = torch.ones(2, 12).index_fill(1, torch.tensor([9, 10]), 0)
+    there(padded, attention_mask=mask[:, :11], past_key_values=cache)
+    told = there(ids[:, 9:], attention_mask=mask, past_key_values=cache, position_ids=torch.tensor([[9]])).logits
+    torch.testing.assert_close(told[:, 0], model(ids)[:, 9], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("residual", [False, True])

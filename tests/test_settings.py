@@ -83,6 +83,11 @@ def test_values_take_the_setting_s_own_type():
         (dict(total_batch_size=8000), "total_batch_size", 8192),
         (dict(total_batch_size=100), "total_batch_size", 512),
         (dict(device_batch_size=7), "device_batch_size", 8),
+        (dict(batch_start=3000), "batch_start", 2048),
+        (dict(batch_start=16384), "batch_start", 8192),
+        (dict(batch_start=3), "batch_start", 512),
+        (dict(total_batch_size=8192 + 1024, batch_start=4096), "batch_start", 4608),
+        (dict(batch_start=2048, device_batch_size=3), "device_batch_size", 2),
         (dict(target_param_data_ratio=None), "target_param_data_ratio", 20.0),
         (dict(modalities="audio:" + "9" * 5000), "modalities", "audio:2048"),
     ],
@@ -127,6 +132,13 @@ def test_the_batch_plan_covers_the_batch_exactly(world, rows, micro, length):
         size, steps = changed.batch_plan(world)
         rows = changed.rows
     assert size * steps * world == rows
+
+
+def test_micro_batches_fit_the_smallest_batch():
+    """Red when the rows of a micro-batch are those of total_batch_size: the first steps would be shorter than one."""
+    settings = Settings(max_seq_len=8, total_batch_size=8 * 64, batch_start=8 * 16, device_batch_size=16)
+    assert [settings.batch_plan(world) for world in (1, 2, 4)] == [(16, 4), (8, 4), (4, 4)]
+    assert (settings.rows, settings.least_rows) == (64, 16)
 
 
 def test_width_is_rounded_up_to_whole_heads():
