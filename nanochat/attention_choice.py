@@ -7,6 +7,7 @@ import torch
 
 from nanochat import attention_kernels as kernels
 from nanochat.attention_kernels import Kernel, chosen, flash_attention_3, flex
+from nanochat.documents import document_block_mask
 from nanochat.gpt import GPTConfig
 from nanochat.runtime import first_line
 
@@ -95,7 +96,7 @@ def problem(
         wanted = (out, *torch.autograd.grad(out, inputs, weight.float()))
         try:
             run = torch.compile(kernel, fullgraph=True, dynamic=False) if compiled else kernel
-            mask = kernels.document_block_mask(begins, window) if documents and kernel is flex else begins
+            mask = document_block_mask(begins, window) if documents and kernel is flex else begins
             out = run(q, k, v, window, mask)
             found = (out, *torch.autograd.grad(out, (q, k, v), weight))
             pairs = zip(("out", "dq", "dk", "dv"), found, wanted, strict=True)

@@ -5,7 +5,7 @@ documents' mask (None: no boundaries), and return [B, T, H, D]. What one cannot 
 (arXiv 2307.08691, 2407.08608) is used where it is installed; FlexAttention (arXiv 2412.05496) is torch's.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -26,58 +26,6 @@ def visible(query: torch.Tensor, key: torch.Tensor, window: int | None, begin=No
     """Whether the query at one position sees the key at another; begin: the first position of the query's document."""
     seen = key <= query if window is None else (key <= query) & (query - key <= window)
     return seen if begin is None else seen & (key >= begin)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# documents
-
-
-def document_masks(
-    begins: torch.Tensor | None, windows: Iterable[int | None], cached: bool = False
-) -> dict[int | None, Mask]:
-    """{window: mask} that the layers of one forward pass share, so that tokens see only their own document.
-
-    begins int [B, T]: at which position each token's document begins; None: there are no boundaries. What takes a mask
-    takes begins itself, but FlexAttention, which trains with a BlockMask. cached: keys come from a cache.
-    """
-    masks = {}
-    for window in set(windows):
-        kernel = chosen.get((begins.device.type, window is not None)) if begins is not None else None
-        blocks = kernel is flex and torch.is_grad_enabled() and not cached
-        masks[window] = document_block_mask(begins, window) if blocks else begins
-    return masks
-
-
-def document_block_mask(begins: torch.Tensor, window: int | None) -> "BlockMask":
-    """begins int [B, T], which never decreases along a row -> which blocks FlexAttention computes, and which of them
-    without looking at each score.
-
-    What create_block_mask would find after computing all T x T scores' masks, in memory for the blocks alone.
-    """
-    from torch.nn.attention.flex_attention import BlockMask
-
-    T = begins.size(1)
-    first = torch.arange(0, T, BLOCK, device=begins.device)  # position of each block
-    last = (first + BLOCK - 1).clamp(max=T - 1)
-    query, key = first[:, None], last[None]  # the pair of a block that sees best: least begin, least distance
-    seen = (first[None] <= last[:, None]) & (key >= begins[:, first, None])
-    whole = (last[None] < query) & (first[None] >= begins[:, last, None])  # the pair that sees worst
-    if window is not None:
-        seen = seen & (query - key <= window)
-        whole = whole & (last[:, None] - first[None] <= window)
-    whole = whole & (last - first == BLOCK - 1)[:, None]  # rows that end within a block are looked at
-    blocks = []
-    for some in (seen & ~whole, whole):
-        order = some.int().argsort(dim=-1, descending=True, stable=True)
-        blocks += [some.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]]
-    return BlockMask.from_kv_blocks(
-        *blocks, BLOCK_SIZE=BLOCK, seq_lengths=(T, T),
-        mask_mod=lambda b, h, query, key: visible(query, key, window, begins[b, query]),
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the kernels
 
 
 def flash_attention_3(q, k, v, window: int | None, mask: Mask = None) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from nanochat.attention import sdpa
 from nanochat.attention_kernels import visible
 from nanochat.core_bundle import Task, load_bundle
+from nanochat.documents import document_begins
 from nanochat.gpt import GPT
 from nanochat.loss_eval import never, sum_over_ranks
 from nanochat.settings import Say
@@ -189,7 +190,7 @@ class Prefixes:
             model.features(ids, self)
         self.position = self.shared
         self.last = ids[:, -1:].repeat_interleave(batch.options, dim=0)  # the newest token of each row: [B n, 1]
-        begins = model.document_begins(ids)
+        begins = document_begins(ids, model.config.document_start)
         if begins is not None:
             self.begun = begins[:, -1:].repeat_interleave(batch.options, dim=0)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from nanochat import parameters
 from nanochat.attention import causal_attention, wide
-from nanochat.attention_kernels import document_masks
+from nanochat.documents import document_begins, document_masks, previous
 from nanochat.loss_head import chunked_cross_entropy, compile_loss_head, softcapped, token_losses
 from nanochat.modality import IGNORED, Modality, Vocabulary
 from nanochat.parameters import is_scalar
@@ -67,8 +67,7 @@ class GPTConfig:
         assert self.n_head % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}"
         assert self.tie_weights or not self.use_output_projection, "an output projection needs tied weights"
         assert self.window_pattern and set(self.window_pattern) <= set("LS"), f"window_pattern={self.window_pattern!r}"
-        start = self.document_start
-        assert start is None or 0 <= start < self.vocab_size, f"document_start={start} of {self.vocab_size} ids"
+        assert (self.document_start or 0) in range(self.vocab_size), f"document_start={self.document_start}"
 
     @property
     def head_dim(self) -> int:
@@ -159,10 +158,7 @@ class CausalSelfAttention(AttentionMatrices):
         else:
             self.experts = None
 
-    def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None, plan: Plan | None = None,
-        mask=None,
-    ) -> torch.Tensor:  # fmt: skip
+    def forward(self, x, cos, sin, ve=None, kv_cache=None, plan: Plan | None = None, mask=None) -> torch.Tensor:
         """x [B, T, C], ve the tokens' value embeddings [B, T, H_kv D] or None, mask the documents' -> [B, T, C]."""
         B, T, C = x.shape
         everyone = (self, *self.experts.values()) if self.experts is not None else (self,)
@@ -246,10 +242,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = ModalityMLP(config) if config.has_experts else MLP(config.n_embd, config.mlp_ratio)
 
-    def forward(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, ve=None, kv_cache=None, plan=None, mask=None,
-        mix=(),
-    ) -> torch.Tensor:  # fmt: skip
+    def forward(self, x, cos, sin, ve=None, kv_cache=None, plan=None, mask=None, mix=()) -> torch.Tensor:
         """mix: (lambda, stream [B, T, C]) pairs, whose sum takes the place of x."""
         x = sum(scale * stream for scale, stream in mix) if len(mix) > 1 else x
         x = x + self.attn(norm(x), cos, sin, ve, kv_cache, plan, mask)
@@ -390,42 +383,20 @@ class GPT(nn.Module):
         return x.to(self.compute_dtype)
 
     def embed(self, idx: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
-        """idx int64 [B, T] -> normalised embeddings [B, T, C], smeared over the token before if the model does that.
-
-        last: the ids before, [B, 1].
-        """
+        """idx int64 [B, T], last the ids before [B, 1] -> normalised embeddings [B, T, C], smeared if smear is on."""
         x = norm(self.lookup(idx))
         if not self.config.smear:
             return x
-        before = torch.cat([torch.zeros_like(x[:, :1]) if last is None else norm(self.lookup(last)), x[:, :-1]], dim=1)
-        before = self.within_document(before, idx, 0)
+        last = None if last is None else norm(self.lookup(last))
+        before = previous(x, last, idx, self.config.document_start, 0)
         gate = self.smear_gate(x[..., : self.smear_gate.in_features]).sigmoid()
         return x + self.smear_lambda.to(x.dtype) * gate * before
 
     def bigrams(self, idx: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
         """idx int64 [B, T], last the ids before [B, 1] -> the rows [B, T, C] of the pairs that end at each token."""
-        before = torch.cat([torch.full_like(idx[:, :1], -1) if last is None else last, idx[:, :-1]], dim=1)
-        before = self.within_document(before, idx, -1)
+        before = previous(idx, last, idx, self.config.document_start, -1)
         row = ((idx * 2654435761) ^ (before * 2246822519)) % self.config.bigram_rows  # multiplicative hashing (Knuth)
         return self.bigram_embed(row).to(self.compute_dtype)
-
-    def within_document(self, before: torch.Tensor, idx: torch.Tensor, nothing: int) -> torch.Tensor:
-        """before [B, T, ...]: of the token before each of idx; `nothing` where that belongs to another document."""
-        if self.config.document_start is None:
-            return before
-        starts = idx == self.config.document_start
-        return before.masked_fill(starts if before.ndim == 2 else starts[..., None], nothing)
-
-    def document_begins(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor | None:
-        """idx int64 [B, T] -> int64 [B, T], the position at which each token's document begins, 0 if that is not known.
-
-        None: the model knows no documents.
-        """
-        if self.config.document_start is None:
-            return None
-        place = torch.arange(idx.size(1), device=idx.device) + (0 if kv_cache is None else kv_cache.position)
-        begun = 0 if kv_cache is None else kv_cache.begun
-        return torch.where(idx == self.config.document_start, place, begun).cummax(dim=1).values
 
     def features(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor:
         """idx int64 [B, T] -> what the output matrix is multiplied with, [B, T, C]."""
@@ -436,8 +407,8 @@ class GPT(nn.Module):
         last = None if kv_cache is None else kv_cache.last
         x = x0 = self.embed(idx, last)
         pairs = self.bigrams(idx, last) if self.config.bigram_rows else None
-        begins = self.document_begins(idx, kv_cache)
-        masks = document_masks(begins, (block.attn.window for block in self.transformer.h), kv_cache is not None)
+        begins = document_begins(idx, self.config.document_start, kv_cache)
+        masks = document_masks(begins, map(self.config.window, range(self.config.n_layer)), kv_cache is not None)
         # Only training runs compiled, or by another route: evaluation and generation come in too many shapes.
         run = self.block_forward if torch.is_grad_enabled() else Block.forward
         plan = None

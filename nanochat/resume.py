@@ -156,7 +156,8 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
         raise UserError(f"--resume cannot change {told}: leave it out, or start a new run with --model_tag=NAME")
     horizon = [name for name in ("num_iterations", "target_flops", "target_param_data_ratio") if name in changed]
     if horizon and (changed.get("num_iterations") or math.inf) > step:
-        print0(f"new horizon ({', '.join(horizon)}): the warmdown is recomputed for it")
+        told = "the warmdown, and when the batch grows, are" if merged.batch_start else "the warmdown is"
+        print0(f"new horizon ({', '.join(horizon)}): {told} recomputed for it")
     merged = dataclasses.replace(merged, **{name: changed[name] for name in changed.keys() & CHANGEABLE})
     return validate(merged, world_size_from_env())
 

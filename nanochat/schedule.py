@@ -70,7 +70,8 @@ def progress(settings: RunSettings, step: int, steps: int) -> float:
 def lr_multiplier(settings: RunSettings, step: int, steps: int) -> float:
     """Linear warmup, constant, linear warmdown to final_lr_frac: the factor of every rate at `step` of `steps`.
 
-    With a batch that grows: by tokens seen, and times the root of the batch's part of the last one.
+    With a batch that grows the warmdown goes by tokens seen, and all is times the root of the batch's part of the last
+    one: where the batch doubles, the rate rises.
     """
     warmdown = round(settings.warmdown_ratio * steps)
     up = (step + 1) / settings.warmup_steps if step < settings.warmup_steps else 1.0

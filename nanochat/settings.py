@@ -134,10 +134,11 @@ class RunSettings:
         16, "rows a device works on at a time; lower it when memory runs out", "horizon", at_least=1
     )
     total_batch_size: int = setting(
-        8192, "tokens per optimizer step over all devices", "horizon", at_least=2, at_most=2**40
-    )
+        8192, "tokens per optimizer step over all devices; with batch_start in the end", "horizon", at_least=2,
+        at_most=2**40,
+    )  # fmt: skip
     batch_start: int | None = setting(
-        None, "tokens per step at first: a half, quarter, ... of total_batch_size, then twice as many, as long each",
+        None, "tokens per step at first, doubled to total_batch_size: equal tokens at each size, rates by its root",
         "horizon", at_least=2, at_most=2**40,
     )  # fmt: skip
 
@@ -208,9 +209,10 @@ class RunSettings:
         return codes
 
     def batch_plan(self, world_size: int = 1) -> tuple[int, int]:
-        """(rows of one micro-batch, micro-batches a step) of each rank; UserError names the nearest legal values.
+        """(rows of one micro-batch, micro-batches of a step) of each rank; UserError names the nearest legal values.
 
-        Micro-batches are those of total_batch_size, and fit the smaller batches before it.
+        The rows divide those of the smallest batch, so that all steps have micro-batches of one shape; the number of
+        micro-batches is that of total_batch_size.
         """
         unit, ranks = self.max_seq_len * world_size, f" * {world_size} ranks" if world_size > 1 else ""
         if self.total_batch_size % unit:
@@ -437,7 +439,7 @@ class Settings(RunSettings):
         0.02, "standard deviation of the tied matrix at the start", "optimizer", above=0, when=("tie_weights", True)
     )
     untie_at: float | None = setting(
-        None, "part of the run after which the tied tables are split, at the tied rate; None never splits", "optimizer",
+        None, "part of the steps after which the tied tables are split, at the tied rate; None: never", "optimizer",
         above=0, at_most=0.999, when=("tie_weights", True),
     )  # fmt: skip
     value_embedding_lr: float = setting(

@@ -194,10 +194,10 @@ num_iterations = 200
 # rows a device works on at a time; lower it when memory runs out
 device_batch_size = 16
 
-# tokens per optimizer step over all devices
+# tokens per optimizer step over all devices; with batch_start in the end
 total_batch_size = 3840
 
-# tokens per step at first: a half, quarter, ... of total_batch_size, then twice as many, as long each
+# tokens per step at first, doubled to total_batch_size: equal tokens at each size, rates by its root
 batch_start = None
 
 # train for so many FLOPs; takes precedence over the ratio; matters only with num_iterations=None [target_flops has no
@@ -240,7 +240,7 @@ tied_weights_lr = 0.005
 # standard deviation of the tied matrix at the start; matters only with tie_weights=True
 tied_init_std = 0.02
 
-# part of the run after which the tied tables are split, at the tied rate; None never splits; matters only with
+# part of the steps after which the tied tables are split, at the tied rate; None: never; matters only with
 # tie_weights=True
 untie_at = None
 

@@ -5,7 +5,6 @@ scripts.adapter_train too.
 """
 
 import dataclasses
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -26,7 +25,7 @@ from nanochat.launch import begin
 from nanochat.loss_eval import CutShort
 from nanochat.micro_batches import accumulate, naming_the_batch_that_fits, smaller
 from nanochat.optim import MuonAdamW, build_optimizer, weight_norms
-from nanochat.progress import Progress, duration
+from nanochat.progress import Progress, duration, median_rate
 from nanochat.resume import RunState, begin_from, begun_config, first_weights, note_launcher, progress_of, restore
 from nanochat.runtime import Compute, device_name, launched, memory_mb, peak_flops, print0, run_script, write_atomically
 from nanochat.saver import BackgroundSaver
@@ -160,8 +159,9 @@ def loop(training: Training) -> dict:
     peak = peak_flops(compute) * compute.world_size
     micro_rows, accumulation = settings.batch_plan(compute.world_size)
     print0(
-        f"{steps} steps of {schedule.batch_words(settings)} tokens ({micro_rows} rows x {accumulation} micro-batches x "
-        f"{compute.world_size} ranks), {model.flops_per_token():,} FLOPs a token, peak {peak / 1e12:.3f} TFLOP/s"
+        f"{steps} steps of {schedule.batch_words(settings)} tokens ({micro_rows} rows x {accumulation} micro-batches"
+        f"{' at most' * bool(settings.batch_start)} x {compute.world_size} ranks), {model.flops_per_token():,} FLOPs "
+        f"a token, peak {peak / 1e12:.3f} TFLOP/s"
     )
     log = rows_log = MetricsLog(None)
     ended = compute.rank == 0 and last_event(folder / "metrics.jsonl") == (run.step, "done")
@@ -199,8 +199,7 @@ def loop(training: Training) -> dict:
 
     step_times: list[tuple[float, int]] = []  # seconds and tokens
     guard = StepGuard(run.bad_in_a_row)
-    started, before = run.step, run.train_seconds
-    save_due, stopped = False, None
+    started, before, save_due, stopped = run.step, run.train_seconds, False, None
     with Progress(steps) as progress, StopSignals() as signals, saver:
         while True:
             # -- what is due at this step, and at the end: evaluation, samples, checkpoint
@@ -326,11 +325,6 @@ def loop(training: Training) -> dict:
             peak_flops=peak, **run.figures(),
         )  # fmt: skip
         return finish(settings, run, log, rows_log, stopped)
-
-
-def median_rate(step_times: list[tuple[float, int]]) -> float:
-    """Tokens a second of the median step."""
-    return statistics.median(tokens / seconds for seconds, tokens in step_times)
 
 
 def print_samples(model: GPT, tokenizer: Tokenizer) -> None:

@@ -54,7 +54,6 @@ TRIALS: dict[str, dict] = {
         "rope_base": FIELDS["rope_base"].default,
     },
     "t512-w192": {},  # the preset as it is since it has contexts of 512
-    "t512-batch": {"batch_start": 2048, "num_iterations": 900},  # and as many tokens in batches that grow
 }
 
 

@@ -12,12 +12,12 @@ import os
 from pathlib import Path
 
 from nanochat.runtime import run_script
-from nanochat.settings import PRESETS, preset
+from nanochat.settings import FIELDS, PRESETS, preset
 from scripts.experiments import against, base_train, run_missing
 
 TOKENS = 300 * 4096
 CONSTANT = "as the preset"
-RATES = ("embedding_lr", "tied_weights_lr", "matrix_lr", "scalar_lr", "value_embedding_lr")  # that the preset uses
+RATES = [name for name in FIELDS if name.endswith("_lr") and not preset("cpu").inert(name)]
 
 
 def always(batch: int) -> dict:
@@ -37,7 +37,7 @@ SEEDS = (1, 2, 3)
 
 
 def runs() -> dict[str, dict]:
-    """Settings of each run by key, micro-batches as of the smallest batch that the way begins with."""
+    """Settings of each run by key. Micro-batches have 4 rows, 2 where the batch begins with them."""
     shape = dict(PRESETS["cpu"], num_iterations=300, eval_every=None, save_every=None, eval_tokens=524_288)
     return {
         f"{way}/{seed}": {**shape, "device_batch_size": 4, **changes, "seed": seed}

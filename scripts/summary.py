@@ -125,7 +125,7 @@ def plan(settings: Settings, given: Iterable[str] = ()) -> str:
     gpus = gpus_for(settings)
     world = usable_devices(settings, gpus)
     if world < gpus:
-        print(f"{settings.rows} rows a step do not divide by {gpus} GPUs: using {world}", file=sys.stderr)
+        print(f"{settings.least_rows} rows a step do not divide by {gpus} GPUs: using {world}", file=sys.stderr)
     step = "-" if run.step is None else run.step
     names = set(given) - {"model_tag"}  # the folder that was found answers for it
     return f"{world} {action(run, settings, names)} {run.state} {step} {'yes' if run.evaluation else 'no'} {run.tag}"

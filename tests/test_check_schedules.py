@@ -15,6 +15,7 @@ def test_every_way_sees_as_many_tokens():
         assert tokens_before(settings, settings.num_iterations, settings.num_iterations) == TOKENS
     changed = {name for way in WAYS.values() for name in way if name not in RATES}
     assert changed == {"total_batch_size", "num_iterations", "batch_start", "document_mask"}
+    assert {"tied_weights_lr", "matrix_lr", "scalar_lr", "value_embedding_lr"} <= set(RATES)
     for name in RATES:
         assert WAYS["always 2,048"][name] == pytest.approx(getattr(preset("cpu"), name) * 0.5**0.5)
 

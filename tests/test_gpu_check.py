@@ -77,7 +77,9 @@ def test_every_check_runs_and_is_written_down(tmp_path, capsys):
     assert all(f"## {name} (" in said for name in names)
     kernels = {sees: [row[0] for row in result["attention"]["rows"] if row[1] == sees] for sees in ("all", "documents")}
     assert kernels == {"all": ["torch's FlashAttention 2", "SDPA"], "documents": ["SDPA"]}
-    assert {row[0] for row in result["runs"]["rows"]} == {"plain", "torchrun", "plain --resume", "float32"}
+    assert {row[0] for row in result["runs"]["rows"]} == {
+        *("plain", "torchrun", "plain --resume", "float32", "documents")
+    }
     assert "failed: none" in capsys.readouterr().out
 
 

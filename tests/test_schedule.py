@@ -89,7 +89,7 @@ def test_a_growing_batch_by_hand():
     tokens=st.integers(1, 10**6),
 )  # fmt: skip
 def test_growing_batches_add_up(steps, start, doublings, tokens):
-    """No step is lost or counted twice, batches never shrink, and a horizon in tokens is kept to within the last batch.
+    """No step is lost or counted twice, batches never shrink, and a horizon in tokens is kept to within a batch a size.
 
     Red when a stage begins a step before the last one ends, or num_iterations() divides by total_batch_size.
     """
