@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import attention, blocked_attention
-from nanochat import documents as document_rows
 from nanochat import attention_choice as choice
 from nanochat import attention_kernels as kernels
+from nanochat import documents as document_rows
 from nanochat.attention import blocked_causal_attention, causal_attention, sdpa
 from nanochat.attention_choice import choose_attention, plain_attention, problem
 from nanochat.attention_kernels import block_mask
