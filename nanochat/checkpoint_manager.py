@@ -6,7 +6,6 @@ folder. Renaming the folder is the commit, after which the parent is fsynced. Lo
 Folders with nanochat's own files (model_000123.pt, ...) are found and loaded alike, through upstream.py, and only read.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -26,6 +25,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.modality import Modality
 from nanochat.runtime import UserError, base_dir, first_line, fsync, print0, sha256_of
 from nanochat.settings import RunSettings, nearest_name
+from nanochat.storage_errors import naming_storage_errors
 from nanochat.tokenizer import Tokenizer
 from nanochat.upstream_optim import load_optimizer as load_upstream_optimizer
 
@@ -84,8 +84,8 @@ def save_checkpoint(
 
     model_state and optimizer_state: whole tensors by name. metadata: JSON values (step, settings, model_config, ...).
     The tokenizer and the codec's folder are copied into it.
-    A folder of this name that is already there is moved aside, never deleted. Raises OSError (a full disk), leaving
-    nothing behind but the earlier steps.
+    A folder of this name that is already there is moved aside, never deleted. Raises OSError with errno and path (full
+    disk, quota, file-size limit, ...), leaving nothing behind but the earlier steps.
     """
     if rank != 0:
         return None
@@ -94,30 +94,35 @@ def save_checkpoint(
     for stale in final.parent.glob(".step_*"):  # what a killed process left half-written or half-deleted
         shutil.rmtree(stale, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        _save_tensors(model_state, temporary / "model.safetensors")
-        if optimizer_state is not None:
-            _save_tensors(optimizer_state, temporary / "optimizer.safetensors")
-        if tokenizer is not None:
-            tokenizer.save(temporary / "tokenizer")
-        if codec is not None:
-            (temporary / "codec").mkdir()
-            for file in sorted(codec.iterdir()):  # not copytree(), whose error does not say that the disk is full
-                shutil.copyfile(file, temporary / "codec" / file.name)
-        (temporary / "state.json").write_text(json.dumps({**metadata, "step": step}, indent=1), encoding="utf-8")
-        seal(temporary)
-        if final.exists():
-            _move_aside(final)
-        os.rename(temporary, final)
-        fsync(final.parent)
-        fsync(final.parent.parent)  # which learnt of the tag's folder with its first step
-    except SafetensorError as error:  # the library wraps a full disk in its own type
-        if "os error 28" not in str(error).lower() and "no space" not in str(error).lower():
-            raise
-        raise OSError(errno.ENOSPC, f"cannot write {error}", str(temporary)) from error
+        with naming_storage_errors(temporary):
+            _write_step(temporary, model_state, optimizer_state, {**metadata, "step": step}, tokenizer, codec)
+            if final.exists():
+                _move_aside(final)
+            os.rename(temporary, final)
+            fsync(final.parent)
+            fsync(final.parent.parent)  # which learnt of the tag's folder with its first step
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _write_step(
+    folder: Path, model_state: dict, optimizer_state: dict | None, state: dict, tokenizer: Tokenizer | None,
+    codec: Path | None,
+) -> None:  # fmt: skip
+    """All files of a step into a new folder, the manifest last; everything is on the disk when this returns."""
+    folder.mkdir(parents=True)
+    _save_tensors(model_state, folder / "model.safetensors")
+    if optimizer_state is not None:
+        _save_tensors(optimizer_state, folder / "optimizer.safetensors")
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")
+    if codec is not None:
+        (folder / "codec").mkdir()
+        for file in sorted(codec.iterdir()):  # not copytree(), whose error does not say that the disk is full
+            shutil.copyfile(file, folder / "codec" / file.name)
+    (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    seal(folder)
 
 
 def clear_litter(checkpoint_dir: Path) -> None:
@@ -169,8 +174,9 @@ def prune(checkpoint_dir: Path, keep_last: int | None) -> list[Path]:
     old = [folder for folder in folders if damage(folder) is None][:-keep_last]
     for folder in old:
         doomed = folder.with_name(f".{folder.name}.pruned")  # a half-deleted step must not look like a damaged one
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)
+        with naming_storage_errors(folder):
+            os.rename(folder, doomed)
+            shutil.rmtree(doomed)
     return old
 
 

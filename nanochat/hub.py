@@ -1,6 +1,5 @@
 """Sources on the Hugging Face hub: any dataset, streamed, and the shards of climbmix, downloaded."""
 
-import errno
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from nanochat.runtime import UserError, base_dir, first_line, sha256_of
 from nanochat.settings import Say
 from nanochat.sources import Corrupt, Source, digest, looking_up, slug_of, text_of
+from nanochat.storage_errors import NEEDS_PATH, find_storage_error
 
 HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is given
 LARGEST_MEAN = 1_000_000  # characters that a hub dataset may have per document of its limit
@@ -162,8 +162,8 @@ def download_climbmix(
         except UserError:
             raise
         except hub_errors() as error:
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise  # the disk, not the hub
+            if (failed := find_storage_error(error, directory)) and failed.errno not in NEEDS_PATH:
+                raise failed from error  # the disk, not the hub
             raise Unreachable(f"climbmix: the download stopped ({first_line(error)}); run again to go on") from error
         finally:
             stop.set()

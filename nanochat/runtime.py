@@ -1,7 +1,6 @@
 """The machine under a run: device, dtype, seeds, process group, printing, atomic files."""
 
 import ctypes
-import errno
 import hashlib
 import os
 import platform
@@ -22,6 +21,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from nanochat.storage_errors import describe, find_storage_error, naming_storage_errors
 
 EXIT_USER_ERROR = 2
 PATIENCE = timedelta(hours=3)  # for what one rank does alone: downloads, a tokenizer, compressor baselines
@@ -79,6 +80,8 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:
+        if (failed := find_storage_error(error)) is not None:
+            fail(describe(failed, base_dir()))
         if launched():  # a launcher that saw the dead rank before us ends us, too: not before it is named
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lost = lost_ranks()
@@ -92,10 +95,10 @@ def run_script(main) -> None:
     except BrokenPipeError:  # the reader, such as `| head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+    except Exception as error:  # a disk that is full, in whatever type a library reports it
+        if (failed := find_storage_error(error)) is None:
             raise
-        fail(f"{error.strerror}: {error.filename or base_dir()} (free some space or point NANOCHAT_BASE_DIR elsewhere)")
+        fail(describe(failed, base_dir()))
     finally:
         if dist.is_available() and dist.is_initialized():
             with suppress(RuntimeError):
@@ -419,12 +422,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the path's place when all went well, and leaves nothing behind otherwise."""
     temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync(path.parent)
+        with naming_storage_errors(path):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nanochat.runtime import print0, rank_from_env, write_atomically
+from nanochat.storage_errors import naming_storage_errors
 
 FINISH_SECONDS = 30  # how long the end of a run waits for the tracker
 HURRIED_SECONDS = 5  # and that of a preempted one, whose scheduler gives it about half a minute in all
@@ -50,8 +51,9 @@ class MetricsLog:
             return
         line = {"step": step, "time": round(time.time(), 3), **values}
         rest = f"{json.dumps({k: _plain(v) for k, v in line.items()})}\n".encode()
-        while rest:  # one system call for the whole line, so that a kill leaves at most the last one torn
-            rest = rest[self.file.write(rest) :]
+        with naming_storage_errors(self.path):
+            while rest:  # one system call for the whole line, so that a kill leaves at most the last one torn
+                rest = rest[self.file.write(rest) :]
         if self.tracker is not None:
             self.tracker.check()
 
