@@ -21,9 +21,11 @@ from typing import BinaryIO
 import numpy as np
 
 from nanochat import hub, sources
+from nanochat.encodings import Corrupt
 from nanochat.runtime import UserError, base_dir, first_line
 from nanochat.settings import Say, Settings, nearest_name, shown
-from nanochat.sources import Corrupt, digest, looking_up, reading, slug_of, text_of
+from nanochat.sources import digest, looking_up, slug_of
+from nanochat.text_files import reading, text_of
 
 SOUND_SUFFIXES = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64",
@@ -175,7 +177,7 @@ def _folder(root: Path, data: str, column: str, seconds: float | None) -> SoundS
     )
     return SoundSource(
         f"{slug_of(absolute.name)}-{digest(str(absolute))[:8]}",
-        sources._printable(absolute.name),
+        sources.printable(absolute.name),
         f"column {column}",
         "not known: your own files",
         [column, seconds, sources._stat_all(read)],

@@ -7,7 +7,8 @@ without a manifest does not count: everything is written under a temporary name 
 content changed is prepared into a new folder.
 
 Held out is a document when int(sha256(name), 16) % 10 == 0: the relative posix path of a file, or "path#row" for a
-block of a single text file, a line of jsonl, a row of parquet or of a hub dataset. Of climbmix it is the last shard.
+block of a single text file, a line of jsonl, a row of parquet or of a hub dataset. Of climbmix it is the last shard, of
+a dataset with a validation or test part that part. Where names hold out too much or too little, bytes decide (splits).
 """
 
 import hashlib
@@ -15,7 +16,9 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -28,12 +31,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat import hub, sources
+from nanochat.encodings import Corrupt, Undecodable, check_encodable, decode_text
+from nanochat.folders import NAMED
 from nanochat.runtime import UserError, base_dir, fsync, sha256_of, write_atomically
 from nanochat.settings import Say, Settings
-from nanochat.sources import Corrupt, Source, digest, reading
+from nanochat.sources import Source, digest
+from nanochat.splits import held_out, is_sane, split_by_bytes
+from nanochat.text_files import reading
 
 SPLITS = ("train", "val")
 SHARD_BYTES = 16_000_000  # text of one shard: enough to compress and to shuffle in, small enough to hold in memory
+COPIES = "held-out equal to a training document"
 FORMAT = 1  # part of the state: raise it when the same source would give other documents
 CLIMBMIX_LAST = 6542  # the last shard, the one held out
 CLIMBMIX_SHARDS = 8  # training shards when no limit is given: about 0.7 GB to download, 2 GB of text
@@ -61,8 +69,9 @@ class Dataset:
     """Parquet shards on disk with their manifest.
 
     manifest keys: name, source, licence, fingerprint, left_out (reason -> count) and files, one entry a shard:
-    name, split, size (bytes on disk), sha256 (of the file), documents, text_bytes (UTF-8), text_sha256. With sounds it
-    also has codec, altered (kind -> count), and an entry clips, unseen, caption_bytes, codes and codes_sha256.
+    name, split, size (bytes on disk), sha256 (of the file), documents, text_bytes (UTF-8), text_sha256. An unusual
+    split is described in split_rule, held-out documents equal to training ones are counted in held_out_copies. With
+    sounds it has codec, altered (kind -> count), and an entry clips, unseen, caption_bytes, codes and codes_sha256.
     """
 
     directory: Path
@@ -152,12 +161,6 @@ class Dataset:
         if path.name not in self.skipped:
             self.skipped[path.name] = why
             self.say(f"data: {path.name} {why}: left out ({len(self.skipped)} so far)")
-
-
-def held_out(name: str) -> bool:
-    """True for the tenth of all document names that is never trained on; a docstring document follows its file."""
-    key = name.removesuffix("#docstrings")
-    return int(hashlib.sha256(key.encode("utf-8")).hexdigest(), 16) % 10 == 0
 
 
 def read_shard(shard: Path) -> Iterator[tuple[str, str]]:
@@ -261,12 +264,13 @@ def _materialise(source: Source, skip_corrupt: bool, say: Say) -> Dataset:
     known = _versions(data, source.name)
     for directory, manifest in known:
         if manifest["state"] == state and _codec_is_here(manifest):
+            _say_split(manifest, say)
             return Dataset(directory, manifest, skip_corrupt, say)
     why = f"{source.name} changed since it was prepared" if known else f"preparing {source.name}"
     say(f"data: {why}, writing shards")
     with _scratch(data, source.name) as scratch:
         counts: Counter = Counter()
-        entries = _write_shards(source.read(counts), scratch, counts, source.manifest.get("codec"))
+        entries = _write_shards(source, scratch, counts, say)
         _check_enough(source, entries, counts)
         manifest = {
             "name": source.name,
@@ -296,17 +300,87 @@ def _materialise(source: Source, skip_corrupt: bool, say: Say) -> Dataset:
         f"data: {manifest['fingerprint']['files']} files, {manifest['fingerprint']['bytes'] / 1e6:.2f} MB of text"
         f"{f' (left out: {left})' if left else ''} -> {target}"
     )
+    _say_split(manifest, say)
     return Dataset(target, manifest, skip_corrupt, say)
+
+
+def _say_split(manifest: dict, say: Say) -> None:
+    """Say it when the split is not the usual one, by the hash of the documents' names."""
+    if rule := manifest.get("split_rule"):
+        say(f"data: {manifest['name']}: {rule}")
 
 
 def _codec_is_here(manifest: dict) -> bool:
     return "codec" not in manifest or (base_dir() / manifest["codec"]["directory"]).is_dir()
 
 
-def _write_shards(
-    documents: Iterable[tuple], directory: Path, counts: Counter, codec: dict | None = None
-) -> list[dict]:
-    """Write documents as shards of about SHARD_BYTES in both splits; returns the manifest's entries, train first."""
+def _write_shards(source: Source, directory: Path, counts: Counter, say: Say) -> list[dict]:
+    """Write a source's documents as shards in both splits; returns the manifest's entries, train first.
+
+    Text of which names hold out too much or too little is split by bytes instead, which source.manifest then says.
+    Held-out documents equal to one of training are dropped or counted as the source wants it.
+    """
+    order = bytearray()  # 1 for a held-out document: what was written to two splits can be read in the source's order
+    hashes = {split: array("Q") for split in SPLITS}
+    rules = set()
+
+    def documents() -> Iterator[Document]:
+        for document in _decoded(source, counts, say):
+            rules.add("own" if document.split else "name")
+            split = document.split or ("val" if held_out(document.name) else "train")
+            order.append(split == "val")
+            hashes[split].append(_hash(document.text))
+            yield document._replace(split=split)
+
+    codec = source.manifest.get("codec")
+    entries = _write(documents(), directory, codec)
+    sizes = _sizes(entries)
+    if codec or not entries:
+        return entries
+    if rules == {"name"} and not is_sane(sizes):
+        entries = _split_anew(source, directory, entries, order, hashes)
+        source.manifest["split_rule"] = _describe_rule(sizes, _sizes(entries))
+    copies = np.isin(hashes["val"], np.unique(hashes["train"]))
+    if copies.any() and source.drop_copies:
+        counts[COPIES] += int(copies.sum())
+        pairs = zip(_read_back(directory, entries, "val"), copies, strict=True)
+        return _replace(
+            directory, entries, ("val",), (Document(*pair, split="val") for pair, copy in pairs if not copy)
+        )
+    if copies.any():
+        source.manifest["held_out_copies"] = int(copies.sum())
+        say(
+            f"data: warning: {copies.sum()} of {len(copies)} held-out documents are equal to a training document: "
+            "held-out figures are slightly optimistic"
+        )
+    return entries
+
+
+def _decoded(source: Source, counts: Counter, say: Say) -> Iterator[Document]:
+    """The source's documents as text; those that are no text are named and counted, empty ones counted."""
+    for document in source.read(counts):
+        document = Document(*document)
+        try:
+            text = decode_text(document.text) if isinstance(document.text, bytes) else document.text
+            check_encodable(text)
+        except Undecodable as error:
+            counts["undecodable"] += 1
+            row = re.fullmatch(r"(.*\.jsonl)#(\d+)", document.name)
+            where = f"{row[1]} line {int(row[2]) + 1}" if row else document.name
+            if counts["undecodable"] <= NAMED:
+                source.undecodable.append(f"{where} is {error}")
+                say(f"data: {source.undecodable[-1]}: skipped")
+            continue
+        if text.strip():
+            yield document._replace(text=text)
+        else:
+            counts["empty"] += 1
+    if counts["undecodable"] > NAMED:
+        say(f"data: ... and {counts['undecodable'] - NAMED} more documents that are not UTF-8")
+
+
+def _write(documents: Iterable[Document], directory: Path, codec: dict | None = None) -> list[dict]:
+    """Write documents whose split is known as shards of about SHARD_BYTES; returns the manifest's entries."""
     entries: list[dict] = []
     pending: dict[str, list[tuple]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
@@ -324,28 +398,71 @@ def _write_shards(
         entries.append(_describe(path, split, codec))
         pending[split], sizes[split] = [], 0
 
-    for document in documents:
-        name, raw, codes, attributes, split = Document(*document)
-        try:
-            text = raw.decode("utf-8") if isinstance(raw, bytes) else raw
-            size = len(text.encode("utf-8"))  # fails for the lone surrogates that JSON may hold
-        except UnicodeError:
-            counts["undecodable"] += 1
-            continue
-        if not text.strip():
-            counts["empty"] += 1
-            continue
-        split = split or ("val" if held_out(name) else "train")
+    for name, text, codes, attributes, split in documents:
         flat = None if codes is None else np.ascontiguousarray(codes).reshape(-1)
         known = None if attributes is None else json.dumps(attributes)
         pending[split].append((name, text, flat, known))
-        sizes[split] += size + (0 if flat is None else flat.nbytes)
+        sizes[split] += len(text.encode()) + (0 if flat is None else flat.nbytes)
         if sizes[split] >= SHARD_BYTES:
             flush(split)
     for split in SPLITS:
         if pending[split]:
             flush(split)
     return sorted(entries, key=lambda entry: (SPLITS.index(entry["split"]), entry["name"]))
+
+
+def _sizes(entries: list[dict]) -> dict[str, int]:
+    return {s: sum(entry["text_bytes"] for entry in entries if entry["split"] == s) for s in SPLITS}
+
+
+def _hash(text: str) -> int:
+    """64 bits of a text, to find equal ones."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _describe_rule(by_name: dict[str, int], by_bytes: dict[str, int]) -> str:
+    share, new = (sizes["val"] / sum(sizes.values()) for sizes in (by_name, by_bytes))
+    return (
+        f"the rule by name would hold out {share:.1%} of the bytes: about every tenth document or block of a long one "
+        f"is held out instead, {new:.1%}"
+    )
+
+
+def _read_back(directory: Path, entries: list[dict], split: str) -> Iterator[tuple[str, str]]:
+    for entry in entries:
+        if entry["split"] == split:
+            yield from read_shard(directory / entry["name"])
+
+
+def _split_anew(
+    source: Source, directory: Path, entries: list[dict], order: bytearray, hashes: dict[str, array]
+) -> list[dict]:
+    """Replace shards by ones that are split by bytes, and hashes by theirs."""
+    written = {split: _read_back(directory, entries, split) for split in SPLITS}
+    in_order = (next(written[SPLITS[flag]]) for flag in order)
+    new: dict[str, array] = {split: array("Q") for split in SPLITS}
+
+    def documents() -> Iterator[Document]:
+        for name, text, split in split_by_bytes(in_order, sum(_sizes(entries).values())):
+            new[split].append(_hash(text))
+            yield Document(name, text, split=split)
+
+    entries = _replace(directory, entries, SPLITS, documents())
+    hashes.update(new)
+    return entries
+
+
+def _replace(directory: Path, entries: list[dict], splits: Iterable[str], documents: Iterable) -> list[dict]:
+    """Write documents in place of the shards of some splits, which may be read meanwhile; returns all entries."""
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".") as folder:
+        new = _write(documents, Path(folder))
+        for entry in entries:
+            if entry["split"] in splits:
+                (directory / entry["name"]).unlink()
+        for entry in new:
+            os.rename(Path(folder, entry["name"]), directory / entry["name"])
+    kept = [entry for entry in entries if entry["split"] not in splits]
+    return sorted(kept + new, key=lambda entry: (SPLITS.index(entry["split"]), entry["name"]))
 
 
 def _describe(path: Path, split: str, codec: dict | None = None) -> dict:
@@ -387,15 +504,18 @@ def _check_enough(source: Source, entries: list[dict], counts: Counter) -> None:
     left = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()) if reason != "files")
     found += f" (left out: {left})" if left else ""
     if total < source.least_bytes:
+        advice = source.advice
+        if source.undecodable:
+            advice = f"{counts['undecodable']} documents are not UTF-8 text; {source.undecodable[0]}"
         raise UserError(
-            f"data={source.source}: too little text: {found}, at least {source.least_bytes} needed: {source.advice}"
+            f"data={source.source}: too little text: {found}, at least {source.least_bytes} needed: {advice}"
         )
     for split, meaning in (("train", "to train on"), ("val", "held out")):
         if not sums[split][0]:
             documents = sum(n for n, _ in sums.values())
             raise UserError(
-                f"data={source.source}: no document is {meaning} among {documents} ({found}; about one name in ten is "
-                "held out): give more files, or put all text into one .txt or .jsonl file, which is split within"
+                f"data={source.source}: no document is {meaning} among {documents} ({found}): {source.advice}, with "
+                "texts of their own in both parts"
             )
 
 

@@ -12,10 +12,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 
+from nanochat.encodings import Corrupt
 from nanochat.runtime import UserError, base_dir, first_line, sha256_of
 from nanochat.settings import Say
-from nanochat.sources import Corrupt, Source, digest, looking_up, slug_of, text_of
+from nanochat.sources import Source, digest, looking_up, slug_of
 from nanochat.storage_errors import NEEDS_PATH, find_storage_error
+from nanochat.text_files import text_of
 
 HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is given
 LARGEST_MEAN = 1_000_000  # characters that a hub dataset may have per document of its limit

@@ -5,7 +5,6 @@ A source is a plan, cheap to make, and a reader that yields (name, text) of ever
 
 import ast
 import hashlib
-import json
 import os
 import platform
 import re
@@ -17,16 +16,26 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from nanochat.encodings import Corrupt
+from nanochat.folders import Found, find_files, hidden, printable  # noqa: F401 (hidden: for audio_sources)
 from nanochat.runtime import UserError, first_line
 from nanochat.settings import Say, nearest_name, shown
+from nanochat.text_files import (
+    COMPRESSIONS,
+    ROW_SUFFIXES,
+    TABLE_SUFFIXES,
+    TEXT_SUFFIXES,
+    Rows,
+    content_suffix,
+    file_documents,
+    is_read,
+)
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-ROW_SUFFIXES = (".jsonl", ".parquet")
-BLOCK_BYTES = 4096  # text of one document of a single text file
-LARGEST_FILE = 1_000_000_000  # a file is one document, and one string of arrow ends at 2 GB
+KINDS = (
+    f"{' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}, and where there are none of them {' '.join(TABLE_SUFFIXES)} and "
+    f"compressed ones, as in .txt{COMPRESSIONS[0]}"
+)
+READING = 2  # part of the state of the user's files: raise it when the same files would give other documents
 LEAST_BYTES = 10_000  # less is not even one batch of the smallest preset
 LEAST_STDLIB_BYTES = 2_000_000
 
@@ -35,10 +44,6 @@ STDLIB_EXCLUDED = {
     "site-packages", "dist-packages", "__pycache__",
 }  # fmt: skip
 PACKAGES_EXCLUDED = {"test", "tests", "_vendor", "__pycache__"}
-
-
-class Corrupt(UserError):
-    """A shard or file that cannot be read: left out instead when skip_corrupt is set."""
 
 
 @dataclass
@@ -50,10 +55,12 @@ class Source:
     version: str
     licence: str
     state: object  # JSON: as long as it stays the same, so do the documents
-    read: Callable[[Counter], Iterator[tuple]]  # of dataset.Document's fields; counts files and what was left out
+    read: Callable[[Counter], Iterator[tuple]]  # of dataset.Document's fields; counts files and what was skipped
     least_bytes: int = LEAST_BYTES
     advice: str = "give a larger file or folder"
     manifest: dict = field(default_factory=dict)  # further keys of the manifest; complete when all was read
+    drop_copies: bool = False  # leave held-out documents out that are equal to one of training
+    undecodable: list[str] = field(default_factory=list)  # the first documents that are no text, and why
 
 
 def stdlib() -> Source:
@@ -167,20 +174,23 @@ def _docstrings(source: bytes) -> list[str]:
 
 
 def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
-    suffixes = TEXT_SUFFIXES + ROW_SUFFIXES
-    kinds = " ".join(suffixes)
+    """The documents of a file or of all files below a folder; what a folder holds besides is named and counted."""
     with looking_up("data", source):
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
+    found = Found()
     if is_folder:
-        files = walk(path, lambda name: name.lower().endswith(suffixes) and not hidden(Path(name).name), hidden)
+        found = find_files(path, skip_corrupt=skip_corrupt)
+        further = not any(is_read(name, further=False) for name, _ in found.files)
+        files = found.choose(lambda name: is_read(name, further))
         if not files:
-            seen = sum(len(names) for _, _, names in os.walk(path))
-            raise UserError(f"data={source}: no text found: {seen} files, none of them {kinds}")
+            seen = "; ".join(found.describe()) or "0 files"
+            raise UserError(f"data={source}: no text found: {seen}; what is read: {KINDS}")
     elif is_file:
-        if path.suffix.lower() not in suffixes:
-            raise UserError(f"data={source}: cannot read {path.suffix or 'a file without suffix'}: one of {kinds}")
-        files = [(_printable(path.name), path)]
+        if not is_read(path.name, further=True):
+            kind = path.suffix or "a file without suffix"
+            raise UserError(f"data={source}: cannot read {kind}: one of {KINDS}")
+        files = [(printable(path.name), path)]
     else:
         hint = nearest_name(source, ("stdlib", "packages", "climbmix"))
         hint = hint if "did you mean" in hint else ""
@@ -188,97 +198,33 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
             f"data={source}: no such file or folder{hint}; one of stdlib, packages, climbmix, hf:<dataset>, or a path"
         )
     absolute = path.resolve()
+    columns = any(content_suffix(name)[0] not in TEXT_SUFFIXES for name, _ in files)
     return Source(
         f"{slug_of(absolute.name)}-{digest(str(absolute))[:8]}",
-        _printable(absolute.name),
-        f"column {column}" if any(name.lower().endswith(ROW_SUFFIXES) for name, _ in files) else "text",
+        printable(absolute.name),
+        f"column {column}" if columns else "text",
         "not known: your own files",
-        [column, skip_corrupt, is_folder, _stat_all(files)],
-        lambda counts: _read_files(files, column, is_file, skip_corrupt, say, counts),
+        [column, skip_corrupt, is_folder, READING, _stat_all(files)],
+        lambda counts: _read_files(files, found, column, is_file, skip_corrupt, say, counts),
     )
 
 
-def _read_files(files, column: str, single: bool, skip_corrupt: bool, say: Say, counts: Counter):
+def _read_files(files, found: Found, column: str, single: bool, skip_corrupt: bool, say: Say, counts: Counter):
     """Documents of the user's files; an unreadable file is an error, or under skip_corrupt named and left out whole."""
+    found.report(say, counts)
+    rows = Rows(skip_corrupt, say, counts)
     for name, path in files:
         counts["files"] += 1
         try:
             if skip_corrupt:
-                for _ in _file_documents(name, path, column, single):
+                for _ in file_documents(name, path, column, single, Rows(True, lambda line: None, Counter())):
                     pass
-            yield from _file_documents(name, path, column, single)
+            yield from file_documents(name, path, column, single, rows)
         except Corrupt as error:
             if not skip_corrupt:
                 raise
             counts["corrupt"] += 1
             say(f"data: {error}: left out")
-
-
-def _file_documents(name: str, path: Path, column: str, single: bool) -> Iterator[tuple[str, str | bytes]]:
-    """(document name, text) of one file; a text file of a folder is one document, all else is called path#row."""
-    suffix = path.suffix.lower()
-    with reading(path):
-        if suffix in TEXT_SUFFIXES and not single:
-            if path.stat().st_size > LARGEST_FILE:
-                raise UserError(
-                    f"{path} has over {LARGEST_FILE:,} bytes: pass it alone, a single file is read in blocks"
-                )
-            yield name, path.read_bytes()
-            return
-        rows = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows}.get(suffix, _blocks)(path, column)
-        for row, text in enumerate(rows):
-            yield f"{name}#{row}", text
-
-
-def _blocks(path: Path, column: str) -> Iterator[bytes]:
-    """A text file in pieces of about 4 KB that end at a blank line, or at any line when none comes for 16 KB."""
-    block, size = [], 0
-    with open(path, "rb") as file:
-        for line in file:
-            block.append(line)
-            size += len(line)
-            if size >= BLOCK_BYTES and (not line.strip() or size >= 4 * BLOCK_BYTES):
-                yield b"".join(block)
-                block, size = [], 0
-    if block:
-        yield b"".join(block)
-
-
-def _jsonl_rows(path: Path, column: str) -> Iterator[str]:
-    """The column of every line, in order; an absent text (null, a blank line) is an empty one, to keep row numbers."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                yield ""
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise Corrupt(f"{path} line {number} is not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise Corrupt(f"{path} line {number} is not a JSON object")
-            yield text_of(row, column, f"{path} line {number}")
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[str]:
-    file = pq.ParquetFile(path, page_checksum_verification=True)
-    if column not in file.schema_arrow.names:
-        raise UserError(
-            f"{path} has no column {column!r}: choose one with --data_column ({_listed(file.schema_arrow.names)})"
-        )
-    for group in range(file.num_row_groups):
-        for text in file.read_row_group(group, columns=[column])[column].to_pylist():
-            yield text_of({column: text}, column, str(path))
-
-
-def text_of(row: dict, column: str, where: str) -> str:
-    """The text of a row; null is no text; UserError for an absent column or one that holds something else."""
-    if column not in row:
-        raise UserError(f"{where} has no column {column!r}: choose one with --data_column ({_listed(row)})")
-    if row[column] is not None and not isinstance(row[column], str):
-        kind = type(row[column]).__name__
-        raise UserError(f"{where}: column {column!r} holds {kind}, not text: choose another with --data_column")
-    return row[column] or ""
 
 
 def _whole_files(files, counts: Counter, at_least: int, at_most: int | None = None) -> Iterator[tuple[str, bytes]]:
@@ -294,17 +240,13 @@ def _whole_files(files, counts: Counter, at_least: int, at_most: int | None = No
             yield name, raw
 
 
-def hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
 def walk(root: Path, wanted: Callable[[str], bool], excluded: Callable[[str], bool]) -> list[tuple[str, Path]]:
     """(relative posix path, file) below root of wanted paths, sorted; excluded folders, by name, are not entered."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not excluded(name)]
         for path in (Path(folder, name) for name in names):
-            relative = _printable(path.relative_to(root).as_posix())
+            relative = printable(path.relative_to(root).as_posix())
             if wanted(relative) and path.is_file():
                 found.append((relative, path))
     return sorted(found)
@@ -314,17 +256,6 @@ def _stat_all(files: Iterable[tuple[str, Path]]) -> list:
     """Name, size and time of change of every file: cheap, and different when a content is."""
     stats = ((name, path.stat()) for name, path in files)
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn what pyarrow and the disk raise about an unreadable file into Corrupt with its name."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise Corrupt(f"{path} cannot be read ({first_line(error)})") from error
 
 
 @contextmanager
@@ -346,12 +277,3 @@ def digest(text: str) -> str:
 def slug_of(name: str) -> str:
     """A readable part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80] or "data"
-
-
-def _printable(path: str) -> str:
-    """A file name as valid text: bytes that are no UTF-8 are written as escapes."""
-    return path.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(map(str, names))[:20]) or "it has none"

@@ -106,7 +106,8 @@ def test_shards_hold_frames_in_order_and_read_as_text_too(folder):
 def test_many_codes_take_wider_integers(tmp_path):
     """Red when int16 is used for 40,000 codes: pyarrow would refuse to write them."""
     documents = [("a", "text", np.array([[39_999], [0]]), {"root": 60}, split) for split in ("train", "val")]
-    entries = dataset._write_shards(documents, tmp_path, {}, {"codebooks": 1, "codes": 40_000})
+    documents = [dataset.Document(*document) for document in documents]
+    entries = dataset._write(documents, tmp_path, {"codebooks": 1, "codes": 40_000})
     assert [entry["codes"] for entry in entries] == [2, 2]
     (found,) = dataset.read_clips(tmp_path / "shard_00000.parquet", {"codebooks": 1, "codes": 40_000})
     assert found[2].tolist() == [[39_999], [0]] and found[3] == {"root": 60}

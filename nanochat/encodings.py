@@ -1,0 +1,135 @@
+"""Bytes of text files as text: UTF-8, UTF-16 and UTF-32 are detected, with a byte-order mark or without.
+
+Everything else is refused with the encoding that it looks like: a wrong guess would train on garbage in silence.
+"""
+
+import codecs
+import unicodedata
+from collections import Counter
+
+from nanochat.runtime import UserError
+
+MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+SAMPLE = 1 << 18  # bytes at the beginning of a file that decide on its encoding; a multiple of 4
+IMPLAUSIBLE = 0.02  # share of control characters and unassigned code points that no text exceeds
+COMMON = "\t\n\r\f\v\b\x1b\u3000\u3001\u3002"  # beside Latin ones: the control characters of texts, 、 and 。
+ASCII_AND_NUL = bytes([0, *b"\t\n\r\f\v", *range(0x20, 0x7F)])
+
+
+class Corrupt(UserError):
+    """A shard, file, folder or row that cannot be read: skipped instead when skip_corrupt is set."""
+
+
+class Undecodable(Corrupt):
+    """Bytes that are no text in an encoding that is read."""
+
+
+def decode_text(raw: bytes) -> str:
+    """The text of a whole file: its mark is removed, line ends stay as they are.
+
+    Raises Undecodable, naming the likely encoding and the way out, for bytes in any other encoding and for binary data.
+    """
+    encoding, mark = detect_encoding(raw)
+    try:
+        text = raw[mark:].decode(encoding)
+    except UnicodeDecodeError as error:
+        if encoding == "utf-8":
+            raise Undecodable(_not_utf8(raw, mark + error.start)) from error
+        raise Undecodable(f"{encoding} by its {_evidence(mark)}, but damaged at byte {mark + error.start}") from error
+    if "\0" in text:
+        raise Undecodable("binary data: NUL characters, and neither UTF-16 nor UTF-32")
+    return text
+
+
+def detect_encoding(raw: bytes, *, complete: bool = True) -> tuple[str, int]:
+    """(encoding, bytes of its mark at the beginning) of a file, by its first bytes; utf-8 unless they say otherwise.
+
+    complete=False: raw is only the beginning of a file, and may end within a character. Raises Undecodable for NUL
+    bytes that no encoding explains.
+    """
+    for mark, encoding in MARKS:
+        if raw.startswith(mark):
+            return encoding, len(mark)
+    if b"\0" not in raw:
+        return "utf-8", 0
+    head = raw[:SAMPLE]
+    final = complete and len(raw) <= SAMPLE
+    found = []
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        if text := _try(head, encoding, final):
+            found.append((*_plausibility(text), -_high_bytes(head, encoding), encoding))
+    if found:
+        score, implausible, _, encoding = max(found)
+        # Pairs of ASCII letters are assigned Chinese characters: text with a few NUL bytes must not become such.
+        ascii_only = not head.translate(None, ASCII_AND_NUL) and head.count(b"\t") < len(head) / 5
+        if -implausible <= IMPLAUSIBLE and not (ascii_only and score < 0.9):
+            return encoding, 0
+    if _try(head, "utf-8", final) is None:
+        raise Undecodable("binary data: NUL bytes, and neither UTF-16 nor UTF-32")
+    return "utf-8", 0
+
+
+def _try(raw: bytes, encoding: str, final: bool) -> str | None:
+    try:
+        return codecs.getincrementaldecoder(encoding)().decode(raw, final)
+    except UnicodeDecodeError:
+        return None
+
+
+def check_encodable(text: str) -> None:
+    """Raise Undecodable for text that UTF-8 cannot hold: lone surrogates, from JSON or from bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if 0xDC80 <= ord(text[error.start]) <= 0xDCFF:  # how open_text() hands on such bytes
+            decode_text(text.encode("utf-8", "surrogateescape"))
+        found = f"\\u{ord(text[error.start]):04x}"
+        raise Undecodable(f"a lone surrogate, {found}, which is no character and not UTF-8") from error
+
+
+def _plausibility(text: str) -> tuple[float, float]:
+    """(score, -share of implausible characters); the right reading of a text has the highest score.
+
+    Blanks, line ends, Latin letters and East Asian full stops are what wrong byte orders and widths do not give.
+    """
+    common = implausible = 0
+    for character, number in Counter(text).items():
+        if " " <= character <= "~" or "\u00a0" <= character < "\u0250" or character in COMMON:
+            common += number
+        elif unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs"):
+            implausible += number
+    return round((common - 2 * implausible) / len(text), 2), -implausible / len(text)
+
+
+def _high_bytes(raw: bytes, encoding: str) -> int:
+    """How many values the high byte of a code unit takes: few in a text, since its characters are of few scripts."""
+    unit = int(encoding[4:6]) // 8
+    return len(set(raw[unit - 1 if encoding.endswith("le") else 0 :: unit]))
+
+
+def _evidence(mark: int) -> str:
+    return "byte-order mark" if mark else "NUL bytes"
+
+
+def _not_utf8(raw: bytes, position: int) -> str:
+    """What is said of bytes that are not UTF-8 from `position` on."""
+    sample = raw[max(0, position - SAMPLE // 2) : position + SAMPLE // 2]
+    decoded = sample.decode("utf-8", "replace")
+    damaged = decoded.count("\ufffd")
+    if sum(character > "\x7f" for character in decoded) >= 3 * damaged:
+        return f"not UTF-8 at byte {position}, though UTF-8 elsewhere: iconv -c -f utf-8 -t utf-8 drops such bytes"
+    high = [byte for byte in sample if byte >= 0x80]
+    if len(high) > 0.3 * len(sample):
+        likely, example = "gb18030, shift_jis, big5, euc-kr, cp1251 or another", "ENCODING"
+    elif any(byte < 0xA0 for byte in high):
+        likely = example = "cp1252"
+    else:
+        likely = example = "latin-1"
+    name = {"latin-1": "iso-8859-1"}.get(example, example)  # as iconv calls it
+    return f"not UTF-8 at byte {position}, looks like {likely}: iconv -f {name} -t UTF-8 FILE > NEW converts it"
