@@ -5,12 +5,13 @@ import time
 import torch
 
 from nanochat.attention_choice import choose_attention
+from nanochat.environment import import_compiler
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT
 from nanochat.micro_batches import is_out_of_memory
 from nanochat.optim import compile_muon
 from nanochat.progress import duration
-from nanochat.runtime import compiler_problem, first_line, import_compiler, print0
+from nanochat.runtime import compiler_problem, first_line, print0
 from nanochat.settings import Settings
 
 

@@ -1,9 +1,9 @@
 """What a person sees while training: one line that lives on a terminal, plain lines everywhere else."""
 
 import statistics
-import sys
 import time
 
+from nanochat import streams
 from nanochat.runtime import print0, rank_from_env
 
 
@@ -31,7 +31,7 @@ class Progress:
         self.said = 0.0
 
     def __enter__(self) -> "Progress":
-        if rank_from_env() == 0 and sys.stdout.isatty():
+        if rank_from_env() == 0 and streams.on_terminal():
             try:
                 from rich.console import Console
             except ImportError:

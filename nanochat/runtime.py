@@ -1,14 +1,15 @@
-"""The machine under a run: device, dtype, seeds, process group, printing, atomic files."""
+"""The machine under a run: device, dtype, seeds, process group, printing, atomic files, exit codes."""
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
 import random
 import re
 import signal
+import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,37 +23,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nanochat import streams
+from nanochat.environment import (
+    LAUNCHER,
+    LOCAL,
+    UserError,
+    base_dir,
+    check_launcher,
+    keep_caches,
+    launched,
+    own_mistake,
+    rank_from_env,
+    restarts_from_env,
+    world_size_from_env,
+)
 from nanochat.storage_errors import describe, find_storage_error, naming_storage_errors
 
 EXIT_USER_ERROR = 2
 PATIENCE = timedelta(hours=3)  # for what one rank does alone: downloads, a tokenizer, compressor baselines
-
-
-class UserError(ValueError):
-    """What the user did: scripts print it as one line (name, value, way out) and exit with code 2."""
-
-
-def base_dir() -> Path:
-    """The folder that holds everything a run makes: NANOCHAT_BASE_DIR, by default ~/.cache/nanochat."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
-
-
-def keep_caches() -> None:
-    """Let compilers keep what they make below base_dir() instead of the temporary and the home folder.
-
-    To be called before torch._dynamo is imported, which fixes the place.
-    """
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "PYTORCH_KERNEL_CACHE_PATH"):
-        os.environ.setdefault(name, str(base_dir() / "compiled" / name.split("_")[0].lower()))
-
-
-def import_compiler() -> None:
-    """Import torch's compiler, which asks for the temporary folder only now, so that its headers lie in the caches."""
-    before, tempfile.tempdir = tempfile.tempdir, os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    try:
-        import torch._inductor.codecache  # noqa: F401
-    finally:
-        tempfile.tempdir = before
 
 
 def keep_memory() -> None:
@@ -72,11 +60,15 @@ def keep_memory() -> None:
 
 def run_script(main) -> None:
     """Call a script's main() and end the process as the contract says: 2 with one line for a user's mistake."""
-    keep_caches()
+    streams.open_streams()
     try:
+        keep_caches()
+        if not {"-h", "--help"} & set(sys.argv[1:]):
+            check_launcher()
         main()
+        streams.close_streams()
     except UserError as error:
-        fail(str(error))
+        fail(str(error), error.own)
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError as error:
@@ -92,9 +84,10 @@ def run_script(main) -> None:
         # A collective failed because its peer is gone: the launcher's own report calls that our failure as well.
         print(f"error: {lost}: rank {rank_from_env()} cannot go on ({first_line(error)})", file=sys.stderr, flush=True)
         os._exit(1)  # the process group waits for the dead when it is taken down
-    except BrokenPipeError:  # the reader, such as `| head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except streams.OutputError as error:
+        if error.errno == errno.EPIPE:  # the reader, such as `| head`, has seen enough
+            sys.exit(141)
+        fail(str(error))
     except Exception as error:  # a disk that is full, in whatever type a library reports it
         if (failed := find_storage_error(error)) is None:
             raise
@@ -105,12 +98,12 @@ def run_script(main) -> None:
                 dist.destroy_process_group()
 
 
-def fail(message: str) -> None:
+def fail(message: str, own: bool = False) -> None:
     """Print one line on standard error and leave with the exit code of a user's mistake.
 
-    Before the ranks have met they all see the same mistake, and rank 0 tells it; later it may be one rank's own.
+    Before the ranks have met they all see the same mistake, and rank 0 prints it; later it may be one rank's own.
     """
-    if rank_from_env() == 0 or dist.is_initialized():
+    if own or dist.is_initialized() or rank_from_env() == 0:
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(EXIT_USER_ERROR)
 
@@ -119,34 +112,10 @@ def fail(message: str) -> None:
 # ranks
 
 
-def rank_from_env() -> int:
-    """This process's rank as torchrun tells it; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size_from_env() -> int:
-    """The number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def restarts_from_env() -> int:
-    """How often torchrun has started the ranks anew after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
 def print0(*args, **kwargs) -> None:
-    """Print on rank 0 only, at once. A reader that is gone, such as a `tee` that was killed, ends no run."""
+    """Print on rank 0 only, at once. What the terminal's encoding lacks is escaped; no failing stream ends a run."""
     if rank_from_env() == 0:
-        try:
-            print(*args, **{"flush": True, **kwargs})
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            print("nobody reads the output any more: going on without it", file=sys.stderr, flush=True)
+        streams.emit(*args, **{"flush": True, **kwargs})
 
 
 @dataclass(frozen=True)
@@ -242,8 +211,10 @@ def init_compute(
     local = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if here > torch.cuda.device_count():
-            raise UserError(f"{here} processes for {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+        if max(here, local + 1) > torch.cuda.device_count():
+            raise UserError(
+                f"{max(here, local + 1)} processes for {torch.cuda.device_count()} GPUs: lower --nproc_per_node"
+            )
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
             torch.use_deterministic_algorithms(True)
@@ -259,12 +230,21 @@ def init_compute(
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            "nccl" if kind == "cuda" else "gloo",
-            **_meeting_place(),
-            timeout=timedelta(seconds=rank_timeout) if rank_timeout else PATIENCE,
-            device_id=device if kind == "cuda" else None,
-        )
+        timeout = timedelta(seconds=rank_timeout) if rank_timeout else PATIENCE
+        try:
+            _knock(timeout.total_seconds(), rank)
+            dist.init_process_group(
+                "nccl" if kind == "cuda" else "gloo",
+                **_meeting_place(timeout),
+                timeout=timeout,
+                device_id=device if kind == "cuda" else None,
+            )
+        except (dist.DistStoreError, dist.DistNetworkError, ConnectionError, TimeoutError, socket.gaierror) as error:
+            raise own_mistake(
+                f"rank {rank} of {world} met no other at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                f"({first_line(error)}): start all ranks, as torchrun does, or for a single process `unset "
+                f"{' '.join(name for name in (*LAUNCHER, *LOCAL) if name in os.environ)}`"
+            ) from error
         _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
         _places[:] = [None] * world
         dist.all_gather_object(_places, (platform.node(), os.getpid(), process_state(os.getpid())[1]), _patient_group)
@@ -274,7 +254,24 @@ def init_compute(
     return Compute(device, pick_dtype(dtype, kind), rank, local, world)
 
 
-def _meeting_place() -> dict:
+def _knock(seconds: float, rank: int) -> None:
+    """Wait until somebody answers where the ranks meet; OSError after so many seconds.
+
+    torch would wait as long, and then print its stack. The rank that answers there itself has nothing to wait for.
+    """
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    place, deadline = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(place, timeout=max(0.1, deadline - time.monotonic())).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
+def _meeting_place(timeout: timedelta = PATIENCE) -> dict:
     """Where the ranks find each other, free of what those before a restart left there.
 
     torchrun serves all attempts from one store, and the new ranks would now and then connect to the addresses of the
@@ -283,7 +280,7 @@ def _meeting_place() -> dict:
     """
     if os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE"):
         return {}
-    store, rank, world = next(dist.rendezvous("env://"))
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     return dict(store=dist.PrefixStore(f"attempt_{restarts_from_env()}", store), rank=rank, world_size=world)
 
 
@@ -429,6 +426,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             fsync(path.parent)
+    except OSError as error:
+        if error.filename == str(temporary):  # the user knows the file by its own name
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -437,4 +438,4 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        file.write(text.encode("utf-8"))
+        file.write(text.encode("utf-8", "backslashreplace"))  # file names may hold what UTF-8 cannot

@@ -22,6 +22,9 @@ HINTS = {
     errno.EPERM: f"change its permissions or {ELSEWHERE}",
     errno.EIO: f"the disk or the connection to it fails: check it, or {ELSEWHERE}",
     errno.ENAMETOOLONG: f"take a shorter name or {ELSEWHERE}",
+    errno.ENOTDIR: f"a file lies where a folder is needed: {ELSEWHERE}",
+    errno.EISDIR: f"a folder lies where a file is needed: {ELSEWHERE}",
+    errno.ELOOP: f"its links lead in a circle: {ELSEWHERE}",
     errno.EMFILE: "raise `ulimit -n`",
     errno.ENFILE: "close other programs",
 }
@@ -69,8 +72,11 @@ def _read(error: BaseException) -> tuple[int | None, str, str | None]:
 
 
 def describe(error: OSError, default: Path) -> str:
-    """One line: what failed, the path, the way out. default: the folder when the error names none."""
-    return f"{error.strerror}: {error.filename or default} ({HINTS[error.errno]})"
+    """One line: what failed, the path, the way out. default: the base folder, meant when the error names none."""
+    path, hint = error.filename or default, HINTS[error.errno]
+    if not Path(os.path.abspath(path)).is_relative_to(default):  # moving the base folder would not help
+        hint = hint.replace(ELSEWHERE, "name another place")
+    return f"{error.strerror}: {path} ({hint})"
 
 
 @contextlib.contextmanager

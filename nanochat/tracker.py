@@ -15,6 +15,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from nanochat import streams
 from nanochat.runtime import print0, rank_from_env, write_atomically
 from nanochat.storage_errors import naming_storage_errors
 
@@ -32,6 +33,7 @@ class MetricsLog:
     def __init__(self, path: Path | None, tracker: "Tracker | None" = None, keep_below: int | None = None):
         self.path, self.tracker = path, tracker
         self.file = None
+        self.noted: dict[str, str] = {}  # streams that are lost, as this file says already
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +52,9 @@ class MetricsLog:
         if self.file is None:
             return
         line = {"step": step, "time": round(time.time(), 3), **values}
+        if news := {name: why for name, why in streams.lost.items() if name not in self.noted}:
+            self.noted |= news
+            line["lost"] = news  # what a person looks for when the printed lines end
         rest = f"{json.dumps({k: _plain(v) for k, v in line.items()})}\n".encode()
         with naming_storage_errors(self.path):
             while rest:  # one system call for the whole line, so that a kill leaves at most the last one torn

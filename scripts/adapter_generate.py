@@ -14,6 +14,7 @@ from nanochat.arguments import Parser, number
 from nanochat.audio_generation import generate_codes, to_sound
 from nanochat.engine import generate
 from nanochat.runtime import UserError, init_compute, run_script
+from nanochat.streams import require_output
 from scripts.audio_generate import add_request, add_sampling, check_out, write_all
 
 
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> list:
     tokenizer = model.host.tokenizer
     how = dict(seed=args.seed, temperature=args.temperature, top_k=args.top_k)
     if args.text:
+        require_output()
         ids = tokenizer.encode(args.prompt, bos=True)
         if len(ids) + args.max_tokens > (room := model.host.context):
             raise UserError(

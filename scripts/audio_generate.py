@@ -14,6 +14,7 @@ from nanochat.arguments import Parser, number, temperature
 from nanochat.audio_generation import generate_codes, open_audio_model, stream_sound, to_sound
 from nanochat.listen_page import write_wav
 from nanochat.runtime import UserError, init_compute, run_script
+from nanochat.streams import require_output
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> list[Path]:
     args = parse(argv)
     standard_output = sys.stdout
     if args.stream:
+        require_output()
         sys.stdout = sys.stderr  # words must not get among the samples
     try:
         return generate(args, standard_output)

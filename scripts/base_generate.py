@@ -16,6 +16,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.decoding import say
 from nanochat.engine import decode, generate
 from nanochat.runtime import UserError, init_compute, pick_dtype, run_script
+from nanochat.streams import require_output
 from scripts.base_eval import printable
 
 
@@ -38,6 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> list[str]:
     """Generate and print; returns the continuations."""
     args = parse(argv)
+    require_output()
     compute = init_compute(args.device_type, None, args.seed)
     with contextlib.redirect_stdout(sys.stderr):
         model, tokenizer, metadata = load_model("base", compute.device, "eval", args.model_tag, args.step, args.era)

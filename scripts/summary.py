@@ -19,6 +19,7 @@ from nanochat.config_file import from_command_line
 from nanochat.estimate import usable_devices
 from nanochat.runtime import UserError, base_dir, pick_device_type, run_script
 from nanochat.settings import PRESETS, Settings, checked, hardware_preset
+from nanochat.streams import require_output
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,7 @@ def typed(path: str | Path) -> str:
 def main(argv: list[str] | None = None) -> Run | None:
     """Print the plan, the wizard's arguments, or (without a switch) the summary of the run that the settings name."""
     line = from_command_line(argv, switches=("plan", "preset", "resume"), usage="python -m scripts.summary [config.py]")
+    require_output()
     if "preset" in line.switches:
         if line.config_path is None:
             print(wizard_arguments(line.settings, "data" in line.origins, gpus_for(line.settings)))

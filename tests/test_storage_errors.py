@@ -102,6 +102,7 @@ def test_a_file_size_limit_is_seen_in_every_writer(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     path = tmp_path / "config.py"
     write_atomically(path, "old")
 

@@ -1,0 +1,153 @@
+"""What a process finds in its environment: the base folder, the compilers' caches, the variables of a launcher."""
+
+import os
+import stat
+import sys
+import tempfile
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """What the user did: scripts print it as one line (name, value, way out) and exit with code 2.
+
+    Before the ranks have met, all of them make the same mistake and rank 0 prints it. own: this one made it alone.
+    """
+
+    own = False
+
+
+def own_mistake(message: str) -> UserError:
+    """A UserError that its rank prints itself."""
+    error = UserError(message)
+    error.own = True
+    return error
+
+
+def base_dir() -> Path:
+    """The folder that holds everything a run makes: NANOCHAT_BASE_DIR, by default ~/.cache/nanochat; absolute.
+
+    UserError for a value that cannot be a folder. Whether one can write there is found out by writing.
+    """
+    given = os.environ.get("NANOCHAT_BASE_DIR")
+    if not given:
+        try:
+            return Path.home() / ".cache" / "nanochat"
+        except RuntimeError as error:
+            raise UserError("this user has no home folder: set NANOCHAT_BASE_DIR to a folder for all files") from error
+    path = expand_user(given, "NANOCHAT_BASE_DIR")
+    try:
+        if not stat.S_ISDIR(path.stat().st_mode):
+            raise UserError(f"NANOCHAT_BASE_DIR={given!r} is a file: name a folder")
+    except FileNotFoundError:
+        if given != given.strip():
+            raise UserError(f"NANOCHAT_BASE_DIR={given!r} has white space at its ends: leave it out") from None
+    except OSError as error:
+        raise UserError(f"NANOCHAT_BASE_DIR={given!r} cannot be used ({error.strerror}): name a folder") from error
+    return path
+
+
+def expand_user(path: str | Path, name: str) -> Path:
+    """The absolute path, a leading ~ replaced; UserError, which calls the value `name`, for a user without a home."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise UserError(f"{name}={str(path)!r}: there is no such home folder") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{name}={str(path)!r}: the current folder is gone, so give the whole path") from error
+
+
+def keep_caches() -> None:
+    """Let compilers keep what they make below base_dir() instead of the temporary and the home folder.
+
+    To be called before torch._dynamo is imported, which fixes the place. Without a base folder nothing is set: --help
+    needs none, and whatever else is asked for says what is wrong with it.
+    """
+    try:
+        folder = base_dir() / "compiled"
+    except UserError:
+        return
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "PYTORCH_KERNEL_CACHE_PATH"):
+        os.environ.setdefault(name, str(folder / name.split("_")[0].lower()))
+
+
+def import_compiler() -> None:
+    """Import torch's compiler, which asks for the temporary folder only now, so that its headers lie in the caches."""
+    before, tempfile.tempdir = tempfile.tempdir, os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    try:
+        import torch._inductor.codecache  # noqa: F401
+    finally:
+        tempfile.tempdir = before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the launcher of several ranks
+
+
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets for each of its processes
+LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")  # and may set besides
+
+
+def check_launcher() -> None:
+    """UserError for launcher variables that describe no rank; leftovers that can be ignored are, and that is said.
+
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT together are a launch, by torchrun or by hand. Without RANK and
+    WORLD_SIZE this is a process of its own.
+    """
+    values = {name: os.environ[name] for name in (*LAUNCHER, *LOCAL) if os.environ.get(name)}
+    for name in (*LAUNCHER, *LOCAL):
+        if name not in values:
+            os.environ.pop(name, None)  # empty is as good as absent
+    if not {"RANK", "WORLD_SIZE"} & values.keys():
+        if leftovers := sorted(values.keys() - {"MASTER_ADDR", "MASTER_PORT"}):
+            told = " ".join(f"{name}={values[name]}" for name in leftovers)
+            print(f"ignoring {told}: no launcher set RANK and WORLD_SIZE", file=sys.stderr, flush=True)
+            for name in leftovers:
+                del os.environ[name]
+        return
+    if (problem := _launcher_problem(values)) is None:
+        return
+    told = " ".join(f"{name}={value}" for name, value in values.items())
+    raise own_mistake(
+        f"{told}: {problem}; for a single process `unset {' '.join(values)}`, for several start them with torchrun"
+    )
+
+
+def _launcher_problem(values: dict[str, str]) -> str | None:
+    """What is wrong with the launcher variables that are set, RANK or WORLD_SIZE among them; None when nothing is."""
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"):
+        if name in values:
+            if not values[name].isascii() or not values[name].isdigit():
+                return f"{name} is not a whole number"
+            numbers[name] = int(values[name])
+    if numbers.get("RANK", 0) == 0 and numbers.get("WORLD_SIZE", 1) == 1 and not numbers.get("LOCAL_RANK"):
+        return None  # a single process, however complete the rest is
+    if numbers.get("MASTER_PORT", 0) > 65535:
+        return "MASTER_PORT is no port"
+    if missing := [name for name in LAUNCHER if name not in values]:
+        return f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing"
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        return "RANK must be below WORLD_SIZE"
+    if numbers.get("LOCAL_RANK", 0) >= numbers.get("LOCAL_WORLD_SIZE", numbers["WORLD_SIZE"]):
+        return "LOCAL_RANK must be below the number of processes here"
+    return None
+
+
+def rank_from_env() -> int:
+    """This process's rank as its launcher has set it; 0 without one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size_from_env() -> int:
+    """The number of processes that a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def restarts_from_env() -> int:
+    """How often torchrun has started the ranks anew after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
