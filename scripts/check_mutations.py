@@ -33,13 +33,13 @@ from scripts.mutants import Mutant, draw
 ROOT = Path(__file__).resolve().parents[1]
 # The tests of each module, fast ones first.
 TESTS = {
-    "nanochat/guard.py": ["test_guard", "test_recovery"],
+    "nanochat/guard.py": ["test_guard"],
     "nanochat/schedule.py": ["test_schedule"],
     "nanochat/optim.py": ["test_optim", "test_tying", "test_routing"],
     "nanochat/loss_eval.py": ["test_loss_eval", "test_packing", "test_base_eval"],
     "nanochat/core_eval.py": ["test_core_eval"],
     "nanochat/checkpoint_manager.py": ["test_checkpoint_manager", "test_saver", "test_zoo", "test_eras"],
-    "scripts/base_train.py": ["test_base_train", "test_going_on", "test_growth", "test_recovery"],
+    "scripts/base_train.py": ["test_updates", "test_going_on", "test_base_train", "test_recovery"],
 }
 # Compiles whole models for a minute, which few mutants would be seen by alone.
 DESELECTED = ("tests/test_base_train.py::test_compiled_runs_resume_to_the_bit_and_agree_with_eager",)

@@ -60,3 +60,47 @@ def test_a_spike_stands_out_of_a_falling_and_of_a_noisy_curve():
             if spikes := guard.spikes():
                 found[i] = sorted(spikes)
         assert found == {60: ["grad_norm"], 80: ["loss"]}
+
+
+def spikes_of(curve: list[float]) -> dict[int, float]:
+    """What the guard finds in the losses of good steps: {index: median that it names}."""
+    guard, found = StepGuard(), {}
+    for i, loss in enumerate(curve):
+        look(guard, i, loss)
+        if spikes := guard.spikes():
+            found[i] = spikes["loss"]
+    return found
+
+
+def test_a_spike_is_a_tenth_above_the_median_and_eight_deviations():
+    """Both, by hand: a flat curve has no deviations; one that goes from 1 to 3 and back has 1.4826 / sqrt(2) times 2.
+
+    Red when SPIKE_RATIO is not asked for (2.19 would be a spike), or the deviations are not.
+    """
+    flat, wide = [2.0] * 40, [1.0, 3.0] * 20
+    assert spikes_of([*flat, 2.19]) == {}
+    assert spikes_of([*flat, 2.21]) == {40: 2.0}
+    limit = 2.0 + 8 * 1.4826 / math.sqrt(2) * 2
+    assert spikes_of([*wide, limit - 0.01]) == {}
+    assert spikes_of([*wide, limit + 0.01]) == {40: 2.0}
+
+
+def test_a_spike_is_compared_with_at_least_25_and_at_most_50_good_steps():
+    """Red when the guard begins a step earlier or later, or remembers more or less."""
+    assert spikes_of([2.0] * 24 + [9.0]) == {}
+    assert spikes_of([2.0] * 25 + [9.0]) == {25: 2.0}
+    # 26 steps at 1.09 are over half of the last 50, whatever came before
+    assert spikes_of([1.0] * 100 + [1.09] * 26 + [9.0]) == {126: 1.09}
+    assert spikes_of([1.0] * 100 + [1.09] * 24 + [9.0]) == {124: 1.0}
+
+
+def test_a_good_step_forgives_the_bad_ones_before_it():
+    """Red when spikes() does not clear what leave_out() has kept: nine and one would end the run."""
+    guard = StepGuard()
+    for step in range(MAX_BAD_STEPS - 1):
+        look(guard, step, math.nan)
+        assert not guard.leave_out([])
+    look(guard, 9, 1.0)
+    guard.spikes()
+    look(guard, 10, math.nan)
+    assert not guard.leave_out([])

@@ -159,12 +159,14 @@ def test_normalisation_evens_the_neurons_out_and_keeps_the_norm(shape):
         assert update.norm().item() == pytest.approx(plain.norm().item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5)])
 @pytest.mark.parametrize("cautious", [True, False])
-def test_cautious_decay_acts_only_where_update_and_weight_agree(cautious):
-    """Red when the sign test is turned around, or plain decay ignores the rate."""
-    with_decay, without = (nn.Parameter(randn(5, 8, seed=1)) for _ in range(2))
+def test_cautious_decay_acts_only_where_update_and_weight_agree(cautious, shape):
+    """By the plain rate for tall matrices, too. Red when the sign test is turned around, plain decay ignores the rate,
+    or decay is times the tall matrices' factor."""
+    with_decay, without = (nn.Parameter(randn(*shape, seed=1)) for _ in range(2))
     start = with_decay.detach().clone()
-    gradient = randn(5, 8, seed=2)
+    gradient = randn(*shape, seed=2)
     for p, decay in ((with_decay, 0.3), (without, 0.0)):
         p.grad = gradient.clone()
         take_step(MuonAdamW([{**muon_group([p], cautious=cautious), "weight_decay": decay}]))
@@ -175,7 +177,10 @@ def test_cautious_decay_acts_only_where_update_and_weight_agree(cautious):
 
 
 def test_clipping_scales_the_gradient_and_the_norms_are_those_of_the_whole():
-    """AdamW at its first step ignores the scale, its moment does not."""
+    """AdamW at its first step ignores the scale, and so does Muon at any; what they remember does not.
+
+    Red when one of the two updates takes the gradient as it is.
+    """
     p, q = nn.Parameter(randn(4, 4, seed=1)), nn.Parameter(randn(4, 4, seed=2))
     adamw = dict(kind="adamw", name="flat", params=[p], param_names=["p"], lr=0.1, betas=(0.5, 0.5), eps=1e-10)
     optimizer = MuonAdamW([dict(adamw, weight_decay=0.0), muon_group([q])])
@@ -184,7 +189,9 @@ def test_clipping_scales_the_gradient_and_the_norms_are_those_of_the_whole():
     assert norm == pytest.approx(20.0)  # sqrt(16 * 9 + 16 * 16)
     assert by_group == pytest.approx({"flat": 12.0, "matrix": 16.0})
     optimizer.step(0.25)
-    torch.testing.assert_close(optimizer.state_dict()["p.exp_avg"], torch.full((4, 4), 0.5 * 0.25 * 3.0))
+    state = optimizer.state_dict()
+    torch.testing.assert_close(state["p.exp_avg"], torch.full((4, 4), 0.5 * 0.25 * 3.0))
+    torch.testing.assert_close(state["m0.momentum"], torch.full((4, 4), 0.1 * 0.25 * 4.0))
     with pytest.raises(AssertionError, match="reduce_gradients"):
         optimizer.step()
 
