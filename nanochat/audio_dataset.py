@@ -4,6 +4,7 @@ The codec is fitted on a bounded sample of the training sounds, or opened; every
 pass, so that memory holds a batch of them and no more.
 """
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -23,6 +24,7 @@ FIT_SECONDS = 600  # of sound that a codec is fitted on
 FIT_PIECE = 30  # seconds taken of one sound, so that a long one is not the whole sample
 BATCH = 1 << 20  # samples encoded together, of sounds of equal length
 BYTES_PER_POSITION = 3  # of text: about what a small tokenizer gives, so that a mix can be planned without one
+COPY = "held-out sound with the codes of a training sound"
 FORMAT = 1  # part of the state: raise it when the same sounds would give other codes
 
 
@@ -72,7 +74,11 @@ def _codec_state(settings: Settings, codes: int) -> object:
 def _documents(
     settings: Settings, sounds: SoundSource, codes: int, text: Dataset | None, manifest: dict, counts: Counter, say: Say
 ) -> Iterator[Document]:
-    """Every captioned sound as a document, in the source's order, and text where it is due; completes the manifest."""
+    """Every captioned sound as a document, in the source's order within its split, and text where it is due.
+
+    A held-out sound whose codes equal those of a training sound (a copy, or one that the codec cannot tell from it) is
+    skipped: the model would be scored on what it was trained on. Completes the manifest.
+    """
     log = Log(say, counts)
     items = sounds.fetch(log)
     counts["files"] = len(items)
@@ -82,9 +88,19 @@ def _documents(
     clips: Counter = Counter()  # by split
 
     def documents() -> Iterator[Document]:
-        for sound, coded in _encoded(codec, (item.load(codec.sample_rate, log) for item in items), len(items), say):
-            clips[split := _split(sound)] += 1
-            yield Document(sound.name, sound.caption, coded, sound.attributes, split)
+        trained: set[str] = set()  # hashes of the codes in the training split, which comes first for this reason
+        splits = {split: [item for item in items if _split(item) == split] for split in SPLITS}
+        for split, chosen in splits.items():
+            loaded = (item.load(codec.sample_rate, log) for item in chosen)
+            for sound, coded in _encoded(codec, loaded, f"{len(chosen):,} {split}", say):
+                key = hashlib.sha256(repr(coded.shape).encode() + coded.tobytes()).hexdigest()
+                if split == "train":
+                    trained.add(key)
+                elif key in trained:
+                    log.leave_out(COPY, sound.name)
+                    continue
+                clips[split] += 1
+                yield Document(sound.name, sound.caption, coded, sound.attributes, split)
 
     yield from documents() if text is None else _mixed(documents(), text, settings.text_share, say)
     log.close()
@@ -92,8 +108,8 @@ def _documents(
     _check(settings, sounds, clips, counts)
 
 
-def _split(sound: Sound) -> str:
-    return sound.split or ("val" if held_out(sound.name) else "train")
+def _split(item: Item) -> str:
+    return item.split or ("val" if held_out(item.name) else "train")
 
 
 def _mixed(sounds: Iterable[Document], text: Dataset, share: float, say: Say) -> Iterator[Document]:
@@ -120,7 +136,7 @@ def _shuffled(text: Dataset, split: str) -> Iterator[tuple[str, str]]:
         yield from sorted(text.read(shard), key=lambda document: digest(document[0]))
 
 
-def _encoded(codec, sounds: Iterable[Sound | None], total: int, say: Say) -> Iterator[tuple[Sound, np.ndarray]]:
+def _encoded(codec, sounds: Iterable[Sound | None], total: str, say: Say) -> Iterator[tuple[Sound, np.ndarray]]:
     """Each sound with its codes [T, Q]; neighbours of equal length are encoded together."""
     batch: list[Sound] = []
     done = 0
@@ -131,7 +147,7 @@ def _encoded(codec, sounds: Iterable[Sound | None], total: int, say: Say) -> Ite
             wavs = np.stack([sound.wav for sound in batch])
             yield from ((sound, codes.T) for sound, codes in zip(batch, codec.encode_batch(wavs), strict=True))
             if done // 1000 != (done := done + len(batch)) // 1000:
-                say(f"data: encoded {done} of {total} sounds")
+                say(f"data: encoded {done:,} of {total} sounds")
             batch.clear()
 
     for sound in sounds:
@@ -149,14 +165,13 @@ def _fitted(settings: Settings, sounds: SoundSource, items: list[Item], codes: i
     quiet = Log(lambda line: None)  # the pass that encodes tells
     pieces = []
     for item in sorted(items, key=lambda item: digest(item.name)):
-        sound = None if held_out(item.name) else item.load(rate, quiet)
-        if sound is not None and _split(sound) == "train":
+        if _split(item) == "train" and (sound := item.load(rate, quiet)) is not None:
             pieces.append(sound.wav[: min(room, FIT_PIECE * rate)])
             room -= len(pieces[-1])
             if not room:
                 break
     if not pieces:
-        loaded = Counter(_split(sound) for item in items if (sound := item.load(rate, log)))
+        loaded = Counter(_split(item) for item in items if item.load(rate, log) is not None)
         _check(settings, sounds, loaded, log.left_out)
     seconds = sum(map(len, pieces)) / rate
     log.say(f"data: fitting a codec {settings.codec} on {seconds:.0f} s of {len(pieces)} sounds")
@@ -179,6 +194,8 @@ def _check(settings: Settings, sounds: SoundSource, clips: Counter, counts: Coun
     if not clips["train"]:
         raise UserError(f"data={settings.data}: no sound to train on among {found}: {sounds.advice}")
     if not clips["val"]:
+        finer = " or a finer codec (--codebooks, --modalities)" if counts[COPY] else ""
         raise UserError(
             f"data={settings.data}: no sound is held out among {found}; about one name in ten is: give more sounds"
+            f"{finer}"
         )

@@ -46,13 +46,12 @@ NAMED = 5  # of each kind of bad sound
 
 @dataclass(frozen=True)
 class Sound:
-    """wav: float32 [samples], one channel at the rate asked for. split: "train", "val", or None for the usual rule."""
+    """wav: float32 [samples], one channel at the rate asked for."""
 
     name: str
     caption: str
     wav: np.ndarray
     attributes: dict | None = None
-    split: str | None = None
 
 
 class Log:
@@ -83,10 +82,14 @@ class Log:
 
 @dataclass(frozen=True)
 class Item:
-    """A sound not yet read. load(rate in Hz, log): the sound, or None when the log says why it is left out."""
+    """A sound not yet read. load(rate in Hz, log): the sound, or None when the log says why it is left out.
+
+    split: "train" or "val" where the source decides it, None for the usual rule by the name.
+    """
 
     name: str
     load: Callable[[int, Log], Sound | None]
+    split: str | None = None
 
 
 @dataclass
@@ -138,23 +141,24 @@ def sound_source(settings: Settings, say: Say) -> SoundSource:
 
 
 def _synth(limit: int, seconds: float) -> SoundSource:
-    """Clips 0 .. limit-1, of `seconds` each; pairs of root and instrument marked unseen are held out."""
-    from nanochat.synth_audio import SAMPLE_RATE, clip
+    """Clips 0 .. limit-1, of `seconds` each; a sound is on one side of the split, whatever the clips that have it."""
+    from nanochat.synth_audio import SAMPLE_RATE, clip, describe_clip, is_held_out
 
     def load(index: int, rate: int, log: Log) -> Sound:
         made = clip(index, seconds=seconds)
-        split = "val" if made.attributes["unseen"] else None
-        return Sound(
-            f"synth/{index}", made.caption, resample(made.wav, SAMPLE_RATE, rate), dict(made.attributes), split
-        )
+        return Sound(f"synth/{index}", made.caption, resample(made.wav, SAMPLE_RATE, rate), dict(made.attributes))
+
+    def item(index: int) -> Item:
+        split = "val" if is_held_out(describe_clip(index)[1], seconds) else "train"
+        return Item(f"synth/{index}", functools.partial(load, index), split)
 
     return SoundSource(
         "synth",
         "synth",
         f"{limit} clips of {seconds:g} s",
         "made by this program: no rights of others",
-        [limit, seconds],
-        lambda log: [Item(f"synth/{index}", functools.partial(load, index)) for index in range(limit)],
+        [limit, seconds, "split by sound"],
+        lambda log: [item(index) for index in range(limit)],
         "raise --data_limit",
     )
 

@@ -1,14 +1,19 @@
 """What each codec keeps of a melody, and what its codes say.
 
 `python -m scripts.check_codecs [--codec pitch,2,256 ...] [--fit 300] [--clips 60]`: kind, codebooks, codes. Each is
-fitted on synthesised clips and applied to others: seconds to fit and to decode a clip, the share of pitched frames
-within 50 cents (librosa's yin on the decoded sound against its pyin on the original), SI-SDR (of codecs that keep the
-waveform), loudness; and for each codebook the bits of a code (unigram, given the last code of its book) and the bits
-that it tells about the root note when instrument and time since the onset are known: 0 is what a model needs to play a
-note on an instrument that it never heard there.
+fitted on synthesised clips of the training split and applied to held-out ones, none of whose sounds it was fitted on:
+seconds to fit and to decode a clip, the share of pitched frames within 50 cents (librosa's yin on the decoded sound
+against its pyin on the original), SI-SDR (of codecs that keep the waveform), loudness; and for each codebook the bits
+of a code (unigram, given the last code of its book) and the bits that it tells about the root note when instrument and
+time since the onset are known: 0 is what a model needs to play a note on an instrument that it never heard there.
+
+`--split 3000` checks the split of so many clips instead, prepared as the `audio` preset does: how many held-out clips
+share waveform, codes or caption with a training clip.
 """
 
 import argparse
+import hashlib
+import itertools
 import math
 import time
 from collections import Counter, defaultdict
@@ -19,11 +24,23 @@ import numpy as np
 from nanochat.audio import KINDS, fit_codec
 from nanochat.audio_distance import si_sdr
 from nanochat.audio_eval import needs_librosa
+from nanochat.dataset import SPLITS, prepare_for
 from nanochat.runtime import UserError, run_script
-from nanochat.synth_audio import INSTRUMENTS, ROOTS, SAMPLE_RATE, clip, frequency, melody
+from nanochat.settings import preset
+from nanochat.synth_audio import (
+    INSTRUMENTS,
+    ROOTS,
+    SAMPLE_RATE,
+    clip,
+    describe_clip,
+    frequency,
+    is_held_out,
+    melody,
+    render,
+)  # fmt: skip
 
 CODECS = ("frame,1,512", "frame,1,2048", "pitch,2,256", "mdct,4,1024")
-FIRST_HELD_OUT = 50_000  # clips from here on are nobody's training clips
+SECONDS = 2.0  # of a clip
 NOTE_FRAMES = 45  # of a note of one second
 
 
@@ -73,14 +90,43 @@ def said_of_the_root(codec, book: int) -> float:
     return float(np.mean(told))
 
 
+def numbers(held_out: bool, count: int) -> list[int]:
+    """The first `count` clips of the held-out or the training split of `synth`."""
+    wanted = (i for i in itertools.count() if is_held_out(describe_clip(i)[1], SECONDS) is held_out)
+    return list(itertools.islice(wanted, count))
+
+
+def check_split(clips: int) -> dict[str, dict[str, int]]:
+    """For "seen" and "unseen": the held-out clips, and those whose waveform, codes or caption a training clip has."""
+    data = prepare_for(preset("audio", data_limit=clips), say=print)
+    known: dict[str, set] = {"waveform": set(), "codes": set(), "caption": set()}
+    found = {split: Counter() for split in ("seen", "unseen")}
+    for split in SPLITS:  # training first
+        for shard in data.shards(split):
+            for _, caption, codes, attributes in data.read_clips(shard):
+                wav = render(attributes, SECONDS) + 0.0  # -0.0 is 0.0
+                marks = dict(waveform=wav.tobytes(), codes=codes.tobytes(), caption=caption.encode())
+                marks = {kind: hashlib.sha256(mark).digest() for kind, mark in marks.items()}
+                if split == "train":
+                    for kind, mark in marks.items():
+                        known[kind].add(mark)
+                else:
+                    counts = found["unseen" if attributes["unseen"] else "seen"]
+                    counts.update(clips=1, **{kind: mark in known[kind] for kind, mark in marks.items()})
+    for split, counts in found.items():
+        shared = ", ".join(f"{kind} {counts[kind]}" for kind in known)
+        print(f"{split}: {counts['clips']} held-out clips of {clips}; also in the training split: {shared}")
+    return {split: dict(counts) for split, counts in found.items()}
+
+
 def measure(kind: str, books: int, codes: int, fit: int, count: int) -> dict:
     """The figures of one codec."""
     begun = time.perf_counter()
-    training = [clip(index).wav for index in range(fit)]
+    training = [clip(index, seconds=SECONDS).wav for index in numbers(held_out=False, count=fit)]
     made = time.perf_counter()
     codec = fit_codec(kind, training, books, codes, say=lambda line: None)
     fitted = time.perf_counter()
-    wavs = np.stack([clip(FIRST_HELD_OUT + index).wav for index in range(count)])
+    wavs = np.stack([clip(index, seconds=SECONDS).wav for index in numbers(held_out=True, count=count)])
     coded = codec.encode_batch(wavs)
     start = time.perf_counter()
     decoded = codec.decode_batch(coded)[:, : wavs.shape[1]]
@@ -102,13 +148,16 @@ def measure(kind: str, books: int, codes: int, fit: int, count: int) -> dict:
     return row
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    """Print the table; returns its rows."""
+def main(argv: list[str] | None = None) -> list[dict] | dict:
+    """Print the table, or what --split asks for; returns its rows."""
     parser = argparse.ArgumentParser(prog="scripts.check_codecs", description=__doc__.splitlines()[0])
     parser.add_argument("--codec", action="append", help="kind,codebooks,codes (repeatable)")
     parser.add_argument("--fit", type=int, default=300, help="clips to fit on")
     parser.add_argument("--clips", type=int, default=60, help="other clips to measure on")
+    parser.add_argument("--split", type=int, metavar="CLIPS", help="check the split of so many clips, and no codec")
     arguments = parser.parse_args(argv)
+    if arguments.split is not None:
+        return check_split(arguments.split)
     chosen = [parse_codec(text) for text in arguments.codec or CODECS]
     print(f"fitted on {arguments.fit} clips, measured on {arguments.clips} others of 2 s; control: root is log2 of "
           f"{len(ROOTS)} = {math.log2(len(ROOTS)):.2f} bits")  # fmt: skip

@@ -115,7 +115,7 @@ def test_many_codes_take_wider_integers(tmp_path):
 
 def test_synth_keeps_attributes_and_its_split(monkeypatch):
     """Red when an unseen pair is trained on, or heard by the codec that is fitted, or attributes are dropped."""
-    from nanochat.synth_audio import clip
+    from nanochat.synth_audio import clip, is_held_out
 
     heard = []
     fit = audio.fit_codec
@@ -128,11 +128,44 @@ def test_synth_keeps_attributes_and_its_split(monkeypatch):
         for name, text, codes, attributes in clips_of(data, split):
             made = clip(int(name.rpartition("/")[2]), seconds=0.2)
             assert (text, attributes, len(codes)) == (made.caption, made.attributes, 10)
-            assert (split == "val") == (attributes["unseen"] or held_out(name))
+            assert (split == "val") == is_held_out(attributes, 0.2)
     assert len(heard[0]) == len(clips_of(data, "train"))
     unseen = [attributes["unseen"] for *_, attributes in clips_of(data, "val")]
     assert sum(unseen) == sum(entry["unseen"] for entry in data.entries("val")) > 0
     assert sum(entry["unseen"] for entry in data.entries("train")) == 0
+
+
+@pytest.mark.parametrize("codec", ["pitch", "frame"])
+def test_nothing_held_out_was_trained_on(codec):
+    """Codes in the shards and the waveforms behind them. A coarse `frame` cannot tell some notes apart: such held-out
+    sounds are counted out. Red when the clip's number decides the split, or when codes are not compared."""
+    from nanochat.synth_audio import clip
+
+    shape = {"modalities": "audio:128"} if codec == "pitch" else {"codebooks": 1}
+    data = prepare_for(settings_of("synth", data_limit=200, clip_seconds=0.1, codec=codec, **shape), say=len)
+    found = {split: clips_of(data, split) for split in ("train", "val")}
+    codes = [{clip[2].tobytes() for clip in found[split]} for split in found]
+    waves = [{clip(int(item[0][6:]), seconds=0.1).wav.tobytes() for item in found[split]} for split in found]
+    assert not codes[0] & codes[1] and not waves[0] & waves[1] and min(map(len, waves)) > 5
+    seen = sum(not attributes["unseen"] for *_, attributes in found["val"])
+    assert seen > (10 if codec == "pitch" else 0)
+    left = data.manifest["left_out"].get("held-out sound with the codes of a training sound", 0)
+    assert sum(map(len, found.values())) + left == 200 and (left > 5) == (codec == "frame")
+
+
+def test_a_copy_of_a_training_sound_is_not_held_out(folder):
+    """Named and counted, wherever it stands in the order of names. Red when held-out sounds are encoded first."""
+    copy, kept = (f"{number:02d}.wav" for number in range(30) if held_out(f"{number:02d}.wav"))
+    assert not held_out("29.wav") and copy < "29.wav"
+    soundfile.write(folder / copy, a_sound(29), RATE)
+    lines = []
+    data = prepare_for(settings_of(folder), say=lines.append)
+    assert [name for name, *_ in clips_of(data, "val")] == [kept]
+    assert data.manifest["left_out"] == {"held-out sound with the codes of a training sound": 1}
+    assert f"data: {copy!r}: held-out sound with the codes of a training sound: left out" in lines
+    soundfile.write(folder / kept, a_sound(28), RATE)
+    with pytest.raises(UserError, match=r"no sound is held out .*2 held-out sound with.* a finer codec"):
+        prepare_for(settings_of(folder), say=len)
 
 
 def test_the_codec_learns_from_a_bounded_part_of_the_training_sounds(folder, monkeypatch):
@@ -187,7 +220,7 @@ def test_an_unchanged_source_is_only_opened(folder, monkeypatch):
 @pytest.mark.parametrize(
     "change",
     [
-        {"codebooks": 1},
+        {"codebooks": 3},
         {"modalities": "audio:8"},
         {"codec": "frame"},
         {"clip_seconds": 0.1},

@@ -111,15 +111,20 @@ def test_text_files_and_file_names(tmp_path):
 
 
 def test_synth(tmp_path):
-    """The clips are synth_audio's own; unseen pairs are held out. Red when the split of unseen is None."""
+    """The clips are synth_audio's own, and their sounds decide the split. Red when an item's split is None."""
     sounds, log = read_all(data="synth", data_limit=12, clip_seconds=0.5)
     assert list(sounds) == [f"synth/{i}" for i in range(12)] and not log.left_out
     for i, sound in enumerate(sounds.values()):
         clip = synth_audio.clip(i, seconds=0.5)
         assert np.array_equal(sound.wav, clip.wav) and sound.caption == clip.caption
         assert sound.attributes == clip.attributes
-        assert sound.split == ("val" if clip.attributes["unseen"] else None)
-    assert {sound.split for sound in sounds.values()} == {"val", None}
+    items = sound_source(Settings(modalities="audio:64", data="synth", data_limit=100, clip_seconds=0.5), len).fetch(
+        log
+    )
+    for i, item in enumerate(items):
+        clip = synth_audio.clip(i, seconds=0.5)
+        assert item.split == ("val" if synth_audio.is_held_out(clip.attributes, 0.5) else "train")
+    assert Counter(item.split for item in items)["val"] > 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,3 +27,17 @@ def test_the_pitch_codec_tells_note_and_timbre_apart(capsys):
     assert pitch["books"][0]["root"] > 4.4 and pitch["books"][1]["root"] < 0.5 and frame["books"][0]["root"] > 2.5
     assert pitch["pitch"] > 0.95 and pitch["rate"] == 600
     assert "| pitch 2 x 64 | 600 |" in capsys.readouterr().out
+
+
+def test_the_split_is_counted(tmp_path, monkeypatch, capsys):
+    """Red when the clip's number decides the split: held-out clips then share waveforms with training clips."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(check_codecs, "SECONDS", 0.2)
+    small = check_codecs.preset(
+        "audio", data_limit=150, clip_seconds=0.2, codebooks=2, codec="mdct", modalities="audio:16"
+    )
+    monkeypatch.setattr(check_codecs, "preset", lambda name, data_limit: small)
+    found = check_codecs.main(["--split=150"])
+    assert found["seen"]["clips"] > 5 and found["unseen"]["clips"] > 10
+    assert all(found[split][kind] == 0 for split in found for kind in ("waveform", "codes", "caption"))
+    assert "also in the training split: waveform 0, codes 0, caption 0" in capsys.readouterr().out
