@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +22,20 @@ import tiktoken
 from nanochat.runtime import UserError, base_dir
 from nanochat.settings import Say, Settings
 from nanochat.sources import looking_up
+from nanochat.tokenizer_sample import TrainingSample, reporting
 
 # GPT-4's way of splitting (arXiv 2303.08774 gives no regex; tiktoken's cl100k_base does) with two changes. Digits come
-# in groups of at most 2: small vocabularies have no room for 1000 numbers. Runs of white space are cut at 256
-# characters: unbounded, a megabyte of spaces overflows tiktoken's regex stack and takes the process down.
+# in groups of at most 2: small vocabularies have no room for 1000 numbers. And every repetition is bounded, so that no
+# piece has more than 512 characters: the merges of a piece take time quadratic in its length when training, which DNA,
+# Chinese, or a line of a million equal signs turns into hours, and a megabyte of spaces overflows tiktoken's regex
+# stack. Words and rules of ordinary text are shorter than 128 (80 in Python's library), so they split as they
+# would without it; tiktoken's regex engine compiles no more than about 200.
 # No (?i) flag and no possessive quantifiers, so that every regex engine reads it alike.
+# Changing it changes no tokenizer that exists: each is loaded with the pattern in its own tokenizer.json.
 SPLIT_PATTERN = (
     r"'(?:[sdmtSDMT]|[lL]{2}|[vV][eE]|[rR][eE])"
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s{0,256}[\r\n]+|\s{1,256}(?!\S)|\s"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}{1,128}|\p{N}{1,2}| ?[^\s\p{L}\p{N}]{1,128}[\r\n]{0,256}"
+    r"|\s{0,256}[\r\n]{1,256}|\s{1,256}(?!\S)|\s"
 )
 BOS = "<|bos|>"
 SPECIAL_TOKENS = (
@@ -38,7 +43,6 @@ SPECIAL_TOKENS = (
     *(f"<|{who}_{edge}|>" for who in ("user", "assistant", "python", "output") for edge in ("start", "end")),
     *(f"<|reserved_{i}|>" for i in range(7)),
 )
-TRAINING_CHARACTERS = 2_000_000_000  # enough for any vocabulary, and a bound on time for web-sized sources
 
 
 class Tokenizer:
@@ -78,7 +82,10 @@ class Tokenizer:
         return self._special_ids[token]
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
-        """Ids of a text, with BOS in front when asked. Lone surrogates, which are no Unicode text, become U+FFFD."""
+        """Ids of a text, with BOS in front when asked.
+
+        Every character is kept, U+0000 and U+FEFF too. Lone surrogates, which are no Unicode text, become U+FFFD.
+        """
         ids = self._encoding.encode_ordinary(text)
         return [self.bos_id, *ids] if bos else ids
 
@@ -100,9 +107,10 @@ class Tokenizer:
     # -- training -----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, say: Say | None = None) -> "Tokenizer":
         """Learn vocab_size - 256 - 16 merges from the texts; the same texts give the same tokenizer.
 
+        It learns from what TrainingSample takes of the texts. say: gets a line on the progress every few seconds.
         UserError when vocab_size cannot hold the bytes and specials, or asks for more merges than the texts have.
         """
         from tokenizers import Regex, models, pre_tokenizers, trainers  # only training needs it
@@ -116,7 +124,9 @@ class Tokenizer:
         trainee.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-        trainee.train_from_iterator(texts, trainer)
+        sample = TrainingSample(texts, say)
+        with reporting(sample.progress, say):
+            trainee.train_from_iterator(sample.chunks(), trainer)
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         vocabulary = sorted(trainee.get_vocab().items(), key=lambda item: item[1])
         ranks = [bytes(byte_of[character] for character in token) for token, _ in vocabulary]
@@ -285,21 +295,11 @@ def find_or_train(settings: Settings, dataset, say: Say = print) -> Tokenizer:
         return Tokenizer.load(directory)
     say(f"training a tokenizer of {settings.vocab_size} ids on {dataset.name}")
     start = time.perf_counter()
-    tokenizer = Tokenizer.train(_training_texts(dataset, say), settings.vocab_size)
+    tokenizer = Tokenizer.train((text for _, text in dataset.documents("train")), settings.vocab_size, say)
     tokenizer.name = f"{name}-{tokenizer.hash[:8]}"
     directory = tokenizer.save(root / tokenizer.name)
     say(f"tokenizer ready in {time.perf_counter() - start:.1f} s: {directory}")
     return tokenizer
-
-
-def _training_texts(dataset, say: Say) -> Iterator[str]:
-    room = TRAINING_CHARACTERS
-    for _, text in dataset.documents("train"):
-        if room <= 0:
-            say(f"the tokenizer learns from the first {TRAINING_CHARACTERS:,} characters")
-            return
-        yield text[:room]
-        room -= len(text)
 
 
 def _folders(root: Path, name: str) -> list[Path]:

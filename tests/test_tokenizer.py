@@ -1,10 +1,13 @@
 """The tokenizer: round trips, agreement with Hugging Face and with naive BPE, files, names, bad input."""
 
+import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import tokenize
 import unicodedata
 from dataclasses import replace
@@ -175,8 +178,77 @@ def test_long_runs_neither_panic_nor_crawl(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_lone_surrogates_are_replaced(tokenizer):
-    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+SYMBOLS = ["\u0301", "e\u0301", "\0", "\ufeff", "^", "_", "😀", "-\n"]
+RUNS = ["A", "中", "ก", *SYMBOLS, " ", "\n", "\r\n", "\t", "\u3000", "7", "Ⅷ"]
+LENGTHS = [1, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1000]
+
+
+@hypothesis_settings(max_examples=60)
+@given(st.lists(st.tuples(st.sampled_from([*RUNS, "ACGT", "x y"]), st.sampled_from(LENGTHS)), min_size=1, max_size=4))
+def test_no_piece_is_long(tokenizer, hugging_face, pieces, runs):
+    """Runs of every class around the bounds, side by side: no piece has over 512 characters, and training, tiktoken and
+    the Hugging Face file split alike.
+
+    Red when a bound is dropped ({1,128} of the letters or of the signs -> +, {0,256} of the newlines -> *).
+    """
+    text = "".join(text * number for text, number in runs)
+    found = pieces(text)
+    assert "".join(found) == text and max(map(len, found)) <= 512
+    ids = tokenizer.encode(text)
+    ranks = {token: i for i, token in enumerate(tokenizer.ranks)}
+    assert ids == [i for piece in found for i in naive_bpe(ranks, piece.encode())]
+    assert ids == hugging_face.encode(text).ids and tokenizer.decode(ids) == text
+
+
+UNBOUNDED_PATTERN = (  # of the tokenizers that were trained before the pieces were bounded
+    r"'(?:[sdmtSDMT]|[lL]{2}|[vV][eE]|[rR][eE])"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s{0,256}[\r\n]+|\s{1,256}(?!\S)|\s"
+)
+
+
+def test_ordinary_text_splits_and_trains_as_without_bounds(pieces, monkeypatch):
+    """The bounds are beyond the longest words and rules of source code and prose.
+
+    Red when a {1,128} is {1,64}: functools has rules of 80 signs, the German word has 80 letters.
+    """
+    german = "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft"
+    texts = [TEXTS[1], Path(functools.__file__).read_text(encoding="utf-8"), f"{german}, {german}skapitän\n" * 5]
+    unbounded = pre_tokenizers.Split(Regex(UNBOUNDED_PATTERN), "isolated")
+    for text in texts:
+        assert pieces(text) == [piece for piece, _ in unbounded.pre_tokenize_str(text)]
+    ranks = Tokenizer.train(texts, 700).ranks
+    monkeypatch.setattr("nanochat.tokenizer.SPLIT_PATTERN", UNBOUNDED_PATTERN)
+    assert Tokenizer.train(texts, 700).ranks == ranks
+
+
+def test_a_tokenizer_keeps_its_own_pattern(tokenizer, tmp_path):
+    """One from before the bounds splits a long run as it always did. Red when load() takes SPLIT_PATTERN."""
+    old = Tokenizer([*(bytes([i]) for i in range(256)), b"A" * 300], UNBOUNDED_PATTERN)
+    loaded = Tokenizer.load(old.save(tmp_path / "old"))
+    assert (loaded.pattern, loaded.hash) == (UNBOUNDED_PATTERN, old.hash)
+    assert loaded.encode("A" * 300) == [256]
+    assert Tokenizer(old.ranks).encode("A" * 300) == [65] * 300
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("\ufeffa", "\ufeffa"),
+        ("a\0b\0", "a\0b\0"),
+        ("a\ud800b", "a\ufffdb"),
+        ("\udc00", "\ufffd"),
+        ("\ud83d\ude00", "😀"),
+    ],
+)
+def test_odd_characters(tokenizer, text, kept):
+    """BOM and NUL are characters as any; a lone surrogate is U+FFFD, in encoding, in batches and in training.
+
+    Red when train() hands the text to the trainer as it is (TypeError), or drops what cannot be encoded.
+    """
+    assert tokenizer.decode(tokenizer.encode(text)) == kept
+    assert tokenizer.encode_batch([text], 2) == [tokenizer.encode(kept)]
+    assert Tokenizer.train([text, "ab ab"], 273).ranks == Tokenizer.train([kept, "ab ab"], 273).ranks
 
 
 def test_training_is_deterministic(tokenizer):
@@ -322,15 +394,14 @@ def test_nothing_trained_yet(base):
         find_or_train(Settings(tokenizer="nope"), fake_dataset())
 
 
-def test_training_text_is_bounded(base, monkeypatch):
-    """Red when the bound counts documents instead of characters."""
-    monkeypatch.setattr("nanochat.tokenizer.TRAINING_CHARACTERS", 2000)
-    seen = []
-    monkeypatch.setattr(
-        Tokenizer, "train", lambda texts, size, train=Tokenizer.train: seen.extend(texts) or train(seen, 280)
-    )
-    find_or_train(Settings(vocab_size=400), fake_dataset())
-    assert "".join(seen) == TEXTS[0][:2000]
+def test_training_reports_its_progress(base, monkeypatch):
+    """While merging too, for which the trainer gives up Python's lock. Red without `with reporting(...)`."""
+    monkeypatch.setattr("nanochat.tokenizer_sample.REPORT_SECONDS", 0.002)
+    lines = []
+    find_or_train(Settings(vocab_size=2000), fake_dataset(), say=lines.append)
+    merging = re.compile(r"training the tokenizer: 2 documents, 0\.\d M characters read, merging for \d+ s")
+    assert any(map(merging.fullmatch, lines)), lines
+    assert not any(thread.name == "tokenizer progress" for thread in threading.enumerate())
 
 
 # -- the scripts ------------------------------------------------------------------------------------------------------
