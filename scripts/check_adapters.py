@@ -7,8 +7,9 @@ results file is not repeated.
 
 random: a drawn expert of that shape that stays as it is, between trained adapters.  trained: the expert is trained too.
 none: adapters with nothing but a GELU between them.  everything: the host's weights are trained as well.
-sweep: 4 variants x 7 rates, 200 steps.  seeds: 4 variants x 3 seeds at each variant's best rate, 400 steps, then
-scripts.adapter_eval on 200 sounds.  report: losses, paired differences to random, captions obeyed, the host's text.
+sweep: 4 variants x 7 rates, 200 steps, judged on a tenth of the training split.  seeds: 4 variants x 3 seeds at each
+variant's best rate, 400 steps, then scripts.adapter_eval on 200 held-out sounds, which chose nothing.
+report: losses, paired differences to random, captions obeyed, the host's text.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from nanochat.checkpoint_manager import checkpoints_dir, newest_step
 from nanochat.runtime import UserError, base_dir, run_script
-from scripts.experiments import base_train, paired, read, run_missing, seed_runs, sweep_runs, tag_of
+from scripts.experiments import base_train, paired, read, run_missing, seed_runs, selection_note, sweep_runs, tag_of
 
 HOST = "adapters-host"
 SHAPE = dict(
@@ -79,7 +80,7 @@ def host_run() -> None:
 
 def report(lines: dict[str, dict]) -> list[str]:
     """Markdown tables of the stages that have results."""
-    out = []
+    out = selection_note(lines)
     for name in VARIANTS:
         cells = [(rate, lines.get(f"sweep/{name}/{rate}")) for rate in RATES]
         if all(cell for _, cell in cells):

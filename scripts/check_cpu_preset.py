@@ -12,10 +12,10 @@ from pathlib import Path
 
 from nanochat.checkpoint_manager import checkpoints_dir
 from nanochat.config_file import render_config
-from nanochat.dataset import prepare
 from nanochat.runtime import UserError, base_dir, run_script, write_atomically
 from nanochat.settings import FIELDS, PRESETS, Settings
 from scripts import base_train
+from scripts.validation_part import training_part
 
 MODERN = dict(
     value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0
@@ -57,18 +57,15 @@ TRIALS: dict[str, dict] = {
 }
 
 
-def training_split() -> Path:
-    """The stdlib training split as one jsonl, a tenth of whose lines the data preparation holds out again."""
-    path = base_dir() / "check_cpu_preset" / "train.jsonl"
-    if not path.exists():
-        lines = (json.dumps({"text": text}) for _, text in prepare("stdlib").documents("train"))
-        write_atomically(path, "\n".join(lines) + "\n")
-    return path
-
-
 def run_trial(name: str) -> dict:
     """Train one trial and return its line."""
-    values = {**PRESETS["cpu"], **TRIALS[name], "data": str(training_split()), "save_every": None, "eval_every": 100}
+    values = {
+        **PRESETS["cpu"],
+        **TRIALS[name],
+        "data": str(training_part({"data": "stdlib"})),
+        "save_every": None,
+        "eval_every": 100,
+    }
     tag = f"cpu-trial-{name}"
     config = base_dir() / "check_cpu_preset" / f"{name}.py"
     write_atomically(config, render_config(Settings(**values, model_tag=tag, overwrite=True)))

@@ -8,7 +8,8 @@ not repeated.
 dense: one MLP for all (equal active FLOPs).  dense-wide: an MLP twice as wide, as many parameters as with experts, and
 more FLOPs.  mlp: an MLP for each modality.  all: attention's matrices too.  random: as many MLPs, each id through one
 that is drawn (once: the same for all seeds).  All have separate output layers, so that nothing but the experts differs.
-sweep: 5 variants x 3 Muon rates, 150 steps.  seeds: 5 variants x 3 seeds at each variant's best rate, 300 steps.
+sweep: 5 variants x 3 Muon rates, 150 steps, judged on a tenth of the training split.  seeds: 5 variants x 3 seeds at
+each variant's best rate, 300 steps, judged on the held-out rows, which chose nothing.
 report: losses with paired differences to dense, and the share of dense's steps that reach its final loss, as
 Mixture-of-Transformers (arXiv 2411.04996) counts them.
 """
@@ -19,7 +20,7 @@ import statistics
 from pathlib import Path
 
 from nanochat.runtime import run_script
-from scripts.experiments import base_train, paired, read, run_missing, seed_runs, sweep_runs
+from scripts.experiments import base_train, paired, read, run_missing, seed_runs, selection_note, sweep_runs
 
 SHAPE = dict(
     data="synth", data_limit=6000, modalities="audio:512", codec="frame", text_data="stdlib", text_share=0.5,
@@ -63,7 +64,7 @@ def share_of_steps(steps: list[int], losses: list[float], goal: float) -> float 
 
 def report(lines: dict[str, dict], plot: Path | None) -> list[str]:
     """Markdown tables of the stages that have results, and the plot of the seeds' losses."""
-    out = []
+    out = selection_note(lines)
     for name in VARIANTS:
         cells = [(rate, lines.get(f"sweep/{name}/{rate}")) for rate in RATES]
         if all(cell for _, cell in cells):

@@ -5,8 +5,9 @@
 thread each, and appends one JSON line a run to the results file. A run that is in the file is not repeated, so the
 script continues where it stopped.
 
-init: tied, 3 initial scales x 3 rates, 120 steps.  sweep: 4 variants x 3 rates of the output matrix, 333 steps.
-seeds: 4 variants x 3 seeds at each variant's best rate, 1,000 steps.  report: tables, paired differences, plot.
+init: tied, 3 initial scales x 3 rates, 120 steps.  sweep: 4 variants x 3 rates of the output matrix, 333 steps; both
+are judged on a tenth of the training split.  seeds: 4 variants x 3 seeds at each variant's best rate, 1,000 steps,
+judged on the held-out documents, which chose nothing.  report: tables, paired differences, plot.
 """
 
 import argparse
@@ -14,8 +15,8 @@ import os
 import statistics
 from pathlib import Path
 
-from nanochat.runtime import UserError, run_script
-from scripts.experiments import base_train, paired, read, run_missing
+from nanochat.runtime import run_script
+from scripts.experiments import CHOOSING, base_train, best_rate, paired, read, run_missing, selection_note
 
 SHAPE = dict(
     data="packages", vocab_size=4096, depth=3, model_dim=128, head_dim=64, max_seq_len=256, total_batch_size=4096,
@@ -49,7 +50,7 @@ def train(key: str, settings: dict) -> dict:
 def init_runs() -> dict[str, dict]:
     return {
         f"init/{std}/{rate}": dict(
-            VARIANTS["tied"], num_iterations=120, seed=1, tied_init_std=std, tied_weights_lr=rate
+            VARIANTS["tied"], **CHOOSING, num_iterations=120, seed=1, tied_init_std=std, tied_weights_lr=rate
         )
         for std in INIT_STDS
         for rate in INIT_RATES
@@ -58,18 +59,10 @@ def init_runs() -> dict[str, dict]:
 
 def sweep_runs() -> dict[str, dict]:
     return {
-        f"sweep/{name}/{rate}": {**VARIANTS[name], "num_iterations": 333, "seed": 1, RATES[name]: rate}
+        f"sweep/{name}/{rate}": {**VARIANTS[name], **CHOOSING, "num_iterations": 333, "seed": 1, RATES[name]: rate}
         for name in VARIANTS
         for rate in GRID[name]
     }
-
-
-def best_rate(lines: dict[str, dict], name: str) -> float:
-    """The rate with the lowest val bpb of the sweep; UserError while the sweep is not finished."""
-    found = {rate: lines.get(f"sweep/{name}/{rate}") for rate in GRID[name]}
-    if None in found.values():
-        raise UserError("the sweep is not finished: run --stage sweep first")
-    return min(found, key=lambda rate: found[rate]["val_bpb"])
 
 
 def seed_runs(lines: dict[str, dict]) -> dict[str, dict]:
@@ -77,13 +70,13 @@ def seed_runs(lines: dict[str, dict]) -> dict[str, dict]:
         f"seeds/{name}/{seed}": {**VARIANTS[name], "num_iterations": 1000, "seed": seed, RATES[name]: rate}
         for seed in SEEDS
         for name in VARIANTS
-        for rate in [best_rate(lines, name)]
+        for rate in [best_rate(lines, name, GRID[name], "val_bpb")]
     }
 
 
 def report(lines: dict[str, dict], plot: Path | None) -> list[str]:
     """Markdown tables of all stages that have results, and the plot of the seeds' training losses."""
-    out = []
+    out = selection_note(lines)
     if any(key.startswith("init/") for key in lines):
         out += ["| initial scale | " + " | ".join(f"rate {r}" for r in INIT_RATES) + " |", "| --- " * 4 + "|"]
         for std in INIT_STDS:

@@ -1,4 +1,5 @@
-"""What the experiments share: a process for each run, a file of results, paired intervals."""
+"""What the experiments share: a process for each run, a file of results, rates chosen on rows that are not reported,
+paired intervals."""
 
 import json
 import os
@@ -10,8 +11,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from nanochat.runtime import UserError, base_dir, write_atomically
+from scripts.validation_part import choose_on_training
 
 NO_CONFIG = "no_config.py"  # an empty file, so that a ./config.py has no say
+# A run with this among its settings trains and is judged on parts of the training split (scripts.validation_part).
+CHOOSING = {"validation": "a tenth of the training split"}
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # two-sided 95%
 
 
@@ -27,6 +31,8 @@ def base_train(
     stage: "base", or "adapter" for scripts.adapter_train; module: what to run in its place. Returns its metrics.jsonl.
     """
     tag = tag_of(key)
+    if CHOOSING.items() <= settings.items():
+        settings = choose_on_training({name: value for name, value in settings.items() if name not in CHOOSING})
     flags = [f"--{name}={value}" for name, value in {**settings, "model_tag": tag, "overwrite": True}.items()]
     write_atomically(base_dir() / NO_CONFIG, "")
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else []
@@ -57,9 +63,9 @@ def run_missing(
 
 
 def sweep_runs(variants: dict[str, dict], rate: str, rates: Iterable[float], steps: int) -> dict[str, dict]:
-    """Every variant at every value of the setting `rate`, one seed: settings by key."""
+    """Every variant at every value of the setting `rate`, one seed, judged on a part of the training split."""
     return {
-        f"sweep/{name}/{value}": {**changes, "num_iterations": steps, "seed": 1, rate: value}
+        f"sweep/{name}/{value}": {**changes, **CHOOSING, "num_iterations": steps, "seed": 1, rate: value}
         for name, changes in variants.items()
         for value in rates
     }
@@ -68,18 +74,29 @@ def sweep_runs(variants: dict[str, dict], rate: str, rates: Iterable[float], ste
 def seed_runs(
     variants: dict[str, dict], rate: str, rates: Iterable[float], steps: int, seeds: Iterable[int], lines: dict
 ) -> dict[str, dict]:
-    """Every variant with every seed, at the rate with the lowest loss; UserError while the sweep is not finished."""
-    best = {}
-    for name in variants:
-        found = {value: lines.get(f"sweep/{name}/{value}") for value in rates}
-        if None in found.values():
-            raise UserError("the sweep is not finished: run --stage sweep first")
-        best[name] = min(found, key=lambda value: found[value]["loss"])
+    """Every variant with every seed, at its rate with the lowest loss in the sweep."""
+    best = {name: best_rate(lines, name, rates, "loss") for name in variants}
     return {
         f"seeds/{name}/{seed}": {**variants[name], "num_iterations": steps, "seed": seed, rate: best[name]}
         for seed in seeds
         for name in variants
     }
+
+
+def best_rate(lines: dict[str, dict], name: str, rates: Iterable[float], score: str) -> float:
+    """The rate of a variant with the lowest score on the validation part; UserError while a run of its sweep lacks."""
+    found = {rate: lines.get(f"sweep/{name}/{rate}") for rate in rates}
+    if not all(line and CHOOSING.items() <= line["settings"].items() for line in found.values()):
+        raise UserError("the sweep is not finished: run --stage sweep first")
+    return min(found, key=lambda rate: found[rate][score])
+
+
+def selection_note(lines: dict[str, dict]) -> list[str]:
+    """A caveat where the rates of the results were chosen on the rows that they report."""
+    sweep = [line for key, line in lines.items() if key.startswith("sweep/")]
+    if all(CHOOSING.items() <= line["settings"].items() for line in sweep):
+        return []
+    return ["rates selected on the validation rows that are reported: levels slightly optimistic"]
 
 
 def against(

@@ -1,6 +1,9 @@
-import json
+"""The trials of the cpu preset: few, legal, and blind to the held-out split (test_validation_part.py has the part)."""
 
-from nanochat.dataset import prepare
+import pytest
+
+from nanochat.config_file import read_config
+from nanochat.runtime import UserError
 from nanochat.settings import PRESETS, Settings, validate
 from scripts import check_cpu_preset
 
@@ -17,10 +20,17 @@ def test_trials_are_legal_and_few_and_the_preset_is_one_of_them():
     )
 
 
-def test_trials_never_see_the_held_out_split():
-    """Red when training_split() takes all documents, or the val split."""
-    dataset = prepare("stdlib", say=lambda line: None)
-    lines = check_cpu_preset.training_split().read_text(encoding="utf-8").splitlines()
-    texts = {json.loads(line)["text"] for line in lines}
-    assert texts == {text for _, text in dataset.documents("train")}
-    assert not texts & {text for _, text in dataset.documents("val")}
+def test_trials_never_see_the_held_out_split(monkeypatch, tmp_path):
+    """Red when run_trial() gives the preset's own data to the trial."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    read = {}
+
+    def main(argv: list[str]) -> None:
+        read.update(read_config(argv[0]))
+        raise UserError("seen enough")
+
+    monkeypatch.setattr(check_cpu_preset.base_train, "main", main)
+    monkeypatch.setattr(check_cpu_preset, "training_part", lambda settings: tmp_path / f"part of {settings['data']}")
+    with pytest.raises(UserError, match="seen enough"):
+        check_cpu_preset.run_trial("t512-w192")
+    assert read["data"] == str(tmp_path / "part of stdlib")
