@@ -1,5 +1,6 @@
 """What a model's steps run on: kernels chosen, and compiled before the first step, so that failures come early."""
 
+import re
 import time
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from nanochat.attention_choice import choose_attention
 from nanochat.environment import import_compiler
 from nanochat.fp8 import enable_fp8
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, Block
 from nanochat.micro_batches import is_out_of_memory
 from nanochat.optim import compile_muon
 from nanochat.progress import duration
@@ -37,7 +38,7 @@ def compile_model(model: GPT, rows: int) -> float:
             model(ids, ids, loss_reduction="sum").backward()
         except Exception as error:  # any failure inside the compiler: eager computes the same
             if not is_out_of_memory(error):  # eager would need more, not less; the first step takes smaller parts
-                problem = f"{type(error).__name__}: {first_line(error)}"
+                problem = compiler_message(error)
         else:
             print0(f"compiled in {duration(time.perf_counter() - start)}")
         model.zero_grad(set_to_none=True)
@@ -46,3 +47,15 @@ def compile_model(model: GPT, rows: int) -> float:
         compile_muon(False)
         print0(f"running without torch.compile ({problem})")
     return time.perf_counter() - start
+
+
+def compiler_message(error: Exception) -> str:
+    """What the C++ compiler said, where torch's error quotes it: its own first line says only that it failed."""
+    lines = str(error).splitlines()
+    said = next((line.strip()[:300] for line in lines[1:] if re.search(r"\b(error|cannot find)\b", line)), None)
+    return f"{type(error).__name__}: {first_line(error)}{f': {said}' if said else ''}"
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether the model's steps run through torch.compile."""
+    return isinstance(model, GPT) and model.block_forward is not Block.forward

@@ -1,10 +1,17 @@
 """What a process finds in its environment: the base folder, the compilers' caches, the variables of a launcher."""
 
+import hashlib
 import os
+import re
+import shlex
 import stat
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+# In a path: what ends a word of a command line, or of a string in generated code, and bytes that are no UTF-8.
+AWKWARD = re.compile(r"[\s'\"\\\ud800-\udfff]")
 
 
 class UserError(ValueError):
@@ -71,12 +78,66 @@ def keep_caches() -> None:
 
 
 def import_compiler() -> None:
-    """Import torch's compiler, which asks for the temporary folder only now, so that its headers lie in the caches."""
-    before, tempfile.tempdir = tempfile.tempdir, os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    """Import torch's compiler so that its files, headers included, lie in the caches, under paths that it can use.
+
+    It asks for the temporary folder, in which it puts its headers, only when it is imported.
+    """
+    if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache = str(plain_path(Path(cache)))
+    if (temporary := os.environ.get("TMPDIR")) and os.path.isdir(temporary):
+        os.environ["TMPDIR"] = str(plain_path(Path(temporary)))  # headers are preprocessed there
+        if tempfile.tempdir == temporary:
+            tempfile.tempdir = None
+    before, tempfile.tempdir = tempfile.tempdir, cache
     try:
         import torch._inductor.codecache  # noqa: F401
+        from torch._inductor import cpp_builder
     finally:
         tempfile.tempdir = before
+    _quote_library_folders(cpp_builder.BuildOptionsBase)
+
+
+def plain_path(folder: Path) -> Path:
+    """The folder, under a name that torch can write into a command line and into generated code.
+
+    torch 2.13 does not quote all the paths that it hands to g++, so one with white space, a quote or a backslash is
+    reached through a symbolic link: <temporary folder>/nanochat-<user id>/<hash of the path>. Where no such link can be
+    made, the folder as it is.
+    """
+    if not AWKWARD.search(str(folder)):
+        return folder
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)  # a link to nothing could not be made a folder
+    for place in filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp")):
+        private = Path(place).absolute() / f"nanochat-{os.getuid()}"
+        link = private / hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
+        if AWKWARD.search(str(link)):
+            continue
+        with suppress(OSError):  # not writable, or full: the next place
+            private.mkdir(mode=0o700, exist_ok=True)
+            owner = private.lstat()
+            if not stat.S_ISDIR(owner.st_mode) or owner.st_uid != os.getuid() or owner.st_mode & 0o022:
+                continue  # somebody else could lead us to code of theirs
+            if not link.is_symlink() or os.readlink(link) != str(folder):
+                new = private / f".{link.name}-{os.getpid()}"
+                new.symlink_to(folder)
+                os.replace(new, link)  # ranks do this at the same moment
+            return link
+    return folder
+
+
+def _quote_library_folders(options: type) -> None:
+    """Have torch quote the folders of its libraries, as it does those of its headers: an environment may lie below a
+    folder with a blank in its name. Once for each process.
+    """
+    as_torch_has_it = options.get_libraries_dirs
+    if not getattr(as_torch_has_it, "quoted", False):
+
+        def quoted(self) -> list[str]:
+            return [shlex.quote(folder) for folder in as_torch_has_it(self)]
+
+        quoted.quoted = True
+        options.get_libraries_dirs = quoted
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import schedule
 from nanochat.checkpoint_manager import tag_dir
-from nanochat.compiling import choose_kernels, compile_model
+from nanochat.compiling import choose_kernels, compile_model, is_compiled
 from nanochat.config_file import as_dict, from_command_line, render_config
 from nanochat.dataloader import DataLoader
 from nanochat.gpt import GPT, GPTConfig
@@ -184,7 +184,7 @@ def loop(training: Training) -> dict:
         rows_log = MetricsLog(folder / f"rows_rank{compute.rank}.jsonl")
     log.write(
         run.step, event="resume" if training.resumed else "start", steps=steps, device=device_name(compute),
-        dtype=str(compute.dtype)[6:], world_size=compute.world_size, peak_flops=peak,
+        dtype=str(compute.dtype)[6:], world_size=compute.world_size, peak_flops=peak, compiled=is_compiled(model),
         parameters=training.facts["derived"]["parameters"]["total"], data=training.facts["data_fingerprint"],
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.attention import causal_attention
+from nanochat.environment import import_compiler
 from nanochat.gpt import norm
 from nanochat.runtime import UserError
 from scripts.bench.memory import peak_bytes
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> dict:
     kinds = {"torch": fused, "ours": ours}
     if not args.eager:
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        import_compiler()
         kinds = {name: torch.compile(kind, dynamic=False) for name, kind in kinds.items()}
     peaks: list[float] = []
     found: dict[str, dict] = {}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import loss_head
+from nanochat.environment import import_compiler
 from nanochat.runtime import UserError
 from scripts.bench.memory import peak_bytes
 from scripts.bench.timing import alternate, matmul_peak, summary, table
@@ -35,6 +36,8 @@ def run(args: argparse.Namespace) -> dict:
     x = torch.randn(args.tokens, args.width, generator=generator).to(device, dtype).requires_grad_()
     weight = (0.05 * torch.randn(args.vocab, args.width, generator=generator)).to(device).requires_grad_()
     targets = torch.randint(args.vocab, (args.tokens,), generator=generator).to(device)
+    if not args.eager:
+        import_compiler()
     whole = all_logits if args.eager else torch.compile(all_logits, dynamic=False)
     if not args.eager:
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.attention import wide
+from nanochat.environment import import_compiler
 from nanochat.gpt import GPT, CausalSelfAttention, GPTConfig, norm, rotate
 from nanochat.runtime import run_script
 
@@ -60,6 +61,7 @@ class PlainGPT(GPT):
         return total / (targets >= 0).sum().clamp(min=1) if loss_reduction == "mean" else total
 
     def compile(self) -> None:
+        import_compiler()
         self.run = torch.compile(PlainGPT.loss_sum, dynamic=False)
 
     def uncompile(self) -> None:
