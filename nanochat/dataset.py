@@ -337,7 +337,9 @@ def _write_shards(source: Source, directory: Path, counts: Counter, say: Say) ->
     sizes = _sizes(entries)
     if codec or not entries:
         return entries
-    if rules == {"name"} and not is_sane(sizes):
+    if "own" in rules and "split_rule" in source.manifest:
+        source.manifest["split_rule"] += f": {sizes['val'] / (sizes['train'] + sizes['val']):.1%} of the bytes"
+    elif not is_sane(sizes):
         entries = _split_anew(source, directory, entries, order, hashes)
         source.manifest["split_rule"] = _describe_rule(sizes, _sizes(entries))
     copies = np.isin(hashes["val"], np.unique(hashes["train"]))

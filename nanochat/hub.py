@@ -13,15 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nanochat.encodings import Corrupt
+from nanochat.folders import find_files
 from nanochat.runtime import UserError, base_dir, first_line, sha256_of
 from nanochat.settings import Say
-from nanochat.sources import Source, digest, looking_up, slug_of
+from nanochat.sources import Source, digest, looking_up, slug_of, stat_all
 from nanochat.storage_errors import NEEDS_PATH, find_storage_error
 from nanochat.text_files import text_of
 
 HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is given
 LARGEST_MEAN = 1_000_000  # characters that a hub dataset may have per document of its limit
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
+HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first that a dataset has beside train is held out
 LARGEST_SHARD = 1 << 30  # bytes; climbmix's have about 90 MB
 
 
@@ -70,26 +72,73 @@ def hub_errors() -> tuple[type[Exception], ...]:
 
 
 def hub_dataset(name: str, column: str, split: str, config: str | None, limit: int | None, say: Say) -> Source:
-    """Rows of a dataset of the hub, or of a local folder that `datasets` reads; at most `limit`, by default 100,000."""
+    """Rows of a dataset of the hub, or of a local folder that `datasets` reads; at most `limit`, by default 100,000.
+
+    Beside a training split, the dataset's own validation split is held out, or its test split; at most a tenth of the
+    limit. A dataset that was prepared before stays as it is.
+    """
     if not name:
         raise UserError("data=hf: lacks the dataset's name, as in hf:roneneldan/TinyStories")
     options = dict(column=column, split=split, config=config, limit=limit or HUB_DOCUMENTS)
+    files = local_state(name)
+    manifest: dict = {}
     return Source(
         f"hf-{slug_of(name)}-{digest(json.dumps([name, options]))[:8]}",
         f"hf:{name}",
         ", ".join(f"{key} {value}" for key, value in options.items() if value is not None),
         f"see the dataset card of {name} on the hub",
-        [name, options],
-        lambda counts: _hub_documents(name, options, counts, say),
+        [name, options] if files is None else [name, options, files],
+        lambda counts: _hub_documents(name, options, manifest, counts, say),
         advice="raise --data_limit or choose another dataset",
+        manifest=manifest,
     )
 
 
-def _hub_documents(name: str, options: dict, counts: Counter, say: Say) -> Iterator[tuple[str, str]]:
-    """Rows of a streamed hub dataset (or of a local folder that `datasets` reads), called <name>#<row>."""
-    column, limit = options["column"], options["limit"]
+def local_state(name: str) -> list | None:
+    """[path, size, time of change] of every file below a local folder that stands for a hub dataset; None without."""
     with looking_up("data", f"hf:{name}"):
-        local = Path(name).expanduser().is_dir()
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            return None
+    return stat_all(find_files(folder, skip_corrupt=True).files)
+
+
+def _hub_documents(name: str, options: dict, manifest: dict, counts: Counter, say: Say) -> Iterator[tuple]:
+    """Rows of a streamed hub dataset (or of a local folder that `datasets` reads), called <name>#<row>.
+
+    Those of the split that is held out are called <name>/<split>#<row>.
+    """
+    column, limit, done = options["column"], options["limit"], [0]
+    say(f"data: streaming hf:{name}, at most {limit} documents")
+    with _hub_errors_as_user_errors(name, done):
+        streams = _open_splits(name, options)
+        room = limit * LARGEST_MEAN
+        for part, (split, stream) in enumerate(streams.items()):
+            if column in (stream.column_names or ()):
+                stream = stream.select_columns([column])  # the others may be pictures to decode
+            most = max(1, limit // 10) if part else limit
+            for row, record in enumerate(stream):
+                if row >= most:
+                    say(f"data: stopped after {most} documents of hf:{name} {split} (--data_limit takes more)")
+                    break
+                counts["files"] += 1
+                done[0] += 1
+                text = text_of(record, column, f"hf:{name}")
+                room -= len(text)
+                if room < 0:
+                    allowed = f"{limit * LARGEST_MEAN:,} characters in {done[0]} documents"
+                    raise UserError(f"data=hf:{name} has over {allowed}: lower --data_limit")
+                place = f"{name}/{split}#{row}" if part else f"{name}#{row}"
+                yield place, text, None, None, ("val" if part else "train") if len(streams) > 1 else None
+        if len(streams) > 1:
+            manifest["split_rule"] = f"its own split {list(streams)[1]!r} is held out"
+
+
+def _open_splits(name: str, options: dict) -> dict:
+    """The split to read, and after it the one to hold out if the dataset has any, as streams by name."""
+    with looking_up("data", f"hf:{name}"):
+        folder = Path(name).expanduser()
+        local = folder.is_dir()
     if not local:
         probe(f"hf:{name}")
     place_caches()
@@ -98,28 +147,38 @@ def _hub_documents(name: str, options: dict, counts: Counter, say: Say) -> Itera
     except ImportError as error:
         raise UserError(f"data=hf:{name} needs the datasets package: pip install datasets ({error})") from error
     datasets.config.STREAMING_READ_MAX_RETRIES = 3  # 20 by default: minutes of silence on a dead network
-    say(f"data: streaming hf:{name}, at most {limit} documents")
-    row, room = -1, limit * LARGEST_MEAN
+    split = options["split"]
+    if local and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
+        saved = datasets.load_from_disk(str(folder))  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
+        found = dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or split): saved}
+    elif not re.fullmatch(r"\w+", split):  # a sum or a slice of splits
+        return {split: datasets.load_dataset(name, options["config"], split=split, streaming=True)}
+    else:
+        found = dict(datasets.load_dataset(name, options["config"], streaming=True))
+    if split not in found:
+        raise UserError(f"data=hf:{name} has no split {split!r}: choose one with --data_split ({', '.join(found)})")
+    held = next((other for other in HELD_OUT_SPLITS if other in found), None)
+    chosen = [split, held] if split == "train" and held else [split]
+    return {part: found[part] for part in chosen}
+
+
+@contextmanager
+def _hub_errors_as_user_errors(name: str, done: list[int]) -> Iterator[None]:
+    """Turn what the hub's clients raise into UserError, or Unreachable; done[0]: the documents read so far."""
     try:
-        stream = datasets.load_dataset(name, options["config"], split=options["split"], streaming=True)
-        if column in (stream.column_names or ()):
-            stream = stream.select_columns([column])  # the others may be pictures to decode
-        for row, record in enumerate(stream):
-            if row >= limit:
-                say(f"data: stopped after {limit} documents of hf:{name} (--data_limit takes more)")
-                return
-            counts["files"] += 1
-            text = text_of(record, column, f"hf:{name}")
-            room -= len(text)
-            if room < 0:
-                most = f"{limit * LARGEST_MEAN:,} characters in {row + 1} documents"
-                raise UserError(f"data=hf:{name} has over {most}: lower --data_limit")
-            yield f"{name}#{row}", text
+        yield
     except UserError:
         raise
     except hub_errors() as error:
+        if find_storage_error(error):
+            raise
         kind = Unreachable if isinstance(error, ConnectionError) else UserError
-        raise kind(f"data=hf:{name}: {first_line(error)} (after {row + 1} documents)") from error
+        way_out = "choose a part of one kind with --data_config or --data_split"
+        if Path(name).expanduser().is_dir():
+            way_out = f"pass --data={name} without hf:, which reads each row by itself, or keep files of one kind in it"
+        unlike = "cast" in str(error).lower() or "schema" in str(error).lower()
+        advice = f"; its rows have unlike columns or types: {way_out}" if unlike else ""
+        raise kind(f"data=hf:{name}: {first_line(error)} (after {done[0]} documents){advice}") from error
 
 
 def download_climbmix(

@@ -20,6 +20,7 @@ from nanochat.encodings import Corrupt
 from nanochat.folders import Found, find_files, hidden, printable  # noqa: F401 (hidden: for audio_sources)
 from nanochat.runtime import UserError, first_line
 from nanochat.settings import Say, nearest_name, shown
+from nanochat.splits import own_split
 from nanochat.text_files import (
     COMPRESSIONS,
     ROW_SUFFIXES,
@@ -70,7 +71,7 @@ def stdlib() -> Source:
         "stdlib",
         platform.python_version(),
         "Python Software Foundation License (source of the running interpreter)",
-        _stat_all(files := _stdlib_files()),
+        stat_all(files := _stdlib_files()),
         lambda counts: _whole_files(files, counts, at_least=200),
         LEAST_STDLIB_BYTES,
         "this Python lacks its source files (zipped or frozen?): pass a folder of text files with --data=FOLDER",
@@ -98,10 +99,11 @@ def packages() -> Source:
         "packages",
         platform.python_version(),
         "each package's own licence, beside its metadata in site-packages; the standard library's is the PSF License",
-        _stat_all(files),
+        ["without copies", stat_all(files)],
         lambda counts: _with_docstrings(_whole_files(files, counts, at_least=200, at_most=1_000_000), set(installed)),
         LEAST_STDLIB_BYTES,
         "pass a folder of text files with --data=FOLDER",
+        drop_copies=True,  # packages that hold each other's modules
     )
 
 
@@ -197,6 +199,12 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
         raise UserError(
             f"data={source}: no such file or folder{hint}; one of stdlib, packages, climbmix, hf:<dataset>, or a path"
         )
+    parts = own_split(name for name, _ in files) if is_folder else None
+    if parts:
+        for name, _ in files:
+            if parts[name] is None:
+                found.skip("a test part beside the validation part that is held out", name)
+        files = [(name, file) for name, file in files if parts[name]]
     absolute = path.resolve()
     columns = any(content_suffix(name)[0] not in TEXT_SUFFIXES for name, _ in files)
     return Source(
@@ -204,13 +212,19 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
         printable(absolute.name),
         f"column {column}" if columns else "text",
         "not known: your own files",
-        [column, skip_corrupt, is_folder, READING, _stat_all(files)],
-        lambda counts: _read_files(files, found, column, is_file, skip_corrupt, say, counts),
+        [column, skip_corrupt, is_folder, READING, stat_all(files)],
+        lambda counts: _read_files(files, found, parts or {}, column, is_file, skip_corrupt, say, counts),
+        manifest={"split_rule": "its own validation or test part is held out"} if parts else {},
     )
 
 
-def _read_files(files, found: Found, column: str, single: bool, skip_corrupt: bool, say: Say, counts: Counter):
-    """Documents of the user's files; an unreadable file is an error, or under skip_corrupt named and left out whole."""
+def _read_files(
+    files, found: Found, parts: dict, column: str, single: bool, skip_corrupt: bool, say: Say, counts: Counter
+) -> Iterator[tuple]:
+    """Documents of the user's files; an unreadable file is an error, or under skip_corrupt named and left out whole.
+
+    parts: file -> split, where the folder has a split of its own.
+    """
     found.report(say, counts)
     rows = Rows(skip_corrupt, say, counts)
     for name, path in files:
@@ -219,12 +233,14 @@ def _read_files(files, found: Found, column: str, single: bool, skip_corrupt: bo
             if skip_corrupt:
                 for _ in file_documents(name, path, column, single, Rows(True, lambda line: None, Counter())):
                     pass
-            yield from file_documents(name, path, column, single, rows)
+            for document, text in file_documents(name, path, column, single, rows):
+                yield document, text, None, None, parts.get(name)
         except Corrupt as error:
             if not skip_corrupt:
                 raise
             counts["corrupt"] += 1
             say(f"data: {error}: left out")
+    rows.close()
 
 
 def _whole_files(files, counts: Counter, at_least: int, at_most: int | None = None) -> Iterator[tuple[str, bytes]]:
@@ -252,10 +268,13 @@ def walk(root: Path, wanted: Callable[[str], bool], excluded: Callable[[str], bo
     return sorted(found)
 
 
-def _stat_all(files: Iterable[tuple[str, Path]]) -> list:
+def stat_all(files: Iterable[tuple[str, Path]]) -> list:
     """Name, size and time of change of every file: cheap, and different when a content is."""
     stats = ((name, path.stat()) for name, path in files)
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+_stat_all = stat_all  # as audio_sources calls it
 
 
 @contextmanager

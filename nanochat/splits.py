@@ -115,6 +115,6 @@ def _is_data(name: str) -> bool:
 def _file_part(name: str) -> str | None:
     """The part that a data file is named for: one word of its name, beside numbers, tells."""
     base = re.sub(f"{DATA_SUFFIXES}$", "", name.rpartition("/")[2].lower())
-    words = [word for word in re.split(r"[-._ ]+", base) if word]
+    words = [word for word in re.split(r"[-._ 0-9]+", base) if word]
     parts = {part for word in words if (part := _part(word))}
     return parts.pop() if len(parts) == 1 and _is_data(name) else None

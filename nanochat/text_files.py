@@ -48,6 +48,11 @@ class Rows:
         if self.counts["corrupt rows"] <= NAMED:
             self.say(f"data: {message}: skipped")
 
+    def close(self) -> None:
+        """Say how many were not named."""
+        if (number := self.counts["corrupt rows"]) > NAMED:
+            self.say(f"data: ... and {number - NAMED} more rows that cannot be used")
+
 
 def content_suffix(name: str) -> tuple[str, str]:
     """(suffix of the content, of the compression or ""): book.txt.gz gives .txt and .gz."""
@@ -187,11 +192,11 @@ def _json_lines(lines: Iterable[str], path: Path, column: str, rows: Rows) -> It
         if not line.strip():
             yield ""
             continue
+        if broken := _undecodable(line):
+            yield rows.refuse(f"{where} is {broken}")
+            continue
         try:
-            check_encodable(line)
             row = json.loads(line)
-        except Undecodable as error:
-            yield rows.refuse(f"{where} is {error}")
         except (ValueError, RecursionError) as error:
             yield rows.refuse(f"{where} is not JSON ({first_line(error)})")
         else:
@@ -232,7 +237,9 @@ def _csv_rows(path: Path, column: str, rows: Rows) -> Iterator[str | None]:
             names = [name.strip() for name in next(table, [])]
             for row in table:
                 where = f"{path} line {table.line_num}"
-                if not row:
+                if broken := _undecodable("".join(row)):
+                    yield rows.refuse(f"{where} is {broken}")
+                elif not row:
                     yield ""
                 elif len(row) != len(names):
                     yield rows.refuse(f"{where} has {len(row)} columns, the header has {len(names)}")
@@ -240,6 +247,15 @@ def _csv_rows(path: Path, column: str, rows: Rows) -> Iterator[str | None]:
                     yield _checked(dict(zip(names, row, strict=True)), column, where, rows)
         except csv.Error as error:
             raise Corrupt(f"{path} line {table.line_num} is not csv ({error}): mend its quotes") from error
+
+
+def _undecodable(line: str) -> Undecodable | None:
+    """What is wrong with a line of a file that open_text() opened, if it is no UTF-8."""
+    try:
+        check_encodable(line)
+    except Undecodable as error:
+        return error
+    return None
 
 
 def _is_quoted(path: Path, delimiter: str) -> bool:

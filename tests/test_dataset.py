@@ -717,9 +717,9 @@ def test_a_path_that_cannot_be_looked_up_is_one_line(source, lines):
 
 
 def test_hub_dataset_through_datasets(tmp_path, lines, monkeypatch):
-    """A folder read by the datasets library as a hub dataset: streamed, cut at the limit, then found without it.
+    """A folder read by the datasets library as a hub dataset: streamed, cut at the limit, then found unless changed.
 
-    Red when the limit is off by one, or when a prepared hub dataset asks for the network again.
+    Red when the limit is off by one, when a prepared dataset is streamed again, or local_state is not in the state.
     """
     folder = tmp_path / "hubset"
     folder.mkdir()
@@ -732,8 +732,57 @@ def test_hub_dataset_through_datasets(tmp_path, lines, monkeypatch):
     assert all(text == f"document {name.rpartition('#')[2]} " * 50 for name, text in found.items())
     assert {name for name, _ in data.documents("val")} == {name for name in found if held_out(name)}
     assert any("stopped after 50 documents" in line for line in lines)
-    (folder / "train.jsonl").unlink()
     assert prepare(source, column="body", limit=50, say=pytest.fail).fingerprint == data.fingerprint
+    row_file(folder / "train.jsonl", [{"body": f"another {i} " * 50} for i in range(80)])
+    changed = texts_of(prepare(source, column="body", limit=50, say=len))
+    assert len(changed) == 50 and all(text.startswith("another") for text in changed.values())
+
+
+@pytest.mark.parametrize("kind", ["Dataset", "DatasetDict"])
+def test_a_dataset_saved_to_disk(tmp_path, monkeypatch, kind):
+    """What save_to_disk writes is read as it is, its own test part held out. Red when load_dataset is asked for it."""
+    import datasets
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    parts = {part: [f"{part} {i} " * 50 for i in range(60)] for part in ("train", "test")}
+    saved = datasets.DatasetDict({part: datasets.Dataset.from_dict({"text": texts}) for part, texts in parts.items()})
+    (saved if kind == "DatasetDict" else saved["train"]).save_to_disk(tmp_path / "saved")
+    data = prepare(f"hf:{tmp_path / 'saved'}", say=len)
+    if kind == "DatasetDict":
+        assert [text for _, text in data.documents("train")] == parts["train"]
+        assert [text for _, text in data.documents("val")] == parts["test"]
+    else:
+        assert sorted(texts_of(data).values()) == sorted(parts["train"]) and 0 < data.num_documents("val") < 15
+
+
+def test_a_hub_datasets_own_split(tmp_path, lines, monkeypatch):
+    """Training documents are those of the training split alone, held out are those of validation, test is not read.
+
+    Red when _open_splits gives the named split alone, or when the held-out one has no limit.
+    """
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    folder = tmp_path / "hubset"
+    folder.mkdir()
+    for part, number in (("train", 100), ("validation", 30), ("test", 50)):
+        row_file(folder / f"{part}.jsonl", [{"text": f"{part} {i} " * 40} for i in range(number)])
+    data = prepare(f"hf:{folder}", limit=200, say=lines.append)
+    assert [text for _, text in data.documents("train")] == [f"train {i} " * 40 for i in range(100)]
+    assert [text for _, text in data.documents("val")] == [f"validation {i} " * 40 for i in range(20)]
+    assert any("its own split 'validation' is held out: 23.3% of the bytes" in line for line in lines)
+    with pytest.raises(UserError, match=r"no split 'valid': choose one with --data_split \(.*validation.*\)"):
+        prepare(f"hf:{folder}", split="valid", say=len)
+
+
+def test_unlike_files_of_a_hub_dataset(tmp_path, monkeypatch):
+    """Red when the advice is not said: "Couldn't cast" names neither the file nor a way out."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    folder = tmp_path / "hubset"
+    folder.mkdir()
+    row_file(folder / "a.jsonl", [{"text": f"document {i} " * 40} for i in range(40)])
+    row_file(folder / "b.jsonl", [{"text": f"document {i} " * 40, "n": i} for i in range(40, 80)])
+    with pytest.raises(UserError, match=r"after 40 documents.*unlike columns.*: pass --data=.* without hf:"):
+        prepare(f"hf:{folder}", say=len)
+    assert len(texts_of(prepare(str(folder), say=len))) == 80
 
 
 def test_a_hub_dataset_has_a_limit_of_text(tmp_path, monkeypatch):
