@@ -107,7 +107,9 @@ class Tokenizer:
     # -- training -----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, say: Say | None = None) -> "Tokenizer":
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, say: Say | None = None, pattern: str = SPLIT_PATTERN
+    ) -> "Tokenizer":
         """Learn vocab_size - 256 - 16 merges from the texts; the same texts give the same tokenizer.
 
         It learns from what TrainingSample takes of the texts. say: gets a line on the progress every few seconds.
@@ -120,7 +122,7 @@ class Tokenizer:
         if size < 256:
             raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens")
         trainee = HuggingFaceTokenizer(models.BPE())
-        split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
         trainee.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
@@ -136,7 +138,7 @@ class Tokenizer:
                 f"vocab_size={vocab_size} needs {size - 256} merges but the training text has only {possible}: "
                 f"give more text or vocab_size={len(ranks) + len(SPECIAL_TOKENS)} at most"
             )
-        return cls(ranks)
+        return cls(ranks, pattern)
 
     # -- files --------------------------------------------------------------------------------------------------------
 

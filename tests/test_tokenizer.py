@@ -207,7 +207,7 @@ UNBOUNDED_PATTERN = (  # of the tokenizers that were trained before the pieces w
 )
 
 
-def test_ordinary_text_splits_and_trains_as_without_bounds(pieces, monkeypatch):
+def test_ordinary_text_splits_and_trains_as_without_bounds(pieces):
     """The bounds are beyond the longest words and rules of source code and prose.
 
     Red when a {1,128} is {1,64}: functools has rules of 80 signs, the German word has 80 letters.
@@ -217,9 +217,8 @@ def test_ordinary_text_splits_and_trains_as_without_bounds(pieces, monkeypatch):
     unbounded = pre_tokenizers.Split(Regex(UNBOUNDED_PATTERN), "isolated")
     for text in texts:
         assert pieces(text) == [piece for piece, _ in unbounded.pre_tokenize_str(text)]
-    ranks = Tokenizer.train(texts, 700).ranks
-    monkeypatch.setattr("nanochat.tokenizer.SPLIT_PATTERN", UNBOUNDED_PATTERN)
-    assert Tokenizer.train(texts, 700).ranks == ranks
+    before = Tokenizer.train(texts, 700, pattern=UNBOUNDED_PATTERN)
+    assert Tokenizer.train(texts, 700).ranks == before.ranks and before.pattern == UNBOUNDED_PATTERN
 
 
 def test_a_tokenizer_keeps_its_own_pattern(tokenizer, tmp_path):

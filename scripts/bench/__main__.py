@@ -27,6 +27,7 @@ PARTS = {
     "generate": "the static cache and the compiled step against eager cached decoding",
     "eval": "bucketed scoring with shared prefixes against one by one",
     "load": "tokens/s of the loader and of tokenisation, tokens that packing wastes",
+    "tokenizer": "time and memory of training on text without blanks, over its size",
     "memory": "resident memory by part, against the prediction",
     "ranks": "two ranks on the cores of one process",
     "growth": "time and memory over depth, context and vocabulary",
