@@ -414,10 +414,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _temporary_name(path: Path) -> Path:
+    """Where a file lies until it is complete: no other process and no other thread uses this name."""
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{threading.get_ident()}.tmp")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write that takes the path's place when all went well, and leaves nothing behind otherwise."""
-    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = _temporary_name(path)
     try:
         with naming_storage_errors(path):
             with open(temporary, "wb") as file:
@@ -432,6 +437,31 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_output(path: Path, flag: str | None = None, suffix: str | None = None) -> None:
+    """UserError unless replacing(path) could write: asked before the work, whose result the file is to take.
+
+    flag: what named the path, as "--out"; None: it lies below the base folder. suffix: what its name must end in.
+    """
+    said = f"{flag}={path}" if flag else str(path)
+    if suffix and path.suffix.lower() != suffix:
+        raise UserError(f"{said}: only {suffix} files are written")
+    elsewhere = "name another place" if flag else "point NANOCHAT_BASE_DIR elsewhere"
+    try:
+        if path.is_dir():
+            raise UserError(f"{said} is a folder: name a file" if flag else f"{said} is a folder: move it away")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{said} is a device or a pipe: name a file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial = _temporary_name(path)
+        try:
+            trial.write_bytes(bytes(4096))  # a full disk takes empty files
+        finally:
+            trial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"{said} cannot be written ({reason}): {elsewhere}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:

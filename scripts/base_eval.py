@@ -3,8 +3,9 @@
 python -m scripts.base_eval [--model-tag d4-tied] [--step 600] [--eval core,bpb,audio,offline,sample]
 torchrun --nproc_per_node=8 -m scripts.base_eval --eval core,bpb
 
-Prints a table and writes base_dir()/base_eval/<tag>_<step>.json and .csv. Results of other parts for the same weights
-and data, written there before, are kept. With --data the file's name ends in the first digits of that fingerprint.
+Prints a table and writes base_dir()/base_eval/<tag>_<step>.json and .csv, or those of --out, after each part. Results
+of other parts for the same weights and data, written there before, are kept. With --data the file's name ends in the
+first digits of that fingerprint.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from nanochat.runtime import (
     Compute,
     UserError,
     base_dir,
+    check_output,
     device_name,
     init_compute,
     pick_device_type,
@@ -82,6 +84,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device-batch-size", type=_whole(1), help="rows of one forward (default: as trained)")
     parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the results, or a .json file (default: base_eval in the base folder)"
+    )
     parser.add_argument("--data", help="another data source than the model was trained on")
     parser.add_argument("--era", help="of nanochat's own files, as 2026-03-02, where they do not tell it")
     return parser.parse(argv)
@@ -354,6 +359,47 @@ def save(result: dict, path: Path) -> dict:
     return result
 
 
+class Results:
+    """What was measured, on disk after every part: no later part, and no disk, costs what is computed already.
+
+    found: all of it. error: why it could not be written, None when it was.
+    """
+
+    def __init__(self, rank: int):
+        self.rank, self.found, self.path, self.error = rank, {}, None, None
+
+    def open(self, path: Path, facts: dict) -> None:
+        """path: the .json to write. facts: what the figures belong to."""
+        self.path, self.found = path, facts
+
+    def add(self, **parts) -> None:
+        """Take parts that are done, and write them from rank 0; a failing disk is noted, since more is to come."""
+        self.found |= parts
+        if self.rank == 0:
+            try:
+                self.found = save(self.found, self.path)
+                self.error = None
+            except OSError as error:
+                self.error = error
+
+    def show(self) -> None:
+        """Print, on rank 0, what there is: after a failure too."""
+        if self.rank != 0 or not set(self.found) & {"bpb", "audio", "core", "offline", "samples"}:
+            return
+        report(self.found)
+        if self.error is None:
+            print(f"\nwritten: {self.path} and {self.path.with_suffix('.csv').name}")
+
+
+def results_path(args: argparse.Namespace, tag: str, step: int, fingerprint: dict | None) -> Path:
+    """The .json of the results: --out itself when it is one, else a name of its own there or in the base folder."""
+    if args.out is not None and args.out.suffix == ".json":
+        return args.out
+    other = f"_{fingerprint['sha256'][:8]}" if args.data and fingerprint else ""
+    other += f"_{args.era}" if args.era else ""
+    return (args.out or base_dir() / "base_eval") / f"{tag}_{step:06d}{other}.json"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -363,27 +409,27 @@ def main(argv: list[str] | None = None) -> dict:
     device_type = pick_device_type(args.device_type)
     parts = args.eval or tuple(part for part in PARTS if part != ("offline" if device_type == "cuda" else "core"))
     checkpoint_dir, step = find_checkpoint(args.model_tag, args.step)
+    # As good as the file that will be written: its name is known only with the data.
+    check_output(results_path(args, checkpoint_dir.name, step, None), None if args.out is None else "--out")
     compute = init_compute(args.device_type, None, seed=42)
     print0(f"evaluating {step_path(checkpoint_dir, step)} on {device_name(compute)}: {', '.join(parts)}")
+    results = Results(compute.rank)
     try:
-        result = evaluate(args, parts, checkpoint_dir, step, compute)
+        evaluate(args, parts, checkpoint_dir, step, compute, results)
     except torch.OutOfMemoryError as error:
         raise UserError(f"out of memory: lower --device-batch-size ({str(error).split('.')[0]})") from error
-    if compute.rank == 0:
-        other = f"_{result['data_fingerprint']['sha256'][:8]}" if args.data and result["data_fingerprint"] else ""
-        other += f"_{args.era}" if args.era else ""
-        path = base_dir() / "base_eval" / f"{checkpoint_dir.name}_{step:06d}{other}.json"
-        saved = save(result, path)
-        report(result)
-        print(f"\nwritten: {path} and {path.with_suffix('.csv').name}")
-        return saved
-    return result
+    finally:
+        results.show()
+    if results.error is not None:
+        raise results.error
+    return results.found
 
 
 def evaluate(
-    args: argparse.Namespace, parts: tuple[str, ...], checkpoint_dir: Path, step: int, compute: Compute
-) -> dict:
-    """The parts, one after the other; see main. A CORE without a bundle becomes OFFLINE."""
+    args: argparse.Namespace, parts: tuple[str, ...], checkpoint_dir: Path, step: int, compute: Compute,
+    results: Results,
+) -> None:  # fmt: skip
+    """The parts, one after the other, into results; see main. A CORE without a bundle becomes OFFLINE."""
     bundle = None
     if "core" in parts:
         bundle = from_rank0(lambda: find_bundle(args.bundle), compute.rank, compute.world_size, compute.device)
@@ -414,7 +460,7 @@ def evaluate(
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
 
-    result = {
+    facts = {
         "model_tag": checkpoint_dir.name,
         "step": step,
         "weights_hash": weights_hash(model.state_dict()),
@@ -422,6 +468,15 @@ def evaluate(
         **({"era": metadata["upstream"]["era"]} if "upstream" in metadata else {}),
         "data_fingerprint": dataset.fingerprint if dataset else trained_on,
     }
+    results.open(results_path(args, checkpoint_dir.name, step, facts["data_fingerprint"]), facts)
+    measure(args, parts, settings, bundle, model, tokenizer, dataset, compute, results)
+
+
+def measure(
+    args: argparse.Namespace, parts: tuple[str, ...], settings: Settings, bundle, model, tokenizer: Tokenizer,
+    dataset: Dataset | None, compute: Compute, results: Results,
+) -> None:  # fmt: skip
+    """Each part that was asked for, into results as soon as it is done."""
     rows = args.device_batch_size or settings.device_batch_size
     options = dict(
         max_per_task=args.max_per_task,
@@ -431,26 +486,25 @@ def evaluate(
         say=print0,
     )
     if "bpb" in parts:
-        result["bpb"] = evaluate_bpb(model, tokenizer, dataset, settings, rows, compute)
+        results.add(bpb=evaluate_bpb(model, tokenizer, dataset, settings, rows, compute))
     if "audio" in parts and dataset.codec is not None:
         shape = dict(rows=rows, rank=compute.rank, world_size=compute.world_size)
         try:
-            result["audio"] = evaluate_audio(model, tokenizer, dataset, max_clips=args.max_per_task, **shape)
+            results.add(audio=evaluate_audio(model, tokenizer, dataset, max_clips=args.max_per_task, **shape))
         except UserError as error:  # too few sounds, on all ranks alike: the other parts have their results
             print0(f"audio left out: {error}")
     elif "audio" in (args.eval or ()):
         print0(f"audio left out: {dataset.name} holds no sounds")
     if bundle is not None:
-        result["core"] = evaluate_core(model, tokenizer, bundle, **options)
+        results.add(core=evaluate_core(model, tokenizer, bundle, **options))
     if "offline" in parts:
-        result["offline"] = evaluate_offline(model, tokenizer, dataset, **options)
+        results.add(offline=evaluate_offline(model, tokenizer, dataset, **options))
     # From here on nothing is shared: only rank 0 works.
     if compute.rank == 0:
         if "bpb" in parts:
-            result["bpb"] |= compressor_baselines(dataset)
+            results.add(bpb=results.found["bpb"] | compressor_baselines(dataset))
         if "sample" in parts:
-            result["samples"] = draw_samples(model, tokenizer, dataset, settings.seed)
-    return result
+            results.add(samples=draw_samples(model, tokenizer, dataset, settings.seed))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.core_bundle import Task, write_bundle
 from nanochat.dataset import prepare_for
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import UserError, base_dir
+from nanochat.runtime import UserError, base_dir, run_script
 from nanochat.settings import Settings
 from nanochat.tokenizer import find_or_train
 
@@ -225,7 +226,7 @@ def test_mistakes_are_one_line(fresh, arguments, message):
     with pytest.raises(UserError, match=message) as caught:
         base_eval.main(arguments)
     assert "\n" not in str(caught.value)
-    assert not (fresh / "base_eval").exists()
+    assert not list(fresh.glob("base_eval/*"))
 
 
 def test_no_checkpoint_at_all(tmp_path, monkeypatch):
@@ -276,3 +277,64 @@ def test_the_command_ends_with_2_and_one_line(fresh):
     printed, _ = run.communicate(timeout=120)
     assert run.returncode == 2
     assert printed.startswith("error: ") and printed.count("\n") == 1
+
+
+def test_what_is_measured_is_on_disk_before_the_next_part(fresh, tmp_path, monkeypatch, capsys):
+    """A part that fails costs no other. Red when the results are written at the end alone."""
+
+    def broken(*_):
+        written = json.loads((tmp_path / "o" / "tiny_000005.json").read_text())
+        assert written["bpb"]["xz"] > 0
+        assert written["offline"]["tasks"]
+        raise RuntimeError("probability tensor contains inf, nan")
+
+    monkeypatch.setattr(base_eval, "draw_samples", broken)
+    with pytest.raises(RuntimeError, match="probability tensor"):
+        base_eval.main(["--out", str(tmp_path / "o"), "--eval", "bpb,offline,sample", "--max-per-task", "2"])
+    out = capsys.readouterr().out
+    assert "bits per byte" in out
+    assert "OFFLINE suite" in out
+    assert f"written: {tmp_path / 'o' / 'tiny_000005.json'}" in out
+    assert not (fresh / "base_eval").exists()
+
+
+def test_a_disk_that_fails_later_costs_no_figure(fresh, monkeypatch, capsys):
+    """They are printed, and the error comes last. Red when Results.add() raises it, or show() waits for the disk."""
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(base_eval, "write_atomically", full)
+    with pytest.raises(SystemExit) as ended:
+        run_script(lambda: base_eval.main(["--eval", "bpb,sample"]))
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert said.err.count("\n") == 1
+    assert "No space left on device" in said.err
+    for title in ("bits per byte", "xz -9e of val", "from nothing"):
+        assert title in said.out
+    assert "written:" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [("FILE/below", "Not a directory"), ("/proc/nowhere", "cannot be written"), ("folder.json", "is a folder"),
+     ("x" * 240 + ".json", "File name too long"), ("/dev/null/x.json", "/dev/null is no folder"), ("pipe.json", "a pipe")],
+)  # fmt: skip
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(out, reason, fresh, tmp_path, monkeypatch):
+    """Red when main() does not call check_output(): minutes of work, and then the error alone."""
+    (tmp_path / "FILE").touch()
+    (tmp_path / "folder.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    monkeypatch.setattr(base_eval, "evaluate", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"--out=.*{reason}"):
+        base_eval.main(["--out", out, "--eval", "bpb"])
+
+
+def test_results_go_where_out_says(fresh, tmp_path):
+    """A folder, or a file. Red when results_path() ignores it."""
+    base_eval.main(["--out", str(tmp_path / "mine.json"), "--eval", "sample"])
+    assert {"samples", "model_tag"} <= json.loads((tmp_path / "mine.json").read_text()).keys()
+    assert (tmp_path / "mine.csv").is_file()
+    assert not (fresh / "base_eval").exists()

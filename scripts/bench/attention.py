@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> dict:
         raise UserError(f"--lengths {args.lengths} --shares {args.shares}: not lists of numbers") from None
     kinds = {"torch": fused, "ours": ours}
     if not args.eager:
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         import_compiler()
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         kinds = {name: torch.compile(kind, dynamic=False) for name, kind in kinds.items()}
     peaks: list[float] = []
     found: dict[str, dict] = {}
