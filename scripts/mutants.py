@@ -19,7 +19,7 @@ ARITHMETIC = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
     ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
 }  # fmt: skip
-COMMUTATIVE = ("min", "max")  # the order of their arguments means nothing
+COMMUTATIVE = ("min", "max", "gcd", "transpose", "swapaxes")  # the order of their arguments means nothing
 # Calls whose only effect is a line for a reader.
 PRINTERS = ("print", "print0", "say", "self.say", "progress.update")
 
@@ -230,7 +230,7 @@ class _Finder(ast.NodeVisitor):
         if ast.unparse(node.func) in PRINTERS:
             return
         unfit = any(isinstance(arg, ast.Starred) or _makes_string(arg) for arg in node.args[:2])
-        if len(node.args) > 1 and not unfit and ast.unparse(node.func) not in COMMUTATIVE:
+        if len(node.args) > 1 and not unfit and ast.unparse(node.func).rpartition(".")[2] not in COMMUTATIVE:
             swapped = ast.Call(node.func, [node.args[1], node.args[0], *node.args[2:]], node.keywords)
             if ast.unparse(swapped) != ast.unparse(node):
                 self.add("arguments swapped", node, ast.unparse(swapped))

@@ -257,6 +257,12 @@ def test_the_newest_tag_is_the_last_saved_and_moved_runs_do_not_count(root):
     assert cm.newest_tag(root) == "c"
 
 
+def test_a_folder_that_is_not_there_holds_no_steps(root):
+    """Red when own_steps() asks the folder for its entries, or gives None."""
+    assert cm.own_steps(root / "nothing") == cm.list_steps(root / "nothing") == []
+    assert cm.newest_step(root / "nothing") is None
+
+
 def test_prune_safety(root):
     """keep_last=k leaves k whole steps and every damaged one, wherever it stands.
 
