@@ -48,6 +48,7 @@ PRELOADED = (
     "pyarrow.parquet", "tiktoken", "tokenizers", "safetensors.torch", "rich.progress", "hypothesis.strategies",
     "pytest",
 )  # fmt: skip
+SLOW_S = 2.0  # seconds; mostly tests that start processes
 GOAL = 0.85
 MARK = "NANOCHAT_MUTATION_RUN"  # an environment variable that every process of a run inherits
 PATIENCE, PATIENCE_S = 3.0, 30.0  # a mutant's time limit: so many times what its tests took unchanged, and so long more
@@ -58,14 +59,19 @@ PATIENCE, PATIENCE_S = 3.0, 30.0  # a mutant's time limit: so many times what it
 
 
 class _Watch:
-    """A pytest plugin: runs quick tests first within each file, and notes what each took and which one failed."""
+    """A pytest plugin: runs slow tests last and quick ones first in each file, notes what each took, which one failed."""
 
     def __init__(self, seconds: dict[str, float]):
         self.before, self.seconds, self.failed = seconds, {}, None
 
     def pytest_collection_modifyitems(self, items: list) -> None:
         files = list(dict.fromkeys(item.path for item in items))
-        items.sort(key=lambda item: (files.index(item.path), self.before.get(item.nodeid, 0.0)))
+
+        def place(item) -> tuple:
+            seconds = self.before.get(item.nodeid, 0.0)
+            return seconds > SLOW_S, files.index(item.path), seconds
+
+        items.sort(key=place)
 
     def pytest_collectreport(self, report) -> None:
         if report.failed and self.failed is None:

@@ -399,3 +399,23 @@ def test_a_resume_judges_flags_together_with_the_run_and_not_with_the_defaults(t
     reseal_with(step, lambda state: state["settings"].pop("value_embeddings"))
     Path("modern.py").write_text("value_embeddings = True\n", encoding="utf-8")
     assert base_train.main(["modern.py", "--model_tag=judge", "--resume", "--num_iterations=4"])["step"] == 4
+
+
+def test_the_logs_speed_is_tokens_over_the_time_of_training(train):
+    """Every step's tok_per_sec and mfu, from the total time, the model's FLOPs and the machine's peak.
+
+    Red when tok_per_sec is of a micro-batch, mfu leaves the peak out, or a resume counts the first part's time twice.
+    """
+    train("speed", num_iterations=3, save_every=2)
+    main(["--model_tag=speed", "--resume", "--num_iterations=5"])
+    lines = metrics("speed")
+    state = json.loads((cm.step_dir(tag_dir("speed"), 5) / "state.json").read_text())
+    for line in lines:
+        if "mfu" in line:
+            expected = line["tok_per_sec"] * state["derived"]["flops_per_token"] / 1e12
+            assert line["mfu"] == pytest.approx(expected, rel=1e-3)  # the log has five digits
+    seconds = [768 / line["tok_per_sec"] for line in lines if "tok_per_sec" in line]
+    assert len(seconds) == 5
+    assert lines[-1]["train_seconds"] == pytest.approx(sum(seconds), rel=1e-3)
+    assert state["run"]["train_seconds"] == pytest.approx(sum(seconds), rel=1e-3)
+    assert {line["peak_flops"] for line in lines if "peak_flops" in line} == {1e12}
