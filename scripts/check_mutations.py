@@ -59,7 +59,7 @@ PATIENCE, PATIENCE_S = 3.0, 30.0  # a mutant's time limit: so many times what it
 
 
 class _Watch:
-    """A pytest plugin: runs slow tests last and quick ones first in each file, notes what each took, which one failed."""
+    """A pytest plugin: slow tests last, quick ones of a file first; notes what each took and which one failed."""
 
     def __init__(self, seconds: dict[str, float]):
         self.before, self.seconds, self.failed = seconds, {}, None
