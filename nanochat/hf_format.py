@@ -1,7 +1,9 @@
 """Folders in Hugging Face's format: written for transformers, read by JSON and safetensors alone, no code run.
 
 A classic model is transformers' own NanoChat. One with newer features comes with a modelling file of ours
-(hf_modeling.py) and model_type "nanochat_modern"; its configuration and tensors have our names.
+(hf_modeling.py); its configuration and tensors have our names. Its model_type is "nanochat" too: AutoTokenizer reads
+config.json first, and asks whether to run code where it does not know the type. NEEDS_CODE in place of the activation
+keeps transformers from building its own NanoChat of it.
 """
 
 import dataclasses
@@ -20,8 +22,9 @@ from nanochat.runtime import UserError, first_line, fsync
 from nanochat.tokenizer import BOS, Tokenizer, byte_characters
 from nanochat.tying import untied
 
-CLASSIC, MODERN = "nanochat", "nanochat_modern"  # model_type
-MODELING = "hf_modeling.py"
+CLASSIC, MODERN = "nanochat", "nanochat_modern"  # two formats; the second was the model_type of earlier exports
+MODELING, ARCHITECTURE = "hf_modeling.py", "ModernNanoChatForCausalLM"
+NEEDS_CODE = "none: this model runs by the code beside it, load it with trust_remote_code=True"  # as in hf_modeling.py
 EPSILON = 1.1920929e-07  # of float32; transformers' default is 1e-6
 # GPTConfig's fields in NanoChat's configuration: the key, and what transformers takes where it is absent.
 KEYS = {
@@ -77,7 +80,7 @@ model = AutoModelForCausalLM.from_pretrained({folder}{trust})
 
 The license of the weights is not known to the program that wrote this card.
 """
-USE_OF_WORDS = """tokenizer = AutoTokenizer.from_pretrained({folder}{trust})
+USE_OF_WORDS = """tokenizer = AutoTokenizer.from_pretrained({folder})
 ids = [tokenizer.bos_token_id, *tokenizer.encode("The capital of France")]
 print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=32)[0]))
 """
@@ -197,10 +200,10 @@ def describe(config: GPTConfig, model_type: str, dtype: torch.dtype, bos: int | 
         ours = {name: getattr(config, name) for name in MODERN_FIELDS}
         module = MODELING.removesuffix(".py")
         return dict(
-            architectures=["ModernNanoChatForCausalLM"], model_type=MODERN,
+            architectures=[ARCHITECTURE], model_type=CLASSIC, hidden_act=NEEDS_CODE,
             auto_map={
                 "AutoConfig": f"{module}.ModernNanoChatConfig",
-                "AutoModelForCausalLM": f"{module}.ModernNanoChatForCausalLM",
+                "AutoModelForCausalLM": f"{module}.{ARCHITECTURE}",
             },
             tie_word_embeddings=ours.pop("tie_weights"), **ours, **common,
         )  # fmt: skip
@@ -239,7 +242,7 @@ def card(name: str, config: GPTConfig, facts: dict, words: bool) -> str:
     return CARD.format(
         name=name, folder=repr(name), parameters=facts["parameters"], config=config, what=what,
         trust=", trust_remote_code=True" if newer else "",
-        words=USE_OF_WORDS.format(folder=repr(name), trust=", trust_remote_code=False" if newer else "") * words,
+        words=USE_OF_WORDS.format(folder=repr(name)) * words,
         told=ABOUT_WORDS if words else "The checkpoint had no tokenizer, so there is none here.",
     )  # fmt: skip
 
@@ -287,12 +290,13 @@ def read_hf(folder: Path | str) -> tuple[GPTConfig, dict[str, torch.Tensor], Tok
 
 
 def read_config(path: Path) -> tuple[GPTConfig, str]:
-    """(GPTConfig, model_type) of a config.json."""
+    """(GPTConfig, CLASSIC or MODERN) of a config.json."""
     found = read_json(path)
-    model_type = found.get("model_type")
-    if model_type not in (CLASSIC, MODERN):
+    model_type = format_of(found)
+    if model_type is None:
         raise UserError(
-            f"{path}: model_type={model_type!r} is not read: only {CLASSIC} (transformers' NanoChat) and {MODERN} are"
+            f"{path}: model_type={found.get('model_type')!r} is not read: only {CLASSIC} (transformers' NanoChat) and "
+            f"{MODERN} are"
         )
     if found.get("quantization_config"):
         raise UserError(f"{path}: quantization_config: quantized weights are not read, take the model before that")
@@ -310,6 +314,15 @@ def read_config(path: Path) -> tuple[GPTConfig, str]:
         return model_config({"model_config": fields}), model_type
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def format_of(found: dict) -> str | None:
+    """CLASSIC or MODERN by the content of a config.json; None for a model that is not ours."""
+    model_type, architectures = found.get("model_type"), found.get("architectures")
+    if model_type == CLASSIC:
+        named = isinstance(architectures, list) and ARCHITECTURE in architectures
+        return MODERN if named or found.get("hidden_act") == NEEDS_CODE else CLASSIC
+    return MODERN if model_type == MODERN else None
 
 
 def there(name: str) -> str:

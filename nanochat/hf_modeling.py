@@ -1,7 +1,12 @@
-"""nanochat's GPT with its newer features, for transformers (5.0 or later). It needs nothing else but torch.
+"""nanochat's GPT with its newer features, for transformers (tried with 5.0 to 5.24). It needs nothing else but torch.
 
 `python -m scripts.export_hf` copies this file beside the weights of a model that transformers' own NanoChat cannot
 express. It runs only for a caller who passes trust_remote_code=True. The parameters have nanochat's names.
+
+Generation with the cache of keys and values rests on an agreement with transformers that its releases change (5.24
+renamed the argument `past_key_values` to `cache`). What a release does that this file does not understand is refused:
+every argument is known by name, and at every step the cache and the ids given must add up to the text so far.
+`python -m scripts.export_hf --refresh FOLDER` brings the newest version of this file.
 
 Classic NanoChat is: rotary positions, QK norm, ReLU^2, RMSNorm without parameters also right after the embedding, no
 biases, softcapped logits. Each field of the configuration with a default of "off" adds one feature to that.
@@ -14,12 +19,32 @@ from typing import ClassVar
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel, __version__
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 SMEAR_CHANNELS = 24  # that the smear gate reads
+# config.json names model_type "nanochat", so that a tokenizer is loaded without a question about code. A caller who
+# does not trust this file would then get transformers' own NanoChat, another function: an activation of this name,
+# which does not exist, ends that in an error.
+NEEDS_CODE = "none: this model runs by the code beside it, load it with trust_remote_code=True"
+LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
+# Passed by transformers or its tokenizers, without effect on the logits: positions follow from the cache and the mask.
+IDLE_ARGUMENTS = ("return_dict", "output_attentions", "output_hidden_states", "cache_position", "token_type_ids")
+CACHE_FIELDS = [name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__]
+
+
+def misunderstood(what: str) -> ValueError:
+    return ValueError(
+        f"{what}: transformers {__version__} generates in a way that hf_modeling.py does not understand, and the text "
+        "would be wrong. Take a newer hf_modeling.py (python -m scripts.export_hf --refresh FOLDER), a release of "
+        "transformers from 5.0 to 5.24, or use_cache=False"
+    )
+
+
+if not CACHE_FIELDS:
+    raise misunderstood("CausalLMOutputWithPast has no field for the cache")
 
 
 class ModernNanoChatConfig(PreTrainedConfig):
@@ -34,8 +59,8 @@ class ModernNanoChatConfig(PreTrainedConfig):
     begins a document; set, no token sees what came before its document.
     """
 
-    model_type = "nanochat_modern"
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    model_type = "nanochat"
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "cache"]
     attribute_map: ClassVar = {
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
@@ -70,6 +95,7 @@ class ModernNanoChatConfig(PreTrainedConfig):
         bigram_rows: int = 0,
         use_cache: bool = True,
         tie_word_embeddings: bool = False,
+        hidden_act: str = NEEDS_CODE,
         **kwargs,
     ):
         self.sequence_len, self.vocab_size = sequence_len, vocab_size
@@ -83,7 +109,7 @@ class ModernNanoChatConfig(PreTrainedConfig):
         self.value_gate_channels, self.value_gate_range = value_gate_channels, value_gate_range
         self.smear, self.residual_scalars, self.backout = smear, residual_scalars, backout
         self.bigram_rows = bigram_rows
-        self.use_cache = use_cache
+        self.use_cache, self.hidden_act = use_cache, hidden_act
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def has_value_embedding(self, layer: int) -> bool:
@@ -130,9 +156,12 @@ class Attention(nn.Module):
             v = v + gate[..., None] * ve.view(v.shape)
         q, k = ((norm(rotate(z, cos, sin)) * self.qk_scale).to(x.dtype) for z in (q, k))
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+        mask = masks[self.window]
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=masks[self.window], enable_gqa=q.size(1) != k.size(1))
+        if k.size(2) != mask.size(3):  # a mask of one column would be spread over all keys
+            raise misunderstood(f"layer {self.layer} has the keys of {k.size(2)} tokens, the text has {mask.size(3)}")
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.size(1) != k.size(1))
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -160,6 +189,7 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = ModernNanoChatConfig
     _tied_weights_keys: ClassVar = {"lm_head.weight": "transformer.wte.weight"}
     _no_split_modules: ClassVar = ["Block"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values", "cache"]
     _supports_sdpa = True
 
     def __init__(self, config: ModernNanoChatConfig):
@@ -206,7 +236,10 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
         layer = self.config.n_layer + self.kept.index(name)
         if len(cache.layers) == layer:  # made for as many layers as the configuration has
             cache.layers.append(DynamicLayer())
-        return cache.update(x[:, None], x[:, None, :, :0], layer)[0][:, 0]
+        whole = cache.update(x[:, None], x[:, None, :, :0], layer)[0][:, 0]
+        if whole.size(1) != (length := cache.get_seq_length() + x.size(1)):  # the blocks have not added theirs yet
+            raise misunderstood(f"the cache holds {name} of {whole.size(1)} tokens, the text has {length}")
+        return whole
 
     def begins(self, starts: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
         """starts bool [B, T], where documents begin -> int64 [B, T], where that of each token did."""
@@ -227,6 +260,71 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
         before = self.before((ids[..., None] + 1).float(), real, starts, cache, "ids")[..., 0].long() - 1
         return self.bigram_embed(((ids * 2654435761) ^ (before * 2246822519)) % self.config.bigram_rows)
 
+    def generate(self, *args, **kwargs):
+        """transformers' own; a cache that is given starts another text."""
+        for value in kwargs.values():
+            if isinstance(value, Cache):
+                vars(value).pop("nanochat_text", None)
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs) -> dict:
+        """forward's arguments for the next step of the texts input_ids [B, L], by transformers' own function.
+
+        The cache is found by its type, whatever its name. ValueError: with it the model would see fewer tokens than the
+        text has, or some twice.
+        """
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        caches = {name: value for name, value in inputs.items() if isinstance(value, Cache)}
+        if len(caches) > 1:
+            raise misunderstood(f"several caches are given ({', '.join(caches)})")
+        cache = next(iter(caches.values()), None)
+        seen = inputs["input_ids"].size(1) + (0 if cache is None else cache.get_seq_length())
+        length = input_ids.size(1)
+        extra = seen - length
+        # extra > 0: before input_ids came another text, of so many tokens. It stays as long while this one grows.
+        first, longest = getattr(cache, "nanochat_text", (extra, 0))
+        if extra < 0 or (length > longest and extra != first):
+            raise misunderstood(f"the model would see {seen} tokens, the text has {length}")
+        if cache is not None:
+            cache.nanochat_text = first, max(longest, length)
+        return {name: value for name, value in inputs.items() if name not in caches} | dict(past_key_values=cache)
+
+    def checked_cache(self, cache, past_key_values, use_cache: bool | None, kwargs: dict) -> DynamicCache | None:
+        """The cache to use, a new one where none is given and one is wanted."""
+        for name, value in kwargs.items():
+            if value is not None and value is not False and name not in (*LOSS_ARGUMENTS, *IDLE_ARGUMENTS):
+                raise misunderstood(f"the argument {name} is unknown")
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache and past_key_values are two names of one argument: give one of them")
+        cache = past_key_values if cache is None else cache
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache) and not self.training:
+            cache = DynamicCache()
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(f"the cache is a {type(cache).__name__}: only a DynamicCache will do")
+        return cache
+
+    def masks(self, real: torch.Tensor, past: int, begins: torch.Tensor | None) -> dict:
+        """real bool [B, S], begins int64 [B, T] or None -> for each window of the layers what a token sees, bool
+        [B, 1, T, S].
+        """
+        S, config = real.size(1), self.config
+        new, old = torch.arange(past, S, device=real.device)[:, None], torch.arange(S, device=real.device)
+        masks = {}
+        for window in {config.window(layer) for layer in range(config.n_layer)}:
+            seen = (old <= new) if window is None else (old <= new) & (old >= new - window)
+            seen = seen & real[:, None]
+            if begins is not None:
+                seen = seen & (old >= begins[..., None])
+            masks[window] = (seen | (old == new))[:, None]  # padding sees itself: a softmax over nothing is no number
+        return masks
+
+    def rotations(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids int64 [1 or B, T] -> cosines and sines, float32 [1 or B, T, 1, D/2]."""
+        D = self.config.n_embd // self.config.n_head
+        steps = torch.arange(0, D, 2, dtype=torch.float32, device=position_ids.device)
+        angles = position_ids[..., None, None].float() * (1.0 / self.config.rope_base ** (steps / D))
+        return angles.cos(), angles.sin()
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -236,58 +334,50 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: DynamicCache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """input_ids int64 [B, T] -> float32 logits [B, T, V], of the last logits_to_keep positions where that is not 0.
 
         attention_mask [B, S]: 0 where a row is padded, at either end. position_ids [B, T] default to those behind the
-        cache; only their differences count. kwargs go to the loss. ValueError: another mask, or another kind of cache.
+        cache; only their differences count. cache, past_key_values: names of one argument. kwargs go to the loss.
+        ValueError: another mask, another kind of cache, or an argument that this file does not know.
         """
         (B, T), config, device = input_ids.shape, self.config, input_ids.device
-        if past_key_values is None and (config.use_cache if use_cache is None else use_cache) and not self.training:
-            past_key_values = DynamicCache()
-        if past_key_values is not None and not isinstance(past_key_values, DynamicCache):
-            raise ValueError(f"past_key_values is a {type(past_key_values).__name__}: only a DynamicCache will do")
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        S = past + T
+        cache = self.checked_cache(cache, past_key_values, use_cache, kwargs)
+        past = 0 if cache is None else cache.get_seq_length()
+        if cache is not None and past == 0:
+            cache.nanochat_text = 0, T
         if attention_mask is None:
-            attention_mask = torch.ones(B, S, dtype=torch.bool, device=device)
-        if attention_mask.shape != (B, S):
+            attention_mask = torch.ones(B, past + T, dtype=torch.bool, device=device)
+        if attention_mask.shape != (B, past + T):
             raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}: give [batch, all tokens]")
+        if position_ids is None:
+            position_ids = torch.arange(past, past + T, device=device)[None]
+        if position_ids.size(-1) != T:
+            raise ValueError(f"position_ids has shape {list(position_ids.shape)}: give [batch, new tokens]")
         real = attention_mask.bool()
-        new, old = torch.arange(past, S, device=device)[:, None], torch.arange(S, device=device)
-        starts = torch.zeros_like(input_ids, dtype=torch.bool)
+        starts, begins = torch.zeros_like(input_ids, dtype=torch.bool), None
         if config.document_start is not None:
             starts = (input_ids == config.document_start) & real[:, past:]
-            begins = self.begins(starts, past_key_values)
-        masks = {}
-        for window in {config.window(layer) for layer in range(config.n_layer)}:
-            seen = (old <= new) if window is None else (old <= new) & (old >= new - window)
-            seen = seen & real[:, None]
-            if config.document_start is not None:
-                seen = seen & (old >= begins[..., None])
-            masks[window] = (seen | (old == new))[:, None]  # padding sees itself: a softmax over nothing is no number
-        if position_ids is None:
-            position_ids = torch.arange(past, S, device=device)[None]
-        D = config.n_embd // config.n_head
-        frequencies = 1.0 / config.rope_base ** (torch.arange(0, D, 2, dtype=torch.float32, device=device) / D)
-        angles = position_ids[..., None, None].float() * frequencies
-        cos, sin = angles.cos(), angles.sin()
+            begins = self.begins(starts, cache)
+        masks = self.masks(real, past, begins)
+        cos, sin = self.rotations(position_ids)
 
         x = norm(self.transformer.wte(input_ids))
         if config.smear:
             gate = self.smear_gate(x[..., : self.smear_gate.in_features]).sigmoid()
-            x = x + self.smear_lambda * gate * self.before(x, real, starts, past_key_values, "smear")
+            x = x + self.smear_lambda * gate * self.before(x, real, starts, cache, "smear")
         x0 = x
         if config.bigram_rows:
-            pairs = self.bigrams(input_ids, real, starts, past_key_values)
+            pairs = self.bigrams(input_ids, real, starts, cache)
         for layer, block in enumerate(self.transformer.h):
             ve = self.value_embeds[str(layer)](input_ids) if config.has_value_embedding(layer) else None
             if config.residual_scalars:
                 x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
             if config.bigram_rows:
                 x = x + self.bigram_lambdas[layer] * pairs
-            x = block(x, cos, sin, masks, ve, past_key_values)
+            x = block(x, cos, sin, masks, ve, cache)
             if layer == config.n_layer // 2:
                 middle = x
         if config.backout:
@@ -298,5 +388,8 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
             x = x + projected if config.output_projection_residual else projected
         x = x[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]
         logits = config.softcap * torch.tanh(self.lm_head(x).float() / config.softcap)
-        loss = None if labels is None else self.loss_function(logits, labels, config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        loss = None
+        if labels is not None:
+            counted = {name: value for name, value in kwargs.items() if name in LOSS_ARGUMENTS}
+            loss = self.loss_function(logits, labels, config.vocab_size, **counted)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_FIELDS[0]: cache})

@@ -1,5 +1,6 @@
 """Folders for transformers: its own NanoChat and our modelling file against our GPT, there and back."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -9,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_gpt import FEATURES, MODERN, build, random_ids
 from tiny_run import exit_code
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DynamicCache, GenerationMixin
+from transformers import __version__ as transformers_version
 
 from nanochat import hf_format
 from nanochat.checkpoint_manager import save_checkpoint, weights_hash
@@ -164,8 +166,6 @@ def test_the_cache_of_our_file(tmp_path):
     """Pieces of 4 + 1 + 6 tokens, beams, padding on the left. Red when the smeared embedding, or where documents start,
     is not kept in the cache, when a window is counted from the piece's beginning, when padding is smeared into the
     first token, or when padding starts a document."""
-    from transformers import DynamicCache
-
     model = build(**NEWER["all"])
     _, there = export(model, tmp_path / "out")
     ids = random_ids(2, 11)
@@ -187,11 +187,116 @@ def test_the_cache_of_our_file(tmp_path):
     torch.testing.assert_close(loss, model(ids[:, :-1], ids[:, 1:].contiguous()), rtol=1e-5, atol=1e-5)
 
 
+def prepared(change):
+    """GenerationMixin's function, followed by change(the ids of the whole text, its result)."""
+    original = GenerationMixin.prepare_inputs_for_generation
+
+    def prepare(self, input_ids, **kwargs):
+        return change(input_ids, original(self, input_ids, **kwargs))
+
+    return prepare
+
+
+def taken_out(inputs: dict) -> tuple[dict, object]:
+    """(inputs without a cache, the cache or None)."""
+    caches = [name for name in ("cache", "past_key_values") if inputs.get(name) is not None]
+    return {name: value for name, value in inputs.items() if name not in caches}, inputs.get((*caches, "none")[0])
+
+
+def test_the_cache_has_any_name(tmp_path, monkeypatch):
+    """A release that renames the argument once more generates the same text. Red when prepare_inputs_for_generation()
+    looks for the cache by its name: it would begin a new one at every token."""
+
+    def renamed(ids, inputs):
+        others, cache = taken_out(inputs)
+        return others | dict(memory=cache)
+
+    model = build(**NEWER["all"])
+    _, there = export(model, tmp_path / "out")
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", prepared(renamed))
+    assert_same_text(model, there)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"argument memory is unknown: transformers 5.*--refresh"):
+        there(PROMPT, memory=DynamicCache())
+
+
+CONTRACTS = {  # what a release could do at the second token, where ids are one and the mask is gone
+    "cache lost": lambda ids, inputs: taken_out(inputs)[0],
+    "ids not cut": lambda ids, inputs: inputs | dict(input_ids=ids, position_ids=None),
+    "two caches": lambda ids, inputs: inputs | dict(one=DynamicCache(), two=DynamicCache()),
+    "a flag": lambda ids, inputs: inputs | dict(fresh_contract=True),
+}
+
+
+@pytest.mark.parametrize("kind", CONTRACTS)
+def test_generation_that_is_not_understood_is_refused(kind, tmp_path, monkeypatch):
+    """Instead of other text in silence; without a cache it goes on. Red for "cache lost" when prepare_inputs accepts
+    extra < 0, for "ids not cut" when it does not compare `extra` with the first step's, for "a flag" when
+    checked_cache() lets unknown arguments through."""
+    model = build(**NEWER["windows"])
+    _, there = export(model, tmp_path / "out")
+
+    def later(ids, inputs):
+        inputs.pop("attention_mask", None)
+        return CONTRACTS[kind](ids, inputs) if ids.size(1) > PROMPT.size(1) else inputs
+
+    monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", prepared(later))
+    how = dict(attention_mask=torch.ones_like(PROMPT), max_new_tokens=4, do_sample=False)
+    with pytest.raises(
+        ValueError, match=r"transformers 5\S* generates in a way that hf_modeling.py does not understand"
+    ):
+        there.generate(PROMPT, **how)
+
+
+@pytest.mark.parametrize("kind", ["windows", "smear, tied"])
+def test_a_cache_that_forgets_is_refused(kind, tmp_path, monkeypatch):
+    """One that keeps the last three tokens, of keys or of what is remembered beside them. Red when Attention or
+    remembered() takes what the cache returns without counting it."""
+    model = build(**NEWER[kind])
+    _, there = export(model, tmp_path / "out")
+    update = DynamicCache.update
+
+    def forgetful(self, keys, values, layer, *rest, **named):
+        keys, values = update(self, keys, values, layer, *rest, **named)
+        cut = layer == (1 if kind == "windows" else model.config.n_layer)
+        return (keys[:, :, -3:], values[:, :, -3:]) if cut else (keys, values)
+
+    monkeypatch.setattr(DynamicCache, "update", forgetful)
+    with torch.no_grad(), pytest.raises(ValueError, match="of 3 tokens, the text has 7: transformers 5"):
+        there(PROMPT)
+
+
+def test_a_cache_goes_through_several_texts(tmp_path):
+    """Two turns with one cache, by all ids and by the new ones alone; in pieces; with an assistant. Red when generate()
+    does not forget the text before, or assisted generation's shorter ids are refused."""
+    model = build(**NEWER["all"])
+    _, there = export(model, tmp_path / "out")
+    ones = torch.ones_like(PROMPT)
+    how = dict(max_new_tokens=8, do_sample=False)
+    whole = there.generate(PROMPT, attention_mask=ones, use_cache=False, **how)
+    cache = DynamicCache()
+    first = there.generate(PROMPT, attention_mask=ones, past_key_values=cache, **how | dict(max_new_tokens=3))
+    ones = torch.ones_like(first)
+    assert torch.equal(
+        there.generate(first, attention_mask=ones, past_key_values=cache, **how | dict(max_new_tokens=5)), whole
+    )
+    if int(transformers_version.split(".")[1]) >= 12:  # 5.0 itself fails at new ids alone, and at pieces
+        cache = DynamicCache()
+        with torch.no_grad():
+            there(PROMPT[:, :4], past_key_values=cache)
+        ones = torch.ones_like(PROMPT)
+        told = there.generate(PROMPT[:, 4:], attention_mask=ones, past_key_values=cache, **how)
+        assert torch.equal(told[:, 3:], whole[:, 7:])
+        told = there.generate(PROMPT, attention_mask=ones, prefill_chunk_size=3, **how)
+        assert torch.equal(told, whole)
+    told = there.generate(PROMPT[:1], attention_mask=ones[:1, :7], assistant_model=copy.deepcopy(there), **how)
+    assert torch.equal(told, whole[:1])
+    with pytest.raises(ValueError, match="the cache is a StaticCache: only a DynamicCache"):
+        there.generate(PROMPT, cache_implementation="static", **how)
+
+
 def test_padding_starts_no_document(tmp_path):
     """On the right, by the id that starts documents, as the exported tokenizer pads. Red when `starts` is not cut to
     what is real: the next token would see no prompt."""
-    from transformers import DynamicCache
-
     model = build(**NEWER["documents"])
     _, there = export(model, tmp_path / "out")
     ids, cache = random_ids(2, 10), DynamicCache()
@@ -200,6 +305,34 @@ def test_padding_starts_no_document(tmp_path):
     there(padded, attention_mask=mask[:, :11], past_key_values=cache)
     told = there(ids[:, 9:], attention_mask=mask, past_key_values=cache, position_ids=torch.tensor([[9]])).logits
     torch.testing.assert_close(told[:, 0], model(ids)[:, 9], rtol=0, atol=1e-5)
+
+
+def test_only_the_model_needs_code(tokenizer, tmp_path, monkeypatch):
+    """A tokenizer is loaded without a question; a model without trust is refused, by a line that says what to do, and
+    no code runs. Red when model_type is one that transformers does not know, or hidden_act one that it does."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    def asked(question=""):
+        raise AssertionError(f"asked: {question}")
+
+    monkeypatch.setattr("builtins.input", asked)
+    model = build(**NEWER["all"] | dict(vocab_size=tokenizer.vocab_size))
+    write_hf(tmp_path / "out", model.config, model.state_dict(), tokenizer)
+    code = tmp_path / "out" / "hf_modeling.py"
+    good = code.read_text()
+    code.write_text("raise SystemExit('code was run')")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the cat").input_ids == tokenizer.encode("the cat")
+    for kind in (AutoModelForCausalLM, AutoModel):
+        with pytest.raises((KeyError, ValueError), match="load it with trust_remote_code=True"):
+            kind.from_pretrained(tmp_path / "out")
+    code.write_text(good)
+    described = json.loads((tmp_path / "out" / "config.json").read_text())
+    del described["hidden_act"]  # as earlier exports, by the code of today
+    (tmp_path / "out" / "config.json").write_text(json.dumps(described))
+    there = load(tmp_path / "out", trust_remote_code=True)
+    there.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["hidden_act"] == hf_format.NEEDS_CODE
+    assert_comes_back(model, tmp_path / "again")
 
 
 @pytest.mark.parametrize("residual", [False, True])
