@@ -19,7 +19,9 @@ from nanochat.settings import Settings
 def choose_kernels(model: GPT, settings: Settings) -> None:
     """Before compile_model: FP8 where it is asked for, and what computes attention, with the reasons."""
     if settings.fp8:
-        print0(f"FP8: {len(enable_fp8(model))} matrices")
+        grouped = model.route == "grouped" and model.config.has_experts
+        without = "; those of experts stay in the activations' dtype: route=grouped multiplies by itself"
+        print0(f"FP8: {len(enable_fp8(model))} matrices{without if grouped else ''}")
     for choice in choose_attention(model.config, model.device, model.compute_dtype, compiled=settings.compile):
         print0(choice)
 

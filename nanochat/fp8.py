@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from nanochat.gpt import GPT, Linear
 from nanochat.runtime import UserError
 
-MULTIPLE = 16  # of every side of a product, says the hardware
+MULTIPLE = 16  # of every side of a product, says the hardware; missing rows are zeros
 SMALLEST_SIDE = 128  # below it, rounding costs more time than the product gains (nanochat's bound)
 CAPABILITY = (9, 0)
 
@@ -20,7 +20,8 @@ CAPABILITY = (9, 0)
 def enable_fp8(model: GPT) -> list[str]:
     """Let the matrices of the blocks that are large enough compute in FP8; returns their names.
 
-    Output matrices stay out, since the loss head multiplies by itself, and so do experts under route = "grouped".
+    Output matrices stay out, since the loss head multiplies by itself, and so do the matrices of experts under
+    route = "grouped", which multiplies by itself too.
     """
     if found := lacking(model.device):
         raise UserError(f"fp8=True needs a GPU of compute capability 9.0 (Hopper) or newer, not {found}: set fp8=False")
@@ -40,20 +41,32 @@ def swap(model: GPT) -> list[str]:
     names = []
     for name, module in model.transformer.h.named_modules(prefix="transformer.h"):
         sides = (module.in_features, module.out_features) if type(module) is Linear else (0,)
-        if min(sides) >= SMALLEST_SIDE and not any(side % MULTIPLE for side in sides):
+        large = min(sides) >= SMALLEST_SIDE and not any(side % MULTIPLE for side in sides)
+        if large and not (model.route == "grouped" and _has_experts(model, name)):
             module.__class__ = Float8Linear  # the parameter stays where the optimizer and checkpoints know it
             names.append(name)
+    if names:
+        model.row_multiple = MULTIPLE  # experts' rows come in multiples: none has to be padded for each matrix
     return names
 
 
+def _has_experts(model: GPT, name: str) -> bool:
+    """Whether a matrix belongs to the attention or MLP of a block in which modalities have their own."""
+    part = model.get_submodule(".".join(name.split(".")[:4]))  # transformer.h.0.mlp
+    return getattr(part, "experts", None) is not None
+
+
 class Float8Linear(Linear):
-    """A Linear whose products in training are those of FP8 numbers; other ones where the rows are no multiple of 16."""
+    """A Linear whose products in training are those of FP8 numbers, whatever the number of rows."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.flatten(0, -2)
-        if not torch.is_grad_enabled() or rows.size(0) % MULTIPLE:
+        if not torch.is_grad_enabled():
             return F.linear(x, self.weight.to(x.dtype))
-        return _Float8Product.apply(rows, self.weight).view(*x.shape[:-1], -1)
+        rows = x.flatten(0, -2)
+        number = rows.size(0)
+        if missing := MULTIPLE if number == 0 else -number % MULTIPLE:
+            rows = F.pad(rows, (0, 0, 0, missing))  # zeros change neither scale nor sums
+        return _Float8Product.apply(rows, self.weight)[:number].view(*x.shape[:-1], self.out_features)
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -261,7 +261,7 @@ class GPT(nn.Module):
         self.config = config
         self.vocabulary = config.vocabulary
         self.compute_dtype = torch.float32
-        self.route = "sort"  # how tokens get to their experts: routing.py
+        self.route, self.row_multiple = "sort", 1  # how tokens get to their experts, how many together: routing.py
         self.block_forward = Block.forward  # compile() replaces it
         blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(self.table_size, config.n_embd), "h": blocks})
@@ -414,7 +414,8 @@ class GPT(nn.Module):
         plan = None
         if self.config.has_experts:
             kind = self.route if torch.is_grad_enabled() else getattr(kv_cache, "route", "sort")
-            plan = plan_route(kind, self.expert_of_id[idx], len(self.vocabulary.names), run is not Block.forward)
+            number, compiled = len(self.vocabulary.names), run is not Block.forward
+            plan = plan_route(kind, self.expert_of_id[idx], number, compiled, self.row_multiple)
         for layer, block in enumerate(self.transformer.h):
             ve = self.value_embeds[str(layer)](idx).to(x.dtype) if self.config.has_value_embedding(layer) else None
             mix = [(1.0, x)]

@@ -47,10 +47,11 @@ class Grouped(NamedTuple):
 Plan = Sorted | Masks | Slices | Grouped
 
 
-def plan_route(kind: str, modality: torch.Tensor, experts: int, compiled: bool = False) -> Plan:
+def plan_route(kind: str, modality: torch.Tensor, experts: int, compiled: bool = False, multiple: int = 1) -> Plan:
     """How the tokens of modality [B, T] (0 .. experts - 1) get to their experts; `slice` may raise UserError.
 
     compiled: the plan is for a compiled block, which should not be compiled anew for other numbers of tokens.
+    multiple: of which the rows of each expert are one in training under `sort`, as FP8 wants it.
     """
     assert kind in ROUTES, kind
     training = torch.is_grad_enabled()
@@ -63,15 +64,27 @@ def plan_route(kind: str, modality: torch.Tensor, experts: int, compiled: bool =
         perm, inverse = sorted_by(flat)
         of_each = (flat[:, None] == torch.arange(experts, device=flat.device)).sum(0)  # bincount would ask the device
         return Grouped(perm, inverse, of_each.cumsum(0).to(torch.int32))
-    if training:
-        flat = torch.cat([flat, torch.arange(experts, device=flat.device).repeat(PADDING).to(flat.dtype)])
-    perm, inverse = sorted_by(flat)
     counts = torch.bincount(flat, minlength=experts).tolist()  # the one look at the device
+    added = [0] * experts
+    if training:
+        added = [PADDING] * experts if multiple == 1 else _padding_to(multiple, counts)
+        numbers, repeats = torch.arange(experts, device=flat.device), torch.tensor(added, device=flat.device)
+        flat = torch.cat([flat, numbers.repeat_interleave(repeats, output_size=sum(added)).to(flat.dtype)])
+    perm, inverse = sorted_by(flat)
+    counts = [count + more for count, more in zip(counts, added, strict=True)]
     rows = tuple(perm.new_empty(count) for count in counts)
     if compiled:
         for row in rows:
             torch._dynamo.mark_dynamic(row, 0)
-    return Sorted(perm, inverse, rows, PADDING * experts if training else 0)
+    return Sorted(perm, inverse, rows, sum(added))
+
+
+def _padding_to(multiple: int, counts: list[int]) -> list[int]:
+    """Rows to add to each expert's, at least PADDING, so that all have multiples; their sum depends on that of the
+    counts alone, so that batches of one size keep one size, for which a compiled block was compiled."""
+    added = [PADDING + -(count + PADDING) % multiple for count in counts[:-1]]
+    total = (len(counts) + len(counts) // multiple + 1) * multiple + -sum(counts) % multiple
+    return [*added, total - sum(added)]
 
 
 def sorted_by(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ from test_gpt import MODERN, VARIANTS, build, random_ids
 from nanochat.engine import KVCache, decode, generate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.modality import Grammar, Modality
-from nanochat.routing import grouped_linear, plan_route
+from nanochat.routing import grouped_linear, plan_route, route
 from nanochat.runtime import UserError
 
 TEXT = 50
@@ -345,3 +345,22 @@ def test_eight_clips_are_learnt_by_heart():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
+
+
+def test_rows_in_multiples_cost_one_size():
+    """Every expert's rows in training are a multiple, and batches of one size keep one size; results are equal.
+
+    Red when the last expert takes what is missing to its own multiple only (the sum then changes with the batch).
+    """
+    experts = [lambda x, k=k: x * (k + 1) for k in range(5)]
+    sizes = set()
+    for seed in range(20):
+        modality = torch.randint(0, 1 + seed % 5, (3, 7), generator=torch.Generator().manual_seed(seed))
+        plan = plan_route("sort", modality, 5, multiple=16)
+        counts = [len(count) for count in plan.counts]
+        assert sum(counts) == len(plan.perm) == 21 + plan.padding
+        assert all(count % 16 == 0 and count >= 16 for count in counts), counts
+        sizes.add(plan.padding)
+        x = torch.randn(3, 7, 2)
+        assert torch.equal(route(x, plan, experts), x * (modality + 1)[..., None])
+    assert len(sizes) == 1
