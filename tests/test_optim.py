@@ -186,6 +186,7 @@ def test_clipping_scales_the_gradient_and_the_norms_are_those_of_the_whole():
     optimizer = MuonAdamW([dict(adamw, weight_decay=0.0), muon_group([q])])
     p.grad, q.grad = torch.full((4, 4), 3.0), torch.full((4, 4), 4.0)
     norm, by_group = optimizer.reduce_gradients()
+    assert p.grad is None and q.grad is None  # spent: their memory is free for the next backward pass
     assert norm == pytest.approx(20.0)  # sqrt(16 * 9 + 16 * 16)
     assert by_group == pytest.approx({"flat": 12.0, "matrix": 16.0})
     optimizer.step(0.25)
@@ -194,6 +195,17 @@ def test_clipping_scales_the_gradient_and_the_norms_are_those_of_the_whole():
     torch.testing.assert_close(state["m0.momentum"], torch.full((4, 4), 0.1 * 0.25 * 4.0))
     with pytest.raises(AssertionError, match="reduce_gradients"):
         optimizer.step()
+
+
+def test_flops_of_orthogonalising_by_hand():
+    """5 iterations of two products of 4 x 4 with 4 x 6 and a square of 4 x 4, 2 FLOPs a term; AdamW's do not count.
+
+    Red when the long side is taken for the Gram matrix.
+    """
+    wide, tall, flat = nn.Parameter(torch.zeros(4, 6)), nn.Parameter(torch.zeros(6, 4)), nn.Parameter(torch.zeros(9, 9))
+    facts = dict(kind="adamw", name="a", lr=0.1, betas=(0.5, 0.5), eps=1e-10, weight_decay=0.0)
+    optimizer = MuonAdamW([muon_group([wide, tall]), dict(facts, params=[flat], param_names=["p"])])
+    assert optimizer.muon_flops() == 2 * 5 * (2 * 2 * 4 * 4 * 6 + 2 * 4 * 4 * 4)
 
 
 def muon_steps() -> list[torch.Tensor]:
