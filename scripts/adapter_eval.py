@@ -10,6 +10,7 @@ import argparse
 from nanochat.adapter_checkpoint import open_adapters
 from nanochat.adapters import HostAlone
 from nanochat.arguments import Parser, number
+from nanochat.audio_eval import needs_librosa
 from nanochat.audio_loss_eval import evaluate_audio
 from nanochat.checkpoint_manager import check_codec
 from nanochat.dataset import prepare_for
@@ -17,7 +18,7 @@ from nanochat.loss_eval import never
 from nanochat.runtime import init_compute, print0, run_script
 from scripts.adapter_generate import add_adapters
 from scripts.adapter_train import text_measure
-from scripts.audio_eval import listen, write_result
+from scripts.audio_eval import check_places, listen, write_result
 from scripts.base_eval import warn_of_other_data
 
 
@@ -33,11 +34,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Measure; returns what is written."""
     args = parse(argv)
+    needs_librosa()  # now, and not when the sounds are made
     compute = init_compute(args.device_type, None, args.seed)
     model, codec, metadata, settings, folder = open_adapters(
         args.model_tag, args.step, compute.device, args.host, args.musicgen
     )
     tokenizer = model.host.tokenizer
+    result = dict(model_tag=folder.parent.name, step=metadata["step"], guidance=args.guidance)
+    check_places(result, "adapter_eval", "adapter_audio")
     dataset = prepare_for(settings, say=print0)
     check_codec(dataset, metadata, folder)
     warn_of_other_data(dataset, metadata.get("data_fingerprint"))
@@ -55,12 +59,9 @@ def main(argv: list[str] | None = None) -> dict:
     if measure and before is not None:
         told = "the same to the last bit" if after == before else f"{after - before:+.4f}"
         print0(f"the host's text loss {after:.6f} nats a token, {before:.6f} before the training: {told}")
-    result = listen(
-        model, tokenizer, codec, dataset, args, folder.parent.name, metadata["step"], "adapter_audio", args.guidance
-    )
-    result |= dict(guidance=args.guidance, loss=loss, text=dict(before=before, after=after))
+    result |= dict(loss=loss, text=dict(before=before, after=after))
     write_result(result, "adapter_eval")
-    return result
+    return listen(model, tokenizer, codec, dataset, args, result, "adapter_eval", "adapter_audio", args.guidance)
 
 
 if __name__ == "__main__":

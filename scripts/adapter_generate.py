@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.text == (args.out is not None):
         raise UserError("name a file with --out x.wav for sound, or --text for words: one of the two")
     if args.out is not None:
-        check_out(args.out)
+        check_out(args.out, args.num)
     return args
 
 

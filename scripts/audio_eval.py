@@ -9,6 +9,7 @@ base_dir()/audio_eval/<tag>_<step>.json. Sounds without attributes are compared 
 import argparse
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from nanochat.audio_loss_eval import clips
 from nanochat.checkpoint_manager import check_codec
 from nanochat.dataset import prepare_for
 from nanochat.listen_page import write_page
-from nanochat.runtime import UserError, base_dir, init_compute, print0, run_script, write_atomically
+from nanochat.runtime import UserError, base_dir, check_output, init_compute, print0, run_script, write_atomically
 from scripts.audio_generate import add_sampling
 from scripts.base_eval import settings_of, warn_of_other_data
 
@@ -40,30 +41,46 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Generate, measure, write page and figures; returns the figures."""
     args = parse(argv)
+    audio_eval.needs_librosa()  # now, and not when the sounds are made
     compute = init_compute(args.device_type, None, args.seed)
     model, tokenizer, codec, metadata, folder = open_audio_model(args.model_tag, args.step, compute.device)
-    tag, step = folder.parent.name, metadata["step"]
+    result = {"model_tag": folder.parent.name, "step": metadata["step"]}
+    check_places(result, "audio_eval", "audio")
     dataset = prepare_for(settings_of(metadata), say=print0)
     check_codec(dataset, metadata, folder)
     warn_of_other_data(dataset, metadata.get("data_fingerprint"))
-    result = listen(model, tokenizer, codec, dataset, args, tag, step)
-    write_result(result, "audio_eval")
-    return result
+    return listen(model, tokenizer, codec, dataset, args, result)
+
+
+def result_path(result: dict, kind: str) -> Path:
+    return base_dir() / kind / f"{result['model_tag']}_{result['step']:06d}.json"
+
+
+def page_path(result: dict, place: str) -> Path:
+    return base_dir() / place / result["model_tag"] / "listen.html"
+
+
+def check_places(result: dict, kind: str, place: str) -> None:
+    """UserError, before the work, where figures or page cannot be written."""
+    check_output(result_path(result, kind))
+    check_output(page_path(result, place))
 
 
 def write_result(result: dict, kind: str) -> None:
     """base_dir()/<kind>/<tag>_<step>.json."""
-    path = base_dir() / kind / f"{result['model_tag']}_{result['step']:06d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = result_path(result, kind)
     write_atomically(path, json.dumps(result, indent=1) + "\n")
     print0(f"written: {path}")
 
 
 def listen(
-    model, tokenizer, codec, dataset, args: argparse.Namespace, tag: str, step: int, place: str = "audio",
-    guidance: float = 1.0,
+    model, tokenizer, codec, dataset, args: argparse.Namespace, result: dict, kind: str = "audio_eval",
+    place: str = "audio", guidance: float = 1.0,
 ) -> dict:  # fmt: skip
-    """Generate for held-out captions, measure, write the page base_dir()/<place>/<tag>/listen.html; the figures."""
+    """Generate for held-out captions, measure; returns result with the figures, which are printed and written first.
+
+    result: model_tag, step and what else was measured. The page is base_dir()/<place>/<tag>/listen.html.
+    """
     found = list(clips(dataset, "val"))
     room = model.config.sequence_len - codec.codebooks
     fitting = [clip for clip in found if len(tokenizer.encode(clip[0], bos=True)) < room]
@@ -78,7 +95,7 @@ def listen(
     seconds = time.perf_counter() - begun
     print0(f"{len(generated)} sounds of {sum(map(len, generated)) / codec.sample_rate:.0f} s in {seconds:.1f} s")
     real = to_sound(codec, [codes.T for _, codes, _ in held_out])
-    result = {"model_tag": tag, "step": step, "seed": args.seed, "temperature": args.temperature, "clips": len(codes)}
+    result |= {"seed": args.seed, "temperature": args.temperature, "clips": len(codes)}
     if all("pitch_hz" in attributes for _, _, attributes in held_out):
         table, items = adherence(codec, dataset, held_out, real, generated, args.seed)
         text = audio_eval.adherence_text(table)
@@ -89,7 +106,8 @@ def listen(
                  for c, g, r in zip(captions, generated, real, strict=True)][:SHOWN]  # fmt: skip
         result["distances"] = table
     print0(text)
-    page = write_page(base_dir() / place / tag / "listen.html", f"{tag}, step {step}", items, text)
+    write_result(result, kind)
+    page = write_page(page_path(result, place), f"{result['model_tag']}, step {result['step']}", items, text)
     print0(f"listen: {page}")
     return result
 

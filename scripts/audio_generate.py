@@ -13,7 +13,7 @@ import numpy as np
 from nanochat.arguments import Parser, number, temperature
 from nanochat.audio_generation import generate_codes, open_audio_model, stream_sound, to_sound
 from nanochat.listen_page import write_wav
-from nanochat.runtime import UserError, init_compute, run_script
+from nanochat.runtime import UserError, check_output, init_compute, run_script
 from nanochat.streams import require_output
 
 
@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.out is None and not args.stream:
         raise UserError("name a file with --out x.wav, or play with --stream")
     if args.out is not None:
-        check_out(args.out)
+        check_out(args.out, args.num)
     return args
 
 
@@ -42,14 +42,15 @@ def add_request(parser: Parser) -> None:
     )
 
 
-def check_out(out: Path) -> None:
-    """UserError for a file that cannot be written, now and not when the sounds are made."""
-    if out.suffix.lower() != ".wav":
-        raise UserError(f"--out={out}: only .wav files are written")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written ({error.strerror}): name another folder") from error
+def check_out(out: Path, num: int) -> None:
+    """UserError where not all of num sounds can be written, now and not when they are made."""
+    for path in output_paths(out, num):
+        check_output(path, "--out", suffix=".wav")
+
+
+def output_paths(out: Path, num: int) -> list[Path]:
+    """x.wav, or x-1.wav, x-2.wav, ... for several sounds."""
+    return [out] if num == 1 else [out.with_name(f"{out.stem}-{place}{out.suffix}") for place in range(1, num + 1)]
 
 
 def add_sampling(parser: Parser) -> None:
@@ -96,12 +97,10 @@ def generate(args: argparse.Namespace, output) -> list[Path]:
 
 def write_all(out: Path, sounds: list[np.ndarray], sample_rate: int) -> list[Path]:
     """Write x.wav, or x-1.wav, x-2.wav, ...; returns the files."""
-    paths = []
-    for place, wav in enumerate(sounds, 1):
-        path = out if len(sounds) == 1 else out.with_name(f"{out.stem}-{place}{out.suffix}")
+    paths = output_paths(out, len(sounds))
+    for path, wav in zip(paths, sounds, strict=True):
         write_wav(path, wav, sample_rate)
         print(f"{path}: {len(wav) / sample_rate:.2f} s, {len(wav)} samples")
-        paths.append(path)
     return paths
 
 

@@ -62,6 +62,7 @@ def heard(key: str) -> dict:
     done = subprocess.run(
         [sys.executable, "-m", "scripts.adapter_eval", "--model-tag", tag, "--num", "200"],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        errors="replace",
     )  # fmt: skip
     if done.returncode:
         raise UserError(f"adapter_eval of {tag} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")

@@ -39,6 +39,7 @@ def base_train(
     done = subprocess.run(
         [sys.executable, "-m", *launcher, module or f"scripts.{stage}_train", str(base_dir() / NO_CONFIG), *flags],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True,
+        errors="replace",
     )  # fmt: skip
     if done.returncode:
         raise UserError(f"run {key} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
@@ -52,6 +53,7 @@ def run_missing(
     """Do what the file lacks, `workers` at a time, a line for each; returns all lines by key. score: what to print."""
     have = read(results)
     missing = {key: wish for key, wish in runs.items() if key not in have or have[key]["settings"] != wish}
+    results.open("a").close()  # what hours of runs are to go into
     print(f"{len(runs)} runs, {len(runs) - len(missing)} there already", flush=True)
     with ThreadPoolExecutor(workers) as pool:
         for future in as_completed([pool.submit(train, *item) for item in missing.items()]):

@@ -42,6 +42,7 @@ from nanochat.optim import ALL_GATHER, REDUCE_SCATTER, compile_muon
 from nanochat.runtime import (
     Compute,
     UserError,
+    check_output,
     first_line,
     gpu_peak_flops,
     init_compute,
@@ -135,6 +136,7 @@ def main(argv: list[str] | None = None) -> dict:
     plan = Plan(init_compute("cuda", None, seed=1))
     if args.quick:
         plan = dataclasses.replace(plan, depths={12: 16}, batch=65_536, steps=4, new_tokens=64)
+    check_output(args.output / "gpu_check.json", "--output")
     return run(plan, names, args.output)
 
 

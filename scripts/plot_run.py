@@ -4,21 +4,23 @@ Training loss (nats per token), and val bpb with the compressors that base_eval 
 (the dev extras).
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
 
+from nanochat.arguments import Parser
 from nanochat.checkpoint_manager import checkpoints_dir, newest_tag
-from nanochat.runtime import UserError, base_dir, run_script
+from nanochat.runtime import UserError, base_dir, check_output, replacing, run_script
+from scripts.summary import read_metrics
 
 
 def main(argv: list[str] | None = None) -> Path:
     """Write the picture; returns its path. UserError without a run or without matplotlib."""
-    parser = argparse.ArgumentParser(prog="scripts.plot_run", description=__doc__.splitlines()[0])
+    parser = Parser("scripts.plot_run", __doc__)
     parser.add_argument("--model-tag", help="default: the newest")
     parser.add_argument("--output", type=Path, default=Path("run.png"))
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse(argv)
+    check_output(arguments.output, "--output")
     tag = arguments.model_tag or newest_tag(checkpoints_dir())
     metrics = checkpoints_dir() / tag / "metrics.jsonl"
     if not metrics.is_file():
@@ -31,10 +33,13 @@ def main(argv: list[str] | None = None) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
+    kinds = figure.canvas.get_supported_filetypes()
+    if (kind := arguments.output.suffix[1:].lower()) not in kinds:
+        raise UserError(f"--output={arguments.output}: the name must end in one of .{', .'.join(sorted(kinds))}")
+    lines = read_metrics(metrics)
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line and "event" not in line]
     evals = [(line["step"], line["val_bpb"]) for line in lines if line.get("event") == "eval" and "val_bpb" in line]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.2))
     left.plot(*zip(*losses, strict=True), lw=0.8)
     left.set(xlabel="step", ylabel="training loss (nats per token)", title=tag)
     right.plot(*zip(*evals, strict=True), marker="o", ms=3, label="this run")
@@ -44,9 +49,11 @@ def main(argv: list[str] | None = None) -> Path:
         if bpb.get(key) is not None:
             right.axhline(bpb[key], color=color, ls="--", lw=1, label=name)
     right.set(xlabel="step", ylabel="val bpb (bits per byte)")
-    right.legend(fontsize=8)
+    if right.lines:
+        right.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(arguments.output, dpi=110)
+    with replacing(arguments.output) as file:
+        figure.savefig(file, format=kind, dpi=110)
     print(f"written: {arguments.output}")
     return arguments.output
 

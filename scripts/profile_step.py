@@ -15,7 +15,7 @@ import torch
 from nanochat.dataloader import DataLoader
 from nanochat.micro_batches import accumulate
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import UserError, device_name, init_compute, run_script, write_atomically
+from nanochat.runtime import UserError, check_output, device_name, init_compute, run_script, write_atomically
 from scripts.bench.load import MadeUpStore
 from scripts.bench.timing import alternate, matmul_peak, table
 from scripts.bench.train import Contender, settings_of
@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     args = parser.parse_args(argv)
     if args.steps < 1:
         raise UserError(f"--steps {args.steps} is too small: at least 1")
+    if args.output:
+        check_output(args.output, "--output")
     compute = init_compute(args.device_type, args.dtype, seed=1)
     changes = dict(dtype=args.dtype, device_type=args.device_type)
     if args.device_batch_size:

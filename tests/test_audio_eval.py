@@ -1,7 +1,11 @@
 import ast
+import errno
+import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +24,8 @@ from nanochat.audio_eval import (
     measure,
 )
 from nanochat.runtime import UserError
+from scripts import adapter_eval
+from scripts import audio_eval as audio_eval_script
 
 RATE = 16000
 
@@ -232,3 +238,38 @@ def test_without_librosa_the_way_out_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "librosa", None)
     with pytest.raises(UserError, match=r"librosa.*\[audio\]"):
         hear(NOISE, RATE)
+
+
+@pytest.mark.parametrize("script", [audio_eval_script, adapter_eval])
+def test_librosa_is_asked_for_before_the_sounds_are_made(script, monkeypatch):
+    """Red when main() does not call needs_librosa() first: it is missed after minutes of generating."""
+    monkeypatch.setitem(sys.modules, "librosa", None)
+    for name in ("open_audio_model", "open_adapters"):
+        monkeypatch.setattr(script, name, None, raising=False)
+    with pytest.raises(UserError, match="measuring sounds needs librosa"):
+        script.main([])
+
+
+def test_figures_are_written_before_the_page(tmp_path, monkeypatch, capsys):
+    """Red when listen() writes the result last: a page that cannot be written would cost the figures."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    sound, codes = np.zeros(8, np.float32), np.zeros((2, 1), int)
+    held_out = [(f"caption {number}", codes, {}) for number in range(3)]
+    monkeypatch.setattr(audio_eval_script, "clips", lambda dataset, split: held_out)
+    monkeypatch.setattr(audio_eval_script, "generate_codes", lambda m, t, captions, **_: [codes] * len(captions))
+    monkeypatch.setattr(audio_eval_script, "to_sound", lambda codec, codes: [sound] * len(codes))
+    monkeypatch.setattr(audio_eval_script, "distances", lambda real, generated, rate: ({"generated": {}}, "the table"))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(audio_eval_script, "write_page", full)
+    model = SimpleNamespace(config=SimpleNamespace(sequence_len=100))
+    tokenizer = SimpleNamespace(encode=lambda text, bos: [0])
+    codec = SimpleNamespace(codebooks=1, sample_rate=8)
+    args = SimpleNamespace(num=2, seed=0, temperature=1.0, top_k=None)
+    with pytest.raises(OSError, match="No space left"):
+        audio_eval_script.listen(model, tokenizer, codec, None, args, {"model_tag": "m", "step": 3, "loss": 1.5})
+    assert "the table" in capsys.readouterr().out
+    written = json.loads((tmp_path / "audio_eval" / "m_000003.json").read_text())
+    assert (written["loss"], written["clips"], written["distances"]) == (1.5, 2, {"generated": {}})

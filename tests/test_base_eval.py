@@ -319,7 +319,8 @@ def test_a_disk_that_fails_later_costs_no_figure(fresh, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("out", "reason"),
     [("FILE/below", "Not a directory"), ("/proc/nowhere", "cannot be written"), ("folder.json", "is a folder"),
-     ("x" * 240 + ".json", "File name too long"), ("/dev/null/x.json", "/dev/null is no folder"), ("pipe.json", "a pipe")],
+     ("x" * 240 + ".json", "File name too long"), ("/dev/null/x.json", "/dev/null is no folder"),
+     ("pipe.json", "a pipe")],
 )  # fmt: skip
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(out, reason, fresh, tmp_path, monkeypatch):
     """Red when main() does not call check_output(): minutes of work, and then the error alone."""

@@ -34,3 +34,17 @@ def test_the_picture_shows_the_losses_the_bpb_and_the_compressors(tmp_path, monk
 def test_an_unknown_run_is_one_line():
     with pytest.raises(UserError, match="nosuch"):
         plot_run.main(["--model-tag", "nosuch"])
+
+
+def test_a_torn_log_is_drawn_and_a_bad_output_is_refused(tmp_path):
+    """Red when a line that a kill tore ends in a traceback, or the picture's place is looked at last."""
+    folder = checkpoints_dir() / "torn"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 5.0}\n{"step": 2, "lo', encoding="utf-8")
+    words = ["--model-tag", "torn", "--output"]
+    assert plot_run.main([*words, str(tmp_path / "run.svg")]).read_text().startswith("<?xml")
+    (tmp_path / "folder.png").mkdir()
+    for name, reason in (("x.xyz", "must end in one of"), ("x", "must end in one of"), ("folder.png", "is a folder")):
+        with pytest.raises(UserError, match=f"--output=.*{reason}"):
+            plot_run.main([*words, str(tmp_path / name)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.png", "run.svg"]

@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from forked import Forked
 
 from nanochat import runtime
 from nanochat.runtime import UserError, init_compute, run_script, write_atomically
+from scripts import adapter_generate, audio_generate
 
 
 def exit_code(error: BaseException) -> int:
@@ -152,3 +154,70 @@ runtime.run_script(main)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 1, said
     assert "error: rank 1 (process 5 on here) died: rank 0 cannot go on (Connection closed by peer)" in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# outputs are checked before the work
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("folder.wav", "is a folder"), ("FILE/x.wav", "FILE is no folder"), ("closed/x.wav", "Permission denied"),
+     ("x" * 230 + ".wav", "File name too long"), ("pipe.wav", "device or a pipe"), ("x.mp3", "only .wav"),
+     ("x", "only .wav"), ("LOOP/x.wav", "cannot be written")],
+)  # fmt: skip
+@pytest.mark.parametrize("script", [audio_generate, adapter_generate])
+def test_a_sound_that_could_not_be_written_is_not_generated(script, name, reason, tmp_path, monkeypatch):
+    """Red when parse() does not call check_out(): the same after the sounds are made, in Python's own words."""
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "FILE").touch()
+    (tmp_path / "LOOP").symlink_to("LOOP")
+    os.mkfifo(tmp_path / "pipe.wav")
+    if name.startswith("closed/"):  # for the owner of all files, too
+        monkeypatch.setattr(Path, "write_bytes", denied)
+    with pytest.raises(UserError) as caught:
+        script.parse(["--prompt", "x", "--out", str(tmp_path / name)])
+    assert str(caught.value).startswith("--out=")
+    assert reason in str(caught.value)
+    assert "NANOCHAT_BASE_DIR" not in str(caught.value)
+
+
+def denied(path, data):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_every_one_of_several_sounds_is_checked(tmp_path):
+    """Red when only the first name is looked at."""
+    (tmp_path / "x-3.wav").mkdir()
+    words = ["--prompt", "x", "--out", str(tmp_path / "x.wav"), "--num"]
+    audio_generate.parse([*words, "2"])
+    with pytest.raises(UserError, match=r"x-3\.wav is a folder"):
+        audio_generate.parse([*words, "3"])
+
+
+def test_a_check_leaves_nothing_behind_and_finds_a_full_disk(tmp_path, monkeypatch):
+    """Also where the disk takes an empty file. Red when the trial file is empty, or stays."""
+    runtime.check_output(tmp_path / "new" / "x.json", "--json")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "there").write_text("old")
+    runtime.check_output(tmp_path / "there", "--json")
+    assert (tmp_path / "there").read_text() == "old"
+
+    def full(path, data):
+        path.touch()
+        if data:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"No space left on device.*NANOCHAT_BASE_DIR"):
+        runtime.check_output(tmp_path / "x.json")
+    assert [path.name for path in tmp_path.iterdir() if "x.json" in path.name] == []
+
+
+def test_the_user_reads_the_name_that_was_given(tmp_path):
+    """Red when replacing() lets the error name its temporary file."""
+    path = tmp_path / "no" / "x"
+    with pytest.raises(FileNotFoundError) as caught, runtime.replacing(path):
+        pass
+    assert caught.value.filename == str(path)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.runtime import UserError, device_name, init_compute, run_script, write_atomically
+from nanochat.runtime import UserError, check_output, device_name, init_compute, run_script, write_atomically
 from scripts.bench.timing import against, table
 
 PARTS = {
@@ -57,14 +57,16 @@ def main(argv: list[str] | None = None) -> dict:
         args = parser.parse_args(rest)
         if args.rounds < 1:
             raise UserError(f"--rounds {args.rounds} is too small: at least 1")
+        if args.json:
+            check_output(args.json, "--json")
         reference = read_reference(args.against, part)
         args.compute = init_compute(args.device_type, None, seed=1)  # with the switches that training sets
         results.setdefault("machine", machine(args.compute))
         results[name] = module.run(args)
+        if args.json:  # after each part: a later one may fail
+            write_atomically(args.json, json.dumps(results, indent=1) + "\n")
         if reference:
             compare(name, results[name], reference)
-    if args.json:
-        write_atomically(args.json, json.dumps(results, indent=1) + "\n")
     return results
 
 
