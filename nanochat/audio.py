@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -35,6 +34,7 @@ from nanochat.checkpoint_manager import read_tensors, weights_hash
 from nanochat.pitch import OCTAVES, harmonics, sound, track
 from nanochat.runtime import UserError, base_dir, fsync
 from nanochat.sources import looking_up
+from nanochat.temporary import scratch_folder
 
 Say = Callable[[str], object]
 KINDS = ("frame", "pitch", "mdct")
@@ -284,10 +284,7 @@ def save_codec(directory: Path, codec, tensors: dict[str, torch.Tensor] | None =
         return _same(directory, codec)
     description = {"name": codec.name, "codebooks": codec.codebooks, "codes": codec.codes, "hash": codec.hash, **more}
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with scratch_folder(directory) as temporary:
         if tensors is not None:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "codec.safetensors")
             (temporary / "codec.safetensors").chmod(temporary.stat().st_mode & 0o666)  # readable like codec.json
@@ -301,8 +298,6 @@ def save_codec(directory: Path, codec, tensors: dict[str, torch.Tensor] | None =
                 raise
             return _same(directory, codec)
         fsync(directory.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return directory
 
 

@@ -26,6 +26,7 @@ from nanochat.modality import Modality
 from nanochat.runtime import UserError, base_dir, first_line, fsync, print0, sha256_of
 from nanochat.settings import RunSettings, nearest_name
 from nanochat.storage_errors import naming_storage_errors
+from nanochat.temporary import owner_suffix, remove_abandoned
 from nanochat.tokenizer import Tokenizer
 from nanochat.upstream_optim import load_optimizer as load_upstream_optimizer
 
@@ -90,9 +91,8 @@ def save_checkpoint(
     if rank != 0:
         return None
     final = step_dir(checkpoint_dir, step)
-    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
-    for stale in final.parent.glob(".step_*"):  # what a killed process left half-written or half-deleted
-        shutil.rmtree(stale, ignore_errors=True)
+    temporary = final.with_name(f".{final.name}.tmp-{owner_suffix()}")
+    remove_abandoned(final.parent, ".step_*", own=True)  # what a killed process left half-written or half-deleted
     try:
         with naming_storage_errors(temporary):
             _write_step(temporary, model_state, optimizer_state, {**metadata, "step": step}, tokenizer, codec)
@@ -127,8 +127,7 @@ def _write_step(
 
 def clear_litter(checkpoint_dir: Path) -> None:
     """Before a run: delete the files that a killed one left half-written, under temporary names of ours."""
-    for stale in Path(checkpoint_dir).glob(".*.tmp"):
-        stale.unlink(missing_ok=True)
+    remove_abandoned(Path(checkpoint_dir), ".*.tmp")
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -177,6 +176,10 @@ def prune(checkpoint_dir: Path, keep_last: int | None) -> list[Path]:
         with naming_storage_errors(folder):
             os.rename(folder, doomed)
             shutil.rmtree(doomed)
+        # a half-deleted step must not look like a damaged one
+        doomed = folder.with_name(f".{folder.name}.pruned-{owner_suffix()}")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
     return old
 
 

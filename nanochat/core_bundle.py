@@ -8,7 +8,6 @@ import csv
 import http.client
 import json
 import os
-import shutil
 import ssl
 import stat
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from nanochat.runtime import UserError, base_dir, sha256_of, write_atomically
 from nanochat.settings import Say, shown
 from nanochat.sources import looking_up
+from nanochat.temporary import scratch_folder
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 DOWNLOAD_SECONDS = 30
@@ -208,10 +208,8 @@ def _download(url: str, folder: Path, record: Path, say: Say) -> None:
     if folder.exists():
         raise _NotAvailable(f"{folder} exists but holds no core.yaml")
     say(f"downloading the CORE bundle from {url}")
-    temporary = base_dir() / f".eval_bundle-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    base_dir().mkdir(parents=True, exist_ok=True)
+    with scratch_folder(base_dir() / "eval_bundle") as temporary:
         archive = temporary / "eval_bundle.zip"
         _fetch(url, archive)
         facts = {"url": url, "size": archive.stat().st_size, "sha256": sha256_of(archive)}
@@ -232,8 +230,6 @@ def _download(url: str, folder: Path, record: Path, say: Say) -> None:
         }
         write_atomically(record, json.dumps({**facts, "files": files}, indent=1))
         root.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fetch(url: str, path: Path) -> None:

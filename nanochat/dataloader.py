@@ -15,7 +15,6 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from nanochat.dataset import Dataset
 from nanochat.modality import Vocabulary
 from nanochat.runtime import UserError, replacing, write_atomically
 from nanochat.settings import Say
+from nanochat.temporary import remove_abandoned
 from nanochat.tokenizer import Tokenizer
 
 BLOCK = 8192  # rows among which the order is drawn
@@ -205,12 +205,9 @@ class TokenStore:
             self.say(f"tokenised {name}: {tokens:,} tokens in {self._seconds:.1f} s")
 
     def _remove_leftovers(self) -> None:
-        """Delete what killed processes left half-written more than an hour ago."""
+        """Delete what dead processes left half-written."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        for path in self.directory.glob(".*.tmp"):
-            with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > 3600:
-                    path.unlink()
+        remove_abandoned(self.directory, ".*.tmp")
 
     def _next(self) -> int | None:
         with self._lock:

@@ -15,9 +15,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
-import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +35,7 @@ from nanochat.runtime import UserError, base_dir, fsync, sha256_of, write_atomic
 from nanochat.settings import Say, Settings
 from nanochat.sources import Source, digest
 from nanochat.splits import held_out, is_sane, split_by_bytes
+from nanochat.temporary import file_lock, remove_abandoned, scratch_folder
 from nanochat.text_files import reading
 
 SPLITS = ("train", "val")
@@ -562,8 +561,11 @@ def _climbmix(limit: int, workers: int, skip_corrupt: bool, say: Say) -> Dataset
         recorded = {name: entry["sha256"] for name, entry in known.items()}
         for path in hub.download_climbmix(missing, directory, workers, recorded, say):
             known[path.name] = _describe(path, "val" if path.name == _shard_name(CLIMBMIX_LAST) else "train")
-            entries = [known[name] for name in sorted(known)]
-            _write_manifest(directory, manifest | {"files": entries, "fingerprint": fingerprint(entries)})
+            with file_lock(directory / ".manifest.lock"):  # another process may have added shards meanwhile
+                there = (_read_manifest(directory) or manifest)["files"]
+                known = {entry["name"]: entry for entry in there} | known
+                entries = [known[name] for name in sorted(known)]
+                _write_manifest(directory, manifest | {"files": entries, "fingerprint": fingerprint(entries)})
     entries = [known[name] for name in names]
     return Dataset(directory, manifest | {"files": entries, "fingerprint": fingerprint(entries)}, skip_corrupt, say)
 
@@ -598,21 +600,14 @@ def _versions(data: Path, name: str) -> list[tuple[Path, dict]]:
 
 @contextmanager
 def _scratch(data: Path, name: str) -> Iterator[Path]:
-    """A temporary folder beside the target; removed on the way out, and what a killed run left behind after an hour."""
+    """A temporary folder beside the target, removed on the way out, as is what dead processes left behind."""
     try:
         data.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {data} ({error.strerror}): point NANOCHAT_BASE_DIR to another place") from error
-    for stale in data.glob(".*.tmp"):
-        if time.time() - stale.stat().st_mtime > 3600:
-            shutil.rmtree(stale, ignore_errors=True)
-    scratch = data / f".{name}.{os.getpid()}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
-    try:
+    remove_abandoned(data, ".*.tmp")
+    with scratch_folder(data / name) as scratch:
         yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _commit(scratch: Path, target: Path) -> None:

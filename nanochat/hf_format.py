@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from nanochat.checkpoint_manager import model_config, read_tensors, weights_hash
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import UserError, first_line, fsync
+from nanochat.temporary import glob_escape, owner_suffix, remove_abandoned
 from nanochat.tokenizer import BOS, Tokenizer, byte_characters
 from nanochat.tying import untied
 
@@ -152,10 +153,9 @@ def write_hf(
     described = describe(config, model_type, dtype, None if tokenizer is None else tokenizer.bos_id)
     architecture = described["architectures"][0]
     facts = dict(architecture=architecture, newer=newer, parameters=sum(t.numel() for t in state.values()))
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    temporary = out.with_name(f".{out.name}.tmp-{owner_suffix()}")
     try:
-        for stale in out.parent.glob(f".{out.name}.tmp-*"):  # of an export that was killed
-            shutil.rmtree(stale)
+        remove_abandoned(out.parent, f".{glob_escape(out.name)}.tmp-*")  # of an export that was killed
         temporary.mkdir(parents=True)
         weights = temporary / "model.safetensors"
         tensors = {name_there(name, model_type): tensor.contiguous() for name, tensor in state.items()}

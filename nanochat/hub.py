@@ -18,6 +18,7 @@ from nanochat.runtime import UserError, base_dir, first_line, sha256_of
 from nanochat.settings import Say
 from nanochat.sources import Source, digest, looking_up, slug_of, stat_all
 from nanochat.storage_errors import NEEDS_PATH, find_storage_error
+from nanochat.temporary import file_lock
 from nanochat.text_files import text_of
 
 HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is given
@@ -198,6 +199,14 @@ def download_climbmix(
     stop = threading.Event()
 
     def fetch(name: str) -> Path:
+        while not stop.is_set():
+            with file_lock(directory / f".{name}.lock", wait=False) as mine:
+                if mine:
+                    return fetch_alone(name)
+            stop.wait(0.5)  # another process writes to the same partial file: what it leaves is taken
+        raise ConnectionError(f"{name}: stopped while another process downloads it")
+
+    def fetch_alone(name: str) -> Path:
         url = hf_hub_url(CLIMBMIX_REPO, name, repo_type="dataset", endpoint=endpoint())
         announced = get_hf_file_metadata(url, timeout=10)
         path = directory / name

@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,6 +37,7 @@ from nanochat.environment import (
     world_size_from_env,
 )
 from nanochat.storage_errors import describe, find_storage_error, naming_storage_errors
+from nanochat.temporary import owner_suffix, process_state
 
 EXIT_USER_ERROR = 2
 PATIENCE = timedelta(hours=3)  # for what one rank does alone: downloads, a tokenizer, compressor baselines
@@ -284,23 +284,6 @@ def _meeting_place(timeout: timedelta = PATIENCE) -> dict:
     return dict(store=dist.PrefixStore(f"attempt_{restarts_from_env()}", store), rank=rank, world_size=world)
 
 
-def process_state(pid: int) -> tuple[str | None, str | None]:
-    """(state, start time) of a process here: the letters of ps, None when it is gone; the start time tells namesakes
-    apart and is None where there is no /proc."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (None if fields[0] in "ZX" else fields[0]), fields[19]  # a zombie waits only to be noticed
-    except FileNotFoundError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None, None
-    except PermissionError:
-        pass  # somebody else's, so it is there
-    return (None, None) if Path("/proc/self/stat").exists() else ("?", None)
-
-
 def lost_ranks() -> str:
     """Which ranks on this host are gone or stopped, in words; empty when all are there."""
     deadline = time.monotonic() + 2  # a dying process closes its sockets a moment before it is gone
@@ -416,7 +399,7 @@ def sha256_of(path: Path) -> str:
 
 def _temporary_name(path: Path) -> Path:
     """Where a file lies until it is complete: no other process and no other thread uses this name."""
-    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}-{threading.get_ident()}.tmp")
+    return path.with_name(f".{path.name}.{owner_suffix()}.tmp")
 
 
 @contextmanager

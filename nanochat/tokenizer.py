@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +21,7 @@ import tiktoken
 from nanochat.runtime import UserError, base_dir
 from nanochat.settings import Say, Settings
 from nanochat.sources import looking_up
+from nanochat.temporary import scratch_folder
 from nanochat.tokenizer_sample import TrainingSample, reporting
 
 # GPT-4's way of splitting (arXiv 2303.08774 gives no regex; tiktoken's cl100k_base does) with two changes. Digits come
@@ -159,9 +159,7 @@ class Tokenizer:
                 )
             return directory
         directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-        temporary.mkdir(exist_ok=True)
-        try:
+        with scratch_folder(directory) as temporary:
             (temporary / "ranks.tiktoken").write_bytes(_ranks_file(self.ranks))
             (temporary / "tokenizer.json").write_text(self.hugging_face_json(), encoding="utf-8")
             np.save(temporary / "token_bytes.npy", self.token_bytes)
@@ -176,8 +174,6 @@ class Tokenizer:
                 # The folder has other files (a checkpoint's), or another process was first: move ours in, ranks last.
                 for name in ("token_bytes.npy", "tokenizer.json", "ranks.tiktoken"):
                     os.replace(temporary / name, directory / name)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return directory
 
     @classmethod
