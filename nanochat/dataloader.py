@@ -25,7 +25,7 @@ from nanochat.dataset import Dataset
 from nanochat.modality import Vocabulary
 from nanochat.runtime import UserError, replacing, write_atomically
 from nanochat.settings import Say
-from nanochat.temporary import remove_abandoned
+from nanochat.temporary import file_lock, remove_abandoned
 from nanochat.tokenizer import Tokenizer
 
 BLOCK = 8192  # rows among which the order is drawn
@@ -39,7 +39,8 @@ class TokenStore:
     .bin: ids, uint16 or uint32, every document as BOS + its ids, behind the caption of a sound its `start`, codes and
     `end`. .npy: offsets of the documents, int64 [documents + 1].
     .json: the index, written last: only with it, and only while sizes and the shard's hash agree, do the others count.
-    The first process of each node makes what is missing, in a background thread, in the order it is required.
+    The first process of each node makes what is missing, in a background thread, in the order it is required. Where
+    nodes share the folder they share the work: a lock makes each shard one process's, and files that count stay.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class TokenStore:
         self._sha256 = {entry["name"]: entry["sha256"] for entry in dataset.manifest["files"]}
         self._entries: dict[int, dict] = {}
         self._queue: list[int] = []
+        self._elsewhere: set[int] = set()  # shards that another process was making when we looked
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -99,19 +101,19 @@ class TokenStore:
         ids = np.memmap(self._file(shard, ".bin"), dtype=self.dtype, mode="r")
         return np.asarray(ids), np.load(self._file(shard, ".npy"))
 
-    def stream(self, max_tokens: int | None = None) -> np.ndarray:
+    def stream(self, max_tokens: int | None = None) -> "Stream":
         """The first max_tokens ids (None: all) of the split in path order: BOS + document, BOS + document, ...
 
-        Only the shards that it takes are tokenised and opened; out of a single one the result is memory-mapped.
+        Only the shards that it takes are tokenised; its slices are read from the memory-mapped files.
         """
-        parts, missing = [], float("inf") if max_tokens is None else max_tokens
+        if max_tokens is None:
+            self.require(range(len(self.paths)))
+        ends = [0]
         for shard in range(len(self.paths)):
-            if missing <= 0:
+            if max_tokens is not None and ends[-1] >= max_tokens:
                 break
-            ids = self.shard(shard)[0]
-            parts.append(ids[: min(missing, len(ids))])
-            missing -= len(ids)
-        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self.dtype), *parts])
+            ends.append(ends[-1] + self.tokens(shard))
+        return Stream(self, ends, ends[-1] if max_tokens is None else min(max_tokens, ends[-1]))
 
     def _file(self, shard: int, suffix: str) -> Path:
         return self.directory / (self.paths[shard].stem + suffix)
@@ -149,10 +151,11 @@ class TokenStore:
                 raise self._failure
             if not self._running():
                 raise RuntimeError(f"stopped while waiting for the tokens of {self.paths[shard].name}")
-            if not self.maker and time.monotonic() - start > self.patience_s:
+            if (not self.maker or shard in self._elsewhere) and time.monotonic() - start > self.patience_s:
+                maker = "another process" if self.maker else "the first process of this node"
                 raise UserError(
-                    f"no tokens of {self.paths[shard]} after {self.patience_s:g} s of waiting for the first process of "
-                    f"this node to make {self._file(shard, '.json')}: see its messages, or start again with one process"
+                    f"no tokens of {self.paths[shard]} after {self.patience_s:g} s of waiting for {maker} to make "
+                    f"{self._file(shard, '.json')}: see its messages, or start again with one process"
                 )
             time.sleep(0.02)
         self._entries[shard] = index
@@ -185,15 +188,36 @@ class TokenStore:
         try:
             self._remove_leftovers()
             while (shard := self._next()) is not None:
-                if self._index(shard) is None:
-                    if not self._seconds:
-                        self.say(f"tokenising {self.dataset.name} ({self.split}) into {self.directory}")
-                    start = time.perf_counter()
-                    self._make(shard)
-                    self._seconds += time.perf_counter() - start
-                    self._tell_when_done()
+                if self._index(shard) is not None:
+                    continue
+                with file_lock(self.directory / f".{self.paths[shard].stem}.lock", wait=False) as mine:
+                    if mine:
+                        self._make_alone(shard)
+                    else:
+                        self._put_off(shard)
         except BaseException as error:  # whoever waits for a shard raises it; tiktoken's panics are BaseExceptions
             self._failure = error
+
+    def _make_alone(self, shard: int) -> None:
+        """Tokenise a shard that nobody else is tokenising, unless somebody just did."""
+        self._elsewhere.discard(shard)
+        if self._index(shard) is not None:
+            return
+        if not self._seconds:
+            self.say(f"tokenising {self.dataset.name} ({self.split}) into {self.directory}")
+        start = time.perf_counter()
+        self._make(shard)
+        self._seconds += time.perf_counter() - start
+        self._tell_when_done()
+
+    def _put_off(self, shard: int) -> None:
+        """Look at a shard that another process makes again when the others are done."""
+        self._elsewhere.add(shard)
+        with self._lock:
+            self._queue.append(shard)
+            idle = self._elsewhere.issuperset(self._queue)
+        if idle:
+            self._stop.wait(0.05)
 
     def _tell_when_done(self) -> None:
         if self._queue:
@@ -221,7 +245,7 @@ class TokenStore:
         path = self.paths[shard]
         self._file(shard, ".json").unlink(missing_ok=True)  # from here on the old files do not count
         lengths = [0]
-        with replacing(self._file(shard, ".bin")) as file:
+        with replacing(self._file(shard, ".bin"), keep_equal=True) as file:
             for texts, sounds in _chunks((text, codes) for _, text, codes, _ in self.dataset.read_clips(path)):
                 if not self._running():
                     raise RuntimeError("tokenising was stopped")
@@ -232,7 +256,7 @@ class TokenStore:
                 # not tofile(): it says nothing of a full disk
                 file.write(np.fromiter(itertools.chain.from_iterable(documents), self.dtype).tobytes())
                 lengths.extend(map(len, documents))
-        with replacing(self._file(shard, ".npy")) as file:
+        with replacing(self._file(shard, ".npy"), keep_equal=True) as file:
             offsets = io.BytesIO()
             np.save(offsets, np.cumsum(lengths, dtype=np.int64))
             file.write(offsets.getvalue())
@@ -245,6 +269,43 @@ class TokenStore:
             "offsets_size": self._file(shard, ".npy").stat().st_size,
         }
         write_atomically(self._file(shard, ".json"), json.dumps(index) + "\n")
+
+
+class Stream:
+    """Shards of a store end to end, as one array [len] of ids that is never in memory as a whole.
+
+    Indexed by a number or a slice without a step; a slice within one shard is a view of its mapped file.
+    """
+
+    def __init__(self, store: TokenStore, ends: list[int], length: int):
+        """ends: where each shard ends in the stream, 0 in front."""
+        self.store, self.ends, self.length, self.dtype = store, ends, length, store.dtype
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, place: int | slice) -> np.ndarray | np.integer:
+        if not isinstance(place, slice):
+            if not -self.length <= place < self.length:
+                raise IndexError(f"{place} is outside a stream of {self.length} ids")
+            return self[place % self.length : place % self.length + 1][0]
+        start, stop, step = place.indices(self.length)
+        assert step == 1, place
+        parts = []
+        for shard in range(bisect_right(self.ends, start) - 1, len(self.ends) - 1):
+            first, last = self.ends[shard], min(self.ends[shard + 1], stop)
+            if first >= stop:
+                break
+            if last > start:  # else a shard that was left out as damaged
+                parts.append(self.store.shard(shard)[0][start - first : last - first])
+                start = last
+        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self.dtype), *parts])
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self[:], dtype=dtype)
+
+    def tolist(self) -> list[int]:
+        return self[:].tolist()
 
 
 def _chunks(documents: Iterable[tuple]) -> Iterator[tuple[tuple, tuple]]:

@@ -12,6 +12,7 @@ a dataset with a validation or test part that part. Where names hold out too muc
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -122,6 +123,15 @@ class Dataset:
         """(name, text) of every document of a split, in path order."""
         for shard in self.shards(split):
             yield from self.read(shard)
+
+    def documents_at(self, split: str, places: set[int]) -> Iterator[tuple[str, str]]:
+        """(name, text) of the documents with these numbers, in path order; the other shards are not read."""
+        first = 0
+        for entry in self.entries(split):
+            if wanted := {place - first for place in places if first <= place < first + entry["documents"]}:
+                documents = itertools.islice(self.read(self.directory / entry["name"]), max(wanted) + 1)
+                yield from (document for number, document in enumerate(documents) if number in wanted)
+            first += entry["documents"]
 
     def read(self, shard: Path) -> Iterator[tuple[str, str]]:
         """(name, text) of one shard's documents, a row group at a time.

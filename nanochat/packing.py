@@ -5,6 +5,7 @@ once, best fit first (longest first, each into the fullest row that has room), a
 What stays empty at the end of a row is ignored. Text that is longer than a row is cut into rows.
 """
 
+import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
@@ -22,18 +23,20 @@ CAPTIONS = 3  # what a draw is for, beside the loader's orders
 
 
 class Rows:
-    """All rows of one split: row i is ids [seq_len + 1], EMPTY behind its documents."""
+    """The rows of one split: row i is ids [seq_len + 1], EMPTY behind its documents."""
 
-    def __init__(self, store: TokenStore, seq_len: int, say: Say = print, one_layout: bool = False):
-        """Waits until the whole split is tokenised. UserError: no document fits a row.
+    def __init__(
+        self, store: TokenStore, seq_len: int, say: Say = print, one_layout: bool = False,
+        max_tokens: int | None = None,
+    ):  # fmt: skip
+        """Waits until the split is tokenised. UserError: no document fits a row.
 
         one_layout: keep only rows whose modalities change at the same places, the most frequent ones.
+        max_tokens: take the first shards that give rows of so many positions, and look at no others (None: all).
         """
-        store.require(range(len(store.paths)))
         self.store, self.capacity = store, seq_len + 1
-        # Of each piece: shard, document, first id, number of ids, whether it is part of a sound.
-        pieces = np.concatenate([self._pieces(shard) for shard in range(len(store.paths))])
-        too_long = (pieces[:, 3] > self.capacity) & (pieces[:, 4] == 1)
+        pieces = self._first_pieces(math.inf if max_tokens is None else -(-max_tokens // seq_len) * self.capacity)
+        too_long = self._too_long(pieces)
         self._say_too_long(pieces, too_long, seq_len, say)
         pieces = pieces[~too_long]
         if not len(pieces):
@@ -86,6 +89,24 @@ class Rows:
     def _of(self, row: int) -> list[list[int]]:
         place = self._order[row]
         return self.pieces[self.ends[place] : self.ends[place + 1]].tolist()
+
+    def _first_pieces(self, wanted: float) -> np.ndarray:
+        """The pieces of the first shards that have `wanted` ids which fit into rows: as many rows are full at least.
+
+        int64 [pieces, 5]: shard, document, first id, number of ids, whether it is part of a sound.
+        """
+        if wanted == math.inf:
+            self.store.require(range(len(self.store.paths)))
+        found = []
+        for shard in range(len(self.store.paths)):
+            if wanted <= 0:
+                break
+            found.append(self._pieces(shard))
+            wanted -= found[-1][~self._too_long(found[-1]), 3].sum()
+        return np.concatenate(found)
+
+    def _too_long(self, pieces: np.ndarray) -> np.ndarray:
+        return (pieces[:, 3] > self.capacity) & (pieces[:, 4] == 1)
 
     def _pieces(self, shard: int) -> np.ndarray:
         ids, offsets = self.store.shard(shard)

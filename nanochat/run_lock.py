@@ -6,7 +6,6 @@ somebody is still at work.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
@@ -15,7 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.runtime import UserError, print0, process_state, restarts_from_env
+from nanochat.runtime import UserError, print0, restarts_from_env
+from nanochat.temporary import names_file, open_locked, process_state
 
 BEAT = 30.0  # seconds between two touches of the file by its owner
 STALE = 600.0  # seconds without one after which the owner on another host counts as gone
@@ -29,7 +29,7 @@ def run_lock(folder: Path, ignore: bool = False) -> Iterator[None]:
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = _open_locked(path)
+    handle = open_locked(path, say=print0)
     try:
         owner = _owner(path)
         if handle is not None and owner is not None and (reason := _gone(owner, path)):
@@ -41,7 +41,7 @@ def run_lock(folder: Path, ignore: bool = False) -> Iterator[None]:
             )
         if handle is None:  # the user knows better: a file of our own
             path.unlink(missing_ok=True)
-            if (handle := _open_locked(path)) is None:
+            if (handle := open_locked(path, say=print0)) is None:
                 raise UserError(f"model_tag={folder.name!r} is just being taken by another process ({path}): try again")
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(_myself()).encode(), 0)
@@ -51,27 +51,11 @@ def run_lock(folder: Path, ignore: bool = False) -> Iterator[None]:
             yield
         finally:
             done.set()
-            if os.path.exists(path) and os.stat(path).st_ino == os.fstat(handle).st_ino:  # not one taken from us
+            if names_file(path, handle):  # not one taken from us
                 path.unlink()
     finally:
         if handle is not None:
             os.close(handle)
-
-
-def _open_locked(path: Path) -> int | None:
-    """A descriptor that holds the lock of the file of this name, made when missing; None when another process does."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        except OSError as error:  # a file system without locks: what the file says has to do
-            print0(f"note: {path.parent} knows no locks ({error.strerror}); two starts in one moment would both get in")
-        if os.path.exists(path) and os.stat(path).st_ino == os.fstat(handle).st_ino:
-            return handle
-        os.close(handle)  # its owner removed it between our open and our lock
 
 
 def _myself() -> dict:

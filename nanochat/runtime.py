@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import filecmp
 import hashlib
 import os
 import platform
@@ -403,8 +404,12 @@ def _temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the path's place when all went well, and leaves nothing behind otherwise."""
+def replacing(path: Path, keep_equal: bool = False) -> Iterator[BinaryIO]:
+    """A file to write that takes the path's place when all went well, and leaves nothing behind otherwise.
+
+    keep_equal: a file of the same content stays: on a network file system, one that another host has mapped must not
+    be replaced.
+    """
     temporary = _temporary_name(path)
     try:
         with naming_storage_errors(path):
@@ -412,6 +417,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
+            if keep_equal and path.is_file() and filecmp.cmp(temporary, path, shallow=False):
+                return
             os.replace(temporary, path)
             fsync(path.parent)
     except OSError as error:

@@ -6,7 +6,7 @@ and every write to a file does.
 """
 
 import contextlib
-import errno
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -16,7 +16,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 BEAT = 30.0  # seconds between two heartbeats of a scratch folder
@@ -113,27 +113,51 @@ def _beat(path: Path, done: threading.Event) -> None:
             os.utime(path)
 
 
+def open_locked(path: Path, wait: bool = False, say: Callable[[str], None] | None = None) -> int | None:
+    """A descriptor that holds the lock of the file of this name, made when missing; None when another process does.
+
+    The lock is the operating system's (flock): it ends with its process, whatever kills that. wait: until it is free.
+    say: receives a note where the file system knows no locks, in which case everybody gets in.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError as error:
+            if say is not None:
+                say(
+                    f"note: {path.parent} knows no locks ({error.strerror}); two starts in one moment would both get in"
+                )
+        if names_file(path, handle):
+            return handle
+        os.close(handle)  # its owner removed it between our open and our lock
+
+
+def names_file(path: Path, handle: int) -> bool:
+    """Whether the path is still the name of the file that this descriptor is of."""
+    try:
+        return os.stat(path).st_ino == os.fstat(handle).st_ino
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def file_lock(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the operating system's lock of a file, made for it and removed with it; yields whether that worked.
+    """Hold the lock of a file, made for it and removed with it; yields whether that worked.
 
     False only without wait, when another process or thread has it. On a file system without locks nobody is kept out:
     what is done under the lock has to bear that, at the price of doing it twice.
     """
-    import filelock
-
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except filelock.Timeout:
+    handle = open_locked(path, wait)
+    if handle is None:
         yield False
         return
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
     try:
         yield True
     finally:
-        if not isinstance(lock, filelock.SoftFileLock):
-            path.unlink(missing_ok=True)  # while it is held: whoever waits on this very file sees that and starts over
-        lock.release()
+        if names_file(path, handle):
+            path.unlink()  # while it is locked: whoever waits for this very file sees that, and starts over
+        os.close(handle)

@@ -101,7 +101,9 @@ def held_out_measure(settings: Settings, dataset: Dataset, tokenizer: Tokenizer,
         world_size=compute.world_size,
     )  # fmt: skip
     if dataset.codec is None:
-        measure, scored, how["seq_len"] = bits_per_byte, store.stream(), settings.max_seq_len
+        most = settings.eval_tokens and settings.eval_tokens + 1  # a target more than inputs
+        measure, scored, how["seq_len"] = bits_per_byte, store.stream(most), settings.max_seq_len
     else:
-        measure, scored = packed_losses, Rows(store, settings.max_seq_len, print0)
+        rows = Rows(store, settings.max_seq_len, print0, max_tokens=settings.eval_tokens)
+        measure, scored = packed_losses, rows
     return lambda model, stop: measure(model, scored, tokenizer.token_bytes, stop=stop, **how)

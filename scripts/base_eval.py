@@ -177,9 +177,9 @@ def evaluate_bpb(
             limit = limit or len(stream)
             found = bits_per_byte(model, stream, tokenizer.token_bytes, rows=rows, seq_len=seq_len, **ranks)
         else:
-            packed = Rows(store, seq_len, print0)
-            limit = limit or len(packed) * seq_len
             most = None if split == "val" else limit
+            packed = Rows(store, seq_len, print0, max_tokens=most)
+            limit = limit or len(packed) * seq_len
             found = packed_losses(model, packed, tokenizer.token_bytes, rows=rows, max_tokens=most, **ranks)
         store.close()
         result |= {split: found["bpb"], f"{split}_bytes": found["bytes"], f"{split}_tokens": found["tokens"]}
@@ -211,12 +211,10 @@ def evaluate_suite(
 def draw_samples(model, tokenizer: Tokenizer, dataset: Dataset, seed: int) -> list[dict]:
     """Continuations of the first lines of four held-out documents, then two texts from nothing (after BOS)."""
     count = dataset.num_documents("val")
-    chosen = {count * n // 4 for n in range(4)}
     prompts = []
-    for i, (_, text) in enumerate(dataset.documents("val")):
-        if i in chosen:
-            lines = [line for line in text[:2000].split("\n") if line.strip()]
-            prompts.append("\n".join(lines[:2])[:160].rstrip())
+    for _, text in dataset.documents_at("val", {count * n // 4 for n in range(4)}):
+        lines = [line for line in text[:2000].split("\n") if line.strip()]
+        prompts.append("\n".join(lines[:2])[:160].rstrip())
     samples = []
     for prompt in [*dict.fromkeys(filter(None, prompts)), "", ""]:
         ids = tokenizer.encode(prompt, bos=True)

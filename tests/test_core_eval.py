@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import random
+import shutil
 import stat
 import threading
 import time
@@ -550,7 +551,7 @@ def test_download_records_and_verifies(base, server, tmp_path):
 
 def test_a_second_download_has_to_be_the_same(base, server, tmp_path):
     server.body = zipped(hand_made(tmp_path / "b"))
-    core_bundle.shutil.rmtree(find_bundle(say=lambda line: None))
+    shutil.rmtree(find_bundle(say=lambda line: None))
     server.body = zipped(tmp_path / "b", inside="other/")
     assert "recorded" in refusal(base)
 
@@ -663,7 +664,7 @@ def test_zip_bombs(base, server, tmp_path, monkeypatch):
     server.body = zipped(folder)
     found = find_bundle(say=lambda line: None)
     assert (found / "inner.zip").read_bytes() == inner.getvalue() and not (tmp_path / "outside").exists()
-    core_bundle.shutil.rmtree(base)
+    shutil.rmtree(base)
     monkeypatch.setattr(core_bundle, "MOST_FILES", 10)
     monkeypatch.setattr(core_bundle.zipfile, "ZipFile", None)  # not even asked
     server.body = whole + b"PK\1\2" * 21

@@ -1,5 +1,6 @@
 """The token store and the loader: the order against a brute-force reference, resume, ranks, damage, kills."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from forked import Forked
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -24,6 +26,7 @@ from nanochat import dataloader
 from nanochat.dataloader import DataLoader, TokenStore
 from nanochat.dataset import Corrupt, Dataset, prepare
 from nanochat.runtime import UserError
+from nanochat.temporary import file_lock
 from nanochat.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train(["the cat sat on the mat. " * 20, "some other words, 12 of them"], 290)
@@ -261,6 +264,23 @@ def test_stream_takes_no_more_shards_than_it_needs(tmp_path):
     assert [path.stem for path in store.directory.glob("*.json")] == ["shard_00000"]
 
 
+def test_a_stream_is_sliced_out_of_the_mapped_files(tmp_path):
+    """Every slice and number is that of the ids as a list; none of a single shard is a copy.
+
+    A shard without a token lies between others. Red when a slice ends at its first shard, or stream() concatenates.
+    """
+    store = make_store(make_dataset(tmp_path, train=[SHARDS[0], [], *SHARDS[1:]]))
+    stream, expected = store.stream(), flat(SHARDS)
+    for start in (None, *range(0, len(expected) + 3, 7), -5):
+        for stop in (None, *range(0, len(expected) + 3, 11), -2):
+            assert stream[start:stop].tolist() == expected[start:stop], (start, stop)
+    assert [int(stream[i]) for i in (0, 5, -1, len(stream) - 1)] == [expected[i] for i in (0, 5, -1, -1)]
+    with pytest.raises(IndexError):
+        stream[len(expected)]
+    assert np.shares_memory(stream[2:6], store.shard(0)[0])
+    assert np.asarray(store.stream(20)).tolist() == expected[:20]
+
+
 def test_files_are_those_of_the_contract(store):
     store.stream()
     assert store.directory == store.dataset.directory / f"tokens-{TOKENIZER.hash[:8]}"
@@ -389,6 +409,80 @@ def test_local_rank_decides_who_makes(tmp_path, monkeypatch):
     assert not make_store(dataset).maker
 
 
+MAKER = """
+import sys, time
+from pathlib import Path
+from nanochat.dataloader import TokenStore
+sys.path.insert(0, sys.argv[2])
+from test_dataloader import TOKENIZER, make_dataset
+store = TokenStore(make_dataset(Path(sys.argv[1])), TOKENIZER, maker=True, say=len)
+make = store._make
+store._make = lambda shard: (print("made", shard, flush=True), time.sleep(0.2), make(shard))
+print("ready", flush=True)
+while not Path(sys.argv[1], "go").exists():
+    time.sleep(0.001)
+for shard in (0, 1, 2):
+    store.shard(shard)
+    print("mapped", shard, store._file(shard, ".bin").stat().st_ino, flush=True)
+"""
+
+
+def test_two_nodes_on_one_folder_make_each_shard_once(tmp_path):
+    """Two makers at the same moment share the work, and no file is replaced that one of them has mapped.
+
+    Red without file_lock() in _work: both make all three shards, and the second one's files take the place.
+    """
+    make_dataset(tmp_path)
+    command = [sys.executable, "-c", MAKER, str(tmp_path), str(Path(__file__).parent)]
+    both = [Forked(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    assert [process.readline() for process in both] == ["ready\n"] * 2
+    (tmp_path / "go").touch()
+    assert [process.wait(timeout=60) for process in both] == [0, 0]
+    words = [line.split() for process in both for line in process.output().splitlines()]
+    assert sorted(word[1] for word in words if word[0] == "made") == ["0", "1", "2"]
+    store = make_store(make_dataset(tmp_path))
+    for _, shard, inode in (word for word in words if word[0] == "mapped"):
+        assert store._file(int(shard), ".bin").stat().st_ino == int(inode)
+    assert store.stream().tolist() == flat(SHARDS)
+    assert not list(store.directory.glob(".*"))
+
+
+def test_a_shard_made_twice_keeps_the_file_that_may_be_mapped(tmp_path, monkeypatch):
+    """On a file system without locks the second maker leaves equal files as they are.
+
+    Red without keep_equal=True: the file gets another inode, and a host that has it mapped over NFS loses it.
+    """
+
+    def without_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    first = make_store(make_dataset(tmp_path))
+    files = [first._file(0, suffix) for suffix in (".bin", ".npy") if len(first.stream())]
+    before = [file.stat().st_ino for file in files]
+    first._file(0, ".json").unlink()
+    made, second = [], make_store(first.dataset)
+    make, second._make = second._make, lambda shard: (made.append(shard), make(shard))
+    assert second.stream().tolist() == flat(SHARDS) and made == [0]
+    assert [file.stat().st_ino for file in files] == before
+
+
+def test_a_maker_waits_for_another_process_and_gives_up_in_the_end(tmp_path):
+    """A shard that another process has locked is put off, the others are made; then the wait is bounded.
+
+    Red when _put_off() does not note the shard, or _work() waits for the lock.
+    """
+    store = make_store(make_dataset(tmp_path), patience_s=0.3)
+    store.directory.mkdir(parents=True)
+    with file_lock(store.directory / ".shard_00000.lock"):
+        store.require([0, 1])
+        assert store.tokens(1) == len(flat(SHARDS[1:2]))
+        with pytest.raises(UserError, match=r"no tokens of .*shard_00000.* waiting for another process"):
+            store.tokens(0)
+    store.patience_s = 30
+    assert store.stream().tolist() == flat(SHARDS)
+
+
 def test_a_split_without_shards(tmp_path):
     with pytest.raises(UserError, match="data words has no val shards"):
         make_store(make_dataset(tmp_path, val=()), "val")
@@ -481,10 +575,8 @@ def test_an_ended_process_leaves_no_counted_file(tiny_corpus, tmp_path, ending):
         dataset = prepare(str(tiny_corpus), say=lambda line: None)
     tokenizer = Tokenizer([bytes([i]) for i in range(256)])
     store = make_store(dataset, tokenizer=tokenizer)
-    left = list(store.directory.iterdir())
-    assert [path.suffix for path in left] == ([".tmp"] if ending == "kill" else [])
-    for path in left:
-        os.utime(path, (0, 0))
+    left = sorted(path.suffix for path in store.directory.iterdir())
+    assert left == ([".lock", ".tmp"] if ending == "kill" else [])
     expected = [i for _, text in dataset.documents("train") for i in tokenizer.encode(text, bos=True)]
     assert store.stream().tolist() == expected
     store.close()

@@ -1,6 +1,7 @@
 """The lock of a model_tag: who holds it is told, who is gone does not count."""
 
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -168,7 +169,7 @@ def test_a_file_system_without_locks_still_trains(folder, monkeypatch, capsys):
     def unknown(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(module.fcntl, "flock", unknown)
+    monkeypatch.setattr(fcntl, "flock", unknown)
     with run_lock(folder):
         assert "knows no locks (Function not implemented)" in capsys.readouterr().out
         with pytest.raises(UserError, match=f"trained by process {os.getpid()}"), run_lock(folder):

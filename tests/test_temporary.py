@@ -8,7 +8,6 @@ import threading
 import time
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pytest
 import torch
@@ -205,9 +204,12 @@ def test_file_lock_keeps_others_out_and_leaves_nothing(tmp_path):
 
 
 def test_file_systems_without_locks_keep_nobody_out(tmp_path, monkeypatch):
+    """Red when open_locked() lets every OSError through."""
+
     def missing(*args, **kwargs):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", missing)
-    with file_lock(tmp_path / ".lock") as mine:
-        assert mine
+    monkeypatch.setattr(temporary.fcntl, "flock", missing)
+    with file_lock(tmp_path / ".lock") as first, file_lock(tmp_path / ".lock", wait=False) as second:
+        assert first and second
+    assert not list(tmp_path.iterdir())
