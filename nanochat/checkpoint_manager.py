@@ -172,14 +172,11 @@ def prune(checkpoint_dir: Path, keep_last: int | None) -> list[Path]:
         return []
     old = [folder for folder in folders if damage(folder) is None][:-keep_last]
     for folder in old:
-        doomed = folder.with_name(f".{folder.name}.pruned")  # a half-deleted step must not look like a damaged one
+        # a half-deleted step must not look like a damaged one
+        doomed = folder.with_name(f".{folder.name}.pruned-{owner_suffix()}")
         with naming_storage_errors(folder):
             os.rename(folder, doomed)
             shutil.rmtree(doomed)
-        # a half-deleted step must not look like a damaged one
-        doomed = folder.with_name(f".{folder.name}.pruned-{owner_suffix()}")
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed)
     return old
 
 

@@ -486,7 +486,7 @@ def test_two_processes_make_one_dataset(tiny_corpus, monkeypatch, base):
 
 def test_unusable_base_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(write_files(tmp_path, {"file": "x"}) / "file"))
-    with pytest.raises(UserError, match=r"cannot make .*: point NANOCHAT_BASE_DIR"):
+    with pytest.raises(UserError, match=r"NANOCHAT_BASE_DIR=.* is a file: name a folder"):
         prepare("stdlib", say=len)
 
 
