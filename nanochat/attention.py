@@ -61,15 +61,15 @@ def sdpa(q, k, v, window: int | None = None, begins: torch.Tensor | None = None)
     if grouped and mask is not None and q.device.type == "cuda":  # for which torch has no kernel that saves memory
         k, v = (z.repeat_interleave(q.size(1) // z.size(1), dim=1) for z in (k, v))
         grouped = False
-    with kernels_for(q.device, cached=k.size(2) != T):
+    with kernels_for(q.device, many_shapes=k.size(2) != T):
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
-def kernels_for(device: torch.device, cached: bool) -> AbstractContextManager:
-    """All of torch's; behind a GPU's cache, where each token has a shape of its own, not cuDNN's: it plans for every
-    shape anew, which took 50 ms on an H200.
+def kernels_for(device: torch.device, many_shapes: bool) -> AbstractContextManager:
+    """All of torch's; on a GPU where each call has a shape of its own not cuDNN's: it plans for every shape anew, which
+    took 50 ms on an H200. So has each token behind a cache, and each batch of prompts or sounds that are scored.
     """
-    if device.type != "cuda" or not cached:
+    if device.type != "cuda" or not many_shapes:
         return nullcontext()
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])

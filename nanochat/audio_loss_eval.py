@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from nanochat.attention import kernels_for
 from nanochat.dataloader import sound_ids
 from nanochat.dataset import Dataset
 from nanochat.loss_eval import never, sum_over_ranks
@@ -106,7 +107,8 @@ def _nats(model, documents: list[tuple[list, list]], rows: int, rank: int, world
             ids[place, : len(before) + len(sound)] = before + sound
             targets[place, len(before) - 1 : len(before) - 1 + len(sound)] = sound
         inputs, wanted = (torch.from_numpy(array).to(model.device) for array in (ids[:, :-1], targets[:, :-1]))
-        losses = model(inputs, wanted, loss_reduction="none").double().sum(dim=1).tolist()
+        with kernels_for(model.device, many_shapes=True):
+            losses = model(inputs, wanted, loss_reduction="none").double().sum(dim=1).tolist()
         for i, loss in zip(group, losses, strict=True):
             result[i] = loss
     model.train(was_training)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nanochat.attention import sdpa
+from nanochat.attention import kernels_for, sdpa
 from nanochat.attention_kernels import visible
 from nanochat.core_bundle import Task, load_bundle
 from nanochat.documents import document_begins
@@ -242,13 +242,14 @@ def score_rows(
     results: dict[int, tuple[float, bool]] = {}
     was_training = model.training
     model.eval()
-    for batch in batches_of(rows, isinstance(model, GPT), batch_tokens):
-        if stop():
-            break
-        cache = Prefixes(model, batch) if batch.shared else None
-        if cache is not None and stop():
-            break
-        results |= zip(map(id, batch.rows), _score(model, batch, cache, pad_id), strict=True)
+    with kernels_for(model.device, many_shapes=True):
+        for batch in batches_of(rows, isinstance(model, GPT), batch_tokens):
+            if stop():
+                break
+            cache = Prefixes(model, batch) if batch.shared else None
+            if cache is not None and stop():
+                break
+            results |= zip(map(id, batch.rows), _score(model, batch, cache, pad_id), strict=True)
     model.train(was_training)
     found = [results.get(id(row), (math.inf, False)) for row in rows]
     return [loss for loss, _ in found], [greedy for _, greedy in found]

@@ -164,6 +164,22 @@ def build_tasks(dataset, say: Say = print) -> list[Task]:
     return tasks
 
 
+_kept: dict[str, list[Task]] = {}  # by the sha256 of the data, of the dataset that was evaluated last
+
+
+def kept_tasks(dataset, build: Callable[[], list[Task]]) -> list[Task]:
+    """The tasks of build(), which is called once for a dataset of one fingerprint: making them reads all held-out text.
+
+    A run evaluates one dataset many times, so the tasks of the last one are kept in memory.
+    """
+    key = dataset.fingerprint["sha256"]
+    if key not in _kept:
+        tasks = build()
+        _kept.clear()
+        _kept[key] = tasks
+    return _kept[key]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # cheap baselines
 

@@ -40,7 +40,7 @@ from nanochat.dataloader import TokenStore
 from nanochat.dataset import Dataset, prepare_for
 from nanochat.engine import generate
 from nanochat.loss_eval import bits_per_byte, compressor_baselines, never, packed_losses
-from nanochat.offline_eval import evaluate_offline
+from nanochat.offline_eval import build_tasks, evaluate_offline, kept_tasks
 from nanochat.packing import Rows
 from nanochat.runtime import (
     Compute,
@@ -197,14 +197,18 @@ def evaluate_suite(
 ) -> dict[str, float]:  # fmt: skip
     """{"core": score} where the CORE bundle lies in the base folder, else {"offline": score}; {} without any task.
 
-    For use during training: nothing is downloaded, the cheap baselines are left out. All ranks call it together.
+    For use during training: nothing is downloaded, the cheap baselines are left out, and OFFLINE's items are made once,
+    by rank 0. All ranks call it together.
     stop: asked before every forward; when it says yes on any rank, CutShort is raised on all.
     """
     options = dict(max_per_task=max_per_task, rank=rank, world_size=world_size, stop=stop, say=print0)
     bundle = from_rank0(lambda: find_bundle(download=False), rank, world_size, model.device)
     if bundle is not None:
         return {"core": evaluate_core(model, tokenizer, bundle, **options)["score"]}
-    score = evaluate_offline(model, tokenizer, dataset, baselines=False, **options)["score"]
+    tasks = kept_tasks(
+        dataset, lambda: from_rank0(lambda: build_tasks(dataset, print0), rank, world_size, model.device)
+    )
+    score = evaluate_offline(model, tokenizer, dataset, baselines=False, tasks=tasks, **options)["score"]
     return {} if score is None else {"offline": score}
 
 

@@ -5,10 +5,12 @@ import functools
 import sys
 import types
 import weakref
+from contextlib import contextmanager
 
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +22,7 @@ from nanochat.attention import blocked_causal_attention, causal_attention, sdpa
 from nanochat.attention_choice import choose_attention, plain_attention, problem
 from nanochat.attention_kernels import block_mask
 from nanochat.documents import document_block_mask, document_masks
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -437,13 +439,45 @@ def test_behind_a_cache_a_gpu_leaves_cudnn_out(monkeypatch):
 
     enabled = {"cudnn": cuda.cudnn_sdp_enabled, "flash": cuda.flash_sdp_enabled, "math": cuda.math_sdp_enabled}
     before = {name: ask() for name, ask in enabled.items()}
-    with attention.kernels_for(CUDA, cached=True):
+    with attention.kernels_for(CUDA, many_shapes=True):
         assert {name: ask() for name, ask in enabled.items()} == {"cudnn": False, "flash": True, "math": True}
-    for device, cached in ((CUDA, False), (CPU, True)):
-        with attention.kernels_for(device, cached):
+    for device, many in ((CUDA, False), (CPU, True)):
+        with attention.kernels_for(device, many):
             assert {name: ask() for name, ask in enabled.items()} == before
     asked, real = [], attention.kernels_for
-    monkeypatch.setattr(attention, "kernels_for", lambda device, cached: asked.append(cached) or real(device, cached))
+    monkeypatch.setattr(
+        attention, "kernels_for", lambda device, many_shapes: asked.append(many_shapes) or real(device, many_shapes)
+    )
     for T in (1, 3, 7):
         causal_attention(*qkv(1, T, 7, 2, 2, 4), None) if T < 7 else sdpa(*qkv(1, T, 7, 2, 2, 4))
     assert asked == [True, True, False]
+
+
+@pytest.mark.parametrize("scoring", ["prompts", "sounds"])
+def test_what_is_scored_in_many_shapes_leaves_cudnn_out_too(monkeypatch, scoring):
+    """Every call of the kernel within CORE's scorer and within the loss of sounds. Red without their `with` line."""
+    from nanochat import audio_loss_eval, core_eval
+
+    inside, calls, kernel = [], [], F.scaled_dot_product_attention
+
+    @contextmanager
+    def entered(device, many_shapes):
+        inside.append(many_shapes)
+        yield
+        inside.pop()
+
+    def called(*args, **options):
+        calls.append(inside[:1])
+        return kernel(*args, **options)
+
+    model = GPT(GPTConfig(32, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=16))
+    model.init_weights()
+    for module in (core_eval, audio_loss_eval):
+        monkeypatch.setattr(module, "kernels_for", entered)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", called)
+    if scoring == "prompts":
+        rows = [core_eval.Row(i // 2, [1 + i // 2] * 9 + [i] * (1 + i), 9, 10 + i) for i in range(8)]
+        core_eval.score_rows(model, rows, 0, 40)
+    else:
+        audio_loss_eval._nats(model, [([1] * i, [2] * 5) for i in range(1, 6)], 2, 0, 1, lambda: False)
+    assert len(calls) >= 6 and all(call == [True] for call in calls), calls

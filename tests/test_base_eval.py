@@ -15,6 +15,7 @@ import torch
 from forked import Forked
 
 import scripts.base_eval as base_eval
+from nanochat import offline_eval
 from nanochat.checkpoint_manager import (
     checkpoints_dir,
     load_checkpoint,
@@ -157,6 +158,29 @@ def test_the_suite_during_training(fresh, capsys):
     write_bundle([Task("never", "language_modeling", items)], fresh / "eval_bundle")
     assert base_eval.evaluate_suite(model, tokenizer, dataset) == {"core": 0.0}
     shutil.rmtree(fresh / "eval_bundle")
+
+
+def test_items_of_the_suite_are_made_once(fresh, tmp_path, monkeypatch):
+    """On rank 0 alone, for all evaluations of a dataset; the score is the same to the bit. Other data has other items.
+
+    Red when kept_tasks() builds every time, or forgets the fingerprint.
+    """
+    model, tokenizer, _ = load_model("base", "cpu", "eval", "tiny", 5)
+    dataset = prepare_for(Settings(data=load_settings()["data"]), say=print)
+    built, build = [], base_eval.build_tasks
+    monkeypatch.setattr(base_eval, "build_tasks", lambda data, say: built.append(data.name) or build(data, say))
+    monkeypatch.setattr(offline_eval, "_kept", {})
+    first = base_eval.evaluate_suite(model, tokenizer, dataset, 8)
+    assert base_eval.evaluate_suite(model, tokenizer, dataset, 8) == first and built == [dataset.name]
+    wanted = base_eval.evaluate_offline(model, tokenizer, dataset, max_per_task=8, baselines=False)["score"]
+    assert first == {"offline": wanted}
+    other = dataclasses.replace(
+        dataset, manifest=dataset.manifest | {"fingerprint": dataset.fingerprint | {"sha256": "0" * 64}}
+    )
+    base_eval.evaluate_suite(model, tokenizer, other, 8)
+    assert len(built) == 2 and list(offline_eval._kept) == ["0" * 64]
+    monkeypatch.setattr(base_eval.dist, "broadcast_object_list", lambda box, src, device: box.__setitem__(0, ["its"]))
+    assert base_eval.from_rank0(lambda: built.append("here"), 1, 2, model.device) == ["its"] and len(built) == 2
 
 
 def test_control_characters_do_not_reach_the_terminal():
