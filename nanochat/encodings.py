@@ -19,6 +19,7 @@ MARKS = (  # UTF-32 first: its little-endian mark begins with that of UTF-16
 SAMPLE = 1 << 18  # bytes at the beginning of a file that decide on its encoding; a multiple of 4
 IMPLAUSIBLE = 0.02  # share of control characters and unassigned code points that no text exceeds
 COMMON = "\t\n\r\f\v\b\x1b\u3000\u3001\u3002"  # beside Latin ones: the control characters of texts, 、 and 。
+WEIGHTS = {**dict.fromkeys(" \n\r", 5), **dict.fromkeys("\u3000\u3001\u3002", 2)}  # of evidence, beside a letter's 1
 ASCII_AND_NUL = bytes([0, *b"\t\n\r\f\v", *range(0x20, 0x7F)])
 
 
@@ -63,12 +64,13 @@ def detect_encoding(raw: bytes, *, complete: bool = True) -> tuple[str, int]:
     found = []
     for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
         if text := _try(head, encoding, final):
-            found.append((*_plausibility(text), -_high_bytes(head, encoding), encoding))
+            score, implausible, common = _plausibility(text)
+            found.append((score, -_high_bytes(head, encoding), encoding, implausible, common))
     if found:
-        score, implausible, _, encoding = max(found)
+        _, _, encoding, implausible, common = max(found)
         # Pairs of ASCII letters are assigned Chinese characters: text with a few NUL bytes must not become such.
         ascii_only = not head.translate(None, ASCII_AND_NUL) and head.count(b"\t") < len(head) / 5
-        if -implausible <= IMPLAUSIBLE and not (ascii_only and score < 0.9):
+        if implausible <= IMPLAUSIBLE and not (ascii_only and common < 0.9):
             return encoding, 0
     if _try(head, "utf-8", final) is None:
         raise Undecodable("binary data: NUL bytes, and neither UTF-16 nor UTF-32")
@@ -93,18 +95,20 @@ def check_encodable(text: str) -> None:
         raise Undecodable(f"a lone surrogate, {found}, which is no character and not UTF-8") from error
 
 
-def _plausibility(text: str) -> tuple[float, float]:
-    """(score, -share of implausible characters); the right reading of a text has the highest score.
+def _plausibility(text: str) -> tuple[float, float, float]:
+    """(score, share of implausible characters, of common ones); the right reading of a text has the highest score.
 
     Blanks, line ends, Latin letters and East Asian full stops are what wrong byte orders and widths do not give.
     """
-    common = implausible = 0
+    score = common = implausible = 0
     for character, number in Counter(text).items():
         if " " <= character <= "~" or "\u00a0" <= character < "\u0250" or character in COMMON:
             common += number
-        elif unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs"):
-            implausible += number
-    return round((common - 2 * implausible) / len(text), 2), -implausible / len(text)
+            score += number * WEIGHTS.get(character, 1)
+        elif character == "\u2000" or unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs"):
+            implausible += number  # U+2000 is a blank in the wrong byte order
+    score += len(text) * (common == len(text))
+    return (score - 5 * implausible) / len(text), implausible / len(text), common / len(text)
 
 
 def _high_bytes(raw: bytes, encoding: str) -> int:

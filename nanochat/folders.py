@@ -67,10 +67,16 @@ class Found:
                 lines.append(f"{len(names)} skipped, {reason}: {first_names(names, NAMED)}")
         return lines
 
+    def report_own_output(self, say: Say) -> None:
+        """Say that output of this program lies in the folder, and which: it is not read."""
+        if names := self.skipped.get(OWN_OUTPUT):
+            say(f"data: {len(names)} skipped, {OWN_OUTPUT}: {first_names(names, NAMED)}")
+
     def report(self, say: Say, counts: dict) -> None:
         """Say what was skipped, and add the numbers to counts: files of other kinds together."""
         for line in self.describe():
-            say(f"data: {line}")
+            if OWN_OUTPUT not in line:  # said whenever the folder is looked at
+                say(f"data: {line}")
         for reason, names in self.skipped.items():
             key = "of other kinds" if reason.startswith((".", "no suffix")) else reason
             counts[key] = counts.get(key, 0) + len(names)
@@ -151,7 +157,7 @@ class _Walk:
                 with os.scandir(folder) as listing:
                     entries = list(listing)
                 self.entered.add(identity)
-                own = _own_entries(Path(folder), {entry.name for entry in entries}, identity == self.base)
+                own = _own_files(folder, {entry.name for entry in entries})
                 for entry in entries:
                     if hidden(entry.name):
                         self.found.skip("hidden", self.name(entry.path))
@@ -231,7 +237,7 @@ def own_output(folder: Path) -> str | None:
     for marks, whose in MARKERS:
         if marks <= names:
             return whose
-    if folder.name in OUTPUT_FOLDERS and _is_base(folder.parent, set(os.listdir(folder.parent))):
+    if folder.name in OUTPUT_FOLDERS and _is_base(folder.parent):
         return "a part of a base folder"
     return None
 
@@ -273,24 +279,19 @@ def _first_line(path: Path) -> bytes:
         return b""
 
 
-def _is_base(folder: Path, names: set[str]) -> bool:
-    """Whether a folder of these entries is, or was, somebody's NANOCHAT_BASE_DIR."""
+def _is_base(folder: Path) -> bool:
+    """Whether a folder is, or was, somebody's NANOCHAT_BASE_DIR: one of its parts holds something of ours."""
+    if base_dir().is_dir() and _identity(base_dir()) == _identity(folder):
+        return True
     for holder in HOLDERS:
-        if holder in names and (folder / holder).is_dir():
+        if (folder / holder).is_dir():
             children = (folder / holder / name for name in sorted(os.listdir(folder / holder)) if not hidden(name))
             if any(path.is_dir() and own_output(path) for path in children):
                 return True
     return False
 
 
-def _own_entries(folder: Path, names: set[str], is_base: bool) -> set[str]:
-    """Which entries of a folder that is not ours as a whole are our output."""
-    own = set()
-    if "config.py" in names and _is_config(folder / "config.py"):
-        own.add("config.py")
-    if "metrics.jsonl" in names and _is_metrics(folder / "metrics.jsonl"):
-        own.add("metrics.jsonl")
-    outputs = names & (OUTPUT_FOLDERS | {"eval_bundle.json"})
-    if outputs and (is_base or _is_base(folder, names)):
-        own |= outputs
-    return own
+def _own_files(folder: Path, names: set[str]) -> set[str]:
+    """Which files are our output in a folder that is not, as a whole."""
+    tests = {"config.py": _is_config, "metrics.jsonl": _is_metrics}
+    return {name for name, is_ours in tests.items() if name in names and is_ours(folder / name)}

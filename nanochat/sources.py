@@ -183,6 +183,7 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
     found = Found()
     if is_folder:
         found = find_files(path, skip_corrupt=skip_corrupt)
+        found.report_own_output(say)
         further = not any(is_read(name, further=False) for name, _ in found.files)
         files = found.choose(lambda name: is_read(name, further))
         if not files:

@@ -161,6 +161,27 @@ def test_packages_have_sources_and_docstrings(tmp_path, monkeypatch):
     assert found["pkg/b.py#docstrings"] == f"Other. {long}\n"
 
 
+def test_packages_drop_held_out_copies(tmp_path, monkeypatch, lines):
+    """A held-out module equal to one of training is skipped and counted, another one stays.
+
+    Red without drop_copies in packages(), or when the copy of training goes instead.
+    """
+    files = {f"pkg/m{i}.py": f"x = {i}  # a module\n" * 100 for i in range(40)}
+    outside = [name for name in files if held_out(name)]
+    files[outside[0]] = files[next(name for name in files if not held_out(name))]
+    site = write_files(tmp_path / "site", files)
+    found = [path.relative_to(site) for path in site.rglob("*.py")]
+    distribution = SimpleNamespace(files=found, locate_file=lambda file: site / file)
+    monkeypatch.setattr(sources, "_closure", lambda own: [distribution])
+    monkeypatch.setattr(sources, "_stdlib_files", lambda: [])
+    monkeypatch.setattr(sources, "LEAST_STDLIB_BYTES", 1000)
+    data = prepare("packages", say=lines.append)
+    assert [name for name, _ in data.documents("val")] == sorted(outside[1:]) and len(outside) > 1
+    assert data.num_documents("train") == 40 - len(outside)
+    assert data.manifest["left_out"] == {"held-out equal to a training document": 1}
+    assert data.verify() == 2 and "1 held-out equal to a training document" in lines[-1]
+
+
 def test_packages_closure_is_that_of_pip():
     """Every requirement of a found distribution is found too, optional extras are not.
 

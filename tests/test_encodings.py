@@ -26,6 +26,10 @@ TEXTS = {
     "Chinese": "道可道,非常道。名可名,非常名。\n一生二,二生三\n",
     "emoji": "great 😀😃 fun\r\n",
     "DNA": "ACGTTGCA" * 20,
+    "Japanese blanks": "こんにちは　世界　です",
+    "syllables that end in a NUL byte": "가가가 가",
+    "characters that end in NUL bytes": "　一　二　三　",
+    "a number": "10,000",
     "CR only": "one\rtwo\rthree\r",
 }
 
@@ -34,7 +38,8 @@ TEXTS = {
 def test_every_unicode_encoding_is_read(language):
     """With and without a mark: exactly the text, line ends included, no mark in it.
 
-    Red when a mark is not cut off, when UTF-16's mark is looked for before UTF-32's, or when _high_bytes is constant.
+    Red when a mark is not cut off, when UTF-16's mark is looked for before UTF-32's, when the WEIGHTS are 1, or when
+    U+2000 is plausible.
     """
     text = TEXTS[language]
     assert decode_text(text.encode()) == decode_text(codecs.BOM_UTF8 + text.encode()) == text
