@@ -325,7 +325,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts.check_mutations", description=__doc__.splitlines()[0])
     parser.add_argument("--number", type=int, default=300, help="mutants to draw; fewer are the first of more")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--results", type=Path, default=Path("mutations.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path("dev/mutations.jsonl"))
     parser.add_argument("--equivalent", type=Path, default=ROOT / "dev" / "equivalent_mutants.jsonl")
     parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1))
     parser.add_argument("--trust_kills", action="store_true", help="run again only what has survived so far")
