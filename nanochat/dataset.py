@@ -247,7 +247,8 @@ def prepare(
     """Make base_dir()/data/<source>/ when it is missing or the source changed; otherwise only open it.
 
     source: stdlib, packages, climbmix, hf:<dataset>, or the path of a file or folder (.txt .md .py .jsonl .parquet,
-    recursively, without hidden ones; without any of those .csv .tsv .json and compressed files). column: of rows. split, config: of a hub dataset.
+    recursively, without hidden ones; without any of those .csv .tsv .json and compressed files). column: of rows.
+    split, config: of a hub dataset.
     limit: climbmix training shards, or hub documents. workers: parallel downloads of climbmix.
     Raises UserError for a missing, empty or too small source, Corrupt for an unreadable one, Unreachable for the hub.
     """
