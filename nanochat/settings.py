@@ -661,7 +661,8 @@ def checked(name: str, value, kind: type[RunSettings] = Settings):
         if one is bool and isinstance(value, bool):
             return value
         if one in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return _checked_number(name, value, one, facts)
+            without = _meaning_of_none(facts["help"]) if type(None) in allowed else ""
+            return _checked_number(name, value, one, facts, without)
         if one is str and isinstance(value, str):
             if facts["choices"] and value not in facts["choices"]:
                 raise UserError(f"{name}={shown(value)} is not one of {', '.join(facts['choices'])}")
@@ -671,16 +672,23 @@ def checked(name: str, value, kind: type[RunSettings] = Settings):
     raise UserError(f"{name}={shown(value)} is a {type(value).__name__}: expected {type_name(name, kind)}")
 
 
-def _checked_number(name, value, kind, facts):
+def _meaning_of_none(help: str) -> str:
+    """', or None (never clips)': what a setting's help says of None, which -1 and 0 are elsewhere."""
+    meaning = re.search(r"\bNone:? ([^;]+)", help)
+    return f", or None ({meaning[1] if meaning else 'off'})"
+
+
+def _checked_number(name, value, kind, facts, without=""):
+    """without: what a message on a number that is too small says of None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1.7e308 < value < 1.7e308:
-        raise UserError(f"{name}={shown(value)} is not a finite number")
+        raise UserError(f"{name}={shown(value)} is not a finite number{without}")
     if kind is int and value != int(value):
         raise UserError(f"{name}={shown(value)} is not a whole number")
     low, above, high = facts["at_least"], facts["above"], facts["at_most"]
     if low is not None and value < low:
-        raise UserError(f"{name}={shown(value)} is too small: at least {low}")
+        raise UserError(f"{name}={shown(value)} is too small: at least {low}{without}")
     if above is not None and value <= above:
-        raise UserError(f"{name}={shown(value)} is too small: more than {above}")
+        raise UserError(f"{name}={shown(value)} is too small: more than {above}{without}")
     if high is not None and value > high:
         raise UserError(f"{name}={shown(value)} is too large: at most {high}")
     return kind(value)

@@ -264,7 +264,7 @@ def listen(prompt: str) -> str:
 def _ask_everything(dialogue: Dialogue, existing: dict | None, chosen: dict, ask_preset: bool, output: str) -> bool:
     """All questions in order, the table, the consent. `visited` is the way back. True: write it."""
     position, visited, group_shown = (-1 if ask_preset else 0), [], None
-    questions, groups, asked = dialogue.questions, dialogue.kind.groups, ASKED[dialogue.kind]
+    questions, groups = dialogue.questions, dialogue.kind.groups
     while True:
         if position == -1:
             _ask_preset(dialogue, existing, chosen)
@@ -293,7 +293,8 @@ def _ask_everything(dialogue: Dialogue, existing: dict | None, chosen: dict, ask
                 visited = [p for p in visited if p < position]
                 continue
             settings = _settled(dialogue.settings)
-            also = [n for g in groups for n in names_of(g, dialogue.kind) if n not in asked[g]]
+            asked = {name for _, name in questions if not dialogue.settings.inert(name)}  # some in another group
+            also = [n for g in groups for n in names_of(g, dialogue.kind) if n not in asked]
             say(f"\nalso in the file, with their values: {', '.join(also)}\n")
             hardware = dialogue.used_hardware()
             _show(settings, hardware)

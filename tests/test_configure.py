@@ -163,6 +163,22 @@ def test_the_tying_questions_in_order():
     assert "unembedding_lr [" not in text
 
 
+@pytest.mark.parametrize(("tied", "rate"), [("yes", "tied learning rate"), ("no", "unembedding_lr")])
+def test_what_was_asked_is_not_listed_as_not_asked(tied, rate):
+    """Whatever group it is asked in; what the answers switch off is listed, not asked. All settings are one or other.
+
+    Red when a question counts as asked in the group that declares it alone, or when it always counts.
+    """
+    run = wizard(ENTERS, f"--set=tie_weights={tied}")
+    asking, _, rest = run.text.partition("also in the file, with their values: ")
+    listed = set(rest.split("\n\n")[0].replace(",", " ").split())
+    questions = {name for group in configure.ASKED[Settings].values() for name in group}
+    asked = {name for name in questions if not run.result.inert(name)}
+    assert ("tied_weights_lr" in asked) == (tied == "yes") and rate in asking
+    assert not asked & listed and questions - asked <= listed
+    assert asked | listed == set(FIELDS)
+
+
 class Prompted(io.StringIO):
     """Answers by the question: {question: [answers in turn]}, else Enter; ends after 200 lines."""
 

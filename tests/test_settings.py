@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+import typing
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.config_file import STAGES
+from nanochat.config_file import STAGES, parse_value
 from nanochat.runtime import UserError
 from nanochat.settings import (
     PRESET_WORLD,
@@ -19,6 +20,7 @@ from nanochat.settings import (
     hardware_preset,
     nearest_divisor,
     preset,
+    types_of,
     validate,
 )
 
@@ -35,6 +37,30 @@ def test_every_setting_is_declared_with_help_group_and_a_legal_default(kind):
     validate(kind())
     with pytest.raises(UserError, match="save_every=0 is too small: at least 1"):
         validate(kind(save_every=0))
+
+
+@pytest.mark.parametrize("kind", STAGES.values())
+def test_a_number_that_elsewhere_means_off_names_none(kind):
+    """-1, 0 and inf for what None switches off, with what None means; not where None is no value.
+
+    Red when `without` is not passed on, or is passed for all.
+    """
+    numbers, none = {int, float}, type(None)
+    parts = {name: set(typing.get_args(hint)) for name, hint in types_of(kind).items()}
+    optional = {name for name, some in parts.items() if none in some and numbers & some}
+    assert {"eval_every", "save_every", "keep_last", "grad_clip"} <= optional and "rank_timeout" not in optional
+    reason = r"(is too small: (at least|more than) \d+|is not a finite number), or None \(\w.*\)$"
+    for name in optional:
+        for value in (-1, 0, math.inf):
+            with pytest.raises(UserError, match=rf"^{name}={value} {reason}"):
+                checked(name, value, kind)
+    with pytest.raises(UserError, match=r"^eval_every=-1 is too small: at least 1, or None \(only at the end\)$"):
+        parse_value("eval_every", "-1", kind)
+    with pytest.raises(UserError, match=r"^grad_clip=0.0 is too small: more than 0, or None \(never clips\)$"):
+        checked("grad_clip", 0.0, kind)
+    for name in ("rank_timeout", "device_batch_size", "warmup_steps"):
+        with pytest.raises(UserError, match=rf"^{name}=-1 is too small: at least \d$"):
+            checked(name, -1, kind)
 
 
 @pytest.mark.parametrize(
