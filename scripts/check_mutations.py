@@ -38,7 +38,7 @@ TESTS = {
     "nanochat/optim.py": ["test_optim", "test_tying", "test_routing"],
     "nanochat/loss_eval.py": ["test_loss_eval", "test_packing", "test_base_eval"],
     "nanochat/core_eval.py": ["test_core_eval"],
-    "nanochat/checkpoint_manager.py": ["test_checkpoint_manager", "test_saver", "test_zoo", "test_eras"],
+    "nanochat/checkpoint_manager.py": ["test_checkpoint_manager", "test_storage_errors", "test_temporary", "test_eras"],
     "scripts/base_train.py": ["test_updates", "test_going_on", "test_base_train", "test_recovery"],
 }
 # Compiles whole models for a minute, which few mutants would be seen by alone.
