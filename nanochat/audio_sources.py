@@ -5,33 +5,35 @@ resampled by soxr and mixed to one channel. A sound that cannot be used is left 
 named, all are counted.
 """
 
-import csv
 import functools
 import io
 import json
-import posixpath
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from nanochat import hub, sources
-from nanochat.encodings import Corrupt
+from nanochat import captions, hub, sources
+from nanochat.folders import Found, find_files
 from nanochat.runtime import UserError, base_dir, first_line
 from nanochat.settings import Say, Settings, nearest_name, shown
 from nanochat.sources import digest, looking_up, slug_of
-from nanochat.text_files import reading, text_of
+from nanochat.splits import own_split
+from nanochat.text_files import text_of
 
 SOUND_SUFFIXES = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64",
+    ".wave", ".bwf", ".sph", ".voc", ".mp2", ".mpga",
 )  # fmt: skip
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
-CAPTION_FILES = ("metadata.csv", "metadata.jsonl", "captions.csv", "captions.jsonl")
+OTHER_SOUNDS = (  # that libsndfile does not read
+    ".m4a", ".m4b", ".aac", ".mp4", ".wma", ".webm", ".weba", ".mka", ".amr", ".ape", ".wv", ".3gp", ".ac3", ".ra",
+)  # fmt: skip
+FOLDER_FORMAT = 2  # part of the state: raise it when the same folder would give other captions or another split
 FROM_NAMES = "file_name"  # as data_column: the files' own names are the captions
 SYNTH_CLIPS = 3000  # when no limit is given
 SYNTH_SECONDS = 2.0
@@ -61,6 +63,7 @@ class Log:
         self.say = say
         self.left_out = Counter() if left_out is None else left_out
         self.altered: Counter = Counter()
+        self.reported: set[str] = {"files"}  # kinds whose numbers were said as a whole
 
     def leave_out(self, kind: str, name: str, detail: str = "") -> None:
         self._note(self.left_out, kind, name, f"{kind}{f' ({detail})' if detail else ''}: left out")
@@ -76,7 +79,7 @@ class Log:
     def close(self) -> None:
         """Say how many of each kind were not named."""
         for kind, number in (*self.left_out.items(), *self.altered.items()):
-            if number > NAMED and kind != "files":
+            if number > NAMED and kind not in self.reported:
                 self.say(f"data: ... and {number - NAMED} more: {kind}")
 
 
@@ -112,8 +115,9 @@ def holds_sounds(data: str) -> bool:
     path = Path(data).expanduser()
     if data == "synth" or data.startswith("hf:") or not path.exists():
         return True  # what is not there is named later
-    files = sources.walk(path, lambda name: name.lower().endswith(SOUND_SUFFIXES), sources.hidden)
-    return bool(files) or path.suffix.lower() in SOUND_SUFFIXES
+    if not path.is_dir():
+        return path.suffix.lower() in SOUND_SUFFIXES + OTHER_SOUNDS
+    return any(name.lower().endswith(SOUND_SUFFIXES + OTHER_SOUNDS) for name, _ in find_files(path).files)
 
 
 def sound_source(settings: Settings, say: Say) -> SoundSource:
@@ -169,10 +173,15 @@ def _synth(limit: int, seconds: float) -> SoundSource:
 
 def _folder(root: Path, data: str, column: str, seconds: float | None) -> SoundSource:
     """Sounds below a folder, each called by its relative path, with captions from tables or from x.txt beside x.wav."""
-    files = sources.walk(root, lambda name: not sources.hidden(Path(name).name), sources.hidden)
-    if not any(name.lower().endswith(SOUND_SUFFIXES) for name, _ in files):
-        raise UserError(f"data={data}: no sounds among {len(files)} files, none of {' '.join(SOUND_SUFFIXES)}")
-    read = [file for file in files if file[0].lower().endswith(SOUND_SUFFIXES + TABLE_SUFFIXES + (".txt",))]
+    found = find_files(root)
+    sounds = [name for name, _ in found.files if name.lower().endswith(SOUND_SUFFIXES)]
+    if not sounds:
+        found.choose(lambda name: False)
+        held = "; ".join(found.describe()) or "0 files"
+        other = any(name.lower().endswith(OTHER_SOUNDS) for name, _ in found.files)
+        advice = ": convert them, as in `ffmpeg -i FILE FILE.wav`" if other else ""
+        raise UserError(f"data={data}: no sounds among {held}; what is read: {' '.join(SOUND_SUFFIXES)}{advice}")
+    files = found.choose(lambda name: name.lower().endswith(SOUND_SUFFIXES + captions.SUFFIXES + (".txt",)))
     absolute = root.resolve()
     advice = (
         "each sound needs a caption: a table captions.csv or captions.jsonl (file name first, caption in the column "
@@ -184,108 +193,51 @@ def _folder(root: Path, data: str, column: str, seconds: float | None) -> SoundS
         sources.printable(absolute.name),
         f"column {column}",
         "not known: your own files",
-        [column, seconds, sources._stat_all(read)],
-        lambda log: _folder_items(data, dict(files), column, seconds, log),
+        [column, seconds, FOLDER_FORMAT, sources._stat_all(files)],
+        lambda log: _folder_items(data, root, found, column, seconds, log),
         advice,
     )
 
 
-def _folder_items(data: str, files: dict[str, Path], column: str, seconds: float | None, log: Log) -> list[Item]:
+def _folder_items(data: str, root: Path, found: Found, column: str, seconds: float | None, log: Log) -> list[Item]:
+    """The sounds of a folder that have captions; what the folder holds besides is named and counted."""
+    found.report(log.say, counts := {})
+    log.left_out.update(counts)
+    log.reported |= counts.keys()
+    files = dict(found.files)
     names = [name for name in files if name.lower().endswith(SOUND_SUFFIXES)]
     if column == FROM_NAMES:
-        captions = {name: re.sub("[_-]+", " ", Path(name).stem) for name in names}
+        texts = {name: captions.Caption(re.sub("[_-]+", " ", Path(name).stem)) for name in names}
     else:
-        captions = _captions(data, files, names, column, log)
+        texts = captions.find_captions(data, files, names, column, log.leave_out, log.say, root.resolve())
+    splits = _splits(names, texts)
     items = []
     for name in names:
-        if name not in captions:
+        if name not in texts:
             log.leave_out("sound without a caption", name)
-        elif usable(caption := captions[name].strip(), name, log):
-            items.append(Item(name, functools.partial(_load_file, name, caption, files[name], seconds)))
+        elif texts[name] is None:
+            continue  # named with its caption
+        elif splits and splits[name] is None:
+            log.leave_out("sound of a test part beside the validation part that is held out", name)
+        elif usable(caption := texts[name].text.strip(), name, log):
+            load = functools.partial(_load_file, name, caption, files[name], seconds)
+            items.append(Item(name, load, splits[name] if splits else None))
     return items
+
+
+def _splits(names: list[str], texts: dict[str, captions.Caption | None]) -> dict[str, str | None] | None:
+    """The split that a folder brings along, by sound: from a column of its tables, or from folders train/, test/."""
+    said = {name: caption.split for name, caption in texts.items() if caption is not None}
+    if said and None not in said.values():
+        by_column = own_split(f"{split}/{name}" for name, split in said.items())
+        if by_column:
+            return {name: by_column.get(f"{said.get(name)}/{name}", "train") for name in names}
+    return own_split(names)
 
 
 def _load_file(name: str, caption: str, path: Path, seconds: float | None, rate: int, log: Log) -> Sound | None:
     wav = decode(path, name, rate, seconds, log)
     return None if wav is None else Sound(name, caption, wav)
-
-
-def _captions(data: str, files: dict[str, Path], names: list[str], column: str, log: Log) -> dict[str, str]:
-    """name of a sound -> caption, from the tables of the folder and the text files beside the sounds."""
-    tables = [name for name in files if posixpath.basename(name).lower() in CAPTION_FILES]
-    beside = {name: text for name in names if (text := posixpath.splitext(name)[0] + ".txt") in files}
-    if not tables and not beside:
-        tables = [name for name in files if "/" not in name and name.lower().endswith(TABLE_SUFFIXES)]
-        if len(tables) > 1:
-            raise UserError(
-                f"data={data}: captions in which of {', '.join(tables)}? Call that one captions.csv or .jsonl"
-            )
-    stems = {posixpath.splitext(name)[0]: name for name in reversed(names)}
-    known = set(names)
-    found: dict[str, str] = {}
-    for table in tables:
-        for given, caption in _table_rows(files[table], column):
-            plain = posixpath.normpath(posixpath.join(posixpath.dirname(table), given.replace("\\", "/")))
-            name = plain if plain in files else stems.get(plain, "")
-            if plain.startswith(("/", "../")) or plain == ".." or re.match("[A-Za-z]:/", given.replace("\\", "/")):
-                log.leave_out("path outside the folder", given)
-            elif not name:
-                log.leave_out("caption without its sound", given)
-            elif name not in known:
-                log.leave_out("caption of a file that is no sound", name)
-            elif name in found:
-                log.leave_out("second caption of a sound", name)
-            else:
-                found[name] = caption
-    for name in [name for name in beside if name not in found]:
-        with reading(path := files[beside[name]]):
-            # bytes that are no UTF-8 become lone surrogates, which usable() knows
-            found[name] = path.read_text("utf-8", "surrogateescape").removeprefix("\ufeff")
-    return found
-
-
-def _table_rows(path: Path, column: str) -> Iterator[tuple[str, str]]:
-    """(file name, caption) of every row; the files are in `file_name`, or in the first column without one."""
-    rows = _jsonl_rows if path.suffix.lower() == ".jsonl" else _csv_rows
-    try:
-        with reading(path):
-            for number, row in rows(path):
-                where = f"{path} line {number}"
-                if column not in row:
-                    raise UserError(
-                        f"{where} has no column {column!r}{nearest_name(column, row)}: choose with --data_column"
-                    )
-                name = row.get("file_name", next(iter(row.values())))
-                yield "" if name is None else str(name), text_of(row, column, where)
-    except Corrupt as error:
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            raise UserError(f"{path} is not UTF-8 ({first_line(error.__cause__)}): save it as UTF-8") from error
-        raise
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        head = file.readline()
-        file.seek(0)
-        table = csv.DictReader(file, delimiter=max(",;\t|", key=head.count))
-        try:
-            for row in table:
-                yield table.line_num, {key: value for key, value in row.items() if key is not None}
-        except csv.Error as error:
-            raise Corrupt(f"{path} line {table.line_num} is not csv ({error})") from error
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise Corrupt(f"{path} line {number} is not JSON ({error})") from error
-                if not isinstance(row, dict) or not row:
-                    raise Corrupt(f"{path} line {number} is not a JSON object with keys")
-                yield number, row
 
 
 def usable(caption: str, name: str, log: Log) -> bool:

@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 from nanochat import synth_audio
-from nanochat.audio_sources import Log, Sound, decode, sound_source
+from nanochat.audio_sources import Log, Sound, decode, holds_sounds, sound_source
 from nanochat.hub import Unreachable
 from nanochat.runtime import UserError, base_dir
 from nanochat.settings import Settings
@@ -125,6 +125,71 @@ def test_synth(tmp_path):
         clip = synth_audio.clip(i, seconds=0.5)
         assert item.split == ("val" if synth_audio.is_held_out(clip.attributes, 0.5) else "train")
     assert Counter(item.split for item in items)["val"] > 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a folder holds
+
+
+def splits_of(folder: Path) -> tuple[dict, Log]:
+    log = Log(lambda line: None)
+    items = sound_source(Settings(modalities="audio:64", data=str(folder)), log.say).fetch(log)
+    return {item.name: item.split for item in items}, log
+
+
+def test_linked_folders_are_read_and_other_files_named(tmp_path):
+    """Red when os.walk lists the folder without following links, or sounds of other kinds go unsaid."""
+    for name in ("in/a.wav", "elsewhere/b.opus", "elsewhere/deep/c.au", "elsewhere/d.aiff"):
+        kind = dict(format="OGG", subtype="OPUS") if name.endswith("opus") else {}
+        write_sound(tmp_path / name, rate=48000, **kind)
+        (tmp_path / name).with_suffix(".txt").write_text(f"caption of {name}")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
+    for name in ("e.m4a", "f.m4a", "g.pdf"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    (tmp_path / "in" / "e.txt").write_text("caption of e")
+    lines = []
+    sounds, log = read_all(lines, data=str(tmp_path / "in"))
+    assert sorted(sounds) == ["a.wav", "more/b.opus", "more/d.aiff", "more/deep/c.au"]
+    assert log.left_out == {"of other kinds": 3, "text file without its sound": 1}
+    assert "data: 3 files not read: 2 .m4a (e.m4a, f.m4a), 1 .pdf (g.pdf)" in lines
+    assert "data: 'e.txt': text file without its sound: left out" in lines
+
+
+def test_a_folder_of_other_sounds_says_how_to_convert_them(tmp_path):
+    """Red when only the suffixes that are read make a folder one of sounds."""
+    (tmp_path / "in").mkdir()
+    for name in ("a.m4a", "a.txt"):
+        (tmp_path / "in" / name).write_text("x")
+    assert holds_sounds(str(tmp_path / "in"))
+    with pytest.raises(UserError, match=r"1 \.m4a \(a\.m4a\).*ffmpeg -i FILE FILE\.wav"):
+        read_all(data=str(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        (("train", "test"), {"train": "train", "test": "val"}),
+        (("train", "validation", "test"), {"train": "train", "validation": "val"}),
+        (("train", "other"), {"train": None, "other": None}),
+    ],
+)
+@pytest.mark.parametrize("column", [False, True])
+def test_a_split_of_the_folders_own_is_kept(tmp_path, parts, expected, column):
+    """By folders with a table each, or by the column `split` of one table. Red when _splits() is not asked."""
+    rows = {part: [f"{part[:2]}{i}.wav" for i in range(3)] for part in parts}
+    for part, names in rows.items():
+        for name in names:
+            write_sound(tmp_path / "in" / ("" if column else part) / name)
+        if not column:
+            table = "file_name,text\n" + "".join(f"{name},of {name}\n" for name in names)
+            (tmp_path / "in" / part / "metadata.csv").write_text(table)
+    if column:
+        table = "".join(f"{name},{part},of {name}\n" for part, names in rows.items() for name in names)
+        (tmp_path / "in" / "metadata.csv").write_text("file_name,split,text\n" + table)
+    splits, log = splits_of(tmp_path / "in")
+    found = {name: expected[part] for part, names in rows.items() for name in names if part in expected}
+    assert {Path(name).name: split for name, split in splits.items()} == found
+    assert sum(log.left_out.values()) == 3 * (len(parts) - len(expected))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +304,7 @@ def spoilt(folder: Path) -> dict[str, int]:
         "silent": 3, "samples that are no numbers": 2, "absurd sample rate": 2, "empty sound": 2, "truncated": 3,
         "unreadable": 4, "caption of a file that is no sound": 2, "sound without a caption": 1, "empty caption": 1,
         "caption that is not UTF-8": 2,
-        "caption without its sound": 1, "path outside the folder": 3, "second caption of a sound": 1,
+        "caption without its sound": 1, "path outside the folder": 2, "second caption of a sound": 2,
     }  # fmt: skip
 
 
@@ -255,7 +320,8 @@ def test_bad_input_is_named_and_counted(tmp_path):
         "good.wav": "caption of good.wav",
         "loud.wav": "caption of loud.wav",
     }
-    assert dict(log.left_out) == expected
+    assert dict(log.left_out) == expected | {"of other kinds": 1}
+    assert "data: 1 file not read: 1 .m4a (song.m4a)" in lines
     assert log.altered == {"louder than full scale, turned down": 1}
     assert np.abs(sounds["loud.wav"].wav).max() == 1.0
     for kind, number in expected.items():
@@ -285,12 +351,13 @@ def test_a_file_that_vanishes_is_unreadable(tmp_path):
     ("files", "column", "words"),
     [
         ({}, "text", "no sounds among 0 files"),
-        ({"a.wav": None, "captions.csv": "file,caption\na.wav,x\n"}, "captoin", "line 2 has no column 'captoin', did"),
+        ({"a.wav": None, "captions.csv": "file,caption\na.wav,x\n"}, "captoin", "has no column 'captoin', did"),
         ({"a.wav": None, "captions.jsonl": '{"file": "a.wav", "text": 3}\n'}, "text", "holds int, not text"),
         ({"a.wav": None, "captions.jsonl": "{\n"}, "text", r"captions\.jsonl line 1 is not JSON"),
         ({"a.wav": None, "captions.jsonl": "[]\n"}, "text", "line 1 is not a JSON object"),
-        ({"a.wav": None, "captions.csv": "file,text\n" + "x" * 200_000}, "text", "line 1 is not csv"),
-        ({"a.wav": None, "captions.csv": b"file,text\na.wav,\xe4rger\n"}, "text", "is not UTF-8 .* save it as UTF-8"),
+        ({"a.wav": None, "captions.csv": "file,text,text\na.wav,b,c\n"}, "text", "has 2 columns 'text'"),
+        ({"a.wav": None, "captions.csv": "a1,b,c\na.wav,b,c\n"}, "caption", r"no header.*--data_column \(2, 3\)"),
+        ({"a.wav": None, "captions.csv": b"file,text\na.wav,\xe4rger\n"}, "text", "is not UTF-8 .*iso-8859-1 -t UTF-8"),
         ({"a.wav": None, "a.csv": "", "b.jsonl": ""}, "text", r"captions in which of a\.csv, b\.jsonl"),
     ],
 )  # fmt: skip
