@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 
 from nanochat.runtime import UserError
@@ -25,19 +26,35 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(words)
 
 
-def number(kind: type, least: float):
-    """A type for add_argument: a finite number of at least so much."""
+def number(kind: type, least: float, most: float = 999_999_999, off: str | None = None):
+    """A type for add_argument: a finite number from least to most. off: what None stands for, where that is allowed."""
+    wanted = f"{'whole ' * (kind is int)}number of at least {least}{f', or None: {off}' if off else ''}"
 
     def convert(text: str):
+        if off and text.lower() == "none":
+            return None
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value < 1e9:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number of at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text!r} is larger than {most:,}")
+        if not least <= value:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {wanted}")
         return value
 
     return convert
+
+
+seed = number(int, 0, most=2**63 - 1)  # a type for add_argument, with the bounds of the setting
+
+
+def prompt(text: str) -> str:
+    """A type for add_argument: text, as UTF-8 where the locale made something else of its bytes."""
+    try:
+        return os.fsencode(text).decode("utf-8") if any("\ud800" <= c <= "\udfff" for c in text) else text
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!a} is not UTF-8") from error
 
 
 def temperature(text: str) -> float:

@@ -37,7 +37,7 @@ from nanochat.settings import Say, Settings
 from nanochat.sources import Source, digest
 from nanochat.splits import held_out, is_sane, split_by_bytes
 from nanochat.temporary import file_lock, remove_abandoned, scratch_folder
-from nanochat.text_files import reading
+from nanochat.text_files import open_parquet, reading
 
 SPLITS = ("train", "val")
 SHARD_BYTES = 16_000_000  # text of one shard: enough to compress and to shuffle in, small enough to hold in memory
@@ -175,7 +175,7 @@ class Dataset:
 def read_shard(shard: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of a parquet shard; without a `name` column documents are called file#row. Corrupt if unreadable."""
     with reading(shard):
-        file = pq.ParquetFile(shard, page_checksum_verification=True)
+        file = open_parquet(shard)
         columns = [column for column in ("name", "text") if column in file.schema_arrow.names]
         row = 0
         for group in range(file.num_row_groups):
@@ -194,7 +194,7 @@ def read_clips(shard: Path, codec: dict | None) -> Iterator[tuple[str, str, np.n
         yield from ((name, text, None, None) for name, text in read_shard(shard))
         return
     with reading(shard):
-        file = pq.ParquetFile(shard, page_checksum_verification=True)
+        file = open_parquet(shard)
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=["name", "text", "codes", "attributes"])
             for name, text, flat, attributes in zip(*table.columns, strict=True):
@@ -406,7 +406,8 @@ def _write(documents: Iterable[Document], directory: Path, codec: dict | None = 
             kind = pa.int16() if codec["codes"] <= 2**15 else pa.int32()
             table = table.append_column("codes", pa.array(codes, pa.list_(kind)))
             table = table.append_column("attributes", pa.array(attributes, pa.string()))
-        pq.write_table(table, path, compression="zstd", row_group_size=1024, write_page_checksum=True)
+        with pa.OSFile(os.fsencode(path), "wb") as file:  # a path need not be UTF-8
+            pq.write_table(table, file, compression="zstd", row_group_size=1024, write_page_checksum=True)
         entries.append(_describe(path, split, codec))
         pending[split], sizes[split] = [], 0
 

@@ -43,6 +43,12 @@ def base_dir() -> Path:
             raise UserError("this user has no home folder: set NANOCHAT_BASE_DIR to a folder for all files") from error
     path = expand_user(given, "NANOCHAT_BASE_DIR")
     try:
+        os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:  # whatever the locale makes of the bytes
+        raise UserError(
+            f"NANOCHAT_BASE_DIR={given!a} is no UTF-8, which the library that reads weights demands: rename the folder"
+        ) from error
+    try:
         if not stat.S_ISDIR(path.stat().st_mode):
             raise UserError(f"NANOCHAT_BASE_DIR={given!r} is a file: name a folder")
     except FileNotFoundError:

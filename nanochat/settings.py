@@ -666,7 +666,9 @@ def checked(name: str, value, kind: type[RunSettings] = Settings):
         if one is str and isinstance(value, str):
             if facts["choices"] and value not in facts["choices"]:
                 raise UserError(f"{name}={shown(value)} is not one of {', '.join(facts['choices'])}")
-            if not value.strip() or any(ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in value):
+            if any(0xD800 <= ord(c) < 0xE000 for c in value):
+                raise UserError(f"{name}={shown(value)} is no text in this locale: set LC_ALL=C.UTF-8, or rename it")
+            if not value.strip() or any(ord(c) < 32 for c in value):
                 raise UserError(f"{name}={shown(value)} is empty or holds control characters")
             return value
     raise UserError(f"{name}={shown(value)} is a {type(value).__name__}: expected {type_name(name, kind)}")

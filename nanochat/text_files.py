@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import sys
 import zlib
 from collections import Counter
@@ -267,8 +268,13 @@ def _is_quoted(path: Path, delimiter: str) -> bool:
             return False
 
 
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """A parquet file with its checksums verified. By the bytes of its path, which need not be UTF-8."""
+    return pq.ParquetFile(pa.OSFile(os.fsencode(path)), page_checksum_verification=True)
+
+
 def _parquet_rows(path: Path, column: str, rows: Rows) -> Iterator[str | None]:
-    file = pq.ParquetFile(path, page_checksum_verification=True)
+    file = open_parquet(path)
     if column not in file.schema_arrow.names:
         raise Corrupt(_no_column(str(path), column, file.schema_arrow.names))
     for group in range(file.num_row_groups):

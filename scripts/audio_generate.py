@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.arguments import Parser, number, temperature
+from nanochat.arguments import Parser, number, prompt, seed, temperature
 from nanochat.audio_generation import generate_codes, open_audio_model, stream_sound, to_sound
 from nanochat.listen_page import write_wav
 from nanochat.runtime import UserError, check_output, init_compute, run_script
@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def add_request(parser: Parser) -> None:
     """The flags that say which sounds, and where to."""
-    parser.add_argument("--prompt", required=True, help="the caption")
+    parser.add_argument("--prompt", type=prompt, required=True, help="the caption")
     parser.add_argument("--out", type=Path, help="wav file to write")
     parser.add_argument("--num", type=number(int, 1), default=1, help="how many sounds")
     parser.add_argument(
@@ -55,9 +55,11 @@ def output_paths(out: Path, num: int) -> list[Path]:
 
 def add_sampling(parser: Parser) -> None:
     """The flags that choose a checkpoint and how to draw from it."""
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same sounds")
+    parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same sounds")
     parser.add_argument("--temperature", type=temperature, default=0.8, help="0 takes the likeliest code each time")
-    parser.add_argument("--top-k", type=number(int, 1), help="draw among the k likeliest codes")
+    parser.add_argument(
+        "--top-k", type=number(int, 1, off="among all"), help="draw among the k likeliest codes (default: None, all)"
+    )
     parser.add_argument("--model-tag", help="folder of the checkpoints (default: the newest)")
     parser.add_argument("--step", type=number(int, 0), help="step to take (default: the newest whole one)")
     parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")

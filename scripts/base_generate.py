@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from nanochat.arguments import Parser, number, temperature
+from nanochat.arguments import Parser, number, prompt, seed, temperature
 from nanochat.checkpoint_manager import load_model
 from nanochat.decoding import say
 from nanochat.engine import decode, generate
@@ -22,13 +22,15 @@ from scripts.base_eval import printable
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("scripts.base_generate", __doc__)
-    parser.add_argument("--prompt", default="", help="what the text begins with (default: nothing)")
+    parser.add_argument("--prompt", type=prompt, default="", help="what the text begins with (default: nothing)")
     parser.add_argument("--max-tokens", type=number(int, 1), default=256, help="the longest continuation")
     parser.add_argument("--num", type=number(int, 1), default=1, help="how many continuations")
     parser.add_argument("--compile", action="store_true", help="compile the step: for thousands of tokens")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="the same seed gives the same text")
+    parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same text")
     parser.add_argument("--temperature", type=temperature, default=0.8, help="0 takes the likeliest token each time")
-    parser.add_argument("--top-k", type=number(int, 1), default=50, help="draw among the k likeliest tokens")
+    parser.add_argument(
+        "--top-k", type=number(int, 1, off="among all"), default=50, help="draw among the k likeliest tokens; None: all"
+    )
     parser.add_argument("--model-tag", help="folder of the checkpoints, or a path with a slash (default: the newest)")
     parser.add_argument("--step", type=number(int, 0), help="step to take (default: the newest whole one)")
     parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 
 from nanochat import conversion
-from nanochat.arguments import Parser, number
+from nanochat.arguments import Parser, number, seed
 from nanochat.checkpoint_manager import checkpoints_dir
 from nanochat.config_file import as_dict
 from nanochat.conversion import Source
@@ -46,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--expert-dim", type=number(int, 1), help="width inside the experts (default: the model's)")
     parser.add_argument("--output-layers", choices=("separate", "masked", "shared"), help="logits (separate)")
     parser.add_argument("--fresh-experts", action="store_true", help="do not begin with a copy of text's")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the new weights")
+    parser.add_argument("--seed", type=seed, default=0, help="of the new weights")
     args = parser.parse(argv)
     if args.untie not in (None, True) and not args.add_modality:
         raise UserError(f"--untie={args.untie} is of an added modality: give --add-modality too, or --untie alone")

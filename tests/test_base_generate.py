@@ -1,5 +1,7 @@
 """Text from a checkpoint: what is printed is what decode() gives, character by character."""
 
+import os
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from nanochat import decoding, engine
 from nanochat.checkpoint_manager import load_model
 from nanochat.engine import generate
 from nanochat.runtime import UserError
-from scripts import base_generate
+from scripts import audio_generate, base_generate
 
 
 @pytest.fixture
@@ -78,3 +80,39 @@ def test_what_cannot_be_written(trained, monkeypatch):
     monkeypatch.setattr(base_generate, "load_model", lambda *args: (None, None, {}))
     with pytest.raises(UserError, match="no tokenizer"):
         base_generate.main([trained])
+
+
+@pytest.mark.parametrize("script", [base_generate, audio_generate])
+@pytest.mark.parametrize(
+    ("flag", "value", "reason"),
+    [
+        ("--top-k", "0", "'0' is not a whole number of at least 1, or None: among all"),
+        ("--top-k", "-1", "or None: among all"),
+        ("--seed", str(2**63), f"is larger than {2**63 - 1:,}"),
+        ("--seed", "1.5", "is not a whole number of at least 0"),
+        ("--num", "1000000000", "is larger than 999,999,999"),
+    ],
+)
+def test_a_number_out_of_range_is_told_its_bound_and_the_way_to_switch_off(script, flag, value, reason, tmp_path):
+    """Red when the upper bound shares the message of the lower one, or None is not proposed."""
+    with pytest.raises(UserError) as caught:
+        script.parse(["--prompt=x", f"{flag}={value}"])
+    assert reason in str(caught.value)
+
+
+def test_large_seeds_and_no_top_k_are_taken(tmp_path):
+    """Red when seeds end at 1e9, or None is no value of --top-k."""
+    out = [f"--out={tmp_path / 'x.wav'}"]
+    for script, further in ((base_generate, []), (audio_generate, out)):
+        args = script.parse(["--prompt=x", *further, "--seed=99999999999", "--top-k=None"])
+        assert (args.seed, args.top_k) == (99_999_999_999, None)
+
+
+def test_a_prompt_is_read_as_utf8_whatever_the_locale(monkeypatch):
+    """Red without prompt(): under LC_ALL=C an umlaut became two signs for undecodable bytes."""
+    escaped = "über".encode().decode("ascii", "surrogateescape")  # what Python makes of it there
+    monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii", "surrogateescape"))
+    assert base_generate.parse([f"--prompt={escaped}"]).prompt == "über"
+    assert base_generate.parse(["--prompt=über"]).prompt == "über"
+    with pytest.raises(UserError, match="is not UTF-8"):
+        base_generate.parse(["--prompt=a\udcffb"])

@@ -28,7 +28,7 @@ def test_the_base_folder_may_be_anything_that_is_or_can_be_a_folder(monkeypatch,
     """Red when the value is taken as it is: relative ones would follow the current folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ends in a blank ").mkdir()
-    for given in ("Über 🎵 'x' \"y\" #$&", "a\udcffb", str(tmp_path / "new" / "deep"), "ends in a blank ", "."):
+    for given in ("Über 🎵 'x' \"y\" #$&", str(tmp_path / "new" / "deep"), "ends in a blank ", "."):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", given)
         assert base_dir() == tmp_path / given
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/x")
@@ -41,7 +41,7 @@ def test_the_base_folder_may_be_anything_that_is_or_can_be_a_folder(monkeypatch,
     ("given", "reason"),
     [("FILE", "is a file"), ("FILE/below", "Not a directory"), ("~nosuch/x", "no such home folder"),
      ("new ", "white space"), ("new\n", "white space"), (" ", "white space"), ("x" * 300, "File name too long"),
-     ("LOOP/x", "Too many levels"), (None, "has no home folder")],
+     ("LOOP/x", "Too many levels"), ("a\udcffb", "is no UTF-8"), (None, "has no home folder")],
 )  # fmt: skip
 def test_a_base_folder_that_cannot_be_is_one_line_and_code_2(given, reason, monkeypatch, tmp_path, capsys):
     """Whatever asks for it. Red when base_dir() lets Path's own errors out, or takes a file."""

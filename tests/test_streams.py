@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from forked import Forked
 from tiny_run import CHECKOUT, TINY, flags, metrics, tag_dir
 
-from nanochat import streams
+from nanochat import dataset, streams
 from nanochat.runtime import print0
 
 ODD = "Über 🎵 \udcff \ufffd"  # an umlaut, an emoji, a byte of a file name that is no UTF-8, the sign for such bytes
@@ -36,7 +38,7 @@ def test_any_text_is_printed_in_any_encoding(encoding):
     """Red when _safe() keeps the stream's own errors, which are strict here."""
     program = f"""
 import argparse, sys, warnings
-from nanochat import streams
+from nanochat import dataset, streams
 streams.open_streams()
 print({ODD!a}, sys.stdout.fileno())
 streams.emit({ODD!a}, flush=True)
@@ -62,7 +64,7 @@ def test_a_stream_that_cannot_be_written_ends_nothing(redirect, reason):
     """Exit code 0 and one line, whatever prints. Red when _Descriptor.write() raises what it caught."""
     program = """
 import os, sys
-from nanochat import streams
+from nanochat import dataset, streams
 streams.open_streams()
 file = open(os.devnull, "w")
 assert file.fileno() > 2, "a closed descriptor was given to the next file"
@@ -170,3 +172,11 @@ def test_a_run_whose_output_is_lost_trains_to_its_end_and_says_so_in_its_log(cor
     assert {**metrics("full", "lost")[0]} == {"standard error": reason, "standard output": reason}
     assert len(metrics("full", "lost")) == 1
     assert json.loads((tag_dir("full") / "metrics.jsonl").read_text().splitlines()[-1])["event"] == "done"
+
+
+def test_a_parquet_file_is_found_by_the_bytes_of_its_name(tmp_path):
+    """A name need not be UTF-8, and under LC_ALL=C none seems to be. Red when pyarrow is handed the path itself."""
+    path = tmp_path / "b\udcffä 🎵.parquet"
+    with open(path, "wb") as file:
+        pq.write_table(pa.table({"text": ["one", "two"]}), file)
+    assert [text for _, text in dataset.read_shard(path)] == ["one", "two"]
