@@ -65,9 +65,9 @@ def detect_encoding(raw: bytes, *, complete: bool = True) -> tuple[str, int]:
     for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
         if text := _try(head, encoding, final):
             score, implausible, common = _plausibility(text)
-            found.append((score, -_high_bytes(head, encoding), encoding, implausible, common))
+            found.append((score, encoding, implausible, common))
     if found:
-        _, _, encoding, implausible, common = max(found)
+        _, encoding, implausible, common = max(found)
         # Pairs of ASCII letters are assigned Chinese characters: text with a few NUL bytes must not become such.
         ascii_only = not head.translate(None, ASCII_AND_NUL) and head.count(b"\t") < len(head) / 5
         if implausible <= IMPLAUSIBLE and not (ascii_only and common < 0.9):
@@ -109,12 +109,6 @@ def _plausibility(text: str) -> tuple[float, float, float]:
             implausible += number  # U+2000 is a blank in the wrong byte order
     score += len(text) * (common == len(text))
     return (score - 5 * implausible) / len(text), implausible / len(text), common / len(text)
-
-
-def _high_bytes(raw: bytes, encoding: str) -> int:
-    """How many values the high byte of a code unit takes: few in a text, since its characters are of few scripts."""
-    unit = int(encoding[4:6]) // 8
-    return len(set(raw[unit - 1 if encoding.endswith("le") else 0 :: unit]))
 
 
 def _evidence(mark: int) -> str:

@@ -27,9 +27,10 @@ TEXTS = {
     "emoji": "great 😀😃 fun\r\n",
     "DNA": "ACGTTGCA" * 20,
     "Japanese blanks": "こんにちは　世界　です",
-    "syllables that end in a NUL byte": "가가가 가",
+    "syllables that end in a NUL byte": "가가가가가가 가",
+    "and a line that ends in CR": "가가가\r가",
     "characters that end in NUL bytes": "　一　二　三　",
-    "a number": "10,000",
+    "a number": "0,000",
     "CR only": "one\rtwo\rthree\r",
 }
 
@@ -39,7 +40,7 @@ def test_every_unicode_encoding_is_read(language):
     """With and without a mark: exactly the text, line ends included, no mark in it.
 
     Red when a mark is not cut off, when UTF-16's mark is looked for before UTF-32's, when the WEIGHTS are 1, or when
-    U+2000 is plausible.
+    U+2000 is plausible, or when a text of common characters alone gets no further score.
     """
     text = TEXTS[language]
     assert decode_text(text.encode()) == decode_text(codecs.BOM_UTF8 + text.encode()) == text
