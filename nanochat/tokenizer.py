@@ -12,7 +12,8 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -86,12 +87,28 @@ class Tokenizer:
 
         Every character is kept, U+0000 and U+FEFF too. Lone surrogates, which are no Unicode text, become U+FFFD.
         """
-        ids = self._encoding.encode_ordinary(text)
+        with self._panics_as_user_errors():
+            ids = self._encoding.encode_ordinary(text)
         return [self.bos_id, *ids] if bos else ids
 
     def encode_batch(self, texts: list[str], num_threads: int = 4) -> list[list[int]]:
         """encode() of every text without BOS, on several threads (tiktoken releases the GIL)."""
-        return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+        with self._panics_as_user_errors():
+            return self._encoding.encode_ordinary_batch(texts, num_threads=num_threads)
+
+    @contextmanager
+    def _panics_as_user_errors(self) -> Iterator[None]:
+        """tiktoken panics, with no exception of Python's, where a pattern from elsewhere (\\s+ without a bound) meets a
+        million blanks in a row; those in SPLIT_PATTERN cannot."""
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(
+                f"tokenizer {self.name} cannot encode a text: its split pattern overflows, as on a million blanks in a "
+                "row; shorten such runs, or train a tokenizer of your own (--tokenizer=None)"
+            ) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, specials as their names; bytes that are not UTF-8 become U+FFFD. ValueError: unknown id."""

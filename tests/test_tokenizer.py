@@ -178,6 +178,18 @@ def test_long_runs_neither_panic_nor_crawl(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_pattern_that_overflows_is_a_mistake_of_the_user(tokenizer):
+    """A tokenizer from elsewhere, whose pattern bounds nothing, on what ours takes. Red when the panic passes."""
+    text = " " * 1_500_000 + "x"
+    foreign = Tokenizer(tokenizer.ranks, r"\p{L}+|\s+(?!\S)|\s|.", name="theirs")
+    for encode in (foreign.encode, lambda text: foreign.encode_batch([text])):
+        with pytest.raises(UserError, match=r"tokenizer theirs cannot encode a text: .*shorten such runs"):
+            encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(TypeError):
+        foreign.encode(None)
+
+
 SYMBOLS = ["\u0301", "e\u0301", "\0", "\ufeff", "^", "_", "😀", "-\n"]
 RUNS = ["A", "中", "ก", *SYMBOLS, " ", "\n", "\r\n", "\t", "\u3000", "7", "Ⅷ"]
 LENGTHS = [1, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1000]
