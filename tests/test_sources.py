@@ -131,7 +131,7 @@ def test_damaged_files_are_one_line(tmp_path, name, content, words):
 
 
 @hypothesis.given(
-    st.lists(st.text(st.sampled_from("ab ,;\t\"'\n|ü"), min_size=1).filter(str.strip), min_size=1, max_size=8),
+    st.lists(st.text(st.sampled_from("ab ,;\t\"'\n\r|ü"), min_size=1).filter(str.strip), min_size=1, max_size=8),
     st.sampled_from([",", ";", "|"]),
 )
 def test_csv_is_what_its_writer_wrote(tmp_path_factory, texts, delimiter):
@@ -269,7 +269,7 @@ def test_a_parquet_file_without_the_column(tmp_path):
 def test_long_lines_are_cut_between_characters(tmp_path_factory, pieces, longest):
     """Blocks are the file, each is text by itself. Red when _whole_characters hands on half a character."""
     path = tmp_path_factory.getbasetemp() / "long.txt"
-    text = "".join(pieces)
+    text = "".join(pieces) * 20
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text_files, "LONGEST_LINE", longest)
         patch.setattr(text_files, "BLOCK_BYTES", 16)
