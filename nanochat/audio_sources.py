@@ -8,10 +8,12 @@ named, all are counted.
 import functools
 import io
 import json
+import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +27,7 @@ from nanochat.settings import Say, Settings, nearest_name, shown
 from nanochat.sources import digest, looking_up, slug_of
 from nanochat.splits import own_split
 from nanochat.text_files import text_of
+from nanochat.wav_header import PLACEHOLDER, mend_header
 
 SOUND_SUFFIXES = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64",
@@ -41,6 +44,7 @@ HUB_SOUNDS = 10_000  # sounds taken of a hub dataset when no limit is given
 RATES = (1000, 768_000)  # Hz that a sound may have
 SILENT = 1e-4  # peak amplitude: -80 dB below full scale
 LONGEST = 600.0  # seconds of a sound that are kept when clip_seconds is None: memory has an end
+UNKNOWN_FRAMES = 1 << 40  # what libsndfile says of a stream without a length
 WHOLE = 0.95  # part of the announced length that makes a file whole: an mp3's is an estimate
 BLOCK = 1 << 20  # samples decoded at a time
 NAMED = 5  # of each kind of bad sound
@@ -374,21 +378,23 @@ def decode(file: Path | io.BytesIO, name: str, rate: int, seconds: float | None,
     soundfile = needed("soundfile", "to decode sounds")
     seconds = seconds or LONGEST
     try:
-        if not (file.stat().st_size if isinstance(file, Path) else file.getbuffer().nbytes):
-            return log.leave_out("empty sound", name)
-        with soundfile.SoundFile(file) as sound:
-            given, channels = sound.samplerate, sound.channels
-            if not RATES[0] <= given <= RATES[1]:
-                return log.leave_out("absurd sample rate", name, f"{given} Hz")
-            if _cut_short(sound.extra_info):
-                return log.leave_out("truncated", name)
-            wanted = max(1, round(seconds * given))
-            blocks, length = [], 0
-            while length <= wanted and len(block := sound.read(max(1, BLOCK // channels), "float32", always_2d=True)):
-                blocks.append(block.mean(axis=1))
-                length += len(block)
-            if length <= wanted and length < WHOLE * sound.frames:
-                return log.leave_out("truncated", name)
+        with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as raw:
+            if not raw.seek(0, os.SEEK_END):
+                return log.leave_out("empty sound", name)
+            view = mend_header(raw)
+            # a path where nothing is to be mended: libsndfile reads it faster, and knows some formats by the suffix
+            with soundfile.SoundFile(file if view is raw and isinstance(file, Path) else view) as sound:
+                given, channels = sound.samplerate, sound.channels
+                if not RATES[0] <= given <= RATES[1]:
+                    return log.leave_out("absurd sample rate", name, f"{given} Hz")
+                if lacking := _bytes_lacking(sound.extra_info):
+                    if lacking > 1 - WHOLE:
+                        return log.leave_out("truncated", name)
+                    log.alter("a little shorter than its header says", name)
+                wanted = max(1, round(seconds * given))
+                blocks, length = _read_blocks(sound, wanted)
+                if length <= wanted and length < WHOLE * sound.frames and sound.frames < UNKNOWN_FRAMES:
+                    return log.leave_out("truncated", name)
     except (soundfile.SoundFileError, OSError) as error:
         return log.leave_out("unreadable", name, first_line(error))
     if not length:
@@ -410,10 +416,21 @@ def decode(file: Path | io.BytesIO, name: str, rate: int, seconds: float | None,
     return resample(wav, given, rate)
 
 
-def _cut_short(facts: str) -> bool:
-    """Whether libsndfile met less data than the header announces; who writes into a pipe announces no true length."""
+def _read_blocks(sound, wanted: int) -> tuple[list[np.ndarray], int]:
+    """Blocks of samples, float32 mixed to one channel, up to just over `wanted` of them; and how many they hold."""
+    blocks, length = [], 0
+    while length <= wanted and len(block := sound.read(max(1, BLOCK // sound.channels), "float32", always_2d=True)):
+        blocks.append(block.mean(axis=1))
+        length += len(block)
+    return blocks, length
+
+
+def _bytes_lacking(facts: str) -> float:
+    """The part of the announced bytes that libsndfile did not find; 0 where a pipe's writer announced no length."""
     sizes = re.search(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", facts)
-    return bool(sizes) and int(sizes[2]) < WHOLE * int(sizes[1]) and int(sizes[1]) < 2**31 - 2**16
+    if not sizes or not 0 < int(sizes[1]) < PLACEHOLDER:
+        return 0.0
+    return max(0, int(sizes[1]) - int(sizes[2])) / int(sizes[1])
 
 
 def resample(wav: np.ndarray, given: int, rate: int) -> np.ndarray:
