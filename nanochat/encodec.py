@@ -1,5 +1,6 @@
 """EnCodec (Defossez et al. 2022) by way of transformers: a pretrained neural codec behind audio.py's interface."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ from nanochat.hub import place_caches, probe
 from nanochat.runtime import UserError, first_line
 
 GROUP_SECONDS = 16  # of sound computed at a time: the activations of the full model take 50 MB a second
+LONGEST_SECONDS = 60  # of one sound at a time, for the same reason; longer ones are coded in pieces
 
 
 class EncodecCodec:
     """transformers' EncodecModel, mono, by a hub name or a local folder, with the first `codebooks` of its codebooks.
+
+    It computes on a GPU where there is one; what it takes and gives is on the CPU.
 
     32 kHz: 50 frames a second, 4 codebooks of 2048. 24 kHz: 75 frames a second, 32 codebooks of 1024.
     UserError: not there (and the hub neither), not an EnCodec, stereo or chunked, or fewer codebooks than asked for.
@@ -44,6 +48,8 @@ class EncodecCodec:
         self.sample_rate, self.codebooks, self.codes = config.sampling_rate, codebooks, config.codebook_size
         self.frame_rate = self.sample_rate / self._hop
         self.hash = weights_hash({f"encodec-1/{codebooks}/{key}": value for key, value in model.state_dict().items()})
+        self.device = pick_device()
+        model.to(self.device)
 
     def encode(self, wav: np.ndarray | torch.Tensor) -> np.ndarray:
         """float32 [samples] -> int64 [Q, T], T = ceil(samples / hop) and at least 1."""
@@ -55,25 +61,32 @@ class EncodecCodec:
 
     @torch.no_grad()
     def encode_batch(self, wavs: np.ndarray | torch.Tensor) -> np.ndarray:
-        """float32 [B, samples] -> int64 [B, Q, T]."""
+        """float32 [B, samples] -> int64 [B, Q, T]; sounds over LONGEST_SECONDS are coded in pieces."""
         wavs = torch.from_numpy(np.array(wavs, dtype=np.float32))[:, None]
         wavs = torch.nn.functional.pad(wavs, (0, max(0, self._hop - wavs.shape[2])))
-        coded = [
-            self._model.encode(group, bandwidth=self._bandwidth).audio_codes[0, :, : self.codebooks]
-            for group in wavs.split(self._group(wavs.shape[2]))
-        ]
-        return torch.cat(coded).numpy()
+        return torch.cat([self._in_groups(self._encode, part) for part in wavs.split(self._longest(), 2)], 2).numpy()
 
     @torch.no_grad()
     def decode_batch(self, codes: np.ndarray | torch.Tensor) -> np.ndarray:
         """[B, Q, T] -> float32 [B, T * hop]; UserError as in decode."""
-        codes = check_codes(codes, self)
-        groups = codes.split(self._group(codes.shape[2] * self._hop))
-        wavs = torch.cat([self._model.decode(group[None], [None]).audio_values[:, 0] for group in groups])
-        return wavs[:, : codes.shape[2] * self._hop].numpy()
+        parts = check_codes(codes, self).split(self._longest() // self._hop, 2)
+        return torch.cat([self._in_groups(self._decode, part) for part in parts], 1).numpy()
 
-    def _group(self, samples: int) -> int:
-        return max(1, GROUP_SECONDS * self.sample_rate // samples)
+    def _encode(self, wavs: torch.Tensor) -> torch.Tensor:
+        return self._model.encode(wavs, bandwidth=self._bandwidth).audio_codes[0, :, : self.codebooks]
+
+    def _decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return self._model.decode(codes[None], [None]).audio_values[:, 0, : codes.shape[2] * self._hop]
+
+    def _in_groups(self, function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        """The function of GROUP_SECONDS of sound at a time, on the codec's device; batch and result are on the CPU."""
+        samples = batch.shape[2] * (1 if function == self._encode else self._hop)
+        groups = batch.split(max(1, GROUP_SECONDS * self.sample_rate // samples))
+        return torch.cat([function(group.to(self.device)).cpu() for group in groups])
+
+    def _longest(self) -> int:
+        """Samples of a piece: whole frames."""
+        return LONGEST_SECONDS * self.sample_rate // self._hop * self._hop
 
     def save(self, directory: Path | str) -> Path:
         """Write codec.json, which refers to the model by name or folder, and by hash; audio.load_codec opens it again.
@@ -81,6 +94,11 @@ class EncodecCodec:
         UserError when the folder already holds another codec.
         """
         return save_codec(Path(directory), self, source=self.source)
+
+
+def pick_device() -> torch.device:
+    """The current GPU, or the CPU. Apple's GPUs lack convolutions of this length."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _model(source: str):

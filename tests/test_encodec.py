@@ -75,6 +75,51 @@ def test_any_length_gives_whole_frames(models):
         assert codes.shape == (2, count) and codec.decode(codes).shape == (320 * count,)
 
 
+def test_a_gpu_is_used_where_there_is_one(models, wavs, monkeypatch):
+    """A device that records what is moved to it, and that what comes back is on the CPU. Red without model.to(), or
+    with a group or a result that stays where it is."""
+    moved = []
+    gpu = torch.device("cuda")
+
+    def to(kind, real):
+        def move(self, *args, **options):
+            if args and args[0] == gpu:
+                moved.append(kind)
+                return self
+            return real(self, *args, **options)
+
+        return move
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.Tensor, "to", to("batch", torch.Tensor.to))
+        patch.setattr(torch.nn.Module, "to", to("model", torch.nn.Module.to))
+        patch.setattr(torch.Tensor, "cpu", lambda self: moved.append("back") or self)
+        codec = open_codec(f"encodec:{models['at24'][0]}", 2, 64)
+        assert codec.device == gpu and moved[-1] == "model"
+        moved.clear()
+        codes = codec.encode_batch(np.tile(wavs, 14))  # 14 s each: one a group
+        assert moved == ["batch", "back"] * 3
+        codec.decode_batch(codes[:, :, :300])
+        assert moved[6:] == ["batch", "back"] * len(moved[6:][::2]) and len(moved) > 7
+    assert same(codes[:, :, :50], open_codec(f"encodec:{models['at24'][0]}", 2, 64).encode_batch(wavs)[:, :, :50])
+
+
+def test_long_sounds_are_coded_in_pieces(models, wavs, monkeypatch):
+    """What the model computes at a time has an end. Red when a sound is never cut, or cut within a frame."""
+    monkeypatch.setattr("nanochat.encodec.LONGEST_SECONDS", 2)
+    codec = open_codec(f"encodec:{models['at24'][0]}", 2, 64)
+    lengths, real = [], codec._model.encode
+    monkeypatch.setattr(codec._model, "encode", lambda x, **more: lengths.append(x.shape[2]) or real(x, **more))
+    sound = np.concatenate([*wavs, *wavs])[: 5 * 24000 + 7]
+    codes = codec.encode(sound)
+    assert lengths == [48000, 48000, 24007] and codes.shape == (2, 5 * 75 + 1)
+    assert same(codes[:, 150:300], codec.encode(sound[48000:96000]))
+    decoded = codec.decode(codes)
+    assert decoded.shape == (376 * 320,)
+    np.testing.assert_allclose(decoded[48000:96000], codec.decode(codes[:, 150:300]), atol=1e-5)
+
+
 def test_a_saved_codec_refers_to_its_model_and_knows_it_again(models, wavs, tmp_path):
     """Red when load_codec does not compare the hash, or the number of codebooks is not part of it."""
     folder = tmp_path / "model"
