@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,24 +267,49 @@ def _hub(settings: Settings, say: Say) -> SoundSource:
         config=settings.data_config,
         limit=settings.data_limit or HUB_SOUNDS,
     )
+    files = hub.local_state(name)
     return SoundSource(
         f"hf-{slug_of(name)}-{digest(json.dumps([name, options]))[:8]}",
         f"hf:{name}",
         ", ".join(f"{key} {value}" for key, value in options.items() if value is not None),
         f"see the dataset card of {name} on the hub",
-        [name, options, settings.clip_seconds],
+        [name, options, settings.clip_seconds, *([] if files is None else [files])],
         lambda log: _hub_items(name, options, settings.clip_seconds, log, say),
         "raise --data_limit or choose another dataset",
     )
 
 
 def _hub_items(name: str, options: dict, seconds: float | None, log: Log, say: Say) -> list[Item]:
-    """Stream the rows once, their encoded sounds into a nameless file: they are read in two orders afterwards."""
-    with looking_up("data", f"hf:{name}"):
-        local = Path(name).expanduser().is_dir()
-    if not local:
-        hub.probe(f"hf:{name}")
-    hub.place_caches()
+    """Stream the rows once, their encoded sounds into a nameless file: they are read in two orders afterwards.
+
+    Beside a training split the dataset's own validation or test split is held out, at most a tenth of the limit.
+    """
+    items: list[Item] = []
+    done = [0]
+    with hub.hub_errors_as_user_errors(name, done, "sounds"):
+        say(f"data: streaming hf:{name}, at most {options['limit']} sounds")
+        streams = hub.open_splits(name, options)
+        spool = tempfile.TemporaryFile(dir=base_dir() / "data")  # noqa: SIM115 (the items read it, and it goes with them)
+        for part, (split, stream) in enumerate(streams.items()):
+            most = max(1, options["limit"] // 10) if part else options["limit"]
+            place = f"{name}/{split}" if part else name
+            held = ("val" if part else "train") if len(streams) > 1 else None
+            for row, (caption, raw) in enumerate(_hub_rows(name, stream, options)):
+                if row >= most:
+                    say(f"data: stopped after {most} sounds of hf:{name} {split} (--data_limit takes more)")
+                    break
+                done[0] += 1
+                if raw is None:
+                    log.leave_out("caption without its sound", f"{place}#{row}")
+                elif usable(caption, f"{place}#{row}", log):
+                    where = spool.tell(), spool.write(raw)
+                    load = functools.partial(_load_spooled, f"{place}#{row}", caption, spool, where, seconds)
+                    items.append(Item(f"{place}#{row}", load, held))
+    return items
+
+
+def _hub_rows(name: str, stream, options: dict) -> Iterator[tuple[str, bytes | None]]:
+    """(caption, encoded sound or None) of every row."""
     try:
         import datasets
         import fsspec  # datasets' own access to files in archives and on the hub
@@ -297,36 +322,15 @@ def _hub_items(name: str, options: dict, seconds: float | None, log: Log, say: S
         def encode_example(self, value):
             return {"bytes": None, "path": value} if isinstance(value, str) else value
 
-    datasets.config.STREAMING_READ_MAX_RETRIES = 3  # 20 by default: minutes of silence on a dead network
-    column, audio, limit = options["column"], options["audio_column"], options["limit"]
-    say(f"data: streaming hf:{name}, at most {limit} sounds")
-    spool = tempfile.TemporaryFile(dir=base_dir() / "data")  # noqa: SIM115 (the items read it, and it goes with them)
-    items: list[Item] = []
-    row = -1
-    try:
-        stream = datasets.load_dataset(name, options["config"], split=options["split"], streaming=True)
-        _check_columns(name, stream.features, audio, column)
-        stream = stream.select_columns([audio, column]).cast_column(audio, Undecoded(decode=False))
-        for row, record in enumerate(stream):
-            if row >= limit:
-                say(f"data: stopped after {limit} sounds of hf:{name} (--data_limit takes more)")
-                break
-            title, caption, value = f"{name}#{row}", text_of(record, column, f"hf:{name}").strip(), record[audio] or {}
-            if not (value.get("bytes") is not None or value.get("path")):
-                log.leave_out("caption without its sound", title)
-            elif usable(caption, title, log):
-                raw = value.get("bytes")
-                if raw is None:
-                    with fsspec.open(value["path"], "rb") as file:
-                        raw = file.read()
-                place = spool.tell(), spool.write(raw)
-                items.append(Item(title, functools.partial(_load_spooled, title, caption, spool, place, seconds)))
-    except UserError:
-        raise
-    except hub.hub_errors() as error:
-        kind = hub.Unreachable if isinstance(error, ConnectionError) else UserError
-        raise kind(f"data=hf:{name}: {first_line(error)} (after {row + 1} sounds)") from error
-    return items
+    column, audio = options["column"], options["audio_column"]
+    _check_columns(name, stream.features, audio, column)
+    for record in stream.select_columns([audio, column]).cast_column(audio, Undecoded(decode=False)):
+        caption, value = text_of(record, column, f"hf:{name}").strip(), record[audio] or {}
+        raw = value.get("bytes")
+        if raw is None and value.get("path"):
+            with fsspec.open(value["path"], "rb") as file:
+                raw = file.read()
+        yield caption, raw
 
 
 def _check_columns(name: str, features: dict | None, audio: str, column: str) -> None:

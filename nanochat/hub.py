@@ -111,8 +111,8 @@ def _hub_documents(name: str, options: dict, manifest: dict, counts: Counter, sa
     """
     column, limit, done = options["column"], options["limit"], [0]
     say(f"data: streaming hf:{name}, at most {limit} documents")
-    with _hub_errors_as_user_errors(name, done):
-        streams = _open_splits(name, options)
+    with hub_errors_as_user_errors(name, done):
+        streams = open_splits(name, options)
         room = limit * LARGEST_MEAN
         for part, (split, stream) in enumerate(streams.items()):
             if column in (stream.column_names or ()):
@@ -135,7 +135,7 @@ def _hub_documents(name: str, options: dict, manifest: dict, counts: Counter, sa
             manifest["split_rule"] = f"its own split {list(streams)[1]!r} is held out"
 
 
-def _open_splits(name: str, options: dict) -> dict:
+def open_splits(name: str, options: dict) -> dict:
     """The split to read, and after it the one to hold out if the dataset has any, as streams by name."""
     with looking_up("data", f"hf:{name}"):
         folder = Path(name).expanduser()
@@ -164,7 +164,7 @@ def _open_splits(name: str, options: dict) -> dict:
 
 
 @contextmanager
-def _hub_errors_as_user_errors(name: str, done: list[int]) -> Iterator[None]:
+def hub_errors_as_user_errors(name: str, done: list[int], unit: str = "documents") -> Iterator[None]:
     """Turn what the hub's clients raise into UserError, or Unreachable; done[0]: the documents read so far."""
     try:
         yield
@@ -179,7 +179,7 @@ def _hub_errors_as_user_errors(name: str, done: list[int]) -> Iterator[None]:
             way_out = f"pass --data={name} without hf:, which reads each row by itself, or keep files of one kind in it"
         unlike = "cast" in str(error).lower() or "schema" in str(error).lower()
         advice = f"; its rows have unlike columns or types: {way_out}" if unlike else ""
-        raise kind(f"data=hf:{name}: {first_line(error)} (after {done[0]} documents){advice}") from error
+        raise kind(f"data=hf:{name}: {first_line(error)} (after {done[0]} {unit}){advice}") from error
 
 
 def download_climbmix(

@@ -436,6 +436,54 @@ def test_hub_dataset_with_sounds_inside(tmp_path, hub_cache):
     assert not list((base_dir() / "data").iterdir())
 
 
+def test_a_changed_local_dataset_is_met(tmp_path, hub_cache):
+    """Red when the state of hf: is its name and options alone."""
+    folder = tmp_path / "set"
+    write_sound(folder / "0.wav")
+    (folder / "metadata.csv").write_text("file_name,text\n0.wav,tone\n")
+
+    def state():
+        return sound_source(Settings(modalities="audio:64", data=f"hf:{folder}"), len).state
+
+    first = state()
+    assert state() == first
+    write_sound(folder / "0.wav", tone(0.2))
+    assert state() != first
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_datasets_own_split_is_held_out(tmp_path, hub_cache, saved):
+    """test/ of an audiofolder, and of a DatasetDict that was saved. Red when one split is read alone."""
+    import datasets
+
+    for split, count in (("train", 3), ("test", 2)):
+        for i in range(count):
+            write_sound(tmp_path / "set" / split / f"{i}.wav", tone(0.1, hertz=200 + 50 * i))
+        rows = "".join(f"{i}.wav,{split} {i}\n" for i in range(count))
+        (tmp_path / "set" / split / "metadata.csv").write_text(f"file_name,text\n{rows}")
+    folder = tmp_path / "set"
+    if saved:
+        parts = {}
+        for split in ("train", "test"):
+            paths = sorted((folder / split).glob("*.wav"))
+            rows = [
+                {"sound": {"bytes": path.read_bytes(), "path": None}, "caption": f"{split} {path.stem}"}
+                for path in paths
+            ]
+            write_parquet(tmp_path / split / "rows.parquet", rows)
+            table = pq.read_table(tmp_path / split / "rows.parquet")
+            parts[split] = datasets.Dataset(datasets.table.InMemoryTable(table))
+        folder = tmp_path / "saved"
+        datasets.DatasetDict(parts).save_to_disk(str(folder))
+    log = Log(lambda line: None)
+    columns = dict(data_column="caption", data_audio_column="sound") if saved else {}
+    settings = Settings(modalities="audio:64", data=f"hf:{folder}", data_limit=30, **columns)
+    items = sound_source(settings, len).fetch(log)
+    sounds = {item.name: (item.split, item.load(RATE, log).caption) for item in items}
+    trained = {f"{folder}#{i}": ("train", f"train {i}") for i in range(3)}
+    assert sounds == trained | {f"{folder}/test#{i}": ("val", f"test {i}") for i in range(2)}
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_hub_dataset_of_files(tmp_path, hub_cache, packed):
     """An audiofolder, plain and in an archive. Red when only local paths are read, or with datasets.Audio itself."""

@@ -97,6 +97,20 @@ def test_the_standard_library_counts_the_same(tmp_path, width):
         assert len(decode(path, "a", RATE, None, Log(lambda line: None))) == frames == 240
 
 
+@pytest.mark.parametrize(("kind", "mark", "behind"), [("AIFF", b"SSND", 4), ("AU", b".snd", 8)])
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 2_000_000_000])
+def test_other_formats_of_a_pipe(kind, mark, behind, size):
+    """Red when only wav files may announce more than there is."""
+    import soundfile
+
+    soundfile.write(file := io.BytesIO(), np.sin(np.arange(1000)) / 2, RATE, format=kind, subtype="PCM_16")
+    raw = bytearray(file.getvalue())
+    place = raw.index(mark) + behind
+    raw[place : place + 4] = struct.pack(">I", size)
+    wav = decode(io.BytesIO(bytes(raw)), "a", RATE, None, log := Log(lambda line: None))
+    assert len(wav) == 1000 and not log.left_out
+
+
 def test_what_is_cut_or_empty_is_named(tmp_path):
     """Half of the samples, 97% of them, none, none but chunks behind. Red when every larger size is a placeholder, or
     chunks behind an empty sound are read as one."""
