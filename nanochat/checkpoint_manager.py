@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from nanochat import upstream
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.modality import Modality
+from nanochat.parameters import find_non_finite
 from nanochat.runtime import UserError, base_dir, first_line, fsync, print0, sha256_of
 from nanochat.settings import RunSettings, nearest_name
 from nanochat.storage_errors import naming_storage_errors
@@ -170,7 +171,7 @@ def prune(checkpoint_dir: Path, keep_last: int | None) -> list[Path]:
     folders = [step_dir(checkpoint_dir, step) for step in own_steps(checkpoint_dir)]
     if keep_last is None or len(folders) <= keep_last:
         return []
-    old = [folder for folder in folders if damage(folder) is None][:-keep_last]
+    old = [folder for folder in folders if _is_complete(folder)][:-keep_last]
     for folder in old:
         # a half-deleted step must not look like a damaged one
         doomed = folder.with_name(f".{folder.name}.pruned-{owner_suffix()}")
@@ -178,6 +179,21 @@ def prune(checkpoint_dir: Path, keep_last: int | None) -> list[Path]:
             os.rename(folder, doomed)
             shutil.rmtree(doomed)
     return old
+
+
+_verified: dict[Path, list] = {}  # step folder -> what its files' names, sizes and times were when their hashes held
+
+
+def _is_complete(folder: Path) -> bool:
+    """damage(folder) is None; the files of a step that this process has hashed are not read again while unchanged."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    looks = [(path, *(getattr(path.stat(), f"st_{fact}") for fact in ("size", "mtime_ns", "ino"))) for path in files]
+    if _verified.get(folder) == looks:
+        return True
+    if damage(folder) is not None:
+        return False
+    _verified[folder] = looks
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,6 +234,12 @@ def damage(folder: Path) -> str | None:
         return "manifest.json is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json is not readable"
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """sha256 by file name of a complete step."""
+    files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+    return {name: facts["sha256"] for name, facts in files.items()}
 
 
 def newest_step(checkpoint_dir: Path) -> int | None:
@@ -428,6 +450,12 @@ def check_state(model: GPT, state: dict[str, torch.Tensor], where) -> None:
             raise UserError(f"{where}: {name} has shape {tuple(state[name].shape)}, model_config says {expected[name]}")
 
 
+def check_finite(state: Mapping[str, torch.Tensor], where) -> None:
+    """UserError that names the first tensor with NaN or infinities: nothing can be trained from it."""
+    if (found := find_non_finite(state)) is not None:
+        raise UserError(f"{where}: {found}: take an earlier step or another copy of the model")
+
+
 def check_tokenizer(tokenizer: Tokenizer, metadata: dict, where) -> None:
     """Refuse a tokenizer that is not the one the model was trained with (hash) or that has another size."""
     trained = metadata.get("tokenizer_hash")
@@ -454,13 +482,15 @@ def load_model(
     """Open a checkpoint, ours or nanochat's: the newest tag and the newest whole step unless they are named.
 
     source: "base", or nanochat's later stages "mid", "sft", "rl". era: as in load_checkpoint().
-    Raises UserError that says what was looked for and what exists.
+    Raises UserError that says what was looked for and what exists, or which weights are not finite.
     """
     if source not in SOURCES:
         raise UserError(f"source={source!r} is unknown{nearest_name(source, SOURCES)}")
     checkpoint_dir, step = find_checkpoint(model_tag, step, base_dir() / SOURCES[source])
     print0(f"loading {step_path(checkpoint_dir, step)}")
-    return build_model(checkpoint_dir, step, device, phase, era)
+    model, tokenizer, metadata = build_model(checkpoint_dir, step, device, phase, era)
+    check_finite(model.state_dict(), step_path(checkpoint_dir, step))
+    return model, tokenizer, metadata
 
 
 def find_checkpoint(model_tag: str | None, step: int | None, root: Path | None = None) -> tuple[Path, int]:

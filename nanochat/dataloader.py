@@ -408,6 +408,12 @@ class DataLoader:
         places = [self._place(self.cursor - self.rows + i) for i in (range(self.rows) if whole else self.mine)]
         return [{"epoch": e, "row": r, "documents": list(self._documents(e, r))} for e, r in places]
 
+    def epoch_rows(self) -> int | None:
+        """Rows of an epoch; None where the first batch does not reach its end, which looks at no more shards."""
+        self._position(self.rows - 1)
+        tokens = self._seen()
+        return None if tokens is None else (tokens - 1) // self.seq_len
+
     def state_dict(self) -> dict:
         """JSON-ready position and what it refers to; the same on every rank."""
         position = {"cursor": self.cursor, "epoch": self.epoch, "row": self.row, "tokens": self.tokens}

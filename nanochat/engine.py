@@ -8,6 +8,8 @@ from nanochat.attention import sdpa
 from nanochat.decoding import cast_once, last_logits, stepper
 from nanochat.gpt import GPT
 from nanochat.modality import Grammar
+from nanochat.parameters import find_non_finite
+from nanochat.runtime import UserError
 
 
 class KVCache:
@@ -110,6 +112,8 @@ def decode(
             logits = free + guidance * (logits - free)
         if grammar is not None:
             logits = logits.masked_fill(~grammar.allowed(), -float("inf"))
+        if not logits.amax(-1).isfinite().all():  # NaN anywhere, or nothing that may come
+            raise UserError(_why_not_finite(model))
         tokens = sample(logits, generator, temperature, top_k)
         if grammar is not None:
             grammar.advance(tokens[:, 0])
@@ -139,6 +143,13 @@ def generate(
     return samples
 
 
+def _why_not_finite(model) -> str:
+    found = find_non_finite(model.state_dict())
+    if found is None:
+        return f"the logits are not finite although all weights are: {model.compute_dtype} overflows, float32 may not"
+    return f"nothing can be generated, the logits are not finite: {found}: take an earlier step or another copy"
+
+
 def sample(logits: torch.Tensor, generator: torch.Generator, temperature: float, top_k: int | None) -> torch.Tensor:
     """Draw one id per row of logits [B, V] -> int64 [B, 1]; temperature 0 is greedy, top_k keeps the k best."""
     if temperature == 0:
@@ -147,5 +158,7 @@ def sample(logits: torch.Tensor, generator: torch.Generator, temperature: float,
     if top_k is not None:  # then only among those: drawing from a whole vocabulary takes as long as a layer
         ids = logits.topk(min(top_k, logits.size(-1))).indices.sort().values  # equal logits come in no certain order
         logits = logits.gather(1, ids)
+    if temperature < 1e-6:  # the quotient could overflow; only the distance from the largest logit counts
+        logits = logits - logits.amax(-1, keepdim=True)
     drawn = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
     return drawn if ids is None else ids.gather(1, drawn)

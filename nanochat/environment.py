@@ -23,6 +23,10 @@ class UserError(ValueError):
     own = False
 
 
+class SharedError(UserError):
+    """A UserError that every rank raises at the same point: rank 0 prints it."""
+
+
 def own_mistake(message: str) -> UserError:
     """A UserError that its rank prints itself."""
     error = UserError(message)

@@ -208,6 +208,9 @@ class PackedLoader(DataLoader):
     def _documents(self, epoch: int, row: int) -> list[str]:
         return self.packed.documents(row)
 
+    def epoch_rows(self) -> int:
+        return len(self.packed)
+
     def _seen(self) -> int:
         return self.packed.tokens
 

@@ -66,3 +66,13 @@ def flops_per_token(model) -> int:
     windows = [config.window(layer) for layer in range(config.n_layer)]
     seen = sum(config.sequence_len if w is None else min(config.sequence_len, w + 1) for w in windows)
     return 6 * num_matmul_parameters(model) + 12 * config.n_embd * seen
+
+
+def find_non_finite(state) -> str | None:
+    """Which tensors of a {name: tensor} hold NaN or infinities, in words that name the first; None: all are finite."""
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if not broken:
+        return None
+    first = state[broken[0]]
+    count = int((~first.isfinite()).sum())
+    return f"{len(broken)} tensors are not finite, {broken[0]} the first ({count:,} of its {first.numel():,} values)"

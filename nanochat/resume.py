@@ -218,6 +218,7 @@ def begin_from(tag_dir: Path, step: int, era: str | None, model, optimizer, toke
         raise UserError(f"init_from={tag_dir.name!r} holds another model than the settings describe: {told}")
     checkpoints.check_codec(dataset, metadata, where)
     checkpoints.check_state(model, state, where)
+    checkpoints.check_finite(state, where)
     model.load_state_dict(state)
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
@@ -234,6 +235,7 @@ def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, datas
     checkpoints.check_tokenizer(tokenizer, metadata, where)
     if (saved := checkpoints.model_config(metadata)) != model.config:
         raise UserError(f"{where} holds another model than the settings describe: {saved}, not {model.config}")
+    checkpoints.check_finite(model_state | optimizer_state, where)
     return restore_progress(
         where, metadata, dataset, loader, lambda: model.load_state_dict(model_state),
         lambda: optimizer.load_state_dict(optimizer_state), RunState(),
@@ -249,6 +251,29 @@ def progress_of(run: RunState, loader) -> dict:
         threads=torch.get_num_threads(),
         versions=dict(torch=torch.__version__, python=platform.python_version()),
     )
+
+
+def note_evaluated(tag_dir: Path, run: RunState) -> None:
+    """Leave what an evaluation found beside the steps: the checkpoint of its step was written before it."""
+    write_atomically(tag_dir / "evaluated.json", json.dumps(dataclasses.asdict(run)) + "\n")
+
+
+def evaluated_after_save(tag_dir: Path, run: RunState) -> dict:
+    """Numbers of the run's state that an evaluation of this very step found after it was saved; {} without one.
+
+    What belongs to another step, of a stretch of the run that is gone, is deleted.
+    """
+    path = tag_dir / "evaluated.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    known = {field.name for field in dataclasses.fields(run)}
+    right = isinstance(found, dict) and found.get("step") == run.step == found.get("evaluated")
+    if right and all(isinstance(value, (int, float, type(None))) for value in found.values()):
+        return {name: value for name, value in found.items() if name in known}
+    path.unlink(missing_ok=True)
+    return {}
 
 
 def restore_progress(

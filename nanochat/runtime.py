@@ -27,6 +27,7 @@ from nanochat import streams
 from nanochat.environment import (
     LAUNCHER,
     LOCAL,
+    SharedError,
     UserError,
     base_dir,
     check_launcher,
@@ -68,6 +69,11 @@ def run_script(main) -> None:
             check_launcher()
         main()
         streams.close_streams()
+    except SharedError as error:
+        if rank_from_env() != 0:
+            time.sleep(1)  # rank 0 leaves first: a launcher ends the others as soon as one has left
+            sys.exit(EXIT_USER_ERROR)
+        fail(str(error))
     except UserError as error:
         fail(str(error), error.own)
     except KeyboardInterrupt:
@@ -148,6 +154,14 @@ class Compute:
         """Wait for all ranks; patiently where one of them works alone for long."""
         if self.world_size > 1:
             dist.barrier(group=_patient_group if patient else None)
+
+    def gather(self, value) -> list:
+        """value of every rank, by rank; a collective that waits for long. Anything that pickle takes."""
+        if self.world_size == 1:
+            return [value]
+        found = [None] * self.world_size
+        dist.all_gather_object(found, value, _patient_group)
+        return found
 
     def agreed(self, flag: bool) -> bool:
         """True on every rank when it is true on any; a collective."""

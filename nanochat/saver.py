@@ -19,7 +19,8 @@ Named = Iterable[tuple[str, torch.Tensor]]
 class BackgroundSaver:
     """Saves steps into one tag's folder from rank 0, then prunes; all ranks call save(), whose items are collectives.
 
-    Use: save(...) when a checkpoint is due, poll() after every step, wait() at the end. As a context manager it lets a
+    Use: save(...) when a checkpoint is due, poll() after every step, wait() at the end; or copy(...), and write_copy()
+    if it turns out to be needed. As a context manager it lets a
     save in flight end when the loop is left by an exception, and does not hide that exception.
     """
 
@@ -30,6 +31,7 @@ class BackgroundSaver:
         self.codec = codec  # a folder: a checkpoint holds what turns its codes into sound
         self._copies: tuple[dict[str, torch.Tensor], ...] = ({}, {})  # used again by each save: no new memory
         self._thread: threading.Thread | None = None
+        self._copied: tuple[int, dict] | None = None  # step and metadata of the copies, before they are written
         self._result: Path | None = None
         self._error: BaseException | None = None
 
@@ -45,12 +47,34 @@ class BackgroundSaver:
     def save(self, step: int, model_items: Named, optimizer_items: Named, metadata: dict) -> Path | None:
         """Copy, and begin to write; first waits for the save before, whose result is returned as by wait()."""
         before = self.wait()
+        self.copy(step, model_items, optimizer_items, metadata)
+        self.write_copy()
+        return before
+
+    def copy(self, step: int, model_items: Named, optimizer_items: Named, metadata: dict) -> None:
+        """Copy a step that may have to be written soon; all ranks call it, while no save is in flight."""
+        assert self._thread is None, "the copies are being written"
         for items, copies in zip((model_items, optimizer_items), self._copies, strict=True):
             _copy(items, copies, keep=self.rank == 0)
-        if self.rank == 0:
-            self._thread = threading.Thread(target=self._write, args=(step, metadata), name="save")
+        self._copied = (step, metadata)
+
+    def write_copy(self) -> None:
+        """Begin to write what copy() took; without collectives, so that rank 0 can do it when the others are gone."""
+        if self.rank == 0 and self._copied is not None:
+            self._thread = threading.Thread(target=self._write, args=self._copied, name="save")
             self._thread.start()
-        return before
+        self._copied = None
+
+    @property
+    def copied_step(self) -> int | None:
+        """The step that write_copy() would write."""
+        return self._copied[0] if self._copied is not None else None
+
+    def is_writing(self, patience: float = 0.0) -> bool:
+        """Whether a save is still in flight after at most `patience` seconds; always False but on rank 0."""
+        if self._thread is not None:
+            self._thread.join(patience)
+        return self._thread is not None and self._thread.is_alive()
 
     def poll(self) -> Path | None:
         """The folder of a save that has ended since the last call, None without; raises what went wrong in it."""

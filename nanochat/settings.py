@@ -6,6 +6,7 @@ Adding a setting is one line here. Presets are sets of values that differ from t
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import types
@@ -483,7 +484,7 @@ class Settings(RunSettings):
         500, "items per task of these runs; None takes all", "evaluation", at_least=1, when=("core_metric_every", ON)
     )
     sample_every: int | None = setting(
-        2000, "steps between printed samples; None only at the end", "evaluation", at_least=1
+        2000, "steps between printed samples; None prints one after the last step only", "evaluation", at_least=1
     )
 
     @property
@@ -579,6 +580,9 @@ class Settings(RunSettings):
             )
         if self.n_embd % self.head_dim:
             raise _not_multiple(self, "model_dim", "head_dim", self.head_dim)
+        self._check_hidden("mlp_ratio", self.n_embd)
+        if self.modalities and self.expert_dim is not None and self.untie != "none":
+            self._check_hidden("expert_dim", self.expert_dim)
         if self.n_kv_head and self.n_head % self.n_kv_head:
             nearest = nearest_divisor(self.n_head, self.n_kv_head)
             raise IllegalCombination(
@@ -592,6 +596,20 @@ class Settings(RunSettings):
             raise IllegalCombination("target_param_data_ratio", 20.0, message)
         self._check_modalities()
         super().check(world_size)
+
+    def _check_hidden(self, name: str, width: int) -> None:
+        """IllegalCombination for an MLP without a hidden unit, with the smallest legal value of the setting."""
+        if round(self.mlp_ratio * width) >= 1:
+            return
+        if name == "expert_dim":
+            least = next(n for n in itertools.count(width) if round(self.mlp_ratio * n) >= 1)
+        else:
+            least = next(n / 10**4 for n in itertools.count(1) if round(n / 10**4 * width) >= 1)
+        raise IllegalCombination(
+            name, least,
+            f"{name}={getattr(self, name)}: round(mlp_ratio={self.mlp_ratio} * width {width}) leaves an MLP without a "
+            f"hidden unit: smallest legal value {least}",
+        )  # fmt: skip
 
     def _check_modalities(self) -> None:
         names = ("text", *self.modality_codes())

@@ -27,10 +27,14 @@ class MetricsLog:
     """metrics.jsonl, one JSON object a line, always written; a tracker may follow the file. Main thread only.
 
     path: the file, appended to. tracker: what open_tracker() gave. keep_below: on resume, lines with a larger step are
-    dropped, so that the file tells one run. A line that a kill tore is dropped in any case.
+    dropped, so that the file tells one run; drop_evals_of: a step whose evaluation did not end and is made up. A line
+    that a kill tore is dropped in any case.
     """
 
-    def __init__(self, path: Path | None, tracker: "Tracker | None" = None, keep_below: int | None = None):
+    def __init__(
+        self, path: Path | None, tracker: "Tracker | None" = None, keep_below: int | None = None,
+        drop_evals_of: int | None = None,
+    ):  # fmt: skip
         self.path, self.tracker = path, tracker
         self.file = None
         self.noted: dict[str, str] = {}  # streams that are lost, as this file says already
@@ -40,7 +44,8 @@ class MetricsLog:
         if path.exists():
             before = path.read_bytes()
             last = math.inf if keep_below is None else keep_below
-            after = b"".join(line + b"\n" for line in before.split(b"\n") if _step_of(line) <= last)
+            lines = [line for line in before.split(b"\n") if _step_of(line) <= last]
+            after = b"".join(line + b"\n" for line in lines if not _is_eval(line, drop_evals_of))
             if after != before:
                 write_atomically(path, after.decode())
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115  (lives as long as the run)
@@ -84,6 +89,11 @@ def _step_of(line: bytes) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.nan  # torn, or none of ours: not below any step
+
+
+def _is_eval(line: bytes, step: int | None) -> bool:
+    """Whether a whole line holds figures of an evaluation of that step."""
+    return step is not None and _step_of(line) == step and json.loads(line).get("event") == "eval"
 
 
 def _plain(value):

@@ -11,7 +11,7 @@ from nanochat.loss_eval import bits_per_byte, packed_losses
 from nanochat.modality import Vocabulary, modalities_of
 from nanochat.packing import PackedLoader, Rows
 from nanochat.runtime import Compute, UserError, print0
-from nanochat.settings import Settings
+from nanochat.settings import RunSettings, Settings
 from nanochat.tokenizer import Tokenizer, find_or_train
 
 
@@ -61,6 +61,17 @@ def say_what_is_idle(settings: Settings, dataset: Dataset) -> None:
     """Modalities that the data holds nothing of have parameters all the same."""
     if idle := [name for name in settings.modality_codes() if name != "audio" or dataset.codec is None]:
         print0(f"{dataset.name} holds nothing of {', '.join(idle)}: what is theirs in the model stays as it begins")
+
+
+def warn_repeated_rows(settings: RunSettings, loader: DataLoader) -> None:
+    """Say so when a step takes more rows than an epoch has: the larger batch holds copies, not more text."""
+    rows, name = loader.epoch_rows(), loader.store.dataset.name
+    if rows is not None and rows < settings.rows:
+        print0(
+            f"warning: a step takes {settings.rows:,} rows and an epoch of {name} has {rows:,}: each row comes "
+            f"{settings.rows / rows:.1f} times in one step; total_batch_size={rows * settings.max_seq_len} or more "
+            "data avoids it"
+        )
 
 
 def codec_files(dataset: Dataset) -> Path | None:

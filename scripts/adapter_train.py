@@ -23,18 +23,19 @@ from nanochat.launch import begin
 from nanochat.loss_eval import bits_per_byte, never
 from nanochat.optim import MuonAdamW
 from nanochat.packing import PackedLoader, Rows
+from nanochat.rank_agreement import agree_before_first_step
 from nanochat.resume import restore_progress
 from nanochat.runtime import Compute, device_name, print0, run_script
 from nanochat.saver import BackgroundSaver
 from nanochat.tracker import MetricsLog
-from nanochat.training_data import codec_files, in_turns
+from nanochat.training_data import codec_files, in_turns, warn_repeated_rows
 from scripts.base_train import Training, loop
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Train; returns {"model_tag", "step", "val_loss/audio", "val_loss/text", "train_seconds", "stopped"}."""
     usage = "python -m scripts.adapter_train [config.py]"
-    return begin(from_command_line(argv, usage=usage, kind=AdapterSettings), train)
+    return begin(lambda: from_command_line(argv, usage=usage, kind=AdapterSettings), train)
 
 
 def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) -> dict:
@@ -44,14 +45,17 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     folder = checkpoints.tag_dir(settings)
     begins = resume_step is None
     model, adapters = in_turns(compute, lambda: build(settings, compute.device, compute.dtype, begins))
+    checkpoints.check_finite(model.state_dict(), f"host {settings.host}")
     dataset = in_turns(compute, lambda: prepare_for(settings, say=print0))
     tokenizer = model.host.tokenizer
+    agree_before_first_step(compute, dict(adapters=adapters, data_fingerprint=dataset.fingerprint))
     store = TokenStore(dataset, tokenizer, "train", vocabulary=model.vocabulary, say=print0)
     rows = Rows(store, settings.max_seq_len, print0)
     loader = PackedLoader(
         rows, settings.rows, settings.max_seq_len, settings.seed, compute.rank, compute.world_size, compute.device,
         count=("audio",), caption_dropout=settings.caption_dropout,
     )  # fmt: skip
+    warn_repeated_rows(settings, loader)
     text_loss = text_measure(settings, model, compute)
 
     # -- optimizer, and where a run goes on ---------------------------------------------------------------------------
@@ -61,6 +65,7 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
         state, optimizer_state, metadata = checkpoints.load_checkpoint(folder, resume_step, load_optimizer=True)
         where = checkpoints.step_dir(folder, resume_step)
         check_facts(metadata.get("adapters", {}), adapters, where)
+        checkpoints.check_finite(state | optimizer_state, where)
         checkpoints.check_codec(dataset, metadata, where)
         run = restore_progress(
             where, metadata, dataset, loader, lambda: load_trained(model, state, where),

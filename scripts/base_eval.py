@@ -34,7 +34,7 @@ from nanochat.checkpoint_manager import (
     step_path,
     weights_hash,
 )
-from nanochat.core_bundle import find_bundle
+from nanochat.core_bundle import find_bundle, load_bundle
 from nanochat.core_eval import evaluate_core
 from nanochat.dataloader import TokenStore
 from nanochat.dataset import Dataset, prepare_for
@@ -42,8 +42,10 @@ from nanochat.engine import generate
 from nanochat.loss_eval import bits_per_byte, compressor_baselines, never, packed_losses
 from nanochat.offline_eval import build_tasks, evaluate_offline, kept_tasks
 from nanochat.packing import Rows
+from nanochat.parameters import find_non_finite
 from nanochat.runtime import (
     Compute,
+    SharedError,
     UserError,
     base_dir,
     check_output,
@@ -133,10 +135,18 @@ def rank0_first(compute: Compute, make: Callable):
 
 
 def from_rank0(make: Callable, rank: int, world_size: int, device: torch.device):
-    """What make() returns on rank 0, on every rank."""
-    box = [make() if rank == 0 else None]
-    if world_size > 1:
-        dist.broadcast_object_list(box, src=0, device=device)
+    """What make() returns on rank 0, on every rank; a UserError of it is raised on every rank."""
+    if world_size == 1:
+        return make()
+    box: list = [None, None]
+    if rank == 0:
+        try:
+            box[0] = make()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0, device=device)
+    if box[1] is not None:
+        raise SharedError(box[1])
     return box[0]
 
 
@@ -189,6 +199,16 @@ def evaluate_bpb(
     if result["val_bytes"] != dataset.text_bytes("val"):
         print0(f"warning: scored {result['val_bytes']} of {dataset.text_bytes('val')} held-out bytes")
     return result
+
+
+def check_suite(compute: Compute) -> None:
+    """Before a training that will score CORE: UserError for a bundle that is damaged, on every rank."""
+
+    def check() -> None:
+        if (bundle := find_bundle(download=False)) is not None:
+            load_bundle(bundle)
+
+    from_rank0(check, compute.rank, compute.world_size, compute.device)
 
 
 def evaluate_suite(
@@ -462,6 +482,8 @@ def evaluate(
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
 
+    if (found := find_non_finite(model.state_dict())) is not None:
+        print0(f"warning: {found}: no figure of this model means anything")
     facts = {
         "model_tag": checkpoint_dir.name,
         "step": step,
@@ -506,7 +528,10 @@ def measure(
         if "bpb" in parts:
             results.add(bpb=results.found["bpb"] | compressor_baselines(dataset))
         if "sample" in parts:
-            results.add(samples=draw_samples(model, tokenizer, dataset, settings.seed))
+            try:
+                results.add(samples=draw_samples(model, tokenizer, dataset, settings.seed))
+            except UserError as error:  # the figures above are worth more than the samples
+                print0(f"no samples: {error}")
 
 
 if __name__ == "__main__":

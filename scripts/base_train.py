@@ -8,7 +8,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,30 +18,38 @@ from nanochat.checkpoint_manager import tag_dir
 from nanochat.compiling import choose_kernels, compile_model, is_compiled
 from nanochat.config_file import as_dict, from_command_line, render_config
 from nanochat.dataloader import DataLoader
+from nanochat.due_work import DueWork, NonFiniteWeights, agree_where_run_is
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.guard import MAX_BAD_STEPS, StepGuard
 from nanochat.launch import begin
-from nanochat.loss_eval import CutShort
 from nanochat.micro_batches import accumulate, naming_the_batch_that_fits, smaller
 from nanochat.optim import MuonAdamW, build_optimizer, weight_norms
 from nanochat.progress import Progress, duration, median_rate
-from nanochat.resume import RunState, begin_from, begun_config, first_weights, note_launcher, progress_of, restore
+from nanochat.rank_agreement import agree_before_first_step
+from nanochat.resume import RunState, begin_from, begun_config, first_weights, note_launcher, restore
 from nanochat.runtime import Compute, device_name, launched, memory_mb, peak_flops, print0, run_script, write_atomically
 from nanochat.saver import BackgroundSaver
 from nanochat.settings import RunSettings, Settings
 from nanochat.stop_signals import StopSignals
 from nanochat.tokenizer import Tokenizer
-from nanochat.tracker import MetricsLog, last_event, open_tracker
-from nanochat.training_data import batches, codec_files, held_out_measure, prepare_data, say_what_is_idle
+from nanochat.tracker import MetricsLog, open_tracker
+from nanochat.training_data import (
+    batches,
+    codec_files,
+    held_out_measure,
+    prepare_data,
+    say_what_is_idle,
+    warn_repeated_rows,
+)
 from nanochat.tying import untie
-from scripts.base_eval import evaluate_suite
+from scripts.base_eval import check_suite, evaluate_suite
 
 EXIT_CODES = {"done": 0, "nonfinite": 3, "preempted": 85}
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Train as the settings say; returns {"model_tag", "step", "val_bpb", "train_seconds", "stopped"}."""
-    return begin(from_command_line(argv, usage="python -m scripts.base_train [config.py]"), train)
+    return begin(lambda: from_command_line(argv, usage="python -m scripts.base_train [config.py]"), train)
 
 
 def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict:
@@ -52,9 +59,13 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     folder = tag_dir(settings)
     found = first_weights(settings, folder, resume_step)
     dataset, tokenizer = prepare_data(settings, compute, found)
+    agree_before_first_step(compute, dict(data_fingerprint=dataset.fingerprint, tokenizer_hash=tokenizer.hash))
     say_what_is_idle(settings, dataset)
     loader = batches(settings, dataset, tokenizer, compute)
+    warn_repeated_rows(settings, loader)
     held_out = held_out_measure(settings, dataset, tokenizer, compute)
+    if settings.core_metric_every:
+        check_suite(compute)
     micro_rows, _ = settings.batch_plan(compute.world_size)
 
     # -- model and optimizer ------------------------------------------------------------------------------------------
@@ -94,8 +105,6 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             scores = evaluate_suite(model, tokenizer, dataset, settings.core_metric_max_per_task, **ranks)
             log.write(run.step, event="eval", **scores)
             print0(f"step {run.step}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
-        if compute.rank == 0 and (last or schedule.is_due(settings.sample_every, run.step)):
-            print_samples(model, tokenizer)
 
     def split() -> None:
         """The tied tables go on as two, each with its part of the optimizer's state."""
@@ -117,6 +126,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         settings, compute, model, optimizer, loader, run, steps, settings.matrix_lr, evaluate, saver,
         lambda: model.state_dict().items(), facts, compile_seconds, resume_step is not None,
         settings.untie_step(steps) if model.config.tie_weights else None, split,
+        lambda: print_samples(model, tokenizer),
     )  # fmt: skip
     return loop(training)
 
@@ -147,6 +157,7 @@ class Training:
     resumed: bool = False
     split_at: int | None = None  # the step before which split() changes model and optimizer
     split: Callable[[], None] | None = None
+    sample: Callable[[], None] | None = None  # prints samples; called on rank 0 alone
 
 
 def loop(training: Training) -> dict:
@@ -164,8 +175,8 @@ def loop(training: Training) -> dict:
         f"a token, peak {peak / 1e12:.3f} TFLOP/s"
     )
     log = rows_log = MetricsLog(None)
-    ended = compute.rank == 0 and last_event(folder / "metrics.jsonl") == (run.step, "done")
-    if run.step >= steps and (compute.agreed(ended) or run.evaluated == run.step):
+    ended = agree_where_run_is(training)
+    if run.step >= steps and (ended or run.evaluated == run.step):
         print0(f"{settings.tag} is finished: step {run.step} of {steps}; a larger --num_iterations goes on from there")
         if compute.rank == 0 and not ended:  # a kill hid it
             log = MetricsLog(folder / "metrics.jsonl", keep_below=run.step)
@@ -176,7 +187,8 @@ def loop(training: Training) -> dict:
         note_launcher(folder)
         write_atomically(folder / "config.py", render_config(settings))
         tracker = open_tracker(settings.wandb_mode, settings.run, as_dict(settings), folder)
-        log = MetricsLog(folder / "metrics.jsonl", tracker, keep_below=run.step)
+        again = run.step if training.resumed and run.evaluated != run.step else None  # what is measured once more
+        log = MetricsLog(folder / "metrics.jsonl", tracker, keep_below=run.step, drop_evals_of=again)
         for path in folder.glob("rows_rank*.jsonl"):  # also of ranks that this run no longer has
             MetricsLog(path, keep_below=run.step).close()
     compute.barrier()
@@ -189,39 +201,25 @@ def loop(training: Training) -> dict:
     )  # fmt: skip
 
     # -- the loop -----------------------------------------------------------------------------------------------------
-    def save() -> None:
-        metadata = dict(settings=as_dict(settings), **training.facts, **progress_of(run, loader))
-        note_saved(saver.save(run.step, training.trained(), optimizer.state_items(), metadata))
-
-    def note_saved(folder: Path | None) -> None:
-        if folder is not None:
-            log.write(checkpoints.step_of(folder), event="save", folder=folder.name)
-
     step_times: list[tuple[float, int]] = []  # seconds and tokens
     guard = StepGuard(run.bad_in_a_row)
-    started, before, save_due, stopped = run.step, run.train_seconds, False, None
+    started, before, stopped = run.step, run.train_seconds, None
     with Progress(steps) as progress, StopSignals() as signals, saver:
+        due = DueWork(training, log, guard, lambda: signals.requested is not None)
         while True:
-            # -- what is due at this step, and at the end: evaluation, samples, checkpoint
+            # -- what is due at this step, and at the end: checkpoint, evaluation, samples, in this order
             last = run.step >= steps
             stopping = compute.agreed(signals.requested is not None)  # asked of any rank: all leave at this step
-            if run.evaluated != run.step and not stopping:
-                try:
-                    with naming_the_batch_that_fits(settings, compute.world_size):
-                        training.evaluate(last, log, lambda: signals.requested is not None)
-                    run.evaluated = run.step
-                except CutShort:
+            try:
+                due.save_if_due(ending=last or stopping)
+                if not stopping and not due.evaluate_if_due():
                     stopping = True
-            if run.step > started:  # else it was loaded from there
-                save_due = save_due or last or stopping or schedule.is_due(settings.save_every, run.step)
-            if save_due and (last or stopping or not guard.bad):
-                if any(not p.isfinite().all() for p in model.parameters()):  # the last update was too large
-                    stopped = "nonfinite"
-                    guard.leave_out(loader.last_rows(whole=True))
-                    print0(f"stopped: the update of step {run.step} left weights that are not finite; not saved")
-                    break
-                save()
-                save_due = False
+                    due.save_if_due(ending=True)
+            except NonFiniteWeights:  # the last update was too large
+                stopped = "nonfinite"
+                guard.leave_out(loader.last_rows(whole=True))
+                print0(f"stopped: the update of step {run.step} left weights that are not finite; not saved")
+                break
             if last or stopping:
                 stopped = "done" if last and run.evaluated == run.step else "preempted"
                 break
@@ -246,7 +244,7 @@ def loop(training: Training) -> dict:
                 optimizer.drop_gradients()
                 model.zero_grad(set_to_none=True)
                 compute.free_memory()
-                settings = smaller(settings, compute.world_size)
+                settings = due.settings = smaller(settings, compute.world_size)
                 micro_rows, accumulation = settings.batch_plan(compute.world_size)
                 log.write(run.step, event="oom", device_batch_size=micro_rows)
                 print0(f"out of memory: going on with {micro_rows} rows x {accumulation} micro-batches")
@@ -274,7 +272,7 @@ def loop(training: Training) -> dict:
             # -- after the step: numbers, and what they tell
             run.step += 1
             run.train_seconds += seconds
-            note_saved(saver.poll())
+            due.note_saved(saver.poll())
             if settings.log_rows:
                 rows_log.write(run.step, rows=loader.last_rows())
             if good:
@@ -307,7 +305,7 @@ def loop(training: Training) -> dict:
             )  # fmt: skip
             if stopped:
                 break
-        note_saved(saver.wait())
+        due.note_saved(saver.wait())
 
         # -- the end: what it was, still with an ear for signals, whose copies must not cut the last lines off
         if step_times:
@@ -331,7 +329,8 @@ def print_samples(model: GPT, tokenizer: Tokenizer) -> None:
     from nanochat.engine import generate
 
     stop = (tokenizer.bos_id, *(m.start for m in model.config.modalities))
-    new = generate(model, [tokenizer.bos_id], 48, temperature=0.8, top_k=50, stop=stop)[0]
+    length = min(48, model.rotary_length - 1)  # of which a context of 4 tokens has 40
+    new = generate(model, [tokenizer.bos_id], length, temperature=0.8, top_k=50, stop=stop)[0]
     print0(f"sample: {tokenizer.decode(new)!r}")
 
 

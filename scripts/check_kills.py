@@ -1,14 +1,16 @@
 """SIGKILL the training script again and again: does every next start go on where the disk says, to the same weights?
 
-`python -m scripts.check_kills [--kills 200] [--seed 0] [--workers 2] [--steps N] [--mode phases|random]` trains a tiny
-model on a made-up corpus: once undisturbed, then in runs that are killed and resumed until they are done.
+`python -m scripts.check_kills [--kills 200] [--evaluation 20] [--seed 0] [--workers 2] [--steps N] [--mode
+phases|random|evaluation]` trains a tiny model on a made-up corpus, with evaluation, CORE (a bundle of three items) and
+samples: once undisturbed, then in runs that are killed and resumed until they are done.
 
 phases: most kills strike right before, in the middle of or right after a file operation of a save, a prune, the logs,
-config.py or the lock; the others at a random time.  random: one long run, kills at random times only.
+config.py or the lock; the others at a random time; --evaluation further ones strike inside an evaluation, before one
+of its forwards or a sample.  random: one long run, kills at random times only.  evaluation: those --evaluation alone.
 
 After every kill the checker looks at the disk by itself: each step folder was put there by a rename and is whole, and
-none is lost. The next start has to go on at the newest one. Losses, rows, weights and optimizer are those of the
-undisturbed run. Exit code 1 when any of this fails.
+none is lost. The next start has to go on at the newest one. Losses, rows, figures of every evaluation, weights and
+optimizer are those of the undisturbed run. Exit code 1 when any of this fails.
 """
 
 import argparse
@@ -36,18 +38,24 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from nanochat import checkpoint_manager as checkpoints
+from nanochat import training_data
 from nanochat.config_file import read_config
+from nanochat.core_bundle import Task, write_bundle
 from nanochat.runtime import UserError, base_dir, run_script
+from scripts import base_train
 
 KEEP_LAST = 2
 SETTINGS = dict(
     vocab_size=300, depth=1, model_dim=32, head_dim=16, max_seq_len=32, total_batch_size=256, device_batch_size=8,
     compile=False, device_type="cpu", dtype="float32", eval_tokens=256, log_rows=True,
 )  # fmt: skip
-MODES = {"phases": dict(steps=40, save_every=2), "random": dict(steps=2000, save_every=20)}
+MODES = {
+    "phases": dict(steps=40, save_every=2), "random": dict(steps=2000, save_every=20),
+    "evaluation": dict(steps=40, save_every=2),
+}  # fmt: skip
 KILLS_PER_RUN = 12  # phases: of a run with 20 saves
-ROUNDS = {"phases": 8, "random": 1}  # more runs for kills whose run was done before they could strike
-PHASES = ("start-up", "training", "save", "prune")
+ROUNDS = {"phases": 8, "random": 1, "evaluation": 8}  # more runs for kills whose run was done before they could strike
+PHASES = ("start-up", "training", "save", "prune", "evaluate")
 BEFORE_RENAME = "save rename step_ before"  # leaves all files of a step under a temporary name
 HANGS = 600.0  # seconds after which a start counts as hung
 
@@ -59,8 +67,6 @@ HANGS = 600.0  # seconds after which a start counts as hung
 def child(argv: list[str]) -> None:
     """Run scripts.base_train under a Watch. argv: log file, point ("" for none), its number, base_train's words."""
     log, point, nth, *words = argv
-    from scripts import base_train
-
     Watch(log, point, int(nth)).install()
     run_script(lambda: base_train.main(words))
 
@@ -68,9 +74,9 @@ def child(argv: list[str]) -> None:
 class Watch:
     """Logs "time step phase operation name spot" around each file operation of the run, and kills at a given one.
 
-    phase: save or prune, as the calling thread is in it, else main. name: the file's, without digits and host. spot:
-    before, middle (half of the bytes are written) or after. The process dies right after the nth line that ends with
-    `point`, which is "phase operation name spot".
+    phase: save, prune or evaluate, as the calling thread is in it, else main. name: the file's, without digits and
+    host. spot: before, middle (half of the bytes are written) or after. The process dies right after the nth line that
+    ends with `point`, which is "phase operation name spot".
     """
 
     def __init__(self, log: str, point: str, nth: int):
@@ -88,6 +94,9 @@ class Watch:
         checkpoints.save_file = self.saving(checkpoints.save_file)
         checkpoints.save_checkpoint = self.within("save", checkpoints.save_checkpoint)
         checkpoints.prune = self.within("prune", checkpoints.prune)
+        training_data.bits_per_byte = self.evaluating(training_data.bits_per_byte)
+        base_train.evaluate_suite = self.evaluating(base_train.evaluate_suite)
+        base_train.print_samples = self.evaluating(base_train.print_samples)
 
     def note(self, operation: str, path, spot: str) -> None:
         path = os.path.realpath(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
@@ -121,6 +130,25 @@ class Watch:
             try:
                 return self.around("call", function)(folder, step, *args, **kwargs)
             finally:
+                self.thread.phase = "main"
+
+        return noted
+
+    def evaluating(self, function):
+        """The phase evaluate, with a point before each forward, where an evaluation asks whether to stop."""
+
+        @functools.wraps(function)
+        def noted(*args, **options):
+            name = function.__name__
+            if "stop" in options:
+                stop = options["stop"]
+                options["stop"] = lambda: (self.note("forward", name, "before"), stop())[1]
+            self.thread.phase = "evaluate"
+            self.note("call", name, "before")
+            try:
+                return function(*args, **options)
+            finally:
+                self.note("call", name, "after")
                 self.thread.phase = "main"
 
         return noted
@@ -243,6 +271,8 @@ class Bench:
         for number in range(20):
             text = "\n".join(" ".join(rng.choices(words, k=9)) for _ in range(12))
             (self.work / "corpus" / f"story {number}.txt").write_text(text)
+        items = [{"query": "the cat", "choices": [" runs", " sleeps"], "gold": number % 2} for number in range(3)]
+        write_bundle([Task("cats", "multiple_choice", items)], self.work / "base" / "eval_bundle")
         code = self.start("reference", (sys.executable, "-m", "scripts.base_train"), keep_last=None)
         if code != 0:
             raise UserError(f"the undisturbed run ended with code {code}: {self.output('reference')}")
@@ -260,7 +290,8 @@ class Bench:
         """One start, with --resume and perhaps a kill; its exit code, negative for a signal."""
         settings = dict(
             SETTINGS, data=self.work / "corpus", model_tag=tag, num_iterations=self.steps, save_every=self.save_every,
-            eval_every=self.steps // 2, keep_last=keep_last,
+            eval_every=self.steps // 4, core_metric_every=self.steps // 2, sample_every=self.steps // 2,
+            keep_last=keep_last,
         )  # fmt: skip
         flags = [f"--{name}={value}" for name, value in settings.items()]
         # the number of threads is part of bit equality
@@ -411,7 +442,7 @@ def story(folder: Path, step: int) -> dict:
     metadata = checkpoints.read_metadata(checkpoints.step_dir(folder, step))
     return {
         "losses": [[line[key] for key in keys] for line in lines if "lr" in line],
-        "evaluations": [(line["step"], line["val_bpb"]) for line in lines if line.get("event") == "eval"],
+        "evaluations": [{**line, "time": None} for line in lines if line.get("event") == "eval"],
         "ends": lines[-1].get("event"),
         "rows": [(line["step"], line["rows"]) for line in lines_of(folder / "rows_rank0.jsonl")],
         "weights and optimizer": hashes(folder, step),
@@ -451,8 +482,15 @@ def timed(rng: random.Random, startup: float, window: float) -> Plan:
     return Plan(training=True, delay=rng.uniform(0, window))
 
 
-def planned(rng: random.Random, kills: int, points: Counter, startup: float, window: float) -> list[Plan]:
-    """60% at the points of save and prune, each in its turn, 10% at the others, 30% at random times; shuffled."""
+def planned(
+    rng: random.Random, kills: int, points: Counter, startup: float, window: float, evaluation: int = 0
+) -> list[Plan]:
+    """60% at the points of save and prune, each in its turn, 10% at the others, 30% at random times; shuffled.
+
+    evaluation: so many further ones at the points of an evaluation, each in its turn.
+    """
+    inner = sorted(name for name in points if name.startswith("evaluate "))
+    points = Counter({name: count for name, count in points.items() if name not in inner})
     plans = [timed(rng, startup, window) for _ in range(kills * 3 // 10)]
     for inside, share in ((True, kills * 6 // 10), (False, kills - kills * 3 // 10 - kills * 6 // 10)):
         names = sorted(name for name in points if name.startswith("main ") != inside)
@@ -460,6 +498,9 @@ def planned(rng: random.Random, kills: int, points: Counter, startup: float, win
         for number in range(share):
             name = names[number % len(names)]
             plans.append(Plan(name, nth=rng.randint(1, min(3 if inside else 8, points[name]))))
+    for number in range(evaluation):
+        name = inner[number % len(inner)]
+        plans.append(Plan(name, nth=rng.randint(1, 2)))
     rng.shuffle(plans)
     return plans
 
@@ -494,7 +535,9 @@ def control(bench: Bench) -> tuple[Counter, float, float]:
     return points, first - began, float(log[-1][0]) - first
 
 
-def kill_all(bench: Bench, mode: str, kills: int, seed: int, workers: int) -> tuple[list[Tally], Counter]:
+def kill_all(
+    bench: Bench, mode: str, kills: int, seed: int, workers: int, evaluation: int = 0
+) -> tuple[list[Tally], Counter]:
     """Runs until all planned kills have struck, `workers` at a time; their tallies, and all points there are."""
     points, startup, training = control(bench)
     print(f"{len(points)} points, {startup:.1f} s of start-up, {training:.1f} s of training", flush=True)
@@ -503,7 +546,7 @@ def kill_all(bench: Bench, mode: str, kills: int, seed: int, workers: int) -> tu
         # on average 4/9 of what it takes to be done before the last kill; half of that goes again with each kill
         plans = [timed(rng, startup, 4 / 3 * training / kills) for _ in range(kills)]
     else:
-        plans = planned(rng, kills, points, startup, 1.5 * training / KILLS_PER_RUN)
+        plans = planned(rng, kills, points, startup, 1.5 * training / KILLS_PER_RUN, evaluation)
     tallies: list[Tally] = []
     with ThreadPoolExecutor(workers) as pool:
         for turn in range(ROUNDS[mode]):
@@ -553,6 +596,7 @@ def main(argv: list[str] | None = None) -> list[Tally]:
     parser = argparse.ArgumentParser(prog="scripts.check_kills", description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=tuple(MODES), default="phases")
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--evaluation", type=int, default=20, help="further kills inside an evaluation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--steps", type=int, help="of each run")
@@ -562,14 +606,18 @@ def main(argv: list[str] | None = None) -> list[Tally]:
     base_dir().mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="kills-", dir=base_dir())).resolve()
     bench = Bench(work, arguments.steps or shape["steps"], shape["save_every"])
-    tallies, points = kill_all(bench, arguments.mode, arguments.kills, arguments.seed, arguments.workers)
+    kills = arguments.kills if arguments.mode != "evaluation" else 0
+    evaluation = arguments.evaluation if arguments.mode != "random" else 0
+    tallies, points = kill_all(bench, arguments.mode, kills, arguments.seed, arguments.workers, evaluation)
     lines = table(tallies, points)
     lines.append(f"{len(tallies)} runs of {bench.steps} steps, seed {arguments.seed}, {time.monotonic() - began:.0f} s")
     failures = [tally.failure for tally in tallies if tally.failure]
     struck = [phase for tally in tallies for phase, _ in tally.kills]
-    if len(struck) < arguments.kills:
-        failures.append(f"only {len(struck)} of {arguments.kills} kills struck")
-    if arguments.mode == "phases" and 2 * sum(phase in ("save", "prune") for phase in struck) < len(struck):
+    if len(struck) < kills + evaluation:
+        failures.append(f"only {len(struck)} of {kills + evaluation} kills struck")
+    if struck.count("evaluate") < evaluation:
+        failures.append(f"only {struck.count('evaluate')} of {evaluation} kills struck inside an evaluation")
+    if arguments.mode == "phases" and 2 * sum(phase in ("save", "prune") for phase in struck) < kills:
         failures.append("less than half of the kills struck inside a save or prune")
     print("\n".join(lines))
     if failures:

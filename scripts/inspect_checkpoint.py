@@ -3,12 +3,13 @@
 CKPT: a step's folder, a tag or its folder (the newest step), a folder of nanochat's own files or its model_000123.pt,
 or a Hugging Face folder; default: the newest step. Says its format and age, the config, parameters by group, tokenizer,
 data, optimizer state, the hash of the weights, and whether it is whole. --reseal rewrites manifest.json of a step that
-was edited by hand.
+was edited by hand. Exit code 1 where something is damaged, missing or not finite.
 """
 
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from nanochat.checkpoint_manager import (
     weights_hash,
 )
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.parameters import num_parameters
+from nanochat.parameters import find_non_finite, num_parameters
 from nanochat.pickles import read_pt
 from nanochat.runtime import UserError, run_script
 from nanochat.tokenizer import Tokenizer
@@ -70,8 +71,8 @@ def main(argv: list[str] | None = None) -> dict:
     except UserError as error:
         report["damage"] = str(error)
     state = report.pop("state", {})
-    if report["damage"] is None and (broken := [name for name, t in state.items() if not t.isfinite().all()]):
-        report["damage"] = f"{len(broken)} tensors are not finite, {broken[0]} the first: take an earlier step"
+    if report["damage"] is None and (found := find_non_finite(state)):
+        report["damage"] = f"{found}: take an earlier step"
     print(f"{path}: {(report['damage'] or 'whole').removeprefix(f'{path}: ').removeprefix(f'{path} ')}")
     for name in ("format", "model", "beyond", "parameters", "tokenizer", "data", "optimizer", "codec", "weights"):
         if name in report:
@@ -197,5 +198,11 @@ def list_tensors(state: dict[str, torch.Tensor]) -> None:
         print(f"  {ascii(name)[1:-1]:48s} {str(tensor.dtype)[6:]:10s} {list(tensor.shape)}")
 
 
+def check(argv: list[str] | None = None) -> None:
+    """main() as a command: exit code 1 for what is not complete, as of any check that finds a difference."""
+    if main(argv)["damage"] is not None:
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    run_script(main)
+    run_script(check)

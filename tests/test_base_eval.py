@@ -363,3 +363,18 @@ def test_results_go_where_out_says(fresh, tmp_path):
     assert {"samples", "model_tag"} <= json.loads((tmp_path / "mine.json").read_text()).keys()
     assert (tmp_path / "mine.csv").is_file()
     assert not (fresh / "base_eval").exists()
+
+
+def test_a_model_with_nan_weights_keeps_its_figures(home, tmp_path, capsys):
+    """bpb is measured and written (nan), the samples are a message. Red when draw_samples()'s UserError passes."""
+    state, _, metadata = load_checkpoint(checkpoints_dir() / "tiny", 5)
+    state["transformer.wte.weight"][:] = float("nan")
+    tokenizer = load_model("base", "cpu", "eval", "tiny", 5)[1]
+    save_checkpoint(checkpoints_dir() / "broken", 1, state, None, metadata, tokenizer=tokenizer)
+    result = base_eval.main(["--model-tag", "broken", "--eval", "bpb,sample", "--device-type", "cpu"])
+    assert "samples" not in result
+    assert (base_dir() / "base_eval" / "broken_000001.json").is_file()
+    out = capsys.readouterr().out
+    assert "warning: 1 tensors are not finite, transformer.wte.weight the first" in out
+    assert "no samples: nothing can be generated" in out
+    assert "bits per byte" in out

@@ -3,12 +3,13 @@
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import MODERN, TIED, TINY, flags, metrics, rows_of, start, state_hashes, tag_dir
 from torch._inductor import config as inductor
 
@@ -33,7 +34,9 @@ def test_a_run_learns_and_leaves_what_the_contract_says(train, corpus, capsys):
     assert result["stopped"] == "done"
     assert (result["model_tag"], result["step"]) == ("one", 12)
     names = {path.name for path in tag_dir("one").iterdir()}
-    assert names == {"config.py", "metrics.jsonl", "rows_rank0.jsonl", "step_000006", "step_000012"}
+    assert names == {
+        "config.py", "metrics.jsonl", "rows_rank0.jsonl", "evaluated.json", "step_000006", "step_000012"
+    }  # fmt: skip
     lines = metrics("one")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
@@ -419,3 +422,45 @@ def test_the_logs_speed_is_tokens_over_the_time_of_training(train):
     assert lines[-1]["train_seconds"] == pytest.approx(sum(seconds), rel=1e-3)
     assert state["run"]["train_seconds"] == pytest.approx(sum(seconds), rel=1e-3)
     assert {line["peak_flops"] for line in lines if "peak_flops" in line} == {1e12}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused or said before the first step
+
+
+@pytest.mark.parametrize("tensor", ["lm_head.weight", "transformer.h.0.attn.c_q.weight"])
+def test_weights_that_are_not_finite_are_neither_resumed_nor_begun_with(train, tensor, capsys):
+    """Red when restore() or begin_from() does not call check_finite(): the run would end at its first step."""
+    train("sound", num_iterations=2, overwrite=True)
+    folder = cm.step_dir(tag_dir("sound"), 2)
+    state = load_file(folder / "model.safetensors")
+    state[tensor][1, 2:4] = float("nan")
+    save_file(state, folder / "model.safetensors")
+    cm.seal(folder)
+    size = state[tensor].numel()
+    for words in (["--model_tag=sound", "--resume", "--num_iterations=4"], ["--init_from=sound", "--model_tag=new"]):
+        with pytest.raises(
+            UserError, match=rf"1 tensors are not finite, {tensor} the first \(2 of its {size:,} values"
+        ):
+            main([*words, "--device_type=cpu"] if "--resume" in words else [*words, *flags(TINY)])
+    assert not (tag_dir("new") / "metrics.jsonl").exists()
+
+
+def test_a_step_larger_than_the_data_says_how_often_a_row_comes(train, capsys):
+    """9,839 tokens are 153 rows of 64. Red when warn_repeated_rows() is not called."""
+    train("many", num_iterations=1, total_batch_size=64 * 306, device_batch_size=102)
+    out = capsys.readouterr().out
+    assert re.search(r"a step takes 306 rows and an epoch of \S+ has 153: each row comes 2.0 times in one step", out), (
+        out
+    )
+    train("few", num_iterations=1)
+    assert "times in one step" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("length", [2, 3, 4])
+def test_a_context_shorter_than_a_sample_trains(train, length, capsys):
+    """Red when print_samples() asks for 48 tokens whatever the rotary table holds."""
+    train(f"short{length}", max_seq_len=length, total_batch_size=12 * length, num_iterations=2)
+    out = capsys.readouterr().out
+    assert "sample: " in out
+    assert "warning" not in out

@@ -286,6 +286,24 @@ def test_prune_safety(root):
     assert cm.newest_step(tag) == 12
 
 
+def test_prune_reads_a_verified_step_once(root, monkeypatch):
+    """Each step is hashed once, whatever the number kept; one that changed is hashed again, and does not count.
+
+    Red when prune() asks damage() of every kept step each time, or _is_complete() forgets the sizes and times.
+    """
+    hashed, real = [], cm.damage
+    monkeypatch.setattr(cm, "damage", lambda folder: (hashed.append(cm.step_of(folder)), real(folder))[1])
+    for step in range(1, 7):
+        save(root / "m", step)
+        cm.prune(root / "m", 2)
+    assert sorted(hashed) == [1, 2, 3, 4, 5, 6]
+    assert cm.own_steps(root / "m") == [5, 6]
+    truncate(cm.step_dir(root / "m", 6) / "model.safetensors")
+    save(root / "m", 7)
+    assert cm.prune(root / "m", 2) == []  # 5 and 7 are complete
+    assert cm.own_steps(root / "m") == [5, 6, 7]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # metadata of other times
 

@@ -1,5 +1,7 @@
 """Generation with the cache against generation without it."""
 
+import math
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from test_gpt import FEATURES, MODERN, VARIANTS, VARIANTS_AND_FEATURES, build, random_ids
 
 from nanochat.engine import KVCache, generate, sample
+from nanochat.runtime import UserError
 
 PROMPT = [3, 14, 15, 9, 26]
 
@@ -137,3 +140,20 @@ def test_sampling_follows_the_distribution_within_top_k():
     best = sample(logits, generator, 1.0, 2)[:, 0].bincount(minlength=3) / 20_000
     torch.testing.assert_close(best, torch.tensor([0.0, 0.731, 0.269]), rtol=0, atol=0.01)
     assert sample(logits[:1], generator, 1.0, 99).shape == (1, 1)
+
+
+@pytest.mark.parametrize("how", [dict(temperature=0.0), dict(temperature=0.8, top_k=7), dict(temperature=1.0)])
+@pytest.mark.parametrize(("name", "value"), [("lm_head.weight", float("nan")), ("transformer.wte.weight", -math.inf)])
+def test_a_model_that_is_not_finite_generates_nothing(name, value, how):
+    """One bad value is named; red when decode() draws without looking at the logits (RuntimeError, or "!!!!")."""
+    model = build()
+    with torch.no_grad():
+        model.get_parameter(name)[PROMPT[-1], 3] = value
+    with pytest.raises(UserError, match=rf"1 tensors are not finite, {name} the first \(1 of its"):
+        generate(model, PROMPT, 4, **how)
+
+
+def test_a_tiny_temperature_is_greedy():
+    """Red when the logits are divided before their maximum is taken off: infinity, and NaN probabilities."""
+    model = build()
+    assert generate(model, PROMPT, 6, temperature=1e-40) == generate(model, PROMPT, 6, temperature=0.0)

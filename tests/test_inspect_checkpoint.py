@@ -9,7 +9,7 @@ from test_checkpoint_manager import TOKENIZER, edit_state, make_model, save, tru
 
 from nanochat import checkpoint_manager as cm
 from nanochat.runtime import UserError
-from scripts.inspect_checkpoint import main
+from scripts.inspect_checkpoint import check, main
 
 
 @pytest.fixture
@@ -81,5 +81,16 @@ def test_a_whole_step_that_is_no_model_of_this_version(root, capsys):
     with torch.no_grad():
         model.lm_head.weight[3, 1] = float("nan")
     step = save(root / "m", 2, model)
-    assert main([])["damage"] == "1 tensors are not finite, lm_head.weight the first: take an earlier step"
+    of = f"(1 of its {model.lm_head.weight.numel():,} values)"
+    assert main([])["damage"] == f"1 tensors are not finite, lm_head.weight the first {of}: take an earlier step"
     assert f"{step}: 1 tensors are not finite" in capsys.readouterr().out
+
+
+def test_the_exit_code_tells_whether_a_step_is_complete(root):
+    """Red when check() returns without sys.exit(1) for a report of damage."""
+    step = save(root / "m", 1)
+    check([str(step)])
+    with pytest.raises(SystemExit) as caught:
+        truncate(step / "model.safetensors")
+        check([str(step)])
+    assert caught.value.code == 1

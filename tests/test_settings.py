@@ -116,6 +116,9 @@ def test_values_take_the_setting_s_own_type():
         (dict(batch_start=2048, device_batch_size=3), "device_batch_size", 2),
         (dict(target_param_data_ratio=None), "target_param_data_ratio", 20.0),
         (dict(modalities="audio:" + "9" * 5000), "modalities", "audio:2048"),
+        (dict(mlp_ratio=0.005, model_dim=64), "mlp_ratio", 0.0079),
+        (dict(mlp_ratio=1e-300, model_dim=4096), "mlp_ratio", 0.0002),
+        (dict(mlp_ratio=0.1, modalities="audio:16", expert_dim=5), "expert_dim", 6),
     ],
 )
 def test_an_impossible_combination_names_the_nearest_legal_value(changes, name, nearest):
