@@ -146,7 +146,8 @@ def generate(
 def _why_not_finite(model) -> str:
     found = find_non_finite(model.state_dict())
     if found is None:
-        return f"the logits are not finite although all weights are: {model.compute_dtype} overflows, float32 may not"
+        dtype = getattr(model, "compute_dtype", "their dtype")
+        return f"the logits are not finite although all weights are: {dtype} overflows, float32 may not"
     return f"nothing can be generated, the logits are not finite: {found}: take an earlier step or another copy"
 
 

@@ -35,7 +35,7 @@ def accumulate(
                 optimizer.send_when_ready()
             micro_loss.sum().backward()
             loss = loss + micro_loss.detach()
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         loss = None
@@ -45,9 +45,9 @@ def accumulate(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """The CUDA allocator's own error; the driver, cuBLAS and the CPU's allocator raise others, known by their words."""
+    """The CUDA allocator's error or Python's; driver, cuBLAS and the CPU's allocator raise others, known by words."""
     words = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or (
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(said in str(error) for said in words)
     )
 
@@ -70,7 +70,7 @@ def naming_the_batch_that_fits(settings: Settings, world_size: int) -> Iterator[
     """Turn running out of memory, where ranks exchange gradients and a step cannot start over, into a UserError."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         micro, _ = settings.batch_plan(world_size)

@@ -107,10 +107,8 @@ def batches(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute:
 def held_out_measure(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> Callable:
     """measure(model, stop) of the held-out split, as bits_per_byte() or, with sounds, packed_losses() returns it."""
     store = TokenStore(dataset, tokenizer, "val", vocabulary=vocabulary_of(settings, tokenizer), say=print0)
-    how = dict(
-        rows=settings.device_batch_size, max_tokens=settings.eval_tokens, rank=compute.rank,
-        world_size=compute.world_size,
-    )  # fmt: skip
+    rows, _ = settings.batch_plan(compute.world_size)  # the training's shape, and no more than a step has
+    how = dict(rows=rows, max_tokens=settings.eval_tokens, rank=compute.rank, world_size=compute.world_size)
     if dataset.codec is None:
         most = settings.eval_tokens and settings.eval_tokens + 1  # a target more than inputs
         measure, scored, how["seq_len"] = bits_per_byte, store.stream(most), settings.max_seq_len

@@ -170,7 +170,7 @@ def text_measure(settings: AdapterSettings, model: AdapterModel, compute: Comput
 
     def measure(scored, stop: Callable[[], bool]) -> float:
         found = bits_per_byte(
-            scored, stream, counts, rows=settings.device_batch_size, seq_len=settings.max_seq_len,
+            scored, stream, counts, rows=settings.batch_plan(compute.world_size)[0], seq_len=settings.max_seq_len,
             max_tokens=settings.check_tokens, rank=compute.rank, world_size=compute.world_size, stop=stop,
         )  # fmt: skip
         return found["nats"] / found["tokens"]

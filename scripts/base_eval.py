@@ -501,7 +501,7 @@ def measure(
     dataset: Dataset | None, compute: Compute, results: Results,
 ) -> None:  # fmt: skip
     """Each part that was asked for, into results as soon as it is done."""
-    rows = args.device_batch_size or settings.device_batch_size
+    rows = args.device_batch_size or min(settings.device_batch_size, max(1, settings.rows))
     options = dict(
         max_per_task=args.max_per_task,
         batch_tokens=rows * model.config.sequence_len,

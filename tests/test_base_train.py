@@ -457,6 +457,11 @@ def test_a_step_larger_than_the_data_says_how_often_a_row_comes(train, capsys):
     assert "times in one step" not in capsys.readouterr().out
 
 
+def test_a_device_batch_size_beyond_any_batch_is_that_of_a_step(train):
+    """Red when held_out_measure() takes device_batch_size rows: 477 GB of ids."""
+    assert train("wide", num_iterations=1, device_batch_size=10**9)["val_bpb"] > 0
+
+
 @pytest.mark.parametrize("length", [2, 3, 4])
 def test_a_context_shorter_than_a_sample_trains(train, length, capsys):
     """Red when print_samples() asks for 48 tokens whatever the rotary table holds."""
