@@ -198,21 +198,23 @@ def describe(config: GPTConfig, model_type: str, dtype: torch.dtype, bos: int | 
     )  # fmt: skip
     if model_type == MODERN:
         ours = {name: getattr(config, name) for name in MODERN_FIELDS}
-        module = MODELING.removesuffix(".py")
-        return dict(
-            architectures=[ARCHITECTURE], model_type=CLASSIC, hidden_act=NEEDS_CODE,
-            auto_map={
-                "AutoConfig": f"{module}.ModernNanoChatConfig",
-                "AutoModelForCausalLM": f"{module}.{ARCHITECTURE}",
-            },
-            tie_word_embeddings=ours.pop("tie_weights"), **ours, **common,
-        )  # fmt: skip
+        return dict(**auto_fields(), tie_word_embeddings=ours.pop("tie_weights"), **ours, **common)
     return dict(
         architectures=["NanoChatForCausalLM"], model_type=CLASSIC,
         **{key: getattr(config, name) for name, (key, _) in KEYS.items()},
         intermediate_size=round(config.mlp_ratio * config.n_embd),
         rope_parameters=dict(rope_type="default", rope_theta=config.rope_base),
         **{key: value for key, (value, _) in FIXED.items()}, **common,
+    )  # fmt: skip
+
+
+def auto_fields() -> dict:
+    """The fields of a config.json by which transformers finds our code."""
+    module = MODELING.removesuffix(".py")
+    classes = {"AutoConfig": "ModernNanoChatConfig", "AutoModelForCausalLM": ARCHITECTURE}
+    return dict(
+        architectures=[ARCHITECTURE], model_type=CLASSIC, hidden_act=NEEDS_CODE,
+        auto_map={auto: f"{module}.{name}" for auto, name in classes.items()},
     )  # fmt: skip
 
 

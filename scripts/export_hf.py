@@ -1,10 +1,11 @@
-"""Leave for Hugging Face: python -m scripts.export_hf [--model-tag d4-tied] --out FOLDER
+"""Leave for Hugging Face: python -m scripts.export_hf [--model-tag d4-tied] --out FOLDER, or --refresh FOLDER
 
 Writes a checkpoint as a folder for AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained. A classic
 model is transformers' own NanoChat; one with newer features comes with its code in hf_modeling.py, which transformers
-runs only with trust_remote_code=True.
+runs only with trust_remote_code=True. --refresh puts the newest code into a folder that was exported earlier.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -12,30 +13,37 @@ import torch
 from nanochat.arguments import Parser, number
 from nanochat.checkpoint_manager import build_model, find_checkpoint, step_path
 from nanochat.hf_format import MODELING, write_hf
-from nanochat.runtime import print0, run_script
+from nanochat.hf_refresh import refresh
+from nanochat.runtime import UserError, print0, run_script
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Export; returns what write_hf tells of the folder."""
+    """Export; returns what write_hf tells of the folder, or refreshed() of an earlier one."""
     parser = Parser("scripts.export_hf", __doc__)
     parser.add_argument("--model-tag", help="under base_checkpoints, or the path of a folder, nanochat's own too")
     parser.add_argument("--step", type=number(int, 0), help="step to take (default: the newest whole one)")
     parser.add_argument("--era", help="of nanochat's own files, where they do not tell it: see scripts.convert")
-    parser.add_argument("--out", type=Path, required=True, help="the new folder")
+    parser.add_argument("--out", type=Path, help="the new folder")
+    parser.add_argument("--refresh", type=Path, metavar="FOLDER", help=f"an export: replace its {MODELING} by today's")
     parser.add_argument(
         "--fold-projection", action="store_true", help="wte @ P as an untied output matrix: plain NanoChat"
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (float32)")
     args = parser.parse(argv)
+    if args.refresh is not None:
+        return refreshed(args)
+    if args.out is None:
+        raise UserError("name the new folder with --out=FOLDER, or an earlier export with --refresh=FOLDER")
+    dtype = args.dtype or "float32"
     checkpoint_dir, step = find_checkpoint(args.model_tag, args.step)
     model, tokenizer, _ = build_model(checkpoint_dir, step, "cpu", "eval", era=args.era)
     facts = write_hf(
         args.out, model.config, model.state_dict(), tokenizer, fold=args.fold_projection,
-        dtype=getattr(torch, args.dtype),
+        dtype=getattr(torch, dtype),
     )  # fmt: skip
     print0(f"{step_path(checkpoint_dir, step)} -> {args.out}")
     print0(
-        f"{facts['architecture']}, {facts['parameters']:,} parameters, {facts['bytes'] / 1e6:,.1f} MB of {args.dtype}, "
+        f"{facts['architecture']}, {facts['parameters']:,} parameters, {facts['bytes'] / 1e6:,.1f} MB of {dtype}, "
         f"weights hash {facts['weights_hash']}, read back bit for bit"
     )
     if tokenizer is None:
@@ -48,6 +56,16 @@ def main(argv: list[str] | None = None) -> dict:
         if model.config.use_output_projection and not args.fold_projection:
             print0("--fold-projection would write the output projection as an untied output matrix")
     return facts
+
+
+def refreshed(args: argparse.Namespace) -> dict:
+    """Refresh an export; returns {"changes": a line for each}."""
+    if others := [name for name, value in vars(args).items() if name != "refresh" and value not in (None, False)]:
+        raise UserError(f"--refresh changes a folder that is there: it goes without --{others[0].replace('_', '-')}")
+    changes = refresh(args.refresh)
+    for line in changes or [f"its {MODELING} and config.json are up to date"]:
+        print0(f"{args.refresh}: {line}")
+    return dict(changes=changes)
 
 
 if __name__ == "__main__":
