@@ -1,6 +1,7 @@
 """From one checkpoint to another: where a model comes from, settings to train it on, what a change costs in loss."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.config_file import as_dict, render_config
 from nanochat.dataset import climbmix_is_here, prepare_for
+from nanochat.foreign_weights import describe_nonfinite
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import never
 from nanochat.runtime import Compute, UserError, print0, write_atomically
@@ -104,7 +106,10 @@ def settings_for(config: GPTConfig, saved: dict | None = None) -> Settings:
 def write(
     source: Source, tag: str, step: int, config: GPTConfig, state: State, settings: Settings, optimizer_state=None
 ) -> Path:
-    """Write one step of a new tag, and beside it a config.py to train on with; returns the step's folder."""
+    """Write one step of a new tag, and beside it a config.py to train on with; returns the step's folder.
+
+    Values that are NaN or infinite are written as they are, after a warning.
+    """
     validate(dataclasses.replace(settings, model_tag=tag))
     folder = checkpoints_dir() / tag
     # config.py and hidden files are what a conversion that was cut off leaves.
@@ -119,9 +124,20 @@ def write(
         tokenizer_hash=source.tokenizer and source.tokenizer.hash, versions=dict(torch=torch.__version__),
         **{name: source.metadata.get(name) for name in ("codec", "data_fingerprint")},
     )  # fmt: skip
+    if nonfinite := describe_nonfinite(state):
+        print0(
+            f"warning: the weights of {source.name} hold NaN or infinite values: {nonfinite}; the new model has them "
+            "too, and can neither generate nor train"
+        )
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "config.py", render_config(settings))
-    return save_checkpoint(folder, step, state, optimizer_state, facts, 0, source.tokenizer, source.codec)
+    try:
+        write_atomically(folder / "config.py", render_config(settings))
+        return save_checkpoint(folder, step, state, optimizer_state, facts, 0, source.tokenizer, source.codec)
+    except BaseException:
+        if is_new:  # no tag without a step
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nanochat.checkpoint_manager import model_config, read_tensors, weights_hash
+from nanochat.foreign_weights import describe_nonfinite, strip_wrappers
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import UserError, first_line, fsync
+from nanochat.runtime import UserError, base_dir, first_line, fsync, print0
+from nanochat.storage_errors import describe as describe_storage_error
+from nanochat.storage_errors import find_storage_error
 from nanochat.temporary import glob_escape, owner_suffix, remove_abandoned
 from nanochat.tokenizer import BOS, Tokenizer, byte_characters
 from nanochat.tying import untied
@@ -132,8 +135,9 @@ def write_hf(
     """Write a model's state (our names) as a new folder, whole or not at all, after reading it back bit for bit.
 
     fold: a tied model's output projection P is written as the untied output matrix wte @ P. Returns {"architecture",
-    "newer" (the fields that NanoChat lacks), "parameters", "bytes" (of the weights), "weights_hash" (of the state as
-    read_hf gives it)}. UserError: the folder exists, there is nothing to fold, a field has no equivalent, a full disk.
+    "newer" (the fields that NanoChat lacks), "parameters", "bytes" (of the weights), "nonfinite" (where values are NaN
+    or infinite, or None), "weights_hash" (of the state as read_hf gives it)}. UserError: the folder exists, there is
+    nothing to fold, a field has no equivalent, a full disk.
     """
     out = Path(out)
     if out.exists() or out.is_symlink():
@@ -153,6 +157,7 @@ def write_hf(
     described = describe(config, model_type, dtype, None if tokenizer is None else tokenizer.bos_id)
     architecture = described["architectures"][0]
     facts = dict(architecture=architecture, newer=newer, parameters=sum(t.numel() for t in state.values()))
+    facts["nonfinite"] = describe_nonfinite(state)
     temporary = out.with_name(f".{out.name}.tmp-{owner_suffix()}")
     try:
         remove_abandoned(out.parent, f".{glob_escape(out.name)}.tmp-*")  # of an export that was killed
@@ -179,7 +184,10 @@ def write_hf(
         os.rename(temporary, out)
         fsync(out.parent)
     except (SafetensorError, OSError) as error:  # the first is the library's type for a full disk
-        raise UserError(f"--out={out} cannot be written: {first_line(error)}") from error
+        why = first_line(error)
+        if failed := find_storage_error(error):
+            why = describe_storage_error(OSError(failed.errno, failed.strerror, str(out)), base_dir())
+        raise UserError(f"--out={out} cannot be written: {why}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return facts
@@ -263,7 +271,9 @@ def read_hf(folder: Path | str) -> tuple[GPTConfig, dict[str, torch.Tensor], Tok
     tokenizer = read_tokenizer(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
-    found = read_weights(folder)
+    found, wrappers = strip_wrappers(read_weights(folder), str(folder))
+    for phrase in wrappers:
+        print0(f"{folder}: {phrase}")
     blocks = {name.split(".")[2] for name in found if name.startswith(("model.layers.", "transformer.h."))}
     if len(blocks) != config.n_layer:  # and none builds a model of a billion layers
         raise UserError(f"{folder}: config.json says {config.n_layer} layers, the weights hold {len(blocks)}")
@@ -286,7 +296,8 @@ def read_hf(folder: Path | str) -> tuple[GPTConfig, dict[str, torch.Tensor], Tok
         state[name] = tensor.float()
     if found:
         raise UserError(f"{folder}: the weights hold {min(found)}, which config.json does not ask for")
-    if tied is not None and not torch.equal(tied.float(), state["transformer.wte.weight"]):
+    # A NaN equals nothing, so not torch.equal().
+    if tied is not None and not torch.allclose(tied.float(), state["transformer.wte.weight"], 0, 0, equal_nan=True):
         raise UserError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding's matrix")
     return config, state, tokenizer
 

@@ -23,7 +23,9 @@ import torch.nn as nn
 from nanochat import meta_format
 from nanochat.checkpoint_manager import build_model, find_checkpoint, step_path, weights_hash
 from nanochat.engine import KVCache
+from nanochat.foreign_weights import describe_nonfinite, strip_wrappers
 from nanochat.gpt import GPT
+from nanochat.hf_format import format_of
 from nanochat.hub import place_caches
 from nanochat.runtime import UserError, first_line, print0
 from nanochat.settings import Say
@@ -42,6 +44,7 @@ class TransformersHost:
 
     def __init__(self, name: str, model: nn.Module, tokenizer, weights: str):
         check_gated(name, model)
+        check_finite(name, model)
         self.name, self.hash, self.model, self.tokenizer = name, weights, _frozen(model), tokenizer
         table, output = model.get_input_embeddings(), model.get_output_embeddings()
         self.vocab_size, self.width = table.weight.shape
@@ -92,6 +95,7 @@ class NanochatHost:
     """A text model of ours; the attributes are described above."""
 
     def __init__(self, name: str, model: GPT, tokenizer, weights: str):
+        check_finite(name, model)
         self.name, self.hash, self.model, self.tokenizer = name, weights, _frozen(model), tokenizer
         self.vocab_size, self.width = model.output_weight.shape
         self.softcap = model.config.softcap
@@ -171,6 +175,16 @@ def check_gated(name: str, model: nn.Module) -> None:
         raise UserError(f"host={name!r} is a {type(model).__name__} with {tables} further embedding tables: {FITTING}")
 
 
+def check_finite(name: str, model: nn.Module) -> None:
+    """UserError when a parameter holds NaN or infinite values: nothing that is built on such a model can learn."""
+    if nonfinite := describe_nonfinite(dict(model.named_parameters())):
+        dtype = next(model.parameters()).dtype
+        raise UserError(
+            f"host={name!r} holds non-finite values in {nonfinite}, as {str(dtype).removeprefix('torch.')}: take "
+            "another checkpoint of it"
+        )
+
+
 def _frozen(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
@@ -180,13 +194,18 @@ def _frozen(model: nn.Module) -> nn.Module:
 
 
 def _transformers(name: str, device, dtype: torch.dtype, say: Say) -> TransformersHost:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder = model_folder(name, say)
     described = read_json(name, folder / "config.json")
     if described.get("quantization_config") is not None:
         raise UserError(f"host={name!r} is quantized: take the weights that it was made from, in bfloat16 or float32")
+    if format_of(described) is not None:
+        raise UserError(
+            f"host={name!r} is a model of nanochat: `python -m scripts.convert --from-hf {folder}` makes a checkpoint "
+            "of it, for --host=nanochat:TAG"
+        )
     kind = str(described.get("model_type"))
     with _quiet(), _told(name):
         config = None
@@ -195,10 +214,20 @@ def _transformers(name: str, device, dtype: torch.dtype, say: Say) -> Transforme
         if config is None or config.is_encoder_decoder:
             raise UserError(f"host={name!r} is a model of type {kind}, no text decoder of transformers: {FITTING}")
         with torch.device("meta"):  # no weight is read of a model that does not fit
-            check_gated(name, AutoModelForCausalLM.from_config(config))
-    weights = weights_hash(read_weights(name, folder))
+            empty = AutoModelForCausalLM.from_config(config)
+        check_gated(name, empty)
+    state, wrappers = strip_wrappers(read_weights(name, folder), f"host={name!r}")
+    weights = weights_hash(state)
     tokenizer = HostTokenizer(name, folder)
-    model = _loaded(name, say, AutoModelForCausalLM, folder, config=config, use_safetensors=True, dtype=dtype)
+    if wrappers:  # whose names transformers does not know
+        for phrase in wrappers:
+            say(f"host {name}: {phrase}")
+        model = _loaded(name, say, type(empty), None, config=config, state_dict=state, dtype=dtype)
+        if (folder / "generation_config.json").is_file():
+            with _quiet(), _told(name):
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    else:
+        model = _loaded(name, say, AutoModelForCausalLM, folder, config=config, use_safetensors=True, dtype=dtype)
     return TransformersHost(name, model.to(device), tokenizer, weights)
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from nanochat.foreign_weights import strip_wrappers
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.pickles import broken_part, read_pt, read_tokenizer_pickle
 from nanochat.runtime import UserError, base_dir, print0
@@ -217,7 +218,7 @@ def _open(folder: Path, step: int, era: str | None) -> tuple[dict[str, torch.Ten
         raise UserError(f"era={era!r} is unknown{nearest_name(era, ERAS)}: one of {', '.join(ERAS)}")
     meta, path = read_meta(folder, step), model_file(folder, step)
     sizes = meta["model_config"]
-    raw = {name.removeprefix("_orig_mod."): tensor.detach() for name, tensor in read_pt(path).items()}
+    raw, _ = strip_wrappers({name: tensor.detach() for name, tensor in read_pt(path).items()}, str(path))
     state = {name: tensor for name, tensor in raw.items() if name not in ("cos", "sin")}  # which follow from sizes
     notes = []
     if absent := [f"{name}={getattr(GPTConfig, name)}" for name in SIZES if name not in sizes]:

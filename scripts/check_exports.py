@@ -58,8 +58,11 @@ def check_release(release: str, folder: Path, tests: tuple[str, ...]) -> Outcome
     version = run([python, "-c", VERSION])
     if version.returncode:
         return Outcome(release, reason=last_line(version.stderr))
-    release = version.stdout.strip()
+    found = version.stdout.strip()
+    if release not in (found, "newest"):
+        return Outcome(release, reason=f"the environment has {found}")
     report = folder / f"{release}.xml"
+    release = f"{found} (newest)" if release == "newest" else found
     report.unlink(missing_ok=True)
     done = run([python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests])
     if not report.is_file():
@@ -68,7 +71,7 @@ def check_release(release: str, folder: Path, tests: tuple[str, ...]) -> Outcome
 
 
 def make_environment(place: Path) -> Path:
-    """The interpreter of an environment at `place`, new or there already, that also sees our packages, after its own."""
+    """The interpreter of an environment at `place`, made if need be, that also sees our packages, after its own."""
     python = place / "bin" / "python"
     if not python.is_file():
         made = run([sys.executable, "-m", "venv", str(place)])

@@ -18,6 +18,7 @@ from nanochat.arguments import Parser, number, seed
 from nanochat.checkpoint_manager import checkpoints_dir
 from nanochat.config_file import as_dict
 from nanochat.conversion import Source
+from nanochat.foreign_weights import describe_nonfinite
 from nanochat.growth import grow, grown_config
 from nanochat.modality import modalities_of
 from nanochat.runtime import UserError, print0, run_script
@@ -82,7 +83,8 @@ def rewrite(args: argparse.Namespace, source: Source, settings: Settings) -> str
     folder = conversion.write(source, tag, source.step, source.config, source.state, settings, source.optimizer_state)
     state = "with its optimizer state" if source.optimizer_state else "without optimizer state: training begins it anew"
     tokenizer = "" if source.tokenizer else ", and without a tokenizer"
-    print0(f"{folder}: {count(source.state)}, bit for bit, {state}{tokenizer}")
+    exact = "bit for bit, NaN and infinite values too" if describe_nonfinite(source.state) else "bit for bit"
+    print0(f"{folder}: {count(source.state)}, {exact}, {state}{tokenizer}")
     say_how_to_train(tag)
     return tag
 

@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> dict:
         dtype=getattr(torch, dtype),
     )  # fmt: skip
     print0(f"{step_path(checkpoint_dir, step)} -> {args.out}")
+    if facts["nonfinite"]:
+        print0(f"warning: the weights hold NaN or infinite values: {facts['nonfinite']}; the export has them too")
     print0(
         f"{facts['architecture']}, {facts['parameters']:,} parameters, {facts['bytes'] / 1e6:,.1f} MB of {dtype}, "
         f"weights hash {facts['weights_hash']}, read back bit for bit"

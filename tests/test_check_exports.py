@@ -79,6 +79,6 @@ def test_arguments():
     assert parse([]).releases == ["5.0.0", "5.12.1", "5.23.0", "5.24.0", "newest"]
     assert parse(["5.1.0rc1", "newest"]).releases == ["5.1.0rc1", "newest"]
     for word in ("latest", "5", ">=5.0", "../x"):
-        with pytest.raises(UserError, match="as in 5.24.0, or newest"):
+        with pytest.raises(UserError, match=r"as in 5\.24\.0, or newest"):
             parse([word])
     assert last_line("\n") == ""

@@ -1,14 +1,19 @@
 """Checkpoints of every origin become ours, tied or untied, and a run goes on from each. Growth: test_growth.py."""
 
 import dataclasses
+import errno
 import json
+import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 import upstream_fixtures
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from test_gpt import MODERN, build, random_ids
-from tiny_run import TIED, flags, losses, tag_dir
+from tiny_run import TIED, exit_code, flags, losses, tag_dir
 
 from nanochat import checkpoint_manager as cm
 from nanochat import conversion
@@ -18,7 +23,7 @@ from nanochat.hf_format import write_hf
 from nanochat.runtime import UserError
 from nanochat.settings import Settings
 from nanochat.tokenizer import Tokenizer
-from scripts import base_train, convert
+from scripts import base_train, convert, export_hf
 
 
 def config_of(tag: str) -> dict:
@@ -107,6 +112,67 @@ def test_a_hugging_face_folder_becomes_ours(base, tmp_path, monkeypatch):
     tag = convert.main([f"--from-hf={tmp_path / 'friend'}"])
     state = load_file(cm.step_dir(tag_dir(tag), 0) / "model.safetensors")
     assert tag == "friend-converted" and all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapped", ["", "_orig_mod.", "module.", "module._orig_mod."])
+def test_a_wrapped_folder_with_nan(wrapped, tmp_path, monkeypatch, capsys):
+    """Wrappers' names are taken off, values that are no number are named and counted, and kept. Red when convert does
+    not look at the values, or read_hf at the names; tied tables with a NaN count as equal."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    model = build(tie_weights=True)
+    folder = tmp_path / "friend"
+    write_hf(folder, model.config, model.state_dict())
+    state = load_file(folder / "model.safetensors")
+    state["model.embed_tokens.weight"][3, 1:4] = torch.tensor([math.nan, math.inf, -math.inf])
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()  # as some programs save a tied model
+    save_file({wrapped + name: tensor for name, tensor in state.items()}, folder / "model.safetensors")
+    convert.main([f"--from-hf={folder}"])
+    told = capsys.readouterr().out
+    assert "warning: the weights of friend hold NaN or infinite values: transformer.wte.weight (3 of 1,600)" in told
+    assert "bit for bit, NaN and infinite values too" in told
+    for part in wrapped.split(".")[:-1]:
+        assert f"{len(state)} of {len(state)} tensors are named with `{part}.` of " in told
+    new = load_file(cm.step_dir(tag_dir("friend-converted"), 0) / "model.safetensors")
+    there = state["model.embed_tokens.weight"].view(torch.int32)
+    assert torch.equal(new["transformer.wte.weight"].view(torch.int32), there)
+
+    export_hf.main(["--model-tag=friend-converted", f"--out={tmp_path / 'back'}"])
+    assert "warning: the weights hold NaN or infinite values: transformer.wte.weight (3" in capsys.readouterr().out
+    sane = build()
+    write_hf(tmp_path / "sane", sane.config, sane.state_dict())
+    convert.main([f"--from-hf={tmp_path / 'sane'}"])
+    told = capsys.readouterr().out
+    assert "bit for bit, without" in told and "warning" not in told
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_that_takes_no_more(code, tmp_path, monkeypatch, capsys):
+    """One line with the way out, exit code 2, and nothing under the final name; with room it works. Red when a
+    tag folder with its config.py stays, or export_hf passes the library's own words on."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    write_hf(tmp_path / "friend", build().config, build().state_dict())
+    convert.main([f"--from-hf={tmp_path / 'friend'}", "--output-tag=there"])
+
+    def full(tensors, path, metadata=None):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
+
+    words = (
+        (export_hf.main, ["--model-tag=there", f"--out={tmp_path / 'out'}"], tmp_path),
+        (convert.main, [f"--from-hf={tmp_path / 'friend'}"], tmp_path / "base" / "base_checkpoints"),
+    )
+    for main, argv, parent in words:
+        before = sorted(parent.rglob("*"))
+        with monkeypatch.context() as patch:
+            patch.setattr("nanochat.hf_format.save_file", full)
+            patch.setattr("nanochat.checkpoint_manager.save_file", full)
+            capsys.readouterr()
+            assert exit_code(lambda main=main, argv=argv: main(argv)) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and os.strerror(code) in said and ("elsewhere" in said or "another place" in said)
+        assert sorted(parent.rglob("*")) == before
+        main(argv)
+        assert sorted(parent.rglob("*")) != before
 
 
 def test_a_model_keeps_its_codec(tmp_path, monkeypatch):

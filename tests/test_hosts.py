@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import math
+import shutil
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from test_gpt import MODERN, build
 from transformers import AutoConfig, BartConfig, EncodecConfig, GPT2Config, T5Config
 
 from nanochat.checkpoint_manager import checkpoints_dir, save_checkpoint
+from nanochat.hf_format import write_hf
 from nanochat.hosts import load_host, state_hash
 from nanochat.modality import Modality
 from nanochat.runtime import UserError
@@ -294,6 +297,57 @@ def test_a_model_that_scales_its_logits_is_refused(tmp_path):
     tiny_llama(tmp_path, kind="granite", logits_scaling=4.0)
     with pytest.raises(UserError, match="GraniteForCausalLM, which scales or caps its logits"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(math.nan, torch.float32), (-math.inf, torch.float32), (1e39, None)])
+def test_a_host_with_numbers_that_are_none_is_named(value, dtype, tmp_path, base):
+    """By its tensor and how many, whether they lie on disk or arise in the dtype asked for. Red when check_finite()
+    comes after the comparison of logits, which would speak of scaled ones, or is left out for checkpoints of ours."""
+    tiny_llama(tmp_path / "llama")
+    path, norm = tmp_path / "llama" / "model.safetensors", "model.layers.1.input_layernorm.weight"
+    state = load_file(path)
+    state[norm][3:5] = value if dtype else 1e5
+    save_file(state, path, metadata={"format": "pt"})
+    said = rf"holds non-finite values in {norm} \(2 of 32\), as float(32|16): take another"
+    with pytest.raises(UserError, match=said):
+        load(tmp_path / "llama", dtype or torch.float16)
+    if dtype:
+        model = save_ours("small")
+        state = model.state_dict()
+        state["lm_head.weight"][7, 1] = value
+        facts = dict(model_config=dataclasses.asdict(model.config), tokenizer_hash=TOKENIZER.hash)
+        save_checkpoint(checkpoints_dir() / "ill", 7, state, None, facts, tokenizer=TOKENIZER)
+        with pytest.raises(UserError, match=r"non-finite values in lm_head.weight \(1 of 9,280\)"):
+            load("nanochat:ill")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_forward_module.module."])
+def test_a_host_that_was_saved_wrapped(prefix, llama, tmp_path):
+    """By torch.compile, DDP or both: the same model with the same hash, which ends its text with the same ids. Red when
+    the names stay as they are, or generation_config.json is not read."""
+    folder, model = llama
+    shutil.copytree(folder, tmp_path / "host")
+    state = load_file(folder / "model.safetensors")
+    save_file({prefix + name: t for name, t in state.items()}, tmp_path / "host" / "model.safetensors")
+    (tmp_path / "host" / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[5, 6])))
+    said = []
+    host, ids = load(tmp_path / "host", say=said.append), ids_of(2, 11)
+    with torch.no_grad():
+        assert torch.equal(host.logits(ids), model(ids).logits)
+    assert host.hash == load(folder).hash and host.tied and host.stop == (5, 6)
+    count = len(state)
+    assert all(
+        f"{count} of {count} tensors are named with `{part}.`" in "".join(said) for part in prefix[:-1].split(".")
+    )
+
+
+def test_an_export_of_ours_is_no_host_of_transformers(tmp_path):
+    """Red when it is told to be of another kind, without the way in."""
+    for name, features in (("classic", {}), ("newer", dict(smear=True))):
+        model = build(**features)
+        write_hf(tmp_path / name, model.config, model.state_dict())
+        with pytest.raises(UserError, match=rf"convert --from-hf {tmp_path / name}` makes a checkpoint"):
+            load(tmp_path / name)
 
 
 def test_a_further_embedding_is_refused(llama, monkeypatch):
