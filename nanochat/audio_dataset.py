@@ -4,6 +4,7 @@ The codec is fitted on a bounded sample of the training sounds, or opened; every
 pass, so that memory holds a batch of them and no more.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,10 +16,11 @@ import numpy as np
 
 from nanochat import audio, sources
 from nanochat.audio_sources import Item, Log, Sound, SoundSource, sound_source
-from nanochat.dataset import SPLITS, Dataset, Document, held_out
+from nanochat.dataset import SPLITS, Dataset, Document
 from nanochat.runtime import UserError, base_dir
 from nanochat.settings import Say, Settings
 from nanochat.sources import Source, digest, slug_of
+from nanochat.splits import SHARE, held_out, is_sane
 
 FIT_SECONDS = 600  # of sound that a codec is fitted on
 FIT_PIECE = 30  # seconds taken of one sound, so that a long one is not the whole sample
@@ -80,7 +82,7 @@ def _documents(
     skipped: the model would be scored on what it was trained on. Completes the manifest.
     """
     log = Log(say, counts)
-    items = sounds.fetch(log)
+    items = _assign_splits(sounds.fetch(log), sounds.source, manifest)
     counts["files"] = len(items)
     opened = audio.open_codec(settings.codec, settings.codebooks, codes)
     codec = opened or _fitted(settings, sounds, items, codes, log)
@@ -89,7 +91,7 @@ def _documents(
 
     def documents() -> Iterator[Document]:
         trained: set[str] = set()  # hashes of the codes in the training split, which comes first for this reason
-        splits = {split: [item for item in items if _split(item) == split] for split in SPLITS}
+        splits = {split: [item for item in items if item.split == split] for split in SPLITS}
         for split, chosen in splits.items():
             loaded = (item.load(codec.sample_rate, log) for item in chosen)
             for sound, coded in _encoded(codec, loaded, f"{len(chosen):,} {split}", say):
@@ -108,8 +110,32 @@ def _documents(
     _check(settings, sounds, clips, counts)
 
 
-def _split(item: Item) -> str:
-    return item.split or ("val" if held_out(item.name) else "train")
+def _assign_splits(items: list[Item], sounds: str, manifest: dict) -> list[Item]:
+    """The items of the source `sounds`, each with its split: the source's own, or by the hash of its name.
+
+    Names of a few sounds, or of one that is most of the data, may hold out next to nothing or nearly all. Outside the
+    bounds of is_sane() sounds are held out in their order instead, whenever that keeps a tenth of the bytes.
+    """
+    splits = [item.split or ("val" if held_out(item.name) else "train") for item in items]
+    sizes = dict.fromkeys(SPLITS, 0)
+    for item, split in zip(items, splits, strict=True):
+        sizes[split] += item.size
+    if not any(item.split for item in items) and len(items) > 1 and not is_sane(sizes):
+        seen = held = 0
+        for place, item in enumerate(items):
+            seen += item.size
+            splits[place] = "val" if held + item.size / 2 <= SHARE * seen else "train"
+            held += item.size * (splits[place] == "val")
+        if not held:  # fewer than ten, or one that is most
+            splits[min(range(len(items)), key=lambda place: items[place].size)] = "val"
+        share = sizes["val"] / max(1, sum(sizes.values()))
+        manifest["split_rule"] = (
+            f"names would hold out {share:.1%} of the sounds: {splits.count('val')} of {len(items)} are held out by "
+            "size, in their order"
+        )
+    elif any(item.split for item in items) and sounds != "synth":
+        manifest["split_rule"] = f"its own split: {splits.count('val')} of {len(items)} sounds are held out"
+    return [dataclasses.replace(item, split=split) for item, split in zip(items, splits, strict=True)]
 
 
 def _mixed(sounds: Iterable[Document], text: Dataset, share: float, say: Say) -> Iterator[Document]:
@@ -165,13 +191,13 @@ def _fitted(settings: Settings, sounds: SoundSource, items: list[Item], codes: i
     quiet = Log(lambda line: None)  # the pass that encodes tells
     pieces = []
     for item in sorted(items, key=lambda item: digest(item.name)):
-        if _split(item) == "train" and (sound := item.load(rate, quiet)) is not None:
+        if item.split == "train" and (sound := item.load(rate, quiet)) is not None:
             pieces.append(sound.wav[: min(room, FIT_PIECE * rate)])
             room -= len(pieces[-1])
             if not room:
                 break
     if not pieces:
-        loaded = Counter(_split(item) for item in items if item.load(rate, log) is not None)
+        loaded = Counter(item.split for item in items if item.load(rate, log) is not None)
         _check(settings, sounds, loaded, log.left_out)
     seconds = sum(map(len, pieces)) / rate
     log.say(f"data: fitting a codec {settings.codec} on {seconds:.0f} s of {len(pieces)} sounds")

@@ -91,12 +91,14 @@ class Log:
 class Item:
     """A sound not yet read. load(rate in Hz, log): the sound, or None when the log says why it is left out.
 
-    split: "train" or "val" where the source decides it, None for the usual rule by the name.
+    split: "train" or "val" where the source decides it, None for the usual rule by the name. size: how much of the
+    source it is, in bytes, or 1 where all sounds are cut to one length.
     """
 
     name: str
     load: Callable[[int, Log], Sound | None]
     split: str | None = None
+    size: int = 1
 
 
 @dataclass
@@ -225,7 +227,8 @@ def _folder_items(data: str, root: Path, found: Found, column: str, seconds: flo
             log.leave_out("sound of a test part beside the validation part that is held out", name)
         elif usable(caption := texts[name].text.strip(), name, log):
             load = functools.partial(_load_file, name, caption, files[name], seconds)
-            items.append(Item(name, load, splits[name] if splits else None))
+            size = 1 if seconds else files[name].stat().st_size
+            items.append(Item(name, load, splits[name] if splits else None, size))
     return items
 
 
@@ -304,7 +307,7 @@ def _hub_items(name: str, options: dict, seconds: float | None, log: Log, say: S
                 elif usable(caption, f"{place}#{row}", log):
                     where = spool.tell(), spool.write(raw)
                     load = functools.partial(_load_spooled, f"{place}#{row}", caption, spool, where, seconds)
-                    items.append(Item(f"{place}#{row}", load, held))
+                    items.append(Item(f"{place}#{row}", load, held, 1 if seconds else where[1]))
     return items
 
 

@@ -388,12 +388,39 @@ def test_nothing_left_is_one_line_with_all_counts(folder):
     assert "\n" not in str(caught.value)
 
 
-def test_no_sound_held_out(folder):
-    for path in folder.glob("*.wav"):
-        if held_out(path.name):
+@pytest.mark.parametrize("kind", ["none", "most", "few"])
+def test_names_that_hold_out_too_little_or_too_much_do_not_decide(folder, kind):
+    """No sound, a long one that is most of the data, four sounds of which none. Red when names alone decide."""
+    out = [path for path in sorted(folder.glob("*.wav")) if held_out(path.name)]
+    if kind == "most":
+        soundfile.write(out[0], np.concatenate([a_sound(number) for number in range(60)]), RATE)
+    else:
+        for path in out if kind == "none" else [p for p in folder.glob("*.wav") if p.name > "03.wav"]:
             path.unlink()
-    with pytest.raises(UserError, match=r"no sound is held out among .* give more sounds"):
-        prepare_for(settings_of(folder), say=len)
+    lines = []
+    data = prepare_for(settings_of(folder), say=lines.append)
+    codes = {split: sum(len(clip[2]) for clip in clips_of(data, split)) for split in ("train", "val")}
+    assert 0.02 < codes["val"] / sum(codes.values()) < (0.5 if kind == "few" else 0.15)
+    assert kind != "most" or out[0].name in [name for name, *_ in clips_of(data, "train")]
+    share = {"none": "0.0%", "few": "0.0%"}.get(kind, "6")
+    assert any(f": names would hold out {share}" in line and "are held out by size" in line for line in lines)
+
+
+def test_a_split_of_its_own_is_said(folder):
+    """A column `split` of the table, in the shards and in the manifest. Red when the items' own split is not asked."""
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    rows = [row | {"split": "test" if 10 <= number < 15 else "train"} for number, row in enumerate(rows)]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = prepare_for(settings_of(folder), say=(lines := []).append)
+    assert [name for name, *_ in clips_of(data, "val")] == [f"{number}.wav" for number in range(10, 15)]
+    assert any("its own split: 5 of 30 sounds are held out" in line for line in lines)
+
+
+def test_one_sound_cannot_be_split(folder):
+    for path in sorted(folder.glob("*.wav"))[1:]:
+        path.unlink()
+    with pytest.raises(UserError, match="no sound is held out among 1 captioned sounds"):
+        prepare_for(settings_of(folder, modalities="audio:8"), say=len)
 
 
 def test_too_little_sound_for_the_codec(folder):
