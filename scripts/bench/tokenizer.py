@@ -38,7 +38,7 @@ KINDS = {  # name -> characters to draw from
     "one letter": "a",
     "words": "etaoinshrdlu   ",
 }
-SMALL = (20_000, 40_000)  # characters at which the unbounded pattern is timed
+SMALL = (20_000, 40_000)  # bytes at which the unbounded pattern is timed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict:
             rows.append((kind, f"{row['megabytes']:g} MB", row["train"], row["encode"], row["growth"]))
         print(f"{kind}: done", flush=True)
     print(table(("text", "size", "train s", "encode s", "train s, over the size before"), rows))
-    print(f"unbounded pattern, {SMALL[0]:,} and {SMALL[1]:,} characters: train s, ratio; bounded: ratio")
+    print(f"unbounded pattern, {SMALL[0]:,} and {SMALL[1]:,} bytes: train s, ratio; bounded: ratio")
     print(table(("text", "small", "large", "ratio", "bounded"), [(kind, *found[kind]["small"]) for kind in kinds]))
     result: dict = dict(times=found)
     if args.line_megabytes:
@@ -89,7 +89,7 @@ def measure(kind: str, sizes: list[float], vocab: int) -> dict:
         encode = time.perf_counter() - start
         growth = seconds / rows[-1]["train"] if rows else float("nan")
         rows.append(dict(megabytes=megabytes, train=seconds, encode=encode, growth=growth))
-    short = [draw(kind, size * len(KINDS[kind][0].encode())) for size in SMALL]
+    short = [draw(kind, size) for size in SMALL]
     bounded = [train(text, 300)[0] for text in short]
     unbounded = [train(text, 300, UNBOUNDED)[0] for text in short]
     return dict(sizes=rows, small=(*unbounded, unbounded[1] / unbounded[0], bounded[1] / bounded[0]))
