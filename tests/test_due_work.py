@@ -44,21 +44,21 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up(train, monkeypatc
     assert state_hashes("rough", 4) == state_hashes("smooth", 4)
 
 
-def test_a_due_checkpoint_is_written_before_the_evaluation_of_its_step(train, monkeypatch):
-    """A bug in the evaluation of step 2, where a save is due: its traceback comes after the save.
+@pytest.mark.parametrize("end", [ZeroDivisionError, SystemExit])
+def test_a_due_checkpoint_is_written_before_the_evaluation_of_its_step(train, monkeypatch, end):
+    """The evaluation of step 2, where a save is due, has a bug, or the process ends there without another word.
 
-    Red when loop() evaluates before save_if_due(): the checkpoint would say evaluated=2, or not be there.
+    Red when loop() calls evaluate_if_due() before save_if_due(): step 2 would not be there after the second.
     """
 
-    def bug(*_, **__):
-        raise ZeroDivisionError
+    def ended(*_, **__):
+        raise end
 
-    monkeypatch.setattr(training_data, "bits_per_byte", bug)
-    with pytest.raises(ZeroDivisionError):
-        train("bug", eval_every=2, save_every=2)
-    run = cm.read_metadata(cm.step_dir(tag_dir("bug"), 2))["run"]
+    monkeypatch.setattr(training_data, "bits_per_byte", ended)
+    with pytest.raises(end):
+        train(f"ends-{end.__name__}", eval_every=2, save_every=2)
+    run = cm.read_metadata(cm.step_dir(tag_dir(f"ends-{end.__name__}"), 2))["run"]
     assert (run["step"], run["evaluated"], run["val_bpb"]) == (2, 1, None)
-    monkeypatch.undo()
 
 
 def test_a_final_evaluation_that_was_killed_is_made_up_once(train, monkeypatch):
