@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 
@@ -18,6 +19,7 @@ from nanochat.runtime import (
     UserError,
     first_line,
     init_compute,
+    launched,
     print0,
     restarts_from_env,
 )
@@ -31,8 +33,16 @@ def begin(read: Callable[[], CommandLine], train: Callable[[RunSettings, int | N
     and code, and to hold that very step; SharedError on all ranks otherwise.
     """
     meeting = Meeting(RunSettings.rank_timeout)
+
+    def read_command() -> CommandLine:
+        command = read()
+        # torchrun starts every rank and ends all when one fails; by hand nobody does.
+        least = RunSettings.rank_timeout if launched() else 0
+        meeting.timeout = timedelta(seconds=max(command.settings.rank_timeout, least))
+        return command
+
     with contextlib.ExitStack() as held:
-        command, reports = meeting.share(read, started_with)
+        command, reports = meeting.share(read_command, started_with)
         refuse_differences("how to train", reports)
         decided, reports = meeting.share(
             lambda: decide(command, held) if meeting.rank == 0 else None, decision_facts, PATIENCE

@@ -15,14 +15,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nanochat.environment import LAUNCHER, LOCAL
 from nanochat.runtime import (
     Compute,
     SharedError,
     UserError,
     base_dir,
     first_line,
+    own_mistake,
     rank_from_env,
     restarts_from_env,
+    wait_for_master,
     world_size_from_env,
 )
 from nanochat.settings import shown
@@ -43,8 +46,9 @@ class Meeting:
 
     def _connect(self):
         try:
+            wait_for_master(self.timeout.total_seconds(), self.rank)
             store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=self.timeout))
-        except (dist.DistStoreError, dist.DistNetworkError) as error:
+        except (dist.DistStoreError, dist.DistNetworkError, OSError) as error:
             raise self._unanswered(self.timeout, error) from error
         same_host = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
         # torchrun serves all attempts of a host from one store; over several nodes they are counted apart, and
@@ -61,32 +65,41 @@ class Meeting:
         self.store.set(keys[self.rank], json.dumps(value))
         try:
             self.store.wait(keys, timeout or self.timeout)
+            return [json.loads(self.store.get(key)) for key in keys]
         except (dist.DistStoreError, dist.DistNetworkError) as error:
             raise self._unanswered(timeout or self.timeout, error) from error
-        return [json.loads(self.store.get(key)) for key in keys]
 
     def _unanswered(self, timeout: timedelta, error: Exception) -> UserError:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        return UserError(
-            f"rank {self.rank} of {self.world_size} found not all others at {where} within {timeout} "
-            f"({first_line(error)}): start all ranks, as torchrun does, or for a single process `unset RANK WORLD_SIZE`"
+        variables = " ".join(name for name in (*LAUNCHER, *LOCAL) if name in os.environ)
+        return own_mistake(
+            f"rank {self.rank} of {self.world_size} did not meet all others at {where} within {timeout} "
+            f"({first_line(error)}): start all ranks, as torchrun does, or for a single process `unset {variables}`"
         )
 
     def share(self, make: Callable, facts: Callable[..., dict] = lambda made: {}, timeout: timedelta | None = None):
-        """(make() of this rank, facts(made) of every rank); a UserError of any rank is raised as SharedError on all."""
-        made, failed = None, None
+        """(make() of this rank, facts(made) of every rank); a UserError of any rank is raised as SharedError on all.
+
+        Any other error is raised on its rank, after the others have received its name: none waits for that rank.
+        """
+        made, failed, bug = None, None, None
         try:
             made = make()
         except UserError as error:
             failed = str(error)
             if self.world_size == 1:
                 raise
-        except OSError as error:
-            if self.world_size == 1 or (storage := find_storage_error(error)) is None:
+        except Exception as error:
+            if self.world_size == 1:
                 raise
-            failed = describe(storage, base_dir())
+            if (storage := find_storage_error(error)) is not None:
+                failed = describe(storage, base_dir())
+            else:
+                failed, bug = f"{type(error).__name__}: {first_line(error)}", error
         report = {"error": failed, "host": platform.node(), "facts": facts(made) if failed is None else {}}
         reports = self.gather(report, timeout)
+        if bug is not None:
+            raise bug
         for rank, found in enumerate(reports):
             if found["error"] is not None:
                 where = f"rank {rank} on {found['host']}: " if rank else ""

@@ -247,7 +247,7 @@ def init_compute(
     if world > 1 and not dist.is_initialized():
         timeout = timedelta(seconds=rank_timeout) if rank_timeout else PATIENCE
         try:
-            _knock(timeout.total_seconds(), rank)
+            wait_for_master(timeout.total_seconds(), rank)
             dist.init_process_group(
                 "nccl" if kind == "cuda" else "gloo",
                 **_meeting_place(timeout),
@@ -269,7 +269,7 @@ def init_compute(
     return Compute(device, pick_dtype(dtype, kind), rank, local, world)
 
 
-def _knock(seconds: float, rank: int) -> None:
+def wait_for_master(seconds: float, rank: int) -> None:
     """Wait until somebody answers where the ranks meet; OSError after so many seconds.
 
     torch would wait as long, and then print its stack. The rank that answers there itself has nothing to wait for.

@@ -3,13 +3,14 @@
 import platform
 import shutil
 import textwrap
+import threading
 
 import pytest
 import torch
 from tiny_run import TINY, flags, start
 
 from nanochat import checkpoint_manager as cm
-from nanochat.rank_agreement import refuse_differences, source_hashes, weights_checksum
+from nanochat.rank_agreement import Meeting, refuse_differences, source_hashes, weights_checksum
 from nanochat.runtime import SharedError
 
 APART = """
@@ -102,6 +103,31 @@ def test_other_settings_and_other_data_of_a_rank_are_refused(apart, corpus, tmp_
     assert code != 0
     assert len(errors) == 1, output
     assert "the ranks do not agree on what to train: data_fingerprint." in errors[0]
+
+
+def test_any_error_of_a_rank_reaches_the_others():
+    """A bug on rank 0 keeps its type there, and the other rank ends at once; nobody waits for the time limit.
+
+    Red when share() lets errors other than UserError pass before gather(): rank 1 would time out.
+    """
+    store, caught = torch.distributed.HashStore(), {}
+
+    def run(rank: int, make) -> None:
+        meeting = Meeting(20)
+        meeting.rank, meeting.world_size, meeting.store = rank, 2, store
+        try:
+            meeting.share(make)
+        except Exception as error:
+            caught[rank] = error
+
+    ranks = [threading.Thread(target=run, args=pair) for pair in enumerate((lambda: {}["lost"], lambda: None))]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join()
+    assert type(caught[0]) is KeyError
+    assert type(caught[1]) is SharedError
+    assert str(caught[1]) == "KeyError: 'lost'"
 
 
 def test_differences_are_named_by_rank_and_cut_when_many():
