@@ -93,8 +93,9 @@ class AdapterSettings(RunSettings):
         200, "held-out sounds of each measurement; None takes all", "evaluation", at_least=1
     )
     stall_evals: int = setting(
-        5, "say so when the held-out loss has not improved for so many measurements", "evaluation", at_least=1
-    )
+        5, "say so when the held-out loss has not improved for so many measurements", "evaluation", at_least=1,
+        when=("eval_every", ON),
+    )  # fmt: skip
     check_text: str | None = setting(
         "stdlib",
         "source of text whose loss under the host is measured before and after; None leaves it out",
@@ -120,7 +121,6 @@ class AdapterSettings(RunSettings):
     codebooks: int = again(RunSettings, "codebooks", when=None)
     codec: str = again(RunSettings, "codec", when=None)
     clip_seconds: float | None = again(RunSettings, "clip_seconds", when=None)
-    data_audio_column: str = again(RunSettings, "data_audio_column", when=None)
     max_seq_len: int = again(RunSettings, "max_seq_len", group="horizon", help="tokens of a row, caption and codes")
     num_iterations: int = again(RunSettings, "num_iterations", 1000, help="optimizer steps")
     device_batch_size: int = again(RunSettings, "device_batch_size", 8)

@@ -16,6 +16,7 @@ from nanochat.adapter_settings import AdapterSettings
 from nanochat.runtime import UserError, world_size_from_env
 from nanochat.settings import (
     ON,
+    Like,
     RunSettings,
     Settings,
     checked,
@@ -232,6 +233,16 @@ def differences(settings: RunSettings, origins: dict[str, str]) -> list[str]:
     return lines
 
 
+def find_no_effect(line: CommandLine, groups: tuple[str, ...] = ("data", "modalities")) -> list[str]:
+    """One note for each value of these groups that was given, is not the default or was typed, and has no effect."""
+    fields, notes = fields_of(type(line.settings)), []
+    for name, origin in line.origins.items():
+        given = origin == "command line" or getattr(line.settings, name) != fields[name].default
+        if given and fields[name].metadata["group"] in groups and (reason := line.settings.inert(name)):
+            notes.append(f"note: {reason} ({literal(getattr(line.settings, name))} from {origin})")
+    return notes
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # writing: config.py, --help
 
@@ -275,8 +286,11 @@ def facts(name: str, kind: type[RunSettings] = Settings) -> str:
         parts.append(f"one of {', '.join(data['choices'])}")
     if data["when"]:
         other, wanted = data["when"]
-        values = () if wanted is ON else wanted if isinstance(wanted, tuple) else (wanted,)
-        parts.append(f"matters only with {other}{'=' * bool(values)}{' or '.join(map(repr, values))}")
+        if isinstance(wanted, Like):
+            parts.append(f"matters only with {other}={wanted.words}")
+        else:
+            values = () if wanted is ON else wanted if isinstance(wanted, tuple) else (wanted,)
+            parts.append(f"matters only with {other}{'=' * bool(values)}{' or '.join(map(repr, values))}")
     return "; ".join(parts)
 
 

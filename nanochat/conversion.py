@@ -22,13 +22,14 @@ from nanochat.checkpoint_manager import (
     tokenizer_of,
 )
 from nanochat.config_file import as_dict, render_config
-from nanochat.dataset import climbmix_is_here, prepare_for
+from nanochat.dataset import climbmix_is_here
 from nanochat.foreign_weights import describe_nonfinite
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import never
 from nanochat.runtime import Compute, UserError, print0, write_atomically
 from nanochat.settings import FIELDS, Settings, checked, validate
 from nanochat.tokenizer import Tokenizer
+from nanochat.trained_data import find_prepared, open_trained_data, with_other_data
 from nanochat.training_data import held_out_measure
 from nanochat.tying import KEEP, State, tied, untied
 
@@ -153,14 +154,16 @@ def held_out_loss(source: Source, settings: Settings, data: str | None) -> Loss 
     nothing is downloaded unasked. UserError for a `data` that cannot be used.
     """
     if data:
-        settings = dataclasses.replace(settings, data=data, data_limit=None, text_data=None)
+        settings = with_other_data(settings, data)
     try:
         if source.tokenizer is None:
             raise UserError("the model has no tokenizer")
+        trained_on = None if data else source.metadata.get("data_fingerprint")
+        here = find_prepared(trained_on, settings.skip_corrupt, print0) is not None
         remote = settings.data == "climbmix" and not climbmix_is_here(settings.data_limit)
-        if not data and (remote or settings.data.startswith("hf:")):
+        if not data and not here and (remote or settings.data.startswith("hf:")):
             raise UserError(f"data={settings.data} may need a download: name a text with --data, such as --data=stdlib")
-        dataset = prepare_for(settings, say=print0)
+        dataset = open_trained_data(settings, trained_on, say=print0)
         check_codec(dataset, source.metadata, source.name)
         few = dataclasses.replace(settings, device_batch_size=1, eval_tokens=MEASURED_TOKENS)
         measure = held_out_measure(few, dataset, source.tokenizer, Compute(torch.device("cpu"), torch.float32))

@@ -252,30 +252,68 @@ def prepare(
     limit: climbmix training shards, or hub documents. workers: parallel downloads of climbmix.
     Raises UserError for a missing, empty or too small source, Corrupt for an unreadable one, Unreachable for the hub.
     """
-    if source == "synth":
-        raise UserError("data=synth is captioned sounds: set modalities too, as in --modalities=audio:2048")
     if source == "climbmix":
         return _climbmix(limit or CLIMBMIX_SHARDS, workers, skip_corrupt, say)
+    return _materialise(_text_source(source, column, split, config, limit, skip_corrupt, say), skip_corrupt, say)
+
+
+def _text_source(
+    source: str, column: str, split: str, config: str | None, limit: int | None, skip_corrupt: bool, say: Say
+) -> Source:
+    """What prepare() would read; of anything but climbmix."""
+    if source == "synth":
+        raise UserError("data=synth is captioned sounds: set modalities too, as in --modalities=audio:2048")
     if source.startswith("hf:"):
-        found = hub.hub_dataset(source.removeprefix("hf:"), column, split, config, limit, say)
-    elif source == "stdlib":
-        found = sources.stdlib()
-    elif source == "packages":
-        found = sources.packages()
+        return hub.hub_dataset(source.removeprefix("hf:"), column, split, config, limit, say)
+    if source == "stdlib":
+        return sources.stdlib()
+    if source == "packages":
+        return sources.packages()
+    return sources.path(source, column, skip_corrupt, say)
+
+
+def source_of(settings: Settings, *, say: Say = print) -> Source | None:
+    """What prepare_for() would read, from a look at the files; None where the text to mix in is not prepared.
+
+    UserError when it is not there. Of anything but climbmix.
+    """
+    if "audio" not in settings.modality_codes():
+        return _text_source(
+            settings.data, settings.data_column, settings.data_split, settings.data_config, settings.data_limit,
+            settings.skip_corrupt, say,
+        )  # fmt: skip
+    from nanochat.audio_dataset import audio_source
+
+    if settings.text_data is None:
+        return audio_source(settings, None, say)
+    if settings.text_data == "climbmix":
+        text = open_climbmix(CLIMBMIX_SHARDS, settings.skip_corrupt, say)
     else:
-        found = sources.path(source, column, skip_corrupt, say)
-    return _materialise(found, skip_corrupt, say)
+        plan = _text_source(settings.text_data, "text", "train", None, None, settings.skip_corrupt, say)
+        text = _find_version(plan, settings.skip_corrupt, say)
+    return text and audio_source(settings, text, say)
+
+
+def state_of(source: Source) -> str:
+    """What changes when the source's documents may have changed, or this program would read others of it."""
+    return digest(json.dumps([FORMAT, source.state]))
+
+
+def _find_version(source: Source, skip_corrupt: bool, say: Say) -> Dataset | None:
+    """The version of a source that was prepared from its present state."""
+    for directory, manifest in _versions(base_dir() / "data", source.name):
+        if manifest["state"] == state_of(source) and codec_is_here(manifest):
+            return Dataset(directory, manifest, skip_corrupt, say)
+    return None
 
 
 def _materialise(source: Source, skip_corrupt: bool, say: Say) -> Dataset:
     """Open the version of this source that was prepared from this state, or make it."""
     data = base_dir() / "data"
-    state = digest(json.dumps([FORMAT, source.state]))
+    if found := _find_version(source, skip_corrupt, say):
+        _say_split(found.manifest, say)
+        return found
     known = _versions(data, source.name)
-    for directory, manifest in known:
-        if manifest["state"] == state and _codec_is_here(manifest):
-            _say_split(manifest, say)
-            return Dataset(directory, manifest, skip_corrupt, say)
     why = f"{source.name} changed since it was prepared" if known else f"preparing {source.name}"
     say(f"data: {why}, writing shards")
     with _scratch(data, source.name) as scratch:
@@ -287,7 +325,7 @@ def _materialise(source: Source, skip_corrupt: bool, say: Say) -> Dataset:
             "source": source.source,
             "licence": source.licence,
             "fingerprint": _fingerprint(source.source, source.version, counts["files"], entries),
-            "state": state,
+            "state": state_of(source),
             "left_out": {reason: n for reason, n in sorted(counts.items()) if reason != "files"},
             **source.manifest,
             "files": entries,
@@ -296,7 +334,7 @@ def _materialise(source: Source, skip_corrupt: bool, say: Say) -> Dataset:
         same = [d for d, m in known if m["fingerprint"]["sha256"] == manifest["fingerprint"]["sha256"]]
         if same:  # touched, not changed
             target, manifest["name"] = same[0], same[0].name
-            _write_manifest(target, manifest | {"files": _read_manifest(target)["files"]})
+            _write_manifest(target, manifest | {"files": read_manifest(target)["files"]})
         else:
             target = data / source.name
             if target.exists():
@@ -304,7 +342,7 @@ def _materialise(source: Source, skip_corrupt: bool, say: Say) -> Dataset:
                 manifest["name"] = target.name
             _write_manifest(scratch, manifest)
             _commit(scratch, target)
-    manifest = _read_manifest(target)
+    manifest = read_manifest(target)
     left = ", ".join(f"{n} {reason}" for reason, n in manifest["left_out"].items())
     say(
         f"data: {manifest['fingerprint']['files']} files, {manifest['fingerprint']['bytes'] / 1e6:.2f} MB of text"
@@ -320,7 +358,7 @@ def _say_split(manifest: dict, say: Say) -> None:
         say(f"data: {manifest['name']}: {rule}")
 
 
-def _codec_is_here(manifest: dict) -> bool:
+def codec_is_here(manifest: dict) -> bool:
     return "codec" not in manifest or (base_dir() / manifest["codec"]["directory"]).is_dir()
 
 
@@ -536,10 +574,15 @@ def _shard_name(number: int) -> str:
     return f"shard_{number:05d}.parquet"
 
 
+def open_climbmix(limit: int, skip_corrupt: bool = False, say: Say = print) -> Dataset | None:
+    """The first `limit` training shards and the held-out one where all are here, without a look at the hub."""
+    return _climbmix(limit, 1, skip_corrupt, say) if climbmix_is_here(limit) else None
+
+
 def climbmix_is_here(limit: int | None) -> bool:
     """Whether every shard of prepare("climbmix", limit=limit) was downloaded whole, so that no hub is needed."""
     directory = base_dir() / "data" / "climbmix"
-    known = {entry["name"] for entry in (_read_manifest(directory) or {"files": []})["files"]}
+    known = {entry["name"] for entry in (read_manifest(directory) or {"files": []})["files"]}
     return all(name in known and (directory / name).exists() for name in _climbmix_names(limit or CLIMBMIX_SHARDS))
 
 
@@ -557,7 +600,7 @@ def _climbmix(limit: int, workers: int, skip_corrupt: bool, say: Say) -> Dataset
         raise UserError(f"data_limit={limit}: climbmix has {CLIMBMIX_LAST} training shards")
     directory = base_dir() / "data" / "climbmix"
     names = _climbmix_names(limit)
-    manifest = _read_manifest(directory) or {
+    manifest = read_manifest(directory) or {
         "name": "climbmix",
         "source": "climbmix",
         "licence": f"see the dataset card of {hub.CLIMBMIX_REPO} on the hub",
@@ -574,7 +617,7 @@ def _climbmix(limit: int, workers: int, skip_corrupt: bool, say: Say) -> Dataset
         for path in hub.download_climbmix(missing, directory, workers, recorded, say):
             known[path.name] = _describe(path, "val" if path.name == _shard_name(CLIMBMIX_LAST) else "train")
             with file_lock(directory / ".manifest.lock"):  # another process may have added shards meanwhile
-                there = (_read_manifest(directory) or manifest)["files"]
+                there = (read_manifest(directory) or manifest)["files"]
                 known = {entry["name"]: entry for entry in there} | known
                 entries = [known[name] for name in sorted(known)]
                 _write_manifest(directory, manifest | {"files": entries, "fingerprint": fingerprint(entries)})
@@ -586,7 +629,7 @@ def _climbmix(limit: int, workers: int, skip_corrupt: bool, say: Say) -> Dataset
 # files
 
 
-def _read_manifest(directory: Path) -> dict | None:
+def read_manifest(directory: Path) -> dict | None:
     """The manifest, or None where there is none that counts."""
     try:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
@@ -607,7 +650,7 @@ def _versions(data: Path, name: str) -> list[tuple[Path, dict]]:
     """The prepared versions of a source: the folder of its name, and later ones with -v and the content's hash."""
     folders = sorted(data.iterdir()) if data.is_dir() else []
     ours = [d for d in folders if re.fullmatch(re.escape(name) + "(-v[0-9a-f]{8})?", d.name)]
-    return [(d, manifest) for d in ours if (manifest := _read_manifest(d)) is not None]
+    return [(d, manifest) for d in ours if (manifest := read_manifest(d)) is not None]
 
 
 @contextmanager
@@ -629,6 +672,6 @@ def _commit(scratch: Path, target: Path) -> None:
     try:
         os.rename(scratch, target)
     except OSError:
-        if _read_manifest(target) is None:  # otherwise another process was faster, with the same documents
+        if read_manifest(target) is None:  # otherwise another process was faster, with the same documents
             raise
     fsync(target.parent)

@@ -15,12 +15,15 @@ import torch
 
 from nanochat.attention_choice import choose_attention
 from nanochat.blocked_attention import blocks
+from nanochat.checkpoint_manager import find_checkpoint, tokenizer_of
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_head import chunk_rows
 from nanochat.optim import build_optimizer
 from nanochat.progress import duration
 from nanochat.runtime import (
     Compute,
+    UserError,
+    base_dir,
     compiler_problem,
     device_name,
     gpu_peak_flops,
@@ -30,6 +33,7 @@ from nanochat.runtime import (
 )
 from nanochat.schedule import batch_words, num_iterations, tokens_before
 from nanochat.settings import RunSettings, Settings
+from nanochat.tokenizer import load_named
 
 MEASURE_SECONDS = 4.0
 # The part of the matmul peak that training reaches, where nobody has measured: large models on data-centre GPUs, and
@@ -102,7 +106,27 @@ def _device_memory(kind: str) -> int | None:
 
 def meta_model(settings: Settings) -> GPT:
     """The model of these settings without memory: shapes and counts only."""
-    return _meta_model(GPTConfig(**settings.model_arguments()))
+    return _meta_model(GPTConfig(**settings.model_arguments(known_vocab_size(settings))))
+
+
+def known_vocab_size(settings: Settings) -> int:
+    """Ids of the tokenizer that the run will take: a named one's, that of init_from, else vocab_size.
+
+    vocab_size, too, where the named one is not here: the run will say so.
+    """
+    named = (getattr(settings, "tokenizer", None), getattr(settings, "init_from", None))
+    return (_vocab_size_of(str(base_dir()), *named) if any(named) else None) or settings.vocab_size
+
+
+@lru_cache(8)
+def _vocab_size_of(base: str, tokenizer: str | None, init_from: str | None) -> int | None:
+    try:
+        if tokenizer:
+            return load_named(tokenizer).vocab_size
+        own = tokenizer_of(*find_checkpoint(init_from, None))
+        return own and own.vocab_size
+    except UserError:
+        return None
 
 
 def largest_model(settings: Settings) -> GPT:
@@ -262,12 +286,12 @@ def measure(settings: Settings, hardware: Hardware, seconds: float = MEASURE_SEC
     """
     settings = _measured(settings, hardware, seconds)
     device = torch.device(hardware.device_type)
-    model = GPT(GPTConfig(**settings.model_arguments())).to(device)
+    model = GPT(GPTConfig(**settings.model_arguments(known_vocab_size(settings)))).to(device)
     model.init_weights()
     model.compute_dtype = hardware.activation_dtype(settings)
     choose_attention(model.config, device, model.compute_dtype, compiled=False)
     shape = (settings.batch_plan()[0], settings.max_seq_len)
-    ids = torch.randint(0, settings.vocab_size, shape, device=device)
+    ids = torch.randint(0, model.config.vocab_size, shape, device=device)
     work = math.prod(shape) * model.flops_per_token()
     taken: list[float] = []
     deadline = time.perf_counter() + seconds
@@ -324,7 +348,7 @@ def tying_saves(settings: Settings) -> str:
     count = meta_model(untied).num_parameters()
     share = count["lm_head"] / count["total"]
     return (
-        f"saves {settings.vocab_size:,} x {settings.n_embd:,} = {millions(count['lm_head'])} "
+        f"saves {known_vocab_size(settings):,} x {settings.n_embd:,} = {millions(count['lm_head'])} "
         f"of {millions(count['total'])} parameters ({share:.0%})"
     )
 

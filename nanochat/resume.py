@@ -24,6 +24,7 @@ from nanochat.runtime import (
     write_atomically,
 )
 from nanochat.settings import RunSettings, Settings, checked, fields_of, validate
+from nanochat.trained_data import PLACE, check_same, is_local
 
 # What a resumed run may change; everything else would make it another run.
 CHANGEABLE = {
@@ -151,14 +152,15 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
     for name in sorted(differing.keys() - changed.keys() - {"model_tag"}):
         told = f"{name}={getattr(merged, name)!r} counts, not {differing[name]!r} of {command.origins[name]}"
         print0(f"resuming: {told}" + (f"; change it with --{name}=..." if name in CHANGEABLE else ""))
-    if refused := sorted(changed.keys() - CHANGEABLE - {"model_tag"}):
+    changeable = CHANGEABLE | (set(PLACE) if is_local(changed.get("data")) else set())
+    if refused := sorted(changed.keys() - changeable - {"model_tag"}):
         told = ", ".join(f"{n}={changed[n]!r} (the run has {getattr(merged, n)!r})" for n in refused)
         raise UserError(f"--resume cannot change {told}: leave it out, or start a new run with --model_tag=NAME")
     horizon = [name for name in ("num_iterations", "target_flops", "target_param_data_ratio") if name in changed]
     if horizon and (changed.get("num_iterations") or math.inf) > step:
         told = "the warmdown, and when the batch grows, are" if merged.batch_start else "the warmdown is"
         print0(f"new horizon ({', '.join(horizon)}): {told} recomputed for it")
-    merged = dataclasses.replace(merged, **{name: changed[name] for name in changed.keys() & CHANGEABLE})
+    merged = dataclasses.replace(merged, **{name: changed[name] for name in changed.keys() & changeable})
     return validate(merged, world_size_from_env())
 
 
@@ -283,11 +285,7 @@ def restore_progress(
 
     UserError when the data is another, or a part is missing or of another shape.
     """
-    if metadata.get("data_fingerprint", dataset.fingerprint) != dataset.fingerprint:
-        raise UserError(
-            f"{where} was trained on {metadata.get('data_fingerprint')}, the data is {dataset.fingerprint} now: "
-            "bring the old data back, or start a new run with --model_tag=NAME"
-        )
+    check_same(metadata.get("data_fingerprint"), dataset, where, dataset.name)
     known = {field.name for field in dataclasses.fields(run)}
     numbers = {name: value for name, value in metadata.get("run", {}).items() if name in known}
     try:

@@ -18,6 +18,25 @@ from typing import ClassVar
 from nanochat.modality import RESERVED, modalities_of
 from nanochat.runtime import UserError
 
+
+@dataclass(frozen=True)
+class Like:
+    """In `when`: any text that a pattern matches, whatever the case; words: how it looks, for --help."""
+
+    pattern: str
+    words: str
+
+    def matches(self, value) -> bool:
+        return isinstance(value, str) and re.fullmatch(self.pattern, value, re.IGNORECASE) is not None
+
+
+HUB = Like(r"hf:.*", "hf:<dataset>")
+LIMITED = Like(r"climbmix|synth|hf:.*", "climbmix, synth or hf:<dataset>")
+COLUMNS = Like(
+    r"(?!(stdlib|packages|climbmix|synth)$)(?!.*\.(txt|md|py)(\.(gz|bz2|xz|zst))?$).*",
+    "hf:<dataset>, or files with columns or sounds",
+)
+AUDIO = Like(r"(.*,)?\s*audio:.*", "audio:<codes>")
 ON = "on"  # in `when`: any value but these
 OFF = (None, False, 0, "disabled", "none", "L")
 
@@ -33,7 +52,7 @@ class IllegalCombination(UserError):
 def setting(default, help: str, group: str, *, choices=None, at_least=None, above=None, at_most=None, when=None):
     """One field: default, help (what it is and why, with the unit), group, and the range or choices that are legal.
 
-    when: (name of another setting, its value, a tuple of values, or ON): the setting has an effect only then.
+    when: (name of another setting, its value, a tuple of values, Like or ON): the setting has an effect only then.
     """
     facts = dict(help=help, group=group, choices=choices, at_least=at_least, above=above, at_most=at_most, when=when)
     return dataclasses.field(default=default, metadata=facts)
@@ -96,12 +115,15 @@ class RunSettings:
         "stdlib, packages, climbmix, synth (captioned melodies), hf:<dataset>, or the path of a file or folder",
         "data",
     )
-    data_column: str = setting("text", "column that holds the text in jsonl, parquet and hub datasets", "data")
-    data_split: str = setting("train", "split of the hub dataset to read", "data")
-    data_config: str | None = setting(None, "configuration name of the hub dataset", "data")
-    data_limit: int | None = setting(
-        None, "use at most so many climbmix shards or hub documents; None uses the source's default", "data", at_least=1
+    data_column: str = setting(
+        "text", "column that holds the text in jsonl, parquet and hub datasets", "data", when=("data", COLUMNS)
     )
+    data_split: str = setting("train", "split of the hub dataset to read", "data", when=("data", HUB))
+    data_config: str | None = setting(None, "configuration name of the hub dataset", "data", when=("data", HUB))
+    data_limit: int | None = setting(
+        None, "use at most so many climbmix shards or hub documents; None uses the source's default", "data",
+        at_least=1, when=("data", LIMITED),
+    )  # fmt: skip
     skip_corrupt: bool = setting(
         False, "leave out unreadable shards and files, naming them, instead of stopping", "data"
     )
@@ -113,19 +135,23 @@ class RunSettings:
     )
     codebooks: int = setting(
         1, "codebooks of audio; each is one more position a frame", "modalities", at_least=1, at_most=32,
-        when=("modalities", ON),
+        when=("modalities", AUDIO),
     )  # fmt: skip
     codec: str = setting(
         "frame",
         "sound to codes: frame, pitch, mdct (fitted on the data); encodec:<hub name or folder>; a fitted one's name",
         "modalities",
-        when=("modalities", ON),
+        when=("modalities", AUDIO),
     )
     clip_seconds: float | None = setting(
-        None, "sounds are cut to so many seconds; None keeps them whole", "modalities", above=0, when=("modalities", ON)
+        None,
+        "sounds are cut to so many seconds; None keeps them whole",
+        "modalities",
+        above=0,
+        when=("modalities", AUDIO),
     )
     data_audio_column: str = setting(
-        "audio", "column that holds the sound in hub datasets", "modalities", when=("modalities", ON)
+        "audio", "column that holds the sound in hub datasets", "modalities", when=("data", HUB)
     )
 
     num_iterations: int | None = setting(
@@ -152,8 +178,9 @@ class RunSettings:
         0.4, "last part of the run in which the rate falls linearly", "optimizer", at_least=0, at_most=1
     )
     final_lr_frac: float = setting(
-        0.0, "rate at the end as a fraction of the full one", "optimizer", at_least=0, at_most=1
-    )
+        0.0, "rate at the end as a fraction of the full one", "optimizer", at_least=0, at_most=1,
+        when=("warmdown_ratio", ON),
+    )  # fmt: skip
 
     eval_every: int | None = setting(
         250, "steps between measurements of val bpb; None only at the end", "evaluation", at_least=1
@@ -245,12 +272,15 @@ class RunSettings:
 
     def inert(self, name: str) -> str | None:
         """Why a setting has no effect under the others, or None when it has one."""
+        if name == "batch_start" and self.batch_start == self.total_batch_size:
+            return f"batch_start has no effect while total_batch_size={self.total_batch_size}"
+        if name == "data_audio_column" and not AUDIO.matches(self.modalities):
+            return f"data_audio_column has no effect while modalities={self.modalities!r}"
         other = name
         while condition := fields_of(type(self))[other].metadata["when"]:  # what switches off a switch counts too
             other, wanted = condition
             value = getattr(self, other)
-            legal = wanted if isinstance(wanted, tuple) else (wanted,)
-            if value in OFF if wanted is ON else value not in legal:
+            if not _meets(value, wanted):
                 return f"{name} has no effect while {other}={value!r}"
         return None
 
@@ -265,6 +295,13 @@ class RunSettings:
                 "codebooks", 2, "codec=pitch codes the pitch and the rest apart: codebooks must be at least 2"
             )
         self.batch_plan(world_size)
+
+
+def _meets(value, wanted) -> bool:
+    """Whether a value is what `when` wants."""
+    if isinstance(wanted, Like):
+        return wanted.matches(value)
+    return value not in OFF if wanted is ON else value in (wanted if isinstance(wanted, tuple) else (wanted,))
 
 
 @dataclass(frozen=True)
@@ -293,8 +330,9 @@ class Settings(RunSettings):
 
     tokenizer: str | None = setting(None, "name or folder of a trained tokenizer; None trains one on this data", "data")
     vocab_size: int = setting(
-        4096, "ids of the tokenizer, its 16 special and reserved ones included", "data", at_least=272, at_most=1_000_000
-    )
+        4096, "ids of the tokenizer, its 16 special and reserved ones included", "data", at_least=272,
+        at_most=1_000_000, when=("tokenizer", None),
+    )  # fmt: skip
 
     depth: int = setting(4, "number of transformer layers: the one dial", "model", at_least=1, at_most=1000)
     aspect_ratio: int = setting(
@@ -386,7 +424,7 @@ class Settings(RunSettings):
         None,
         "source of text-only documents to mix with captioned sounds: as data, by its defaults, from column text",
         "modalities",
-        when=("modalities", ON),
+        when=("modalities", AUDIO),
     )
     text_share: float = setting(
         0.5, "share of the positions that text-only documents take", "modalities", above=0, at_most=0.99,
@@ -557,6 +595,23 @@ class Settings(RunSettings):
         if not (self.tie_weights and self.untie_at):
             return None
         return max(1, min(round(self.untie_at * steps), steps - 1))
+
+    def inert(self, name: str) -> str | None:
+        short = "S" in "".join(self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1))
+        features = self.value_embeddings or self.smear or self.residual_scalars or (self.backout and self.depth > 2)
+        reasons = {
+            # the tokenizer and the tables come with the weights
+            "vocab_size": self.init_from and not self.tokenizer and f"init_from={self.init_from!r}",
+            "tied_init_std": self.tie_weights and self.init_from and f"init_from={self.init_from!r}",
+            "backout": self.depth < 3 and f"depth={self.depth}",
+            "window_pattern": "S" in self.window_pattern and not short and f"depth={self.depth}",
+            "short_window": not short and f"window_pattern={self.window_pattern!r} and depth={self.depth}",
+            "scalar_lr": not features and not self.bigram_rows
+            and "value_embeddings, smear, residual_scalars, backout and bigram_rows are off",
+        }  # fmt: skip
+        if name == "short_window" and "S" not in self.window_pattern:
+            reasons[name] = f"window_pattern={self.window_pattern!r}"
+        return f"{name} has no effect while {reasons[name]}" if reasons.get(name) else super().inert(name)
 
     @property
     def counted_modalities(self) -> tuple[str, ...] | None:

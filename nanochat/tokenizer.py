@@ -288,6 +288,16 @@ def _spell(token: bytes, characters: list[str]) -> str:
 # the tokenizer of a run
 
 
+def load_named(wish: str) -> Tokenizer:
+    """The tokenizer of a folder, or of a name under base_dir()/tokenizers, ours or nanochat's; UserError without."""
+    directory = _named(wish, base_dir() / "tokenizers")
+    if (directory / "ranks.tiktoken").is_file():
+        return Tokenizer.load(directory)
+    from nanochat.pickles import read_tokenizer_pickle  # which builds on this module
+
+    return read_tokenizer_pickle(directory / "tokenizer.pkl")
+
+
 def find_or_train(settings: Settings, dataset, say: Say = print) -> Tokenizer:
     """The tokenizer that the settings name (a folder, or a name under tokenizers/), else one trained on this data.
 
@@ -298,12 +308,7 @@ def find_or_train(settings: Settings, dataset, say: Say = print) -> Tokenizer:
     """
     root = base_dir() / "tokenizers"
     if settings.tokenizer is not None:
-        directory = _named(settings.tokenizer, root)
-        if (directory / "ranks.tiktoken").is_file():
-            return Tokenizer.load(directory)
-        from nanochat.pickles import read_tokenizer_pickle  # which builds on this module
-
-        return read_tokenizer_pickle(directory / "tokenizer.pkl")
+        return load_named(settings.tokenizer)
     source = re.sub(r"[^A-Za-z0-9._]+", "-", dataset.name).strip("-.") or "data"
     name = f"{source}-{settings.vocab_size}-{dataset.fingerprint['sha256'][:8]}"
     for directory in _folders(root, name):

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat.checkpoint_manager import step_path, tokenizer_of
+from nanochat.checkpoint_manager import read_metadata, step_path, tokenizer_of
 from nanochat.dataloader import DataLoader, TokenStore
 from nanochat.dataset import Dataset, prepare_for
 from nanochat.loss_eval import bits_per_byte, packed_losses
@@ -12,19 +12,26 @@ from nanochat.modality import Vocabulary, modalities_of
 from nanochat.packing import PackedLoader, Rows
 from nanochat.runtime import Compute, UserError, print0
 from nanochat.settings import RunSettings, Settings
-from nanochat.tokenizer import Tokenizer, find_or_train
+from nanochat.tokenizer import Tokenizer, find_or_train, load_named
+from nanochat.trained_data import open_resumed_data
 
 
 def prepare_data(
-    settings: Settings, compute: Compute, begun: tuple[Path, int] | None = None
+    settings: Settings, compute: Compute, begun: tuple[Path, int] | None = None, resumed: bool = False
 ) -> tuple[Dataset, Tokenizer]:
     """Dataset and tokenizer; what is missing is made by rank 0, then found by all, or made once on nodes apart.
 
-    begun: tag folder and step of the checkpoint that gives the run its weights, and so its tokenizer.
+    begun: tag folder and step of the checkpoint that gives the run its weights, and so its tokenizer. resumed: it is
+    the run's own, whose data is found again by its fingerprint. UserError when that is not to be had.
     """
 
     def make() -> tuple[Dataset, Tokenizer]:
-        dataset = prepare_for(settings, say=print0)
+        if resumed:
+            dataset = resumed_data(settings, *begun)
+            if own := tokenizer_of(*begun):
+                return dataset, named_or_own(settings, own)
+        else:
+            dataset = prepare_for(settings, say=print0)
         if begun is None or settings.tokenizer:
             return dataset, find_or_train(settings, dataset, say=print0)
         own = tokenizer_of(*begun)
@@ -33,6 +40,26 @@ def prepare_data(
         return dataset, own
 
     return in_turns(compute, make)
+
+
+def named_or_own(settings: Settings, own: Tokenizer) -> Tokenizer:
+    """The tokenizer that the settings of a resumed run name, to be compared; the checkpoint's own where it is gone."""
+    if settings.tokenizer is None:
+        return own
+    try:
+        return load_named(settings.tokenizer)
+    except UserError as error:
+        print0(f"{error} (taking the checkpoint's own, which is the same)")
+        return own
+
+
+def resumed_data(settings: RunSettings, tag_dir: Path, step: int) -> Dataset:
+    """The data of a run that resumes from this step; UserError when what is there is another."""
+    where = step_path(tag_dir, step)
+    metadata = read_metadata(where)
+    return open_resumed_data(
+        settings, metadata.get("data_fingerprint"), metadata.get("settings", {}), where, say=print0
+    )
 
 
 def in_turns(compute: Compute, make: Callable):

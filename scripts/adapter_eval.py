@@ -13,9 +13,9 @@ from nanochat.arguments import Parser, number
 from nanochat.audio_eval import needs_librosa
 from nanochat.audio_loss_eval import evaluate_audio
 from nanochat.checkpoint_manager import check_codec
-from nanochat.dataset import prepare_for
 from nanochat.loss_eval import never
 from nanochat.runtime import init_compute, print0, run_script
+from nanochat.trained_data import open_trained_data
 from scripts.adapter_generate import add_adapters
 from scripts.adapter_train import text_measure
 from scripts.audio_eval import check_places, listen, write_result
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = model.host.tokenizer
     result = dict(model_tag=folder.parent.name, step=metadata["step"], guidance=args.guidance)
     check_places(result, "adapter_eval", "adapter_audio")
-    dataset = prepare_for(settings, say=print0)
+    dataset = open_trained_data(settings, metadata.get("data_fingerprint"), say=print0)
     check_codec(dataset, metadata, folder)
     warn_of_other_data(dataset, metadata.get("data_fingerprint"))
     loss = evaluate_audio(model, tokenizer, dataset, rows=settings.device_batch_size)
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"held-out audio loss {loss['nats']:.4f} nats a code ({loss['bits_per_second']:.0f} bit/s) on {loss['clips']} "
         f"sounds; {', '.join(f'{name} {nats:.4f}' for name, nats in loss['baselines'].items())}"
     )
-    measure = text_measure(settings, model, compute)
+    measure, _ = text_measure(settings, model, compute, metadata.get("text_fingerprint"))
     after = measure(model, never) if measure else None
     # By this device and dtype, where the host is still there as it was.
     before = metadata["run"].get("text_before")

@@ -17,7 +17,7 @@ from nanochat.adapters import AdapterModel, HostAlone
 from nanochat.audio_loss_eval import evaluate_audio
 from nanochat.config_file import from_command_line
 from nanochat.dataloader import TokenStore
-from nanochat.dataset import prepare, prepare_for
+from nanochat.dataset import Dataset, prepare, prepare_for
 from nanochat.hosts import state_hash
 from nanochat.launch import begin
 from nanochat.loss_eval import bits_per_byte, never
@@ -28,7 +28,8 @@ from nanochat.resume import restore_progress
 from nanochat.runtime import Compute, device_name, print0, run_script
 from nanochat.saver import BackgroundSaver
 from nanochat.tracker import MetricsLog
-from nanochat.training_data import codec_files, in_turns, warn_repeated_rows
+from nanochat.trained_data import describe, find_prepared, is_same
+from nanochat.training_data import codec_files, in_turns, resumed_data, warn_repeated_rows
 from scripts.base_train import Training, loop
 
 
@@ -46,9 +47,12 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     begins = resume_step is None
     model, adapters = in_turns(compute, lambda: build(settings, compute.device, compute.dtype, begins))
     checkpoints.check_finite(model.state_dict(), f"host {settings.host}")
-    dataset = in_turns(compute, lambda: prepare_for(settings, say=print0))
+    if begins:
+        dataset = in_turns(compute, lambda: prepare_for(settings, say=print0))
+    else:
+        dataset = in_turns(compute, lambda: resumed_data(settings, folder, resume_step))
     tokenizer = model.host.tokenizer
-    agree_before_first_step(compute, dict(adapters=adapters, data_fingerprint=dataset.fingerprint))
+    agree_before_first_step(compute, dict(adapters=adapters, data=dataset.fingerprint["sha256"]))
     store = TokenStore(dataset, tokenizer, "train", vocabulary=model.vocabulary, say=print0)
     rows = Rows(store, settings.max_seq_len, print0)
     loader = PackedLoader(
@@ -56,7 +60,8 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
         count=("audio",), caption_dropout=settings.caption_dropout,
     )  # fmt: skip
     warn_repeated_rows(settings, loader)
-    text_loss = text_measure(settings, model, compute)
+    before = {} if begins else checkpoints.read_metadata(checkpoints.step_dir(folder, resume_step))
+    text_loss, text_fingerprint = text_measure(settings, model, compute, before.get("text_fingerprint"))
 
     # -- optimizer, and where a run goes on ---------------------------------------------------------------------------
     optimizer = build_optimizer(model, settings, compute.rank, compute.world_size)
@@ -125,6 +130,7 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
         ),
         codec=dataset.codec,
         data_fingerprint=dataset.fingerprint,
+        text_fingerprint=text_fingerprint,
     )
     codec = codec_files(dataset) if compute.rank == 0 else None
     saver = BackgroundSaver(folder, settings.keep_last, None, compute.rank, codec)
@@ -158,11 +164,26 @@ def build_optimizer(model: AdapterModel, settings: AdapterSettings, rank: int, w
     return MuonAdamW(named, rank, world_size)
 
 
-def text_measure(settings: AdapterSettings, model: AdapterModel, compute: Compute) -> Callable | None:
-    """measure(model, stop) -> nats a token of held-out text, of at most check_tokens; None without check_text."""
+def text_measure(
+    settings: AdapterSettings, model: AdapterModel, compute: Compute, known: dict | None = None
+) -> tuple[Callable | None, dict | None]:
+    """(measure(model, stop) -> nats a token of held-out text, of at most check_tokens; the text's fingerprint).
+
+    None without check_text. known: the fingerprint in a checkpoint, by which the prepared text is found again.
+    """
     if settings.check_text is None:
-        return None
-    dataset = in_turns(compute, lambda: prepare(settings.check_text, skip_corrupt=settings.skip_corrupt, say=print0))
+        return None, None
+
+    def open_text() -> Dataset:
+        options = dict(skip_corrupt=settings.skip_corrupt, say=print0)
+        return find_prepared(known, **options) or prepare(settings.check_text, **options)
+
+    dataset = in_turns(compute, open_text)
+    if not is_same(known, dataset.fingerprint):
+        print0(
+            f"warning: check_text={settings.check_text} is {describe(dataset.fingerprint)} now, {describe(known)} when "
+            "the training began: the text's losses before and after do not compare"
+        )
     tokenizer = model.host.tokenizer
     stream = TokenStore(dataset, tokenizer, "val", say=print0).stream(settings.check_tokens + 1)
     counts = torch.ones(model.config.vocab_size, dtype=torch.int64).numpy()
@@ -175,7 +196,7 @@ def text_measure(settings: AdapterSettings, model: AdapterModel, compute: Comput
         )  # fmt: skip
         return found["nats"] / found["tokens"]
 
-    return measure
+    return measure, dataset.fingerprint
 
 
 if __name__ == "__main__":

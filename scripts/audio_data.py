@@ -13,7 +13,7 @@ import sys
 from nanochat.adapter_settings import AdapterSettings
 from nanochat.audio_dataset import BYTES_PER_POSITION
 from nanochat.audio_sources import FROM_NAMES
-from nanochat.config_file import from_command_line
+from nanochat.config_file import find_no_effect, from_command_line
 from nanochat.dataset import SPLITS, Dataset, prepare_for
 from nanochat.runtime import UserError, print0, run_script
 from nanochat.settings import Settings
@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> Dataset:
     if "caption_from_names" in line.switches:
         settings = dataclasses.replace(settings, data_column=FROM_NAMES)
         print0(f"data: to train on these sounds as well, set data_column={FROM_NAMES!r}")
+    for note in find_no_effect(line):
+        print0(note)
     dataset = prepare_for(settings, say=print0)
     describe(dataset)
     describe_sounds(dataset)

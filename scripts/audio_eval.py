@@ -19,9 +19,9 @@ from nanochat.audio_distance import distance_table
 from nanochat.audio_generation import generate_codes, open_audio_model, to_sound
 from nanochat.audio_loss_eval import clips
 from nanochat.checkpoint_manager import check_codec
-from nanochat.dataset import prepare_for
 from nanochat.listen_page import write_page
 from nanochat.runtime import UserError, base_dir, check_output, init_compute, print0, run_script, write_atomically
+from nanochat.trained_data import open_trained_data
 from scripts.audio_generate import add_sampling
 from scripts.base_eval import settings_of, warn_of_other_data
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> dict:
     model, tokenizer, codec, metadata, folder = open_audio_model(args.model_tag, args.step, compute.device)
     result = {"model_tag": folder.parent.name, "step": metadata["step"]}
     check_places(result, "audio_eval", "audio")
-    dataset = prepare_for(settings_of(metadata), say=print0)
+    dataset = open_trained_data(settings_of(metadata), metadata.get("data_fingerprint"), say=print0)
     check_codec(dataset, metadata, folder)
     warn_of_other_data(dataset, metadata.get("data_fingerprint"))
     return listen(model, tokenizer, codec, dataset, args, result)

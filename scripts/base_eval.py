@@ -59,8 +59,10 @@ from nanochat.runtime import (
 )
 from nanochat.settings import FIELDS, Settings, checked, nearest_name
 from nanochat.tokenizer import Tokenizer, find_or_train
+from nanochat.trained_data import open_trained_data, with_other_data
 
 PARTS = ("core", "bpb", "audio", "offline", "sample")
+DATA_FLAGS = ("data_limit", "data_column", "data_split", "data_config", "data_audio_column")
 SAMPLE_TOKENS = 64
 BARS = {"chance": "chance", "char_5gram": "5-gram", "word_overlap": "overlap"}
 TASK_COLUMNS = ("accuracy", "centered", "chance", "char_5gram", "word_overlap", "items", "truncated", "cut", "seconds")
@@ -90,8 +92,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--out", type=Path, help="folder for the results, or a .json file (default: base_eval in the base folder)"
     )
     parser.add_argument("--data", help="another data source than the model was trained on")
+    parser.add_argument("--data-limit", type=_whole(1), help="of --data: use at most so many documents or shards")
+    parser.add_argument("--data-column", help="of --data: column that holds the text (default: text)")
+    parser.add_argument("--data-split", help="of --data: split of a hub dataset (default: train)")
+    parser.add_argument("--data-config", help="of --data: configuration name of a hub dataset")
+    parser.add_argument("--data-audio-column", help="of --data: column that holds the sound (default: audio)")
     parser.add_argument("--era", help="of nanochat's own files, as 2026-03-02, where they do not tell it")
-    return parser.parse(argv)
+    args = parser.parse(argv)
+    if args.data is None and (given := [name for name in DATA_FLAGS if getattr(args, name) is not None]):
+        raise UserError(f"--{given[0].replace('_', '-')} says how to read other data: name it with --data=SOURCE")
+    return args
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -122,6 +132,11 @@ def settings_of(metadata: dict) -> Settings:
         print0(f"the checkpoint does not say its settings: assuming the defaults, data={Settings().data}")
         saved = {}
     return Settings(**{name: checked(name, value) for name, value in saved.items() if name in FIELDS})
+
+
+def said_data_settings(settings: Settings) -> dict:
+    """Which data was read, and those settings of how that had an effect."""
+    return {name: getattr(settings, name) for name in ("data", *DATA_FLAGS) if settings.inert(name) is None}
 
 
 def rank0_first(compute: Compute, make: Callable):
@@ -262,6 +277,8 @@ def beaten(task: dict) -> list[str]:
 def report(result: dict) -> None:
     """Print the results on the terminal."""
     print(f"\n{result['model_tag']} step {result['step']} on {_name(result['data_fingerprint'] or {})}")
+    if read := result.get("data_settings"):
+        print(f"read with {', '.join(f'{name}={value!r}' for name, value in read.items())}")
     if bpb := result.get("bpb"):
         rows = [[s, f"{bpb[s]:.4f}", f"{bpb[f'{s}_bytes']:,}", f"{bpb[f'{s}_seconds']:.1f}"] for s in ("train", "val")]
         for key, name in (("xz", "xz -9e of val"), ("xz_primed", "xz -9e of val after train")):
@@ -465,14 +482,20 @@ def evaluate(
     trained_on = metadata.get("data_fingerprint")
     model.compute_dtype = pick_dtype(settings.dtype, compute.device_type)
     if args.data:
-        settings = dataclasses.replace(settings, data=args.data)
+        settings = with_other_data(settings, args.data, **{name: getattr(args, name) for name in DATA_FLAGS})
         if not holds_sounds(args.data):
             settings = dataclasses.replace(settings, modalities=None)
         elif metadata.get("codec"):  # codes mean what they meant in the training
             settings = dataclasses.replace(settings, codec=str(where / "codec"))
+
+    def open_data() -> Dataset:
+        if args.data:
+            return prepare_for(settings, say=print0)
+        return open_trained_data(settings, trained_on, say=print0)
+
     dataset = None
     if tokenizer is None or set(parts) - {"core"}:
-        dataset = rank0_first(compute, lambda: prepare_for(settings, say=print0))
+        dataset = rank0_first(compute, open_data)
         check_codec(dataset, metadata, where)
         warn_of_other_data(dataset, trained_on)
     if tokenizer is None:
@@ -491,6 +514,7 @@ def evaluate(
         "model_file_sha256": model_file_hash(checkpoint_dir, step),
         **({"era": metadata["upstream"]["era"]} if "upstream" in metadata else {}),
         "data_fingerprint": dataset.fingerprint if dataset else trained_on,
+        **({"data_settings": said_data_settings(settings)} if args.data and dataset else {}),
     }
     results.open(results_path(args, checkpoint_dir.name, step, facts["data_fingerprint"]), facts)
     measure(args, parts, settings, bundle, model, tokenizer, dataset, compute, results)

@@ -4,7 +4,7 @@ Makes base_dir()/data/<source>/ (parquet shards and a manifest) unless it is the
 --verify reads every shard again and compares its sha256 with the manifest.
 """
 
-from nanochat.config_file import from_command_line
+from nanochat.config_file import find_no_effect, from_command_line
 from nanochat.dataset import SPLITS, Dataset, prepare_for
 from nanochat.runtime import print0, run_script
 
@@ -12,6 +12,8 @@ from nanochat.runtime import print0, run_script
 def main(argv: list[str] | None = None) -> Dataset:
     """Prepare and describe the dataset of the settings on the command line; returns it."""
     line = from_command_line(argv, switches=("verify",), usage="python -m scripts.data [config.py]")
+    for note in find_no_effect(line):
+        print0(note)
     dataset = prepare_for(line.settings, say=print0)
     if "verify" in line.switches:
         print0(f"data: sha256 of {dataset.verify()} shards compared with the manifest")

@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Callable
 
-from nanochat.config_file import from_command_line
+from nanochat.config_file import find_no_effect, from_command_line
 from nanochat.dataset import Dataset, prepare_for
 from nanochat.runtime import base_dir, print0, run_script
 from nanochat.tokenizer import find_or_train
@@ -39,7 +39,10 @@ def merge(left: list[int], right: list[int]) -> list[int]:
 def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     """Print the table and return it as {text: {tokenizer: bytes per token}}."""
     usage = "python -m scripts.tok_eval [config.py] [--key=value ...]"
-    settings = from_command_line(argv, switches=(), usage=usage).settings
+    line = from_command_line(argv, switches=(), usage=usage)
+    settings = line.settings
+    for note in find_no_effect(line):
+        print0(note)
     dataset = prepare_for(settings, say=print0)
     tokenizer = find_or_train(settings, dataset, say=print0)
     encoders = {tokenizer.name: tokenizer.encode_batch, **fetch_rivals()}

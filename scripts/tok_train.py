@@ -1,6 +1,6 @@
 """Train the tokenizer that a configuration asks for: python -m scripts.tok_train [config.py] [--key=value ...]"""
 
-from nanochat.config_file import from_command_line
+from nanochat.config_file import find_no_effect, from_command_line
 from nanochat.dataset import prepare_for
 from nanochat.runtime import print0, run_script
 from nanochat.tokenizer import Tokenizer, find_or_train
@@ -10,7 +10,10 @@ from scripts.tok_eval import bytes_per_token, held_out_text
 def main(argv: list[str] | None = None) -> Tokenizer:
     """Prepare the data, train on its train split (or find what an earlier call trained), and say what came of it."""
     usage = "python -m scripts.tok_train [config.py] [--key=value ...]"
-    settings = from_command_line(argv, switches=(), usage=usage).settings
+    line = from_command_line(argv, switches=(), usage=usage)
+    settings = line.settings
+    for note in find_no_effect(line):
+        print0(note)
     dataset = prepare_for(settings, say=print0)
     tokenizer = find_or_train(settings, dataset, say=print0)
     rate = bytes_per_token(tokenizer.encode_batch, held_out_text(dataset))

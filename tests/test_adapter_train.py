@@ -134,6 +134,20 @@ def test_resumed_is_uninterrupted(teach):
     assert same_run("bits", 4) == whole
 
 
+def test_the_text_of_a_resumed_run_is_found_again(teach, tiny_corpus, tmp_path, capsys):
+    """check_text's folder is gone: its prepared shards are the ones that were measured before the training.
+
+    Red when text_measure() prepares what check_text names.
+    """
+    source = shutil.copytree(tiny_corpus, tmp_path / "checked")
+    text = dict(check_text=source, check_tokens=300)
+    first = teach("checked", num_iterations=2, **text)
+    shutil.rmtree(source)
+    again = teach("checked", "--resume", num_iterations=4, **text)
+    assert again["step"] == 4 and again["val_loss/text"] == first["val_loss/text"]
+    assert "warning: check_text" not in capsys.readouterr().out
+
+
 @pytest.fixture
 def ours(train, base):
     """Settings with a text model of ours as host, made once: processes that need no transformers start in a second."""

@@ -251,7 +251,7 @@ def test_the_fingerprint_covers_codes_and_a_changed_sound_is_met(folder):
 
 
 def test_a_lost_codec_is_fitted_again(folder):
-    """Red without _codec_is_here: the dataset would open and nobody could listen."""
+    """Red without codec_is_here: the dataset would open and nobody could listen."""
     first = prepare_for(settings_of(folder), say=len)
     for path in Path(first.codec["directory"]).iterdir():
         path.unlink()

@@ -13,6 +13,7 @@ from nanochat.config_file import (
     MAX_CONFIG_BYTES,
     STAGES,
     differences,
+    find_no_effect,
     from_command_line,
     help_text,
     parse_value,
@@ -230,6 +231,17 @@ def test_differences_say_where_a_value_came_from_and_what_is_inert():
         "note: use_output_projection has no effect while tie_weights=False",
         "tied_weights_lr = 0.005 (default 0.005, from command line); "
         "note: tied_weights_lr has no effect while tie_weights=False",
+    ]
+
+
+def test_scripts_that_only_prepare_say_what_has_no_effect_on_data():
+    """Of the data's settings alone, whether typed or in config.py. Red when find_no_effect() asks for the default."""
+    config("data_limit = 24\nembedding_lr = 0.5\ntie_weights = True\ntokenizer = 'small'\n")
+    line = from_command_line(["--data=book.txt", "--data_split=train", "--vocab_size=300"])
+    assert find_no_effect(line) == [
+        "note: data_limit has no effect while data='book.txt' (24 from config.py:1)",
+        "note: data_split has no effect while data='book.txt' (\"train\" from command line)",
+        "note: vocab_size has no effect while tokenizer='small' (300 from command line)",
     ]
 
 

@@ -645,7 +645,7 @@ def test_climbmix_goes_on_after_a_cut(hub, lines):
     hub.cut["shard_00001.parquet"] = half = 5000
     with pytest.raises(Unreachable, match=r"the download stopped .* run again to go on"):
         prepare("climbmix", limit=2, workers=1, say=lines.append)
-    done = {entry["name"] for entry in dataset._read_manifest(base_dir() / "data" / "climbmix")["files"]}
+    done = {entry["name"] for entry in dataset.read_manifest(base_dir() / "data" / "climbmix")["files"]}
     assert "shard_00000.parquet" in done and "shard_00001.parquet" not in done
     assert not climbmix_is_here(2)
     hub.cut.clear()

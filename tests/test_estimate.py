@@ -12,6 +12,7 @@ from nanochat.estimate import (
     checkpoint_bytes,
     estimate,
     find_hardware,
+    known_vocab_size,
     measure,
     measure_bytes,
     memory_parts,
@@ -26,6 +27,7 @@ from nanochat.loss_head import chunk_rows
 from nanochat.optim import build_optimizer
 from nanochat.runtime import Compute
 from nanochat.settings import PRESET_WORLD, PRESETS, Settings, preset, validate
+from nanochat.tokenizer import Tokenizer
 from scripts.gpu_check import Plan
 
 CPU = Hardware("cpu", "a processor", 1, 16 << 30, 1e11, torch.float32)
@@ -302,3 +304,18 @@ def test_the_hardware_found_is_this_one():
     hardware = find_hardware("cpu")
     assert hardware.device_type == "cpu" and hardware.count == 1
     assert 1e8 < hardware.peak < 1e14 and hardware.memory > 1 << 28
+
+
+def test_the_size_of_a_named_tokenizer_counts(tmp_path, monkeypatch):
+    """A tokenizer of 272 ids beside vocab_size=8192: what is predicted is the model that a run would have.
+
+    Red when meta_model() takes settings.vocab_size.
+    """
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    Tokenizer([bytes([i]) for i in range(256)]).save(tmp_path / "small")
+    shape = dict(depth=2, model_dim=64, head_dim=32, max_seq_len=64)
+    named = Settings(vocab_size=8192, tokenizer=str(tmp_path / "small"), **shape)
+    assert known_vocab_size(named) == 272
+    assert meta_model(named).num_parameters() == meta_model(Settings(vocab_size=272, **shape)).num_parameters()
+    assert tying_saves(named).startswith("saves 272 x 64")
+    assert known_vocab_size(Settings(vocab_size=8192, tokenizer="nowhere")) == 8192  # the run will refuse it

@@ -5,10 +5,14 @@ import math
 import typing
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat.adapter_settings import AdapterSettings
 from nanochat.config_file import STAGES, parse_value
+from nanochat.estimate import meta_model
+from nanochat.optim import build_optimizer
 from nanochat.runtime import UserError
 from nanochat.settings import (
     PRESET_WORLD,
@@ -210,3 +214,68 @@ def test_presets_are_legal_tied_and_fit_their_ranks():
         preset("cpus")
     assert [hardware_preset("cpu"), hardware_preset("mps"), hardware_preset("cuda", 1)] == ["cpu", "cpu", "gpu1"]
     assert hardware_preset("cuda", 4) == "8xh100"
+
+
+INERT = {  # setting -> (settings under which it has no effect, what the reason names; settings under which it has one)
+    "vocab_size": [(dict(tokenizer="small"), "tokenizer='small'", {}), (dict(init_from="x"), "init_from='x'", {})],
+    "data_limit": [
+        (dict(data=data), f"data={data!r}", dict(data=other))
+        for data, other in (("stdlib", "climbmix"), ("packages", "hf:x"), ("book.txt", "hf:x"), ("/folder", "climbmix"))
+    ],
+    "data_column": [
+        (dict(data=data), f"data={data!r}", dict(data=other))
+        for data, other in (
+            ("stdlib", "rows.jsonl"),
+            ("book.TXT", "/folder"),
+            ("a.md.gz", "hf:x"),
+            ("climbmix", "a.csv"),
+        )
+    ],
+    "data_split": [(dict(data="/folder"), "data='/folder'", dict(data="hf:x"))],
+    "data_config": [(dict(data="climbmix"), "data='climbmix'", dict(data="hf:x"))],
+    "data_audio_column": [
+        (dict(data="synth", modalities="audio:8"), "data='synth'", dict(data="hf:x", modalities="audio:8")),
+        (dict(data="hf:x"), "modalities=None", dict(data="hf:x", modalities="image:4, audio:8")),
+    ],
+    "codec": [(dict(modalities="image:8"), "modalities='image:8'", dict(modalities="image:8,audio:8"))],
+    "text_data": [(dict(modalities="image:8"), "modalities='image:8'", dict(modalities="audio:8"))],
+    "final_lr_frac": [(dict(warmdown_ratio=0.0), "warmdown_ratio=0.0", {})],
+    "batch_start": [(dict(batch_start=8192), "total_batch_size=8192", dict(batch_start=4096))],
+    "tied_init_std": [(dict(tie_weights=True, init_from="x"), "init_from='x'", dict(tie_weights=True))],
+    "backout": [(dict(depth=2), "depth=2", dict(depth=3))],
+    "window_pattern": [(dict(window_pattern="SL", depth=1), "depth=1", dict(window_pattern="LS", depth=3))],
+    "short_window": [
+        (dict(window_pattern="LL"), "window_pattern='LL'", dict(window_pattern="SL")),
+        (dict(window_pattern="LLS", depth=3), "window_pattern='LLS' and depth=3", dict(window_pattern="LLS", depth=4)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", INERT)
+def test_a_setting_without_effect_says_why(name):
+    """Red without the setting's `when`, or its line in inert()."""
+    for off, reason, on in INERT[name]:
+        assert Settings(**off).inert(name) == f"{name} has no effect while {reason}"
+        assert Settings(**on).inert(name) is None, (name, on)
+
+
+def test_adapters_say_the_same_of_their_data():
+    """Red when AdapterSettings declares one of these again with when=None."""
+    folder = AdapterSettings(data="/sounds")
+    assert all("data='/sounds'" in folder.inert(n) for n in ("data_limit", "data_split", "data_audio_column"))
+    assert folder.inert("data_column") is None and AdapterSettings(data="synth").inert("data_limit") is None
+    assert "data='synth'" in AdapterSettings(data="synth").inert("data_column")
+    assert AdapterSettings(eval_every=None).inert("stall_evals") and not AdapterSettings().inert("stall_evals")
+    assert AdapterSettings(data="hf:x").inert("data_audio_column") is None
+
+
+SCALARS = ("value_embeddings", "smear", "residual_scalars", "backout")
+
+
+@pytest.mark.parametrize("feature", [{}, *({name: True} for name in SCALARS), dict(bigram_rows=8)])
+@pytest.mark.parametrize("depth", [2, 3])
+def test_scalar_lr_has_an_effect_where_the_optimizer_has_scalars(feature, depth):
+    """Compared with the optimizer's groups. Red when a feature is missing in inert(), or backout forgets the depth."""
+    settings = Settings(depth=depth, model_dim=32, head_dim=16, max_seq_len=16, vocab_size=272, **feature)
+    groups = build_optimizer(meta_model(settings), settings, torch.float32).param_groups
+    assert ("scalar" in {group["name"] for group in groups}) == (settings.inert("scalar_lr") is None)
