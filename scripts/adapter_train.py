@@ -52,7 +52,7 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     else:
         dataset = in_turns(compute, lambda: resumed_data(settings, folder, resume_step))
     tokenizer = model.host.tokenizer
-    agree_before_first_step(compute, dict(adapters=adapters, data=dataset.fingerprint["sha256"]))
+    agree_before_first_step(compute, dict(adapters=adapters, data_sha256=dataset.fingerprint["sha256"]))
     store = TokenStore(dataset, tokenizer, "train", vocabulary=model.vocabulary, say=print0)
     rows = Rows(store, settings.max_seq_len, print0)
     loader = PackedLoader(

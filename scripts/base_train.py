@@ -59,7 +59,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     folder = tag_dir(settings)
     found = first_weights(settings, folder, resume_step)
     dataset, tokenizer = prepare_data(settings, compute, found, resumed=resume_step is not None)
-    agree_before_first_step(compute, dict(data=dataset.fingerprint["sha256"], tokenizer_hash=tokenizer.hash))
+    agree_before_first_step(compute, dict(data_sha256=dataset.fingerprint["sha256"], tokenizer_hash=tokenizer.hash))
     say_what_is_idle(settings, dataset)
     loader = batches(settings, dataset, tokenizer, compute)
     warn_repeated_rows(settings, loader)

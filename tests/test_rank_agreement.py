@@ -102,7 +102,7 @@ def test_other_settings_and_other_data_of_a_rank_are_refused(apart, corpus, tmp_
     code, output, errors = together((folder, script.with_name("cd.py")), *words, "--overwrite=True")
     assert code != 0
     assert len(errors) == 1, output
-    assert "the ranks do not agree on what to train: data_fingerprint." in errors[0]
+    assert "the ranks do not agree on what to train: data_sha256" in errors[0]
 
 
 def test_any_error_of_a_rank_reaches_the_others():
