@@ -226,6 +226,8 @@ def differences(settings: RunSettings, origins: dict[str, str]) -> list[str]:
     lines = []
     for name, declared in fields_of(type(settings)).items():
         value, reason = getattr(settings, name), settings.inert(name)
+        if name == "rank_timeout" and world_size_from_env() == 1:
+            reason = "rank_timeout has no effect on a single rank"
         if value == declared.default and not (reason and origins.get(name) == "command line"):
             continue
         line = f"{name} = {literal(value)} (default {literal(declared.default)}, from {origins.get(name, 'code')})"

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.runtime import UserError, replacing, write_atomically
+from nanochat.temporary import file_lock
 
 Sound = tuple[np.ndarray, int] | str | Path  # (wav [samples], sample rate in Hz), or a file of write_wav
 
@@ -104,12 +105,13 @@ def write_page(path: Path, title: str, items: Iterable[Mapping], notes: str = ""
         for file in sorted(whole.iterdir()):
             digest.update(file.name.encode() + file.read_bytes())
         folder = path.with_name(f"{path.stem}-{digest.hexdigest()[:12]}")
-        if not folder.is_dir():
-            os.replace(whole, folder)
-    write_atomically(path, page(title, notes, items, folder.name))
-    for old in path.parent.iterdir():
-        if old != folder and re.fullmatch(re.escape(path.stem) + "-[0-9a-f]{12}", old.name) and old.is_dir():
-            shutil.rmtree(old)
+        with file_lock(path.with_name(f".{path.name}.lock")):  # else the folder of another process's page would go
+            if not folder.is_dir():
+                os.replace(whole, folder)
+            write_atomically(path, page(title, notes, items, folder.name))
+            for old in path.parent.iterdir():
+                if old != folder and re.fullmatch(re.escape(path.stem) + "-[0-9a-f]{12}", old.name) and old.is_dir():
+                    shutil.rmtree(old)
     return path
 
 

@@ -95,8 +95,9 @@ class RunSettings:
     )
     seed: int = setting(42, "seed of initialisation, data order and samples", "run", at_least=0, at_most=2**63 - 1)
     deterministic: bool = setting(
-        False, "bit-equal runs on a GPU too, at the price of speed (a CPU's always are)", "run"
-    )
+        False, "bit-equal runs on a GPU too, at the price of speed (a CPU's always are)", "run",
+        when=("device_type", (None, "cuda", "mps")),
+    )  # fmt: skip
     rank_timeout: int = setting(
         600, "seconds that a rank waits for the others in a step before the run ends", "run", at_least=1
     )
@@ -598,19 +599,23 @@ class Settings(RunSettings):
 
     def inert(self, name: str) -> str | None:
         short = "S" in "".join(self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1))
+        window = self.short_window or math.ceil(self.max_seq_len / 512) * 128
+        covers = window >= self.max_seq_len - 1 and f"max_seq_len={self.max_seq_len}, which {window} tokens cover"
         features = self.value_embeddings or self.smear or self.residual_scalars or (self.backout and self.depth > 2)
         reasons = {
             # the tokenizer and the tables come with the weights
             "vocab_size": self.init_from and not self.tokenizer and f"init_from={self.init_from!r}",
             "tied_init_std": self.tie_weights and self.init_from and f"init_from={self.init_from!r}",
             "backout": self.depth < 3 and f"depth={self.depth}",
-            "window_pattern": "S" in self.window_pattern and not short and f"depth={self.depth}",
+            "window_pattern": "S" in self.window_pattern and (covers if short else f"depth={self.depth}"),
             "short_window": not short and f"window_pattern={self.window_pattern!r} and depth={self.depth}",
             "scalar_lr": not features and not self.bigram_rows
             and "value_embeddings, smear, residual_scalars, backout and bigram_rows are off",
         }  # fmt: skip
         if name == "short_window" and "S" not in self.window_pattern:
             reasons[name] = f"window_pattern={self.window_pattern!r}"
+        elif name == "short_window" and short and self.short_window:
+            reasons[name] = covers
         return f"{name} has no effect while {reasons[name]}" if reasons.get(name) else super().inert(name)
 
     @property

@@ -5,10 +5,13 @@ source; a source that was moved, or is read by another release of Python, is the
 """
 
 import dataclasses
+import itertools
+from collections import Counter
 from pathlib import Path
 
 from nanochat.dataset import (
     CLIMBMIX_LAST,
+    SPLITS,
     Dataset,
     codec_is_here,
     open_climbmix,
@@ -17,9 +20,11 @@ from nanochat.dataset import (
     source_of,
     state_of,
 )
+from nanochat.encodings import Undecodable, decode_text
 from nanochat.runtime import UserError, base_dir, first_line
 from nanochat.settings import RunSettings, Say, Settings, fields_of
 
+LOOK = 50  # documents of a look at other data
 # What says where the data lies and which part of it is taken. A resumed run may name another place of the same data.
 PLACE = ("data", "data_column", "data_split", "data_config", "data_limit")
 # Further settings of the training's own data, which mean nothing to other data.
@@ -101,11 +106,39 @@ def open_resumed_data(
                 f"{base_dir() / 'data'}: name where it lies now with --data=PATH)"
             ) from error
     else:
+        known = find_prepared(trained_on, settings.skip_corrupt, say)
+        if known and _begins_differently(settings, known):  # seen before hours of preparing
+            raise UserError(
+                f"{where} was trained on {describe(trained_on)}, data={settings.data} begins with other documents: "
+                "name where the same data lies with --data=PATH, or start a new run with --model_tag=NAME"
+            )
         dataset = prepare_for(settings, say=say)
         if is_same(trained_on, dataset.fingerprint):  # its tokens are at hand under the earlier name
-            dataset = find_prepared(trained_on, settings.skip_corrupt, say) or dataset
+            dataset = known or dataset
     check_same(trained_on, dataset, where, settings.data)
     return dataset
+
+
+def _begins_differently(settings: RunSettings, known: Dataset) -> bool:
+    """Whether the first documents of what the settings name are others than the first that were prepared.
+
+    Of text alone: a look at sounds would encode them. Equal beginnings say nothing: that takes all documents.
+    """
+    if known.codec is not None or "audio" in settings.modality_codes():
+        return False
+    prepared = {}
+    for split in SPLITS:
+        prepared |= dict(itertools.islice(known.documents(split), LOOK))
+    first = {}
+    for document in itertools.islice(source_of(settings, say=lambda line: None).read(Counter()), LOOK):
+        name, text = document[:2]
+        try:
+            first[name] = decode_text(text) if isinstance(text, bytes) else text
+        except Undecodable:
+            continue  # counted when all is read
+    first = {name: text for name, text in first.items() if text.strip()}
+    common = first.keys() & prepared.keys()
+    return bool(first) and (not common or any(first[name] != prepared[name] for name in common))
 
 
 def is_local(data: str | None) -> bool:

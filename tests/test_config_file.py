@@ -234,6 +234,14 @@ def test_differences_say_where_a_value_came_from_and_what_is_inert():
     ]
 
 
+def test_a_timeout_of_one_rank_is_said(monkeypatch):
+    """Red when differences() does not look at the number of ranks."""
+    line = from_command_line(["--rank_timeout=60"])
+    assert "note: rank_timeout has no effect on a single rank" in differences(line.settings, line.origins)[0]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "note" not in differences(line.settings, line.origins)[0]
+
+
 def test_scripts_that_only_prepare_say_what_has_no_effect_on_data():
     """Of the data's settings alone, whether typed or in config.py. Red when find_no_effect() asks for the default."""
     config("data_limit = 24\nembedding_lr = 0.5\ntie_weights = True\ntokenizer = 'small'\n")

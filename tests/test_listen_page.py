@@ -1,11 +1,13 @@
 import io
 import os
+import threading
 import wave
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
+from nanochat import listen_page
 from nanochat.listen_page import COLOURS, png, read_wav, spectrogram, write_page, write_wav
 from nanochat.runtime import UserError
 from scripts import check_page
@@ -133,3 +135,28 @@ def test_the_check_says_when_there_is_no_browser_or_no_page(tmp_path, monkeypatc
         check_page.main([str(path)])
     with pytest.raises(UserError, match="absent"):
         check_page.main([str(tmp_path / "absent.html")])
+
+
+def test_two_pages_at_once_leave_the_last_one_whole(tmp_path, monkeypatch):
+    """A second page of the same name is written while the first is about to clear older folders away.
+
+    Red without file_lock() in write_page(): the second's folder goes, and its page shows nothing.
+    """
+    path, write, others = tmp_path / "listen.html", listen_page.write_atomically, []
+    wav = np.sin(np.arange(8000) / 9).astype(np.float32)
+
+    def second() -> None:
+        write_page(path, "second", [dict(caption="b", sound=(wav[::-1].copy(), 16000))])
+
+    def first_is_slow(target, text):
+        if not others:
+            others.append(threading.Thread(target=second))
+            others[0].start()
+            others[0].join(0.5)
+        write(target, text)
+
+    monkeypatch.setattr(listen_page, "write_atomically", first_is_slow)
+    write_page(path, "first", [dict(caption="a", sound=(wav, 16000))])
+    others[0].join()
+    [folder] = [entry for entry in tmp_path.iterdir() if entry.is_dir()]
+    assert folder.name in path.read_text() and not list(tmp_path.glob(".*"))

@@ -242,9 +242,22 @@ INERT = {  # setting -> (settings under which it has no effect, what the reason 
     "final_lr_frac": [(dict(warmdown_ratio=0.0), "warmdown_ratio=0.0", {})],
     "batch_start": [(dict(batch_start=8192), "total_batch_size=8192", dict(batch_start=4096))],
     "tied_init_std": [(dict(tie_weights=True, init_from="x"), "init_from='x'", dict(tie_weights=True))],
+    "deterministic": [(dict(device_type="cpu"), "device_type='cpu'", {})],
     "backout": [(dict(depth=2), "depth=2", dict(depth=3))],
-    "window_pattern": [(dict(window_pattern="SL", depth=1), "depth=1", dict(window_pattern="LS", depth=3))],
+    "window_pattern": [
+        (dict(window_pattern="SL", depth=1), "depth=1", dict(window_pattern="LS", depth=3)),
+        (
+            dict(window_pattern="SL", max_seq_len=129),
+            "max_seq_len=129, which 128 tokens cover",
+            dict(window_pattern="SL", max_seq_len=130),
+        ),
+    ],
     "short_window": [
+        (
+            dict(window_pattern="SL", max_seq_len=64, short_window=63),
+            "max_seq_len=64, which 63 tokens cover",
+            dict(window_pattern="SL", max_seq_len=64, short_window=62),
+        ),
         (dict(window_pattern="LL"), "window_pattern='LL'", dict(window_pattern="SL")),
         (dict(window_pattern="LLS", depth=3), "window_pattern='LLS' and depth=3", dict(window_pattern="LLS", depth=4)),
     ],

@@ -224,3 +224,18 @@ def test_evaluation_on_other_data_says_how_that_is_read(train, source, tmp_path,
     assert f"read with data='hf:{folder}', data_limit=100, data_column='other'" in capsys.readouterr().out
     with pytest.raises(UserError, match="--data-limit says how to read other data: name it with --data"):
         base_eval.main([*words[:2], "--data-limit=3"])
+
+
+def test_other_data_is_seen_by_its_beginning(train, source, tmp_path, monkeypatch):
+    """A path that begins with other documents is refused before a shard is written.
+
+    Red without _begins_differently().
+    """
+    train("beginning", data=source, **FIRST)
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in source.iterdir():
+        (other / path.name).write_text(path.read_text() + "one line more\n")
+    monkeypatch.setattr(datasets, "_write_shards", None)
+    with pytest.raises(UserError, match=r"was trained on .*sha256 .*begins with other documents: .*--data=PATH"):
+        train("beginning", "--resume", data=other, **ALL)
