@@ -10,13 +10,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 
 from nanochat import audio, sources
 from nanochat.audio_sources import Item, Log, Sound, SoundSource, sound_source
 from nanochat.dataset import SPLITS, Dataset, Document
+from nanochat.environment import expand_user
 from nanochat.runtime import UserError, base_dir
 from nanochat.settings import Say, Settings
 from nanochat.sources import Source, digest, slug_of
@@ -68,7 +68,7 @@ def _codec_state(settings: Settings, codes: int) -> object:
         return settings.codec
     if not settings.codec.startswith("encodec:"):
         return audio.open_codec(settings.codec, settings.codebooks, codes).hash
-    folder = Path(settings.codec.removeprefix("encodec:")).expanduser()
+    folder = expand_user(settings.codec.removeprefix("encodec:"), "codec")
     files = sorted((path.name, path) for path in folder.iterdir()) if folder.is_dir() else []
     return [settings.codec, sources._stat_all(files)]
 

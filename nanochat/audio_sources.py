@@ -21,6 +21,7 @@ from typing import BinaryIO
 import numpy as np
 
 from nanochat import captions, hub, sources
+from nanochat.environment import expand_user
 from nanochat.folders import Found, find_files
 from nanochat.runtime import UserError, base_dir, first_line
 from nanochat.settings import Say, Settings, nearest_name, shown
@@ -118,7 +119,7 @@ def holds_sounds(data: str) -> bool:
     """Whether a source is one of sounds: by its name, or by the files in a folder; hub datasets may be."""
     if data in ("stdlib", "packages", "climbmix"):
         return False
-    path = Path(data).expanduser()
+    path = expand_user(data, "data")
     if data == "synth" or data.startswith("hf:") or not path.exists():
         return True  # what is not there is named later
     if not path.is_dir():

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat import upstream
+from nanochat.environment import expand_user
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.modality import Modality
 from nanochat.parameters import find_non_finite
@@ -501,7 +502,7 @@ def find_checkpoint(model_tag: str | None, step: int | None, root: Path | None =
     """
     root = root or checkpoints_dir()
     tag = model_tag or newest_tag(root)
-    checkpoint_dir = Path(tag).expanduser() if "/" in tag else root / tag
+    checkpoint_dir = expand_user(tag, "model_tag") if "/" in tag else root / tag
     if found := STEP_NAME.fullmatch(checkpoint_dir.name) or upstream.MODEL_NAME.fullmatch(checkpoint_dir.name):
         if step not in (None, int(found[1])):
             raise UserError(f"model_tag={tag!r} is of step {int(found[1])}, not {step}: name one or the other")

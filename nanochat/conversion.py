@@ -23,6 +23,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.config_file import as_dict, render_config
 from nanochat.dataset import climbmix_is_here
+from nanochat.environment import expand_user
 from nanochat.foreign_weights import describe_nonfinite
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import never
@@ -71,7 +72,7 @@ def open_hugging_face(folder: str) -> Source:
     """A model in Hugging Face's format, by its folder."""
     from nanochat.hf_format import read_hf
 
-    path = Path(folder).expanduser()
+    path = expand_user(folder, "--from-hf")
     config, state, tokenizer = read_hf(path)
     return _checked(Source(path.resolve().name, 0, config, state, None, tokenizer, {}, True))
 

@@ -8,6 +8,7 @@ import torch
 
 from nanochat.audio import check_codes, save_codec
 from nanochat.checkpoint_manager import weights_hash
+from nanochat.environment import expand_user
 from nanochat.hub import place_caches, probe
 from nanochat.runtime import UserError, first_line
 
@@ -108,7 +109,7 @@ def _model(source: str):
         from transformers import AutoConfig, EncodecModel
     except ImportError as error:
         raise UserError(f"codec='encodec:{source}' needs transformers: pip install -e '.[hf]'") from error
-    folder = Path(source).expanduser()
+    folder = expand_user(source, "codec")
     place = str(folder) if folder.is_dir() else source
     wrong = (OSError, ValueError, RuntimeError, KeyError, TypeError)  # what transformers raises, by what is wrong
 

@@ -45,7 +45,10 @@ def base_dir() -> Path:
             return Path.home() / ".cache" / "nanochat"
         except RuntimeError as error:
             raise UserError("this user has no home folder: set NANOCHAT_BASE_DIR to a folder for all files") from error
-    path = expand_user(given, "NANOCHAT_BASE_DIR")
+    try:
+        path = expand_user(given, "NANOCHAT_BASE_DIR").absolute()
+    except FileNotFoundError as error:
+        raise UserError(f"NANOCHAT_BASE_DIR={given!r}: the current folder is gone, give the whole path") from error
     try:
         os.fsencode(path).decode("utf-8")
     except UnicodeDecodeError as error:  # whatever the locale makes of the bytes
@@ -64,13 +67,11 @@ def base_dir() -> Path:
 
 
 def expand_user(path: str | Path, name: str) -> Path:
-    """The absolute path, a leading ~ replaced; UserError, which calls the value `name`, for a user without a home."""
+    """The path, a leading ~ replaced; UserError, which calls the value `name`, for a user without a home."""
     try:
-        return Path(path).expanduser().absolute()
+        return Path(path).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{name}={str(path)!r}: there is no such home folder") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{name}={str(path)!r}: the current folder is gone, so give the whole path") from error
+        raise UserError(f"{name}={str(path)!r}: there is no such home folder, give the whole path") from error
 
 
 def keep_caches() -> None:

@@ -58,7 +58,7 @@ def place_caches() -> None:
     A token that `hf auth login` has stored is read from where it lies.
     """
     if "HF_HOME" not in os.environ:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # which needs no home
         os.environ.setdefault("HF_TOKEN_PATH", str(Path(home, "huggingface", "token")))
         os.environ["HF_HOME"] = str(base_dir() / "huggingface")
 

@@ -11,7 +11,9 @@ import pytest
 from forked import Forked
 from tiny_run import CHECKOUT, TINY, flags, start
 
-from nanochat import environment
+from nanochat import conversion, environment
+from nanochat.audio_sources import holds_sounds
+from nanochat.checkpoint_manager import find_checkpoint
 from nanochat.environment import UserError, base_dir, check_launcher, expand_user
 from nanochat.runtime import run_script
 from nanochat.storage_errors import describe
@@ -31,6 +33,7 @@ def test_the_base_folder_may_be_anything_that_is_or_can_be_a_folder(monkeypatch,
     for given in ("Über 🎵 'x' \"y\" #$&", str(tmp_path / "new" / "deep"), "ends in a blank ", "."):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", given)
         assert base_dir() == tmp_path / given
+        assert base_dir().is_absolute()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "~/x")
     assert base_dir() == Path.home() / "x"
     monkeypatch.setenv("NANOCHAT_BASE_DIR", "")
@@ -89,8 +92,17 @@ def test_a_path_with_a_home_that_is_not_there_is_refused(tmp_path, monkeypatch):
     gone.mkdir()
     monkeypatch.chdir(gone)
     gone.rmdir()
-    with pytest.raises(UserError, match="the current folder is gone"):
-        expand_user("x", "codec")
+    with monkeypatch.context() as patch:
+        patch.setenv("NANOCHAT_BASE_DIR", "x")
+        with pytest.raises(UserError, match="NANOCHAT_BASE_DIR='x': the current folder is gone"):
+            base_dir()
+    for name, value, look in (
+        ("model_tag", "~nosuch/x", lambda: find_checkpoint("~nosuch/x", None)),
+        ("--from-hf", "~nosuch/x", lambda: conversion.open_hugging_face("~nosuch/x")),
+        ("data", "~nosuch/x", lambda: holds_sounds("~nosuch/x")),
+    ):
+        with pytest.raises(UserError, match=f"{name}='{value}': there is no such home folder"):
+            look()
 
 
 @pytest.mark.parametrize("number", [errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EISDIR])

@@ -122,7 +122,7 @@ def test_a_reader_that_is_slow_loses_nothing():
         while len(b"".join(received)) < len(text):
             received.append(os.read(reader, 10_000))
 
-    thread = threading.Thread(target=read)
+    thread = threading.Thread(target=read, daemon=True)
     thread.start()
     stream.write(text)
     stream.flush()
