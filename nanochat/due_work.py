@@ -103,9 +103,7 @@ class DueWork:
 
     def evaluation_due(self) -> bool:
         """Whether anything is to be measured or sampled at this step and has not been."""
-        run, settings = self.run, self.settings
-        due = self.last or any(schedule.is_due(getattr(settings, name, None), run.step) for name in CADENCES)
-        return due and run.evaluated != run.step
+        return evaluation_is_due(self.training)
 
     def evaluate_if_due(self) -> bool:
         """Evaluate, then sample; False when a signal cut the evaluation short, which leaves it to be made up.
@@ -122,18 +120,21 @@ class DueWork:
         try:
             with naming_the_batch_that_fits(self.settings, self.compute.world_size):
                 training.evaluate(self.last, self.log, self.stop)
+            run.evaluated = run.step
+            if self.compute.rank == 0:
+                note_evaluated(tag_dir(self.settings), run)
         except CutShort:
             return False
         except Exception as error:
             told = self._rescue()
+            if isinstance(error, SharedError):  # the first rank that leaves has its launcher end the others
+                self.compute.barrier(patient=True)
             if isinstance(error, UserError):
                 kind = SharedError if isinstance(error, SharedError) else UserError
                 raise kind(f"{str(error).rstrip('.')}; {told}") from error
             print0(f"the evaluation of step {run.step} failed ({type(error).__name__}: {first_line(error)}); {told}")
             raise
-        run.evaluated = run.step
         if self.compute.rank == 0:
-            note_evaluated(tag_dir(self.settings), run)
             self._sample()
         return True
 
@@ -168,6 +169,13 @@ class DueWork:
             sample()
         except Exception as error:
             print0(f"warning: no sample at step {run.step} ({type(error).__name__}: {first_line(error)})")
+
+
+def evaluation_is_due(training) -> bool:
+    """Whether anything is to be measured or sampled at the step of training.run and has not been."""
+    run, settings = training.run, training.settings
+    due = run.step >= training.steps or any(schedule.is_due(getattr(settings, n, None), run.step) for n in CADENCES)
+    return due and run.evaluated != run.step
 
 
 def agree_where_run_is(training) -> bool:

@@ -18,7 +18,7 @@ from nanochat.checkpoint_manager import tag_dir
 from nanochat.compiling import choose_kernels, compile_model, is_compiled
 from nanochat.config_file import as_dict, from_command_line, render_config
 from nanochat.dataloader import DataLoader
-from nanochat.due_work import DueWork, NonFiniteWeights, agree_where_run_is
+from nanochat.due_work import DueWork, NonFiniteWeights, agree_where_run_is, evaluation_is_due
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.guard import MAX_BAD_STEPS, StepGuard
 from nanochat.launch import begin
@@ -187,7 +187,7 @@ def loop(training: Training) -> dict:
         note_launcher(folder)
         write_atomically(folder / "config.py", render_config(settings))
         tracker = open_tracker(settings.wandb_mode, settings.run, as_dict(settings), folder)
-        again = run.step if training.resumed and run.evaluated != run.step else None  # what is measured once more
+        again = run.step if training.resumed and evaluation_is_due(training) else None  # what is measured once more
         log = MetricsLog(folder / "metrics.jsonl", tracker, keep_below=run.step, drop_evals_of=again)
         for path in folder.glob("rows_rank*.jsonl"):  # also of ranks that this run no longer has
             MetricsLog(path, keep_below=run.step).close()

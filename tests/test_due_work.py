@@ -1,6 +1,8 @@
 """Between two steps: the checkpoint comes before whatever can fail, and what a failure cost is made up."""
 
+import errno
 import json
+import os
 import textwrap
 import types
 
@@ -9,10 +11,10 @@ import torch
 from tiny_run import TINY, exit_code, flags, losses, metrics, start, state_hashes, tag_dir
 
 from nanochat import checkpoint_manager as cm
-from nanochat import training_data
+from nanochat import due_work, training_data
 from nanochat.core_bundle import Task, write_bundle
 from nanochat.due_work import DueWork, NonFiniteWeights
-from nanochat.runtime import UserError
+from nanochat.runtime import SharedError, UserError
 from scripts import base_train
 from scripts.base_train import main
 
@@ -91,6 +93,79 @@ def test_a_final_evaluation_that_was_killed_is_made_up_once(train, monkeypatch):
         assert (again["stopped"], again["val_bpb"]) == ("done", whole["val_bpb"])
     assert metrics("cut-end") == before
     assert state_hashes("cut-end", 4) == state_hashes("whole-end", 4)
+
+
+def test_figures_stay_in_the_log_when_the_resumed_run_does_not_measure_them_again(train, monkeypatch):
+    """The suite fails after val bpb was logged; --resume switches evaluation off.
+
+    Red when the lines of a step are dropped wherever its evaluation did not end, due or not.
+    """
+
+    def broken(*_, **__):
+        raise UserError("the bundle is gone")
+
+    monkeypatch.setattr(base_train, "evaluate_suite", broken)
+    assert exit_code(lambda: train("half", eval_every=2, core_metric_every=2)) == 2
+    [(step, bpb)] = evaluations("half", "val_bpb")
+    assert main(["--model_tag=half", "--resume", "--eval_every=None", "--core_metric_every=None"])["stopped"] == "done"
+    assert [step for step, _ in evaluations("half", "val_bpb")] == [2, 4]
+    assert (step, bpb) == evaluations("half", "val_bpb")[0]
+
+
+def test_figures_that_cannot_be_written_beside_the_steps_go_into_one(train, monkeypatch, capsys):
+    """No save is due at step 2, and evaluated.json cannot be written there: the step is saved, with its figures.
+
+    Red when note_evaluated() is called outside of what _rescue() guards.
+    """
+
+    def full(*_):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "evaluated.json")
+
+    real = due_work.note_evaluated
+    monkeypatch.setattr(due_work, "note_evaluated", full)
+    assert exit_code(lambda: train("noted", eval_every=2)) == 2
+    assert capsys.readouterr().err.startswith("error: Disk quota exceeded: evaluated.json (")
+    run = cm.read_metadata(cm.step_dir(tag_dir("noted"), 2))["run"]
+    assert (run["step"], run["evaluated"]) == (2, 2)
+    monkeypatch.setattr(due_work, "note_evaluated", real)
+    assert main(["--model_tag=noted", "--resume"])["stopped"] == "done"
+    assert [step for step, _ in evaluations("noted", "val_bpb")] == [2, 4]
+
+
+def test_ranks_that_share_an_error_wait_until_rank_0_has_saved(monkeypatch):
+    """A launcher ends all ranks soon after the first one has left, however long the save takes.
+
+    Red without the barrier after _rescue().
+    """
+    order = []
+    compute = types.SimpleNamespace(
+        world_size=2,
+        rank=1,
+        agreed=lambda flag: False,
+        barrier=lambda patient=False: order.append(("barrier", patient)),
+    )
+
+    def evaluate(*_):
+        raise SharedError("the bundle is gone")
+
+    settings = types.SimpleNamespace(save_every=None, eval_every=1)
+    run = types.SimpleNamespace(step=1, evaluated=0)
+    saver = types.SimpleNamespace(is_writing=lambda: False, wait=lambda: None, copy=lambda *_: order.append("copy"))
+    training = types.SimpleNamespace(
+        settings=settings,
+        compute=compute,
+        run=run,
+        saver=saver,
+        steps=9,
+        model=torch.nn.Linear(1, 1),
+        evaluate=evaluate,
+    )
+    due = DueWork(training, None, types.SimpleNamespace(bad=[]), lambda: False)
+    due.saved = 0
+    monkeypatch.setattr(DueWork, "_contents", lambda self: ())
+    with pytest.raises(SharedError, match="the bundle is gone; rank 0 saves step 1"):
+        due.evaluate_if_due()
+    assert order == ["copy", ("barrier", True)]
 
 
 def test_samples_that_fail_end_no_run(train, monkeypatch, capsys):
