@@ -24,7 +24,9 @@ from nanochat.text_files import text_of
 HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is given
 LARGEST_MEAN = 1_000_000  # characters that a hub dataset may have per document of its limit
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
-HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "test")  # the first that a dataset has beside train is held out
+HELD_OUT_SPLITS = (  # the first that a dataset has beside train is held out
+    "validation", "valid", "val", "dev", "heldout", "test", "testing", "eval", "evaluation",
+)  # fmt: skip
 LARGEST_SHARD = 1 << 30  # bytes; climbmix's have about 90 MB
 
 

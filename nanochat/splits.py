@@ -73,39 +73,77 @@ def cut(text: str, size: int) -> Iterator[str]:
 # the split that a dataset brings along
 
 PARTS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
+    "train": ("train", "training", "trainset"),
+    "validation": ("validation", "valid", "val", "dev", "devset", "heldout", "holdout"),
+    "test": ("test", "testing", "testset", "eval", "evaluation"),
 }
 DATA_SUFFIXES = r"\.(txt|jsonl|ndjson|json|csv|tsv|parquet)(\.(gz|bz2|xz|zst))?"
+PROGRAMS = (".py", ".md")  # what is read beside data: src/train/ and src/eval/ of a program are no split
 
 
 def own_split(names: Iterable[str]) -> dict[str, str | None] | None:
     """{path: "train", "val" or None} of the files of a dataset with parts of its own, None for one without.
 
-    Its parts are folders at the top, train/ beside test/ or validation/, or files named for them, as in
-    train-00000-of-00002.parquet or wiki.valid.txt, when every file of data is. Held out is the validation part, or
-    the test part where there is no validation; then a test part beside it (None) is not read at all.
+    Its parts are folders beside each other at any depth, as in train/ and test/, default/train/ and default/test/ or
+    train-clean-100/ and dev-clean/, or files named for them, as in train-00000-of-00002.parquet or wiki.valid.txt, when
+    every file of data is. Held out is the validation part, or the test part where there is no validation; then a test
+    part beside it (None) is not read at all.
     """
     names = list(names)
-    for part_of in (_folder_part, _file_part):
-        parts = {name: part_of(name) for name in names}
-        known = set(parts.values())
-        complete = part_of is _folder_part or not any(_is_data(name) and parts[name] is None for name in names)
-        if "train" in known and known & {"validation", "test"} and complete:
-            meaning = {None: "train", "train": "train", "validation": "val"}
-            meaning["test"] = None if "validation" in known else "val"
-            return {name: meaning[part] for name, part in parts.items()}
+    files = {name: _file_part(name) for name in names}
+    complete = not any(_is_data(name) and part is None for name, part in files.items())
+    for parts in (_folder_parts(names), {name: ("", part) for name, part in files.items()} if complete else {}):
+        known: dict[str, set] = {}  # parts by the folder that holds them
+        for where, part in parts.values():
+            known.setdefault(where, set()).add(part)
+        if any("train" in found and found & {"validation", "test"} for found in known.values()):
+            return {name: _meaning(part, known[where]) for name, (where, part) in parts.items()}
     return None
 
 
-def _folder_part(name: str) -> str | None:
-    top, slash, _ = name.partition("/")
-    return _part(top) if slash else None
+def _meaning(part: str | None, known: set) -> str | None:
+    """The split of a part among those beside it."""
+    if "train" not in known or not known & {"validation", "test"}:
+        return "train"
+    meaning = {None: "train", "train": "train", "validation": "val"}
+    return meaning[part] if part != "test" else (None if "validation" in known else "val")
+
+
+def _folder_parts(names: list[str]) -> dict[str, tuple[str, str | None]]:
+    """name -> (folder that holds the part's folder, part): the outermost folder of its path among such parts.
+
+    Folders called exactly as a part count whatever lies beside them, ones with a word of that sense only together.
+    """
+    inside: dict[str, set[str]] = {}  # folder -> names of the folders with data in it
+    for name in names:
+        folders = [] if name.lower().endswith(PROGRAMS) and "/" in name else name.split("/")[:-1]
+        for depth, folder in enumerate(folders):
+            inside.setdefault("/".join(folders[:depth]), set()).add(folder)
+    parts: dict[str, dict[str, str | None]] = {}
+    for where, folders in inside.items():
+        for part_of in (_part, _part_among_words):
+            found = {folder: part_of(folder) for folder in folders}
+            known = set(found.values())
+            if "train" in known and known & {"validation", "test"} and (part_of is _part or None not in known):
+                parts.setdefault(where, found)
+    placed = {}
+    for name in names:
+        folders = name.split("/")[:-1]
+        places = (("/".join(folders[:depth]), folder) for depth, folder in enumerate(folders))
+        where, folder = next(((w, f) for w, f in places if w in parts and parts[w].get(f)), ("", ""))
+        placed[name] = where, parts.get(where, {}).get(folder)
+    return placed
 
 
 def _part(word: str) -> str | None:
     return next((part for part, words in PARTS.items() if word.lower() in words), None)
+
+
+def _part_among_words(name: str) -> str | None:
+    """The part that one word of a name tells, beside numbers and words of other senses."""
+    words = [word for word in re.split(r"[-._= 0-9]+", name) if word]
+    parts = {part for word in words if (part := _part(word))}
+    return parts.pop() if len(parts) == 1 else None
 
 
 def _is_data(name: str) -> bool:
@@ -113,8 +151,6 @@ def _is_data(name: str) -> bool:
 
 
 def _file_part(name: str) -> str | None:
-    """The part that a data file is named for: one word of its name, beside numbers, tells."""
+    """The part that a data file is named for."""
     base = re.sub(f"{DATA_SUFFIXES}$", "", name.rpartition("/")[2].lower())
-    words = [word for word in re.split(r"[-._ 0-9]+", base) if word]
-    parts = {part for word in words if (part := _part(word))}
-    return parts.pop() if len(parts) == 1 and _is_data(name) else None
+    return _part_among_words(base) if _is_data(name) else None

@@ -152,7 +152,7 @@ def test_the_least_text_trains_and_is_measured(tmp_path, capsys):
     ("names", "expected"),
     [
         (["train/a.txt", "test/b.txt", "README.md"], ["train", "val", "train"]),
-        (["training/x/a.md", "dev/b.md", "test/c.md"], ["train", "val", None]),
+        (["training/x/a.txt", "dev/b.txt", "test/c.txt"], ["train", "val", None]),
         (["Train/a.wav", "Validation/b.wav"], ["train", "val"]),
         (
             ["data/train-00000-of-00002.parquet", "data/test-00000.parquet", "a.md"],
@@ -162,7 +162,18 @@ def test_the_least_text_trains_and_is_measured(tmp_path, capsys):
         (["TinyStories-train.txt", "TinyStories-valid.txt"], ["train", "val"]),
         (["train.jsonl.gz", "val.jsonl.gz"], ["train", "val"]),
         (["train/a.txt", "other/b.txt"], None),
-        (["a/train/x.txt", "a/test/y.txt"], None),  # not at the top
+        (["default/train/0.parquet", "default/test/0.parquet"], ["train", "val"]),
+        (
+            ["en/train/a.txt", "en/dev/b.txt", "en/test/c.txt", "de/train/a.txt", "de/test/b.txt", "fr/test/c.txt"],
+            ["train", "val", None, "train", "val", "train"],
+        ),
+        (["train/a.txt", "eval/b.txt"], ["train", "val"]),
+        (["train-clean-100/a.wav", "dev-clean/b.wav", "test-clean/c.wav"], ["train", "val", None]),
+        (["split=train/a.parquet", "split=test/b.parquet"], ["train", "val"]),
+        (["trainset.jsonl", "testset.jsonl", "devset.jsonl"], ["train", None, "val"]),
+        (["train_run/a.txt", "test_run/b.txt", "notes/c.txt"], None),  # a word, and not every folder has one
+        (["src/train/a.py", "src/eval/b.py", "c.txt"], None),  # programs
+        (["a/train/x.txt", "b/test/y.txt"], None),  # not beside each other
         (["train.py", "test.py"], None),  # programs
         (["train.txt", "test.txt", "notes.txt"], None),  # not every file is named for a part
         (["test/a.txt", "val/b.txt"], None),
@@ -170,7 +181,8 @@ def test_the_least_text_trains_and_is_measured(tmp_path, capsys):
     ],
 )
 def test_own_split(names, expected):
-    """Red when a word may be a part of a longer one, or a single file decides for a folder."""
+    """Red when a word may be a part of a longer one, a single file decides for a folder, only the top counts
+    (`if depth` in _folder_parts), or a word decides beside folders without one (no `None not in known`)."""
     assert own_split(names) == (expected and dict(zip(names, expected, strict=True)))
 
 
