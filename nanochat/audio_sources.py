@@ -28,7 +28,7 @@ from nanochat.settings import Say, Settings, nearest_name, shown
 from nanochat.sources import digest, looking_up, slug_of
 from nanochat.splits import own_split
 from nanochat.text_files import text_of
-from nanochat.wav_header import PLACEHOLDER, mend_header
+from nanochat.wav_header import PLACEHOLDER, bytes_behind, mend_header
 
 SOUND_SUFFIXES = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64",
@@ -124,7 +124,8 @@ def holds_sounds(data: str) -> bool:
         return True  # what is not there is named later
     if not path.is_dir():
         return path.suffix.lower() in SOUND_SUFFIXES + OTHER_SOUNDS
-    return any(name.lower().endswith(SOUND_SUFFIXES + OTHER_SOUNDS) for name, _ in find_files(path).files)
+    files = find_files(path, skip_corrupt=True).files  # who reads the folder says what cannot be read
+    return any(name.lower().endswith(SOUND_SUFFIXES + OTHER_SOUNDS) for name, _ in files)
 
 
 def sound_source(settings: Settings, say: Say) -> SoundSource:
@@ -144,7 +145,7 @@ def sound_source(settings: Settings, say: Say) -> SoundSource:
         raise UserError(f"data={data} is a file: captioned sounds are {ways}")
     if not is_folder:
         raise UserError(f"data={data}: no such folder; {ways}")
-    return _folder(root, data, settings.data_column, seconds)
+    return _folder(root, settings, seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,9 +179,10 @@ def _synth(limit: int, seconds: float) -> SoundSource:
 # folders
 
 
-def _folder(root: Path, data: str, column: str, seconds: float | None) -> SoundSource:
+def _folder(root: Path, settings: Settings, seconds: float | None) -> SoundSource:
     """Sounds below a folder, each called by its relative path, with captions from tables or from x.txt beside x.wav."""
-    found = find_files(root)
+    data, column = settings.data, settings.data_column
+    found = find_files(root, skip_corrupt=settings.skip_corrupt)
     sounds = [name for name, _ in found.files if name.lower().endswith(SOUND_SUFFIXES)]
     if not sounds:
         found.choose(lambda name: False)
@@ -389,6 +391,8 @@ def decode(file: Path | io.BytesIO, name: str, rate: int, seconds: float | None,
         with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as raw:
             if not raw.seek(0, os.SEEK_END):
                 return log.leave_out("empty sound", name)
+            if bytes_behind(raw) > (1 - WHOLE) * raw.seek(0, os.SEEK_END):
+                log.alter("longer than its header says, which alone is read", name)
             view = mend_header(raw)
             # a path where nothing is to be mended: libsndfile reads it faster, and knows some formats by the suffix
             with soundfile.SoundFile(file if view is raw and isinstance(file, Path) else view) as sound:

@@ -176,13 +176,15 @@ def _add_texts(found: dict[str, Caption | None], files: dict[str, Path], beside:
         if name in found:
             skip("second caption of a sound", text)
             continue
-        with reading(files[text]):
-            raw = files[text].read_bytes()
+        found[name] = None
         try:
+            with reading(files[text]):
+                raw = files[text].read_bytes()
             found[name] = Caption(decode_text(raw))
         except Undecodable as error:
             skip("caption that is not UTF-8", name, first_line(error))
-            found[name] = None
+        except Corrupt as error:
+            skip("caption that cannot be read", name, first_line(error))
     used = set(beside.values())
     for name in files:
         if name.lower().endswith(".txt") and name not in used:

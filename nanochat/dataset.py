@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from nanochat import hub, sources
 from nanochat.encodings import Corrupt, Undecodable, check_encodable, decode_text
-from nanochat.folders import NAMED
+from nanochat.folders import NAMED, one_line
 from nanochat.runtime import UserError, base_dir, fsync, sha256_of, write_atomically
 from nanochat.settings import Say, Settings
 from nanochat.sources import Source, digest
@@ -416,7 +416,7 @@ def _decoded(source: Source, counts: Counter, say: Say) -> Iterator[Document]:
         except Undecodable as error:
             counts["undecodable"] += 1
             row = re.fullmatch(r"(.*\.jsonl)#(\d+)", document.name)
-            where = f"{row[1]} line {int(row[2]) + 1}" if row else document.name
+            where = one_line(f"{row[1]} line {int(row[2]) + 1}" if row else document.name)
             if counts["undecodable"] <= NAMED:
                 source.undecodable.append(f"{where} is {error}")
                 say(f"data: {source.undecodable[-1]}: skipped")

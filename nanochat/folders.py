@@ -4,6 +4,7 @@ Links are followed, each real folder once. What cannot be listed is an error. Ou
 files is never read back: a run would train on its own shards, and on its held-out text.
 """
 
+import errno
 import json
 import os
 import posixpath
@@ -59,7 +60,7 @@ class Found:
         if kinds:
             number = sum(map(len, kinds.values()))
             order = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
-            parts = [f"{len(names)} {kind} ({first_names(names)})" for kind, names in order[:NAMED]]
+            parts = [f"{len(names)} {one_line(kind)} ({first_names(names)})" for kind, names in order[:NAMED]]
             parts += [f"{len(order) - NAMED} other kinds"] if len(order) > NAMED else []
             lines.append(f"{number} file{'s' * (number != 1)} not read: {', '.join(parts)}")
         for reason, names in sorted(self.skipped.items()):
@@ -83,7 +84,7 @@ class Found:
 
 
 def first_names(names: Iterable[str], most: int = 2) -> str:
-    names = list(names)
+    names = [one_line(name) for name in names]
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
@@ -102,6 +103,11 @@ def hidden(name: str) -> bool:
 def printable(path: str) -> str:
     """A file name as valid text: bytes that are no UTF-8 are written as escapes."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def one_line(name: str) -> str:
+    """A name for a message: line ends and other control characters, which steer a terminal, are written as escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
 
 def find_files(root: Path, *, skip_corrupt: bool = False) -> Found:
@@ -125,6 +131,7 @@ class _Walk:
         self.files: set[tuple[int, int]] = set()
         self.above = {_identity(parent) for parent in root.resolve().parents}
         self.base = _identity(base_dir()) if base_dir().is_dir() else None
+        self.ours: dict[Path, bool] = {}  # folders that linked files lie in: whether they are our output
         self.linked_folders: list[Path] = []
         self.linked_files: list[tuple[str, Path, tuple[int, int]]] = []
 
@@ -156,6 +163,8 @@ class _Walk:
                     continue
                 with os.scandir(folder) as listing:
                     entries = list(listing)
+                if entries and not os.access(folder, os.X_OK):  # names can be listed, but nothing behind them
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
                 self.entered.add(identity)
                 own = _own_files(folder, {entry.name for entry in entries})
                 for entry in entries:
@@ -197,10 +206,19 @@ class _Walk:
                 return self.found.skip("broken links", name)
             if stat.S_ISDIR(target.st_mode):
                 links.append(path)
+            elif stat.S_ISREG(target.st_mode) and self.in_own_output(path):
+                self.found.skip(OWN_OUTPUT, name)
             elif stat.S_ISREG(target.st_mode):
                 self.linked_files.append((name, path, (target.st_dev, target.st_ino)))
             else:
                 self.found.skip("pipes, sockets or devices", name)
+
+    def in_own_output(self, link: Path) -> bool:
+        """Whether a link leads to a file of our own, as to the shards of a prepared dataset."""
+        folder = link.resolve().parent
+        if folder not in self.ours:
+            self.ours[folder] = own_output(folder) is not None
+        return self.ours[folder]
 
     def name(self, path: str | Path) -> str:
         return printable(Path(path).relative_to(self.root).as_posix())

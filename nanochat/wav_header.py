@@ -66,6 +66,18 @@ def mend_header(file: BinaryIO) -> BinaryIO:
     return Joined(_header(form, size), file, place, min(size, total - place))
 
 
+def bytes_behind(file: BinaryIO) -> int:
+    """Bytes of a wav file behind its samples that are no chunks: its header says less than was written."""
+    total = file.seek(0, os.SEEK_END)
+    head = _bytes(file, 0, 12)
+    found = _samples(file, 12, total) if head[:4] == b"RIFF" and head[8:] == b"WAVE" else None
+    if found is None:
+        return 0
+    _, place, size, blind = found
+    end = place + size + size % 2
+    return 0 if blind or end >= total or _is_chunks(file, end, total) else total - end
+
+
 def _samples(file: BinaryIO, place: int, total: int) -> tuple[bytes, int, int, bool] | None:
     """(format chunk, place of the samples, bytes of them, whether that is not what the header says); None without.
 

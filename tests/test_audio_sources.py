@@ -1,6 +1,7 @@
 """Captioned sounds of every layout are found; what cannot be used is named, counted and left out, never a traceback."""
 
 import json
+import os
 import struct
 import sys
 import tracemalloc
@@ -153,6 +154,23 @@ def test_linked_folders_are_read_and_other_files_named(tmp_path):
     assert log.left_out == {"of other kinds": 3, "text file without its sound": 1}
     assert "data: 3 files not read: 2 .m4a (e.m4a, f.m4a), 1 .pdf (g.pdf)" in lines
     assert "data: 'e.txt': text file without its sound: left out" in lines
+
+
+def test_what_cannot_be_read_is_skipped_by_name(tmp_path, monkeypatch):
+    """A subfolder only under skip_corrupt, a caption like a sound always. Red when skip_corrupt does not reach the
+    walk, or the caption's error ends the preparation."""
+    for name in ("a.wav", "b.wav", "locked/c.wav"):
+        write_sound(tmp_path / "in" / name)
+        (tmp_path / "in" / name).with_suffix(".txt").write_text(f"caption of {name}")
+    (tmp_path / "in" / "b.txt").unlink()
+    (tmp_path / "in" / "b.txt").symlink_to("/proc/self/mem")  # opens, and no read succeeds
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked" and access(path, mode))
+    with pytest.raises(UserError, match=r"in/locked cannot be read .*--skip_corrupt=True"):
+        read_all(data=str(tmp_path / "in"))
+    sounds, log = read_all(data=str(tmp_path / "in"), skip_corrupt=True)
+    assert sorted(sounds) == ["a.wav"]
+    assert log.left_out == {"unreadable": 1, "caption that cannot be read": 1}
 
 
 def test_a_folder_of_other_sounds_says_how_to_convert_them(tmp_path):

@@ -108,6 +108,34 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     assert [name for name, _ in found.files] == ["a.txt"] and found.skipped == {"unreadable": ["locked"]}
 
 
+def test_a_folder_that_can_only_be_listed(tmp_path, monkeypatch):
+    """Names alone (r--) are not enough: refused or named as a whole. Red without the look at os.X_OK."""
+    root = write(tmp_path / "root", "a.txt", "listed/b.txt")
+    monkeypatch.setattr(folders.os, "access", lambda path, mode: mode != os.X_OK or Path(path).name != "listed")
+    with pytest.raises(Corrupt, match=r"root/listed cannot be read \(Permission denied\): .*--skip_corrupt=True"):
+        find_files(root)
+    found = find_files(root, skip_corrupt=True)
+    assert [name for name, _ in found.files] == ["a.txt"] and found.skipped == {"unreadable": ["listed"]}
+
+
+def test_names_cannot_steer_a_terminal(tmp_path):
+    """One line each, without control characters. Red when first_names() takes names as they are."""
+    found = find_files(write(tmp_path / "root", "a\nb.pdf", "c.\x1b[2jd", "é.pdf"))
+    found.choose(lambda name: False)
+    assert found.describe() == [r"3 files not read: 2 .pdf (a\nb.pdf, é.pdf), 1 .\x1b[2jd (c.\x1b[2jd)"]
+
+
+def test_links_to_files_of_our_own(tmp_path, base):
+    """A link to a shard of a prepared dataset is our output, too. Red without in_own_output()."""
+    source = write(tmp_path / "source", *(f"{i}.txt" for i in range(30)))
+    shards = prepare(str(source)).shards("train")
+    root = write(tmp_path / "root", "a.txt")
+    (root / "linked.parquet").symlink_to(shards[0])
+    found = find_files(root)
+    assert [name for name, _ in found.files] == ["a.txt"]
+    assert found.skipped == {folders.OWN_OUTPUT: ["linked.parquet"]}
+
+
 def test_what_is_not_read_is_named_by_suffix(tmp_path):
     """One line with numbers and first names, most frequent first. Red when choose() drops what is not wanted."""
     root = write(tmp_path / "root", "a.txt", "B.TXT", "x.csv", "y.CSV", "z.csv", "t.jsonl.gz", "README", "v1.2")

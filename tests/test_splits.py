@@ -182,7 +182,7 @@ def test_the_least_text_trains_and_is_measured(tmp_path, capsys):
 )
 def test_own_split(names, expected):
     """Red when a word may be a part of a longer one, a single file decides for a folder, only the top counts
-    (`if depth` in _folder_parts), or a word decides beside folders without one (no `None not in known`)."""
+    (`folders[:1]` in _folder_parts), or a word decides beside folders without one (no `None not in known`)."""
     assert own_split(names) == (expected and dict(zip(names, expected, strict=True)))
 
 

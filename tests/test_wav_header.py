@@ -150,3 +150,23 @@ def test_more_than_four_gigabytes(tmp_path):
     with open(tmp_path / "a.wav", "rb") as file, soundfile.SoundFile(mend_header(file)) as sound:
         assert sound.frames == 2_500_000_000
     assert len(decode(tmp_path / "a.wav", "a", RATE, 1.0, Log(lambda line: None))) == RATE
+
+
+def test_a_header_that_says_too_little_is_said():
+    """Samples behind the announced ones are named as altered; chunks, tags and padding behind them are none.
+
+    Red when bytes_behind() returns 0, or takes chunks for samples.
+    """
+    raw, _ = samples(4000, 1, 16, False)
+    form = chunk(b"fmt ", header(1, 16, False, False))
+
+    def altered(*parts: bytes) -> dict:
+        wav = decode(io.BytesIO(b"RIFF\0\0\0\0WAVE" + b"".join(parts)), "a", RATE, None, log := Log(lambda line: None))
+        assert wav is not None and not log.left_out
+        return log.altered
+
+    said = "longer than its header says, which alone is read"
+    assert altered(form, chunk(b"data", raw, 1000)) == {said: 1}
+    assert altered(form, chunk(b"data", raw)) == {}
+    assert altered(form, chunk(b"data", raw), chunk(b"LIST", bytes(3000))) == {}
+    assert altered(form, chunk(b"data", raw), b"TAG" + bytes(125)) == {}
