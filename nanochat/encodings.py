@@ -4,6 +4,7 @@ Everything else is refused with the encoding that it looks like: a wrong guess w
 """
 
 import codecs
+import re
 import unicodedata
 from collections import Counter
 
@@ -20,6 +21,7 @@ SAMPLE = 1 << 18  # bytes at the beginning of a file that decide on its encoding
 IMPLAUSIBLE = 0.02  # share of control characters and unassigned code points that no text exceeds
 COMMON = "\t\n\r\f\v\b\x1b\u3000\u3001\u3002"  # beside Latin ones: the control characters of texts, 、 and 。
 WEIGHTS = {**dict.fromkeys(" \n\r", 5), **dict.fromkeys("\u3000\u3001\u3002", 2)}  # of evidence, beside a letter's 1
+STATEFUL = re.compile(r"\x1b(\$[@AB]|\$[()][@-Z]|\([JI])")  # how ISO-2022, of 7 bits, changes its character set
 ASCII_AND_NUL = bytes([0, *b"\t\n\r\f\v", *range(0x20, 0x7F)])
 
 
@@ -43,6 +45,7 @@ def decode_text(raw: bytes) -> str:
         if encoding == "utf-8":
             raise Undecodable(_not_utf8(raw, mark + error.start)) from error
         raise Undecodable(f"{encoding} by its {_evidence(mark)}, but damaged at byte {mark + error.start}") from error
+    _check_escapes(text)
     if "\0" in text:
         raise Undecodable("binary data: NUL characters, and neither UTF-16 nor UTF-32")
     return text
@@ -85,7 +88,11 @@ def _try(raw: bytes, encoding: str, final: bool) -> str | None:
 
 
 def check_encodable(text: str) -> None:
-    """Raise Undecodable for text that UTF-8 cannot hold: lone surrogates, from JSON or from bytes that are no UTF-8."""
+    """Raise Undecodable for text that UTF-8 cannot hold: lone surrogates, from JSON or from bytes that are no UTF-8.
+
+    Likewise for text that is still encoded, in ISO-2022.
+    """
+    _check_escapes(text)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -93,6 +100,14 @@ def check_encodable(text: str) -> None:
             decode_text(text.encode("utf-8", "surrogateescape"))
         found = f"\\u{ord(text[error.start]):04x}"
         raise Undecodable(f"a lone surrogate, {found}, which is no character and not UTF-8") from error
+
+
+def _check_escapes(text: str) -> None:
+    """Raise Undecodable for ISO-2022, whose bytes are all ASCII: East Asian text would be read as letters and signs."""
+    if "\x1b" in text and text.isascii() and STATEFUL.search(text):
+        raise Undecodable(
+            "not Unicode but iso-2022 by its escapes: iconv -f iso-2022-jp (or -kr, -cn) -t UTF-8 FILE > NEW"
+        )
 
 
 def _plausibility(text: str) -> tuple[float, float, float]:

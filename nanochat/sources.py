@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.encodings import Corrupt
-from nanochat.folders import Found, find_files, hidden, printable  # noqa: F401 (hidden: for audio_sources)
+from nanochat.folders import Found, find_files, first_names, hidden, printable  # noqa: F401 (hidden: for audio_sources)
 from nanochat.runtime import UserError, first_line
 from nanochat.settings import Say, nearest_name, shown
 from nanochat.splits import own_split
@@ -185,7 +185,13 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
         found = find_files(path, skip_corrupt=skip_corrupt)
         found.report_own_output(say)
         further = not any(is_read(name, further=False) for name, _ in found.files)
+        alone = [] if further else [name for name, _ in found.files if is_read(name, True) and not is_read(name, False)]
         files = found.choose(lambda name: is_read(name, further))
+        if alone:
+            say(
+                f"data: {len(alone)} tables and compressed files ({first_names(alone)}) are not read beside "
+                f"{' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}: pass one alone, or move the others away"
+            )
         if not files:
             seen = "; ".join(found.describe()) or "0 files"
             raise UserError(f"data={source}: no text found: {seen}; what is read: {KINDS}")

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.encodings import SAMPLE, Corrupt, Undecodable, check_encodable, decode_text, detect_encoding
-from nanochat.folders import NAMED, suffix_of
+from nanochat.folders import NAMED, one_line, suffix_of
 from nanochat.runtime import UserError, first_line
 from nanochat.settings import Say
 
@@ -190,6 +190,7 @@ def _jsonl_rows(path: Path, column: str, rows: Rows) -> Iterator[str | None]:
 def _json_lines(lines: Iterable[str], path: Path, column: str, rows: Rows) -> Iterator[str | None]:
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}"
+        line = line.removeprefix("\ufeff")  # a mark within: files with marks, put behind each other
         if not line.strip():
             yield ""
             continue
@@ -236,6 +237,8 @@ def _csv_rows(path: Path, column: str, rows: Rows) -> Iterator[str | None]:
         table = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         try:
             names = [name.strip() for name in next(table, [])]
+            if names and names.count(column) != 1:
+                raise Corrupt(_not_one_column(f"{path} line 1", column, names))
             for row in table:
                 where = f"{path} line {table.line_num}"
                 if broken := _undecodable("".join(row)):
@@ -285,7 +288,8 @@ def _parquet_rows(path: Path, column: str, rows: Rows) -> Iterator[str | None]:
 def _checked(row: object, column: str, where: str, rows: Rows) -> str | None:
     """The text of a row, or None for one that is refused and skipped."""
     if not isinstance(row, dict):
-        return rows.refuse(f"{where} is not a JSON object")
+        hint = ": a file that is one array is read when called .json" if isinstance(row, list) else ""
+        return rows.refuse(f"{where} is not a JSON object{hint}")
     try:
         return text_of(row, column, where)
     except UserError as error:
@@ -309,8 +313,15 @@ def text_of(row: dict, column: str, where: str) -> str:
 
 
 def _no_column(where: str, column: str, names: Iterable) -> str:
-    listed = ", ".join(sorted(map(str, names))[:20]) or "it has none"
+    listed = ", ".join(one_line(str(name))[:40] for name in sorted(map(str, names))[:20]) or "it has none"
     return f"{where} has no column {column!r}: choose one with --data_column ({listed})"
+
+
+def _not_one_column(where: str, column: str, names: list[str]) -> str:
+    """What is wrong with the header of a table: no such column, or several."""
+    if number := names.count(column):
+        return f"{where} has {number} columns {column!r}: rename all but one of them"
+    return _no_column(where, column, names)
 
 
 @contextmanager

@@ -112,7 +112,12 @@ def test_a_surrogate_in_json_names_its_line(tmp_path):
         ("latin.txt", "Straße\n".encode("latin-1") * 900, r"too little text.*not UTF-8 text; .*looks like latin-1"),
         ("cut.csv", 'text\n"a\n' + "b\n" * 9000, r"cut\.csv line \d+ is not csv.*mend its quotes"),
         ("ragged.csv", "text,n\na,1\nb\n", r"ragged\.csv line 3 has 1 columns, the header has 2.*--skip_corrupt"),
-        ("none.csv", "1,2\n" * 100, r"none\.csv line 2 has no column 'text': choose one with --data_column \(1, 2\)"),
+        ("none.csv", "1,2\n" * 100, r"none\.csv line 1 has no column 'text': choose one with --data_column \(1, 2\)"),
+        ("headless.csv", '0,"a b\nc"\n1,"text"\n' * 50, r"headless\.csv line 1 has no column 'text'.* \(0, a b\\nc\)"),
+        ("twice.csv", "text,text\na,b\n" * 900, r"twice\.csv line 1 has 2 columns 'text': rename all but one of them"),
+        ("array.jsonl", '[{"text": "a"}]', r"array\.jsonl line 1 is not a JSON object: .* when called \.json"),
+        ("jp.txt", "日本語の文章\n".encode("iso2022_jp") * 900, r"jp\.txt#0 is not Unicode but iso-2022.*iconv"),
+        ("kr.jsonl", b'{"text": "\\u001b$)C\\u000eKG\\u000f"}\n' * 900, r"kr\.jsonl line 1 is .*iso-2022"),
         ("cut.txt.gz", gzip.compress(b"text\n" * 90_000)[:-40], r"cut\.txt\.gz cannot be read"),
         ("false.txt.xz", b"no xz", r"false\.txt\.xz cannot be read"),
         ("false.txt.zst", b"no zst", r"false\.txt\.zst cannot be read"),
@@ -120,7 +125,8 @@ def test_a_surrogate_in_json_names_its_line(tmp_path):
     ],
 )
 def test_damaged_files_are_one_line(tmp_path, name, content, words):
-    """Red when reading() lets EOFError or LZMAError through, or csv is read without strict."""
+    """Red when reading() lets EOFError or LZMAError through, csv is read without strict, the header is not looked at
+    (the last of two columns would be taken), or _check_escapes() passes."""
     with pytest.raises(UserError, match=words) as caught:
         prepare(str(write_files(tmp_path, {name: content}) / name), say=len)
     assert "\n" not in str(caught.value)
@@ -203,6 +209,14 @@ def test_what_a_folder_reads(tmp_path):
     assert sorted(texts_of(data)) == sorted(f"{i}.TXT" for i in range(40))
     assert data.manifest["left_out"] == {"of other kinds": 41}
     assert "data: 41 files not read: 40 .csv (0.csv, 1.csv, ...), 1 .jsonl.gz (b.jsonl.gz)" in lines
+    assert any("41 tables and compressed files (0.csv, 1.csv, ...) are not read beside .txt" in line for line in lines)
+
+
+def test_marks_between_rows(tmp_path):
+    """Files with marks put behind each other: every row counts. Red without removeprefix in _json_lines."""
+    part = b"\xef\xbb\xbf" + b"".join(b'{"text": "row %d of the text"}\n' % i for i in range(300))
+    data = prepare(str(write_files(tmp_path, {"rows.jsonl": part * 2}) / "rows.jsonl"), say=len)
+    assert len(texts_of(data)) == 600
 
 
 def test_text_in_bytes_of_a_parquet_column(tmp_path):
