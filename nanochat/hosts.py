@@ -13,6 +13,7 @@ A host is a model in eval mode without a trainable parameter, and what adapters 
     features(ids, cache=None), text_logits(features), logits(ids), new_cache(batch, length)
 """
 
+import inspect
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,9 @@ class TransformersHost:
         self.stop = (tokenizer.bos_id,) if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
         self.mlps, self.embeddings = [layer.mlp for layer in model.base_model.layers], [table]
         self.n_layer = len(self.mlps)
+        # Named cache from 5.24 on; a model swallows an argument that it does not know.
+        known = inspect.signature(model.base_model.forward).parameters
+        self._cache_argument = "cache" if "cache" in known else "past_key_values"
         ids = torch.arange(min(8, self.vocab_size), device=model.device)[None]
         with torch.no_grad():
             same = torch.allclose(self.text_logits(self.features(ids)), self.logits(ids).float(), 1e-2, 1e-4)
@@ -65,9 +69,16 @@ class TransformersHost:
 
     def features(self, ids: torch.Tensor, cache=None) -> torch.Tensor:
         """ids int64 [B, T] -> [B, T, C], what the output matrix is multiplied with; a cache goes T positions on."""
-        return self.model.base_model(
-            input_ids=ids, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
+        if cache is None:
+            return self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        length = cache.get_seq_length() + ids.size(1)
+        features = self.model.base_model(input_ids=ids, use_cache=True, **{self._cache_argument: cache})
+        if cache.get_seq_length() != length:  # given to a model that did not take it, every step would begin anew
+            raise UserError(
+                f"host={self.name!r}: transformers {_release()} left {cache.get_seq_length()} tokens in the cache of "
+                f"{length}: take a release that `python -m scripts.check_exports` finds right"
+            )
+        return features.last_hidden_state
 
     def text_logits(self, features: torch.Tensor) -> torch.Tensor:
         """features [..., C] -> float32 [..., V]."""
@@ -155,6 +166,12 @@ def load_host(name: str, device: torch.device | str, dtype: torch.dtype, *, say:
         f"weights {host.hash[:8]}"
     )
     return host
+
+
+def _release() -> str:
+    from transformers import __version__
+
+    return __version__
 
 
 def state_hash(host: Host) -> str:

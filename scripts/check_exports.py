@@ -1,8 +1,8 @@
-"""Do exported models work under other releases of transformers? A table, and exit code 1 where they do not.
+"""Do exported models and hosts work under other releases of transformers? A table, and exit code 1 where they do not.
 
-`python -m scripts.check_exports [5.0.0 5.24.0 newest ...] [--folder DIR]` runs the tests of the export once for each
-release, in an environment of its own. That has the release and whatever else it asks for; all other packages are those
-of the environment that runs this script. pip takes the release from where it is set up to take packages.
+`python -m scripts.check_exports [5.0.0 5.24.0 newest ...] [--folder DIR]` runs the tests of exports and hosts once for
+each release, in an environment of its own. That has the release and whatever else it asks for; all other packages are
+those of the environment that runs this script. pip takes the release from where it is set up to take packages.
 
 The environments are made in a temporary folder and deleted at the end, or kept in --folder and used again.
 """
@@ -21,7 +21,9 @@ from nanochat.runtime import UserError, print0, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 RELEASES = ("5.0.0", "5.12.1", "5.23.0", "5.24.0", "newest")
-TESTS = ("tests/test_hf_format.py", "tests/test_hf_refresh.py")
+TESTS = (
+    "tests/test_hf_format.py", "tests/test_hf_refresh.py", "tests/test_hosts.py", "tests/test_transformers_format.py",
+)  # fmt: skip
 VERSION = "import transformers; print(transformers.__version__)"
 
 

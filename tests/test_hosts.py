@@ -99,6 +99,34 @@ def test_cached_is_uncached(pair):
         torch.testing.assert_close(torch.cat(pieces, dim=1), host.features(ids), rtol=1e-5, atol=1e-5)
 
 
+def test_a_cache_that_is_not_taken_is_refused(tmp_path, monkeypatch):
+    """The argument's name is the model's own, and the cache must grow. Red when its length is not looked at, or the
+    older name is given to a model that has the newer one."""
+    tiny_llama(tmp_path)
+    host, ids = load(tmp_path), ids_of(1, 5)
+    forward = type(host.model.base_model).forward
+    given = []
+
+    def newer(self, input_ids=None, cache=None, use_cache=None, **swallowed):
+        given.append(cache)
+        return forward(self, input_ids=input_ids, use_cache=use_cache, **{host._cache_argument: cache})
+
+    def deaf(self, input_ids=None, use_cache=None, **swallowed):
+        return forward(self, input_ids=input_ids, use_cache=use_cache)
+
+    whole = host.features(ids)
+    monkeypatch.setattr(type(host.model.base_model), "forward", newer)
+    with torch.no_grad():
+        renamed = load(tmp_path)
+        cache = renamed.new_cache(1, 5)
+        steps = [renamed.features(part, cache) for part in ids.split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-5, atol=1e-5)
+        assert given[-1] is cache
+        monkeypatch.setattr(type(host.model.base_model), "forward", deaf)
+        with pytest.raises(UserError, match=r"transformers 5\S* left 0 tokens in the cache of 5"):
+            host.features(ids, host.new_cache(1, 5))
+
+
 def test_a_sliding_window_holds_for_the_cache_too(tmp_path):
     """Mistral's window of 4 tokens. Red when new_cache() makes a cache without the model's configuration and the
     window is not cut, or when the window is ignored without a cache."""
