@@ -59,13 +59,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Print the report; returns it: "folder", "damage" (None: whole), and where it could be read the rest."""
     args = parse(argv)
-    path = args.folder or step_path(*find_checkpoint(None, None))
+    path = args.folder or find_checkpoint(None, None)[0]
     if not path.exists() and (checkpoints_dir() / path).is_dir():  # a tag
         path = checkpoints_dir() / path
     if args.reseal:
         reseal(path)
-    path, look = recognised(path, args.era)
+    folder, (path, look) = path, recognised(path, args.era)
     report = {"folder": str(path), "damage": None}
+    if path != folder and path != step_path(folder, newest := max(list_steps(folder))):
+        report["newest"] = f"step {newest} of {folder} is damaged: this is the newest complete one"
     try:
         report |= look()
     except UserError as error:
@@ -74,6 +76,8 @@ def main(argv: list[str] | None = None) -> dict:
     if report["damage"] is None and (found := find_non_finite(state)):
         report["damage"] = f"{found}: take an earlier step"
     print(f"{path}: {(report['damage'] or 'whole').removeprefix(f'{path}: ').removeprefix(f'{path} ')}")
+    if "newest" in report:
+        print(f"  note: {report['newest']}")
     for name in ("format", "model", "beyond", "parameters", "tokenizer", "data", "optimizer", "codec", "weights"):
         if name in report:
             print(f"  {name:10s} {report[name]}")
@@ -108,7 +112,8 @@ def recognised(path: Path, era: str | None) -> tuple[Path, Callable[[], dict]]:
     if any((path / name).exists() for name in ("state.json", "manifest.json")) or path.name.startswith("step_"):
         return path, lambda: of_ours(path)
     if steps := list_steps(path):
-        step = newest_step(path) or steps[-1]  # of which the report tells what is wrong
+        complete = newest_step(path)
+        step = steps[-1] if complete is None else complete  # of the last the report tells what is wrong
         if is_upstream(path, step):
             return step_path(path, step), lambda: of_upstream(path, step, era)
         return step_path(path, step), lambda: of_ours(step_path(path, step))
@@ -199,8 +204,12 @@ def list_tensors(state: dict[str, torch.Tensor]) -> None:
 
 
 def check(argv: list[str] | None = None) -> None:
-    """main() as a command: exit code 1 for what is not complete, as of any check that finds a difference."""
-    if main(argv)["damage"] is not None:
+    """main() as a command: exit code 1 for what is not complete, as of any check that finds a difference.
+
+    Of a tag the newest step counts, even where the report is about an earlier one.
+    """
+    report = main(argv)
+    if report["damage"] is not None or "newest" in report:
         sys.exit(1)
 
 

@@ -87,10 +87,17 @@ def test_a_whole_step_that_is_no_model_of_this_version(root, capsys):
 
 
 def test_the_exit_code_tells_whether_a_step_is_complete(root):
-    """Red when check() returns without sys.exit(1) for a report of damage."""
+    """Of a tag, too, whose newest step is damaged. Red when check() returns without sys.exit(1) for a report of damage,
+    or goes by the step that is shown alone.
+    """
     step = save(root / "m", 1)
     check([str(step)])
     with pytest.raises(SystemExit) as caught:
         truncate(step / "model.safetensors")
         check([str(step)])
     assert caught.value.code == 1
+    save(root / "m", 0)
+    for words in (["m"], [str(root / "m")], []):
+        with pytest.raises(SystemExit) as caught:
+            check(words)
+        assert caught.value.code == 1
