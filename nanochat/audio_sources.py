@@ -431,6 +431,8 @@ def decode(file: Path | io.BytesIO, name: str, rate: int, seconds: float | None,
 def _read_blocks(sound, wanted: int) -> tuple[list[np.ndarray], int]:
     """Blocks of samples, float32 mixed to one channel, up to just over `wanted` of them; and how many they hold."""
     blocks, length = [], 0
+    if sound.frames >= UNKNOWN_FRAMES:  # FLAC from a pipe: soundfile would seek past the end, and fail
+        sound.seekable = lambda: False
     while length <= wanted and len(block := sound.read(max(1, BLOCK // sound.channels), "float32", always_2d=True)):
         blocks.append(block.mean(axis=1))
         length += len(block)

@@ -278,6 +278,16 @@ def test_a_sound_written_into_a_pipe_is_whole(tmp_path):
     assert len(decode(tmp_path / "a.wav", "a", RATE, None, Log(pytest.fail))) == 1600
 
 
+def test_flac_from_a_pipe_is_whole(tmp_path):
+    """Its header says 0 samples, which means an unknown number. Red when soundfile may seek in it."""
+    raw = bytearray(write_sound(tmp_path / "a.flac", tone(1)).read_bytes())
+    raw[21] &= 0xF0
+    raw[22:26] = bytes(4)  # the 36 bits of the total in STREAMINFO
+    (tmp_path / "a.flac").write_bytes(raw)
+    assert len(decode(tmp_path / "a.flac", "a", RATE, None, Log(pytest.fail))) == RATE
+    assert len(decode(tmp_path / "a.flac", "a", RATE, 0.25, Log(lambda line: None))) == RATE // 4
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # bad input
 
