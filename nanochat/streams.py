@@ -63,7 +63,11 @@ def emit(*values, **options) -> None:
             encoding = getattr(options.get("file") or sys.stdout, "encoding", None) or "ascii"
             plain = (str(value).encode(encoding, "backslashreplace").decode(encoding) for value in values)
             print(*plain, **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError):
+            if not getattr(options.get("file") or sys.stdout, "closed", False):
+                raise
+            error = OSError(errno.EBADF, "it is closed")
         _note("standard output", error)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
 

@@ -155,6 +155,18 @@ def test_a_main_that_is_called_with_other_streams_prints_all_the_same(monkeypatc
     assert capsys.readouterr().err.count("going on without it") == 1
 
 
+def test_printing_to_a_stream_that_was_closed_meanwhile_ends_nothing(monkeypatch, capsys):
+    """A caller may close its stream while a thread prints. Red when emit() lets ValueError pass."""
+    monkeypatch.setattr(streams, "lost", {})
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)
+    print0("one")
+    print0("two")
+    assert streams.lost == {"standard output": "it is closed"}
+    assert capsys.readouterr().err == "standard output cannot be written (it is closed): going on without it\n"
+
+
 def test_a_run_whose_output_is_lost_trains_to_its_end_and_says_so_in_its_log(corpus, base, monkeypatch):
     """Red when run_script does not call open_streams(), or MetricsLog drops the news."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
