@@ -214,6 +214,8 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
         files = [(name, file) for name, file in files if parts[name]]
     absolute = path.resolve()
     columns = any(content_suffix(name)[0] not in TEXT_SUFFIXES for name, _ in files)
+    if is_folder and not columns and column != "text":
+        say(f"data: note: data_column={column!r} has no effect: none of the {len(files)} files has columns")
     return Source(
         f"{slug_of(absolute.name)}-{digest(str(absolute))[:8]}",
         printable(absolute.name),

@@ -79,7 +79,7 @@ def _change(settings: RunSettings, dataset: Dataset) -> str | None:
     try:
         source = source_of(settings, say=lambda line: None)
     except (UserError, OSError) as error:
-        return f"cannot be read now ({first_line(error)})"
+        return f"cannot be read now ({first_line(error).partition(';')[0]})"
     if source is None or state_of(source) != dataset.manifest.get("state"):
         return "has changed since, or is read in another way now"
     return None

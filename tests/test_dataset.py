@@ -329,6 +329,14 @@ def row_file(path: Path, rows: list) -> str:
     return str(path)
 
 
+def test_a_column_of_files_without_columns_is_said(tiny_corpus):
+    """Red without the note in sources.path()."""
+    lines: list[str] = []
+    data = prepare(str(tiny_corpus), column="body", say=lines.append)
+    assert "data: note: data_column='body' has no effect: none of the 60 files has columns" in lines
+    assert data.num_documents("train") + data.num_documents("val") == 60
+
+
 def test_jsonl_rows(tmp_path):
     """Another column; null and blank lines keep their row numbers; a lone surrogate is counted, not fatal."""
     rows = [{"body": f"document {i} " * 30, "text": 1} for i in range(60)]
