@@ -168,7 +168,10 @@ def compressor_baselines(dataset, say: Say = print) -> dict[str, float | None]:
     if absent := [name for name, value in result.items() if value is None]:
         limit = f"{LARGEST_COMPRESSED // 10**6} MB"
         say(f"compressor baseline not computed ({', '.join(absent)}): the text is empty or more than {limit}")
-    write_atomically(cache, json.dumps({"fingerprint": fingerprint, **result}))
+    try:
+        write_atomically(cache, json.dumps({"fingerprint": fingerprint, **result}))
+    except OSError as error:  # they save the next evaluation a minute; this one has them
+        say(f"compressor baselines are not kept for the next evaluation ({error.strerror}: {cache})")
     return result
 
 

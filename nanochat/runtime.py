@@ -443,15 +443,18 @@ def replacing(path: Path, keep_equal: bool = False) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def check_output(path: Path, flag: str | None = None, suffix: str | None = None) -> None:
+def check_output(
+    path: Path, flag: str | None = None, suffix: str | None = None, way_out: str = "point NANOCHAT_BASE_DIR elsewhere"
+) -> None:
     """UserError unless replacing(path) could write: asked before the work, whose result the file is to take.
 
-    flag: what named the path, as "--out"; None: it lies below the base folder. suffix: what its name must end in.
+    flag: what named the path, as "--out"; None: it lies below the base folder, and way_out says what helps then.
+    suffix: what its name must end in.
     """
     said = f"{flag}={path}" if flag else str(path)
     if suffix and path.suffix.lower() != suffix:
         raise UserError(f"{said}: only {suffix} files are written")
-    elsewhere = "name another place" if flag else "point NANOCHAT_BASE_DIR elsewhere"
+    elsewhere = "name another place" if flag else way_out
     try:
         if path.is_dir():
             raise UserError(f"{said} is a folder: name a file" if flag else f"{said} is a folder: move it away")

@@ -449,7 +449,10 @@ def main(argv: list[str] | None = None) -> dict:
     parts = args.eval or tuple(part for part in PARTS if part != ("offline" if device_type == "cuda" else "core"))
     checkpoint_dir, step = find_checkpoint(args.model_tag, args.step)
     # As good as the file that will be written: its name is known only with the data.
-    check_output(results_path(args, checkpoint_dir.name, step, None), None if args.out is None else "--out")
+    if args.out is None:
+        check_output(results_path(args, checkpoint_dir.name, step, None), way_out="give --out FOLDER")
+    else:
+        check_output(results_path(args, checkpoint_dir.name, step, None), "--out")
     compute = init_compute(args.device_type, None, seed=42)
     print0(f"evaluating {step_path(checkpoint_dir, step)} on {device_name(compute)}: {', '.join(parts)}")
     results = Results(compute.rank)
@@ -550,7 +553,7 @@ def measure(
     # From here on nothing is shared: only rank 0 works.
     if compute.rank == 0:
         if "bpb" in parts:
-            results.add(bpb=results.found["bpb"] | compressor_baselines(dataset))
+            results.add(bpb=results.found["bpb"] | compressor_baselines(dataset, say=print0))
         if "sample" in parts:
             try:
                 results.add(samples=draw_samples(model, tokenizer, dataset, settings.seed))

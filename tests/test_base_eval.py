@@ -378,3 +378,15 @@ def test_a_model_with_nan_weights_keeps_its_figures(home, tmp_path, capsys):
     assert "warning: 1 tensors are not finite, transformer.wte.weight the first" in out
     assert "no samples: nothing can be generated" in out
     assert "bits per byte" in out
+
+
+def test_a_base_folder_that_cannot_be_written_is_told_with_the_flag_that_helps(fresh, monkeypatch):
+    """Red when the message sends the user to another base folder, where the model is not."""
+
+    def read_only(path, data):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(base_eval, "evaluate", None)
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    with pytest.raises(UserError, match=r"base_eval/.*\.json cannot be written .*: give --out FOLDER"):
+        base_eval.main(["--eval", "bpb"])

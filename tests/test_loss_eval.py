@@ -1,9 +1,11 @@
 """Bits per byte against sums over the stream written out by hand, and the compressor baselines."""
 
+import errno
 import heapq
 import json
 import lzma
 import math
+import os
 import shlex
 import textwrap
 from pathlib import Path
@@ -183,3 +185,16 @@ def test_large_splits_are_not_compressed(tmp_path, monkeypatch):
     found = compressor_baselines(Corpus(tmp_path, TRAIN, VAL), say=said.append)
     assert found["xz"] is not None and found["xz_primed"] is None
     assert "xz_primed" in said[0]
+
+
+def test_compressors_that_cannot_be_kept_are_told_all_the_same(tmp_path, monkeypatch):
+    """On a read-only disk. Red when the write's error ends the evaluation."""
+    said = []
+
+    def read_only(path, text):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("nanochat.loss_eval.write_atomically", read_only)
+    assert compressor_baselines(Corpus(tmp_path, TRAIN, VAL), said.append)["xz"] > 0
+    assert len(said) == 1
+    assert "Read-only file system" in said[0]
