@@ -46,11 +46,13 @@ def evaluate_audio(
     begin = [] if start is None else [start]
     found, too_long = [], 0
     for caption, codes, attributes in clips(dataset, "val"):
+        if max_clips is not None and len(found) >= max(2, max_clips):
+            break  # the rest of the split is not read
         sound = sound_ids(vocabulary, codes)[len(begin) :]
         caption_ids = tokenizer.encode(caption, bos=True)
         if len(caption_ids) + len(begin) + len(sound) > room + 1:
             too_long += 1
-        elif max_clips is None or len(found) < max(2, max_clips):
+        else:
             found.append((caption_ids, sound, attributes))
     if len(found) < 2:
         raise UserError(f"data {dataset.name}: {len(found)} held-out sounds fit a row of {room}: at least 2 are needed")

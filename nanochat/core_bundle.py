@@ -229,7 +229,11 @@ def _download(url: str, folder: Path, record: Path, say: Say) -> None:
             if p.is_file()
         }
         write_atomically(record, json.dumps({**facts, "files": files}, indent=1))
-        root.rename(folder)
+        try:
+            root.rename(folder)
+        except OSError:
+            if not (folder / "core.yaml").is_file():  # otherwise another process was faster
+                raise
 
 
 def _fetch(url: str, path: Path) -> None:

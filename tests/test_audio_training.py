@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_run import losses, metrics, rows_of, start, state_hashes, tag_dir
 
+from nanochat import audio_loss_eval
 from nanochat import checkpoint_manager as cm
 from nanochat.audio_generation import generate_codes, open_audio_model, stream_sound, to_sound
 from nanochat.audio_loss_eval import clips, count_baselines, derangement, evaluate_audio
@@ -222,6 +223,19 @@ def test_sound_is_judged(spoken, base, capsys):
     page = (base / "audio" / "spoken" / "listen.html").read_text()
     assert page.count("<audio") == 16 and "combinations never heard" in page
     assert json.loads((base / "audio_eval" / "spoken_000008.json").read_text())["clips"] == 8
+
+
+def test_a_bounded_loss_reads_no_more_sounds_than_it_scores(spoken, monkeypatch):
+    """Red when evaluate_audio() goes through the whole split for three sounds."""
+    model, tokenizer, _, _, _ = opened()
+    dataset, read, every = prepare_for(Settings(**SOUNDS), say=print), [], audio_loss_eval.clips
+
+    def counted(dataset, split):
+        yield from (read.append(split) or clip for clip in every(dataset, split))
+
+    monkeypatch.setattr(audio_loss_eval, "clips", counted)
+    found = evaluate_audio(model, tokenizer, dataset, rows=5, max_clips=3, counted=dict(uniform=1.0))
+    assert found["clips"] == 3 and read == ["val"] * 4 and sum(1 for _ in every(dataset, "val")) > 4
 
 
 def test_the_loss_over_codes_by_hand(spoken):

@@ -556,6 +556,22 @@ def test_a_second_download_has_to_be_the_same(base, server, tmp_path):
     assert "recorded" in refusal(base)
 
 
+def test_two_downloads_at_once(base, server, tmp_path, monkeypatch):
+    """Another process puts the bundle into place first: it is taken. Red without `except OSError` in _download()."""
+    server.body = zipped(hand_made(tmp_path / "b"))
+    fetch, others = core_bundle._fetch, []
+
+    def overtaken(url, path):
+        if not others:
+            others.append(url)
+            find_bundle(say=lambda line: None)
+        return fetch(url, path)
+
+    monkeypatch.setattr(core_bundle, "_fetch", overtaken)
+    assert find_bundle(say=lambda line: None) == base / "eval_bundle"
+    assert not list(base.glob(".eval*"))
+
+
 def test_no_server(base, monkeypatch):
     monkeypatch.setenv("NANOCHAT_EVAL_BUNDLE_URL", "http://127.0.0.1:9/eval_bundle.zip")
     assert "refused" in refusal(base)
