@@ -256,6 +256,7 @@ def say(text: str = "", indent: str = "") -> None:
 def listen(prompt: str) -> str:
     """One stripped answer; piped input is echoed, so that a log reads like the dialogue. EOFError at the end."""
     answer = input(prompt)
+    answer.encode("utf-8", "surrogateescape").decode()  # UnicodeDecodeError for bytes that standard input let through
     if not sys.stdin.isatty():
         print(answer)
     return answer.strip()
