@@ -105,7 +105,7 @@ def import_compiler() -> None:
         from torch._inductor import cpp_builder
     finally:
         tempfile.tempdir = before
-    _quote_library_folders(cpp_builder.BuildOptionsBase)
+    _quote_library_folders(cpp_builder)
 
 
 def plain_path(folder: Path) -> Path:
@@ -137,18 +137,21 @@ def plain_path(folder: Path) -> Path:
     return folder
 
 
-def _quote_library_folders(options: type) -> None:
+def _quote_library_folders(cpp_builder) -> None:
     """Have torch quote the folders of its libraries, as it does those of its headers: an environment may lie below a
-    folder with a blank in its name. Once for each process.
+    folder with a blank in its name. torch 2.14 does so itself, and nothing is quoted twice.
     """
-    as_torch_has_it = options.get_libraries_dirs
-    if not getattr(as_torch_has_it, "quoted", False):
+    kind = cpp_builder.BuildOptionsBase
+    probe = kind(compiler="g++", libraries_dirs=["/a blank"])
+    line = cpp_builder.CppBuilder("probe", "probe.cpp", probe).get_command_line()
+    if "-L/a blank" in shlex.split(line):
+        return
+    as_torch_has_it = kind.get_libraries_dirs
 
-        def quoted(self) -> list[str]:
-            return [shlex.quote(folder) for folder in as_torch_has_it(self)]
+    def quoted(self) -> list[str]:
+        return [shlex.quote(folder) for folder in as_torch_has_it(self)]
 
-        quoted.quoted = True
-        options.get_libraries_dirs = quoted
+    kind.get_libraries_dirs = quoted
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -410,12 +410,14 @@ def test_local_rank_decides_who_makes(tmp_path, monkeypatch):
 
 
 MAKER = """
-import sys, time
+import json, sys, time
 from pathlib import Path
 from nanochat.dataloader import TokenStore
+from nanochat.dataset import Dataset
 sys.path.insert(0, sys.argv[2])
-from test_dataloader import TOKENIZER, make_dataset
-store = TokenStore(make_dataset(Path(sys.argv[1])), TOKENIZER, maker=True, say=len)
+from test_dataloader import TOKENIZER
+manifest = json.loads(Path(sys.argv[1], "words.json").read_text())
+store = TokenStore(Dataset(Path(sys.argv[1]), manifest, False, say=len), TOKENIZER, maker=True, say=len)
 make = store._make
 store._make = lambda shard: (print("made", shard, flush=True), time.sleep(0.2), make(shard))
 print("ready", flush=True)
@@ -432,7 +434,7 @@ def test_two_nodes_on_one_folder_make_each_shard_once(tmp_path):
 
     Red without file_lock() in _work: both make all three shards, and the second one's files take the place.
     """
-    make_dataset(tmp_path)
+    (tmp_path / "words.json").write_text(json.dumps(make_dataset(tmp_path).manifest))
     command = [sys.executable, "-c", MAKER, str(tmp_path), str(Path(__file__).parent)]
     both = [Forked(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
     assert [process.readline() for process in both] == ["ready\n"] * 2
