@@ -39,7 +39,14 @@ TESTS = {
     "nanochat/loss_eval.py": ["test_loss_eval", "test_packing", "test_base_eval"],
     "nanochat/core_eval.py": ["test_core_eval"],
     "nanochat/checkpoint_manager.py": ["test_checkpoint_manager", "test_storage_errors", "test_temporary", "test_eras"],
-    "scripts/base_train.py": ["test_updates", "test_going_on", "test_base_train", "test_recovery"],
+    "scripts/base_train.py": [
+        "test_updates",
+        "test_going_on",
+        "test_base_train",
+        "test_recovery",
+        "test_rank_agreement",
+    ],
+    "nanochat/due_work.py": ["test_due_work", "test_going_on"],
 }
 # Compiles whole models for a minute, which few mutants would be seen by alone.
 DESELECTED = ("tests/test_base_train.py::test_compiled_runs_resume_to_the_bit_and_agree_with_eager",)
