@@ -380,12 +380,34 @@ def as_csv(result: dict) -> str:
     return text.getvalue()
 
 
+def find_non_finite_figures(value, name: str = "") -> list[str]:
+    """The dotted names of figures that are NaN or infinite, which JSON has no number for."""
+    if isinstance(value, float):
+        return [] if math.isfinite(value) else [name]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return [n for key, item in items for n in find_non_finite_figures(item, f"{name}.{key}" if name else str(key))]
+
+
+def replace_figures(value, names: list[str], new: float | None, name: str = ""):
+    """A copy of the results with the figures of these dotted names replaced."""
+    if isinstance(value, dict):
+        return {k: replace_figures(v, names, new, f"{name}.{k}" if name else str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_figures(v, names, new, f"{name}.{i}") for i, v in enumerate(value)]
+    return new if name in names else value
+
+
 def save(result: dict, path: Path) -> dict:
-    """Write path and the .csv beside it; parts that an earlier call found for the same weights and data stay."""
+    """Write path and the .csv beside it; parts that an earlier call found for the same weights and data stay.
+
+    Figures that are not finite are null in the file, which names them under "non_finite".
+    """
     earlier = {}
     if path.is_file():
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(earlier, dict):
+                earlier = replace_figures(earlier, earlier.pop("non_finite", []), math.nan)
         except ValueError as error:
             print0(f"{path} is not readable ({error}): written anew")
     same = ("model_file_sha256", "data_fingerprint")
@@ -393,7 +415,10 @@ def save(result: dict, path: Path) -> dict:
         earlier.setdefault("model_file_sha256", earlier.pop("weights_sha256", None))  # its earlier name
     if isinstance(earlier, dict) and all(earlier.get(key) == result[key] for key in same):
         result = earlier | result
-    write_atomically(path, json.dumps(result, indent=1) + "\n")
+    written = result
+    if names := find_non_finite_figures(result):
+        written = replace_figures(result, names, None) | {"non_finite": names}
+    write_atomically(path, json.dumps(written, indent=1, allow_nan=False) + "\n")
     write_atomically(path.with_suffix(".csv"), as_csv(result))
     return result
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -366,14 +367,20 @@ def test_results_go_where_out_says(fresh, tmp_path):
 
 
 def test_a_model_with_nan_weights_keeps_its_figures(home, tmp_path, capsys):
-    """bpb is measured and written (nan), the samples are a message. Red when draw_samples()'s UserError passes."""
+    """bpb is measured, the samples are a message; the file is JSON, which has no NaN. Red when save() writes one, when
+    a second call loses what it read, and when draw_samples() passes its UserError.
+    """
     state, _, metadata = load_checkpoint(checkpoints_dir() / "tiny", 5)
     state["transformer.wte.weight"][:] = float("nan")
     tokenizer = load_model("base", "cpu", "eval", "tiny", 5)[1]
     save_checkpoint(checkpoints_dir() / "broken", 1, state, None, metadata, tokenizer=tokenizer)
     result = base_eval.main(["--model-tag", "broken", "--eval", "bpb,sample", "--device-type", "cpu"])
     assert "samples" not in result
-    assert (base_dir() / "base_eval" / "broken_000001.json").is_file()
+    written = json.loads((base_dir() / "base_eval" / "broken_000001.json").read_text(), parse_constant=pytest.fail)
+    assert written["bpb"]["val"] is None
+    assert sorted(written["non_finite"]) == ["bpb.train", "bpb.val"]
+    again = base_eval.main(["--model-tag", "broken", "--eval", "sample", "--device-type", "cpu"])
+    assert math.isnan(again["bpb"]["val"])
     out = capsys.readouterr().out
     assert "warning: 1 tensors are not finite, transformer.wte.weight the first" in out
     assert "no samples: nothing can be generated" in out
