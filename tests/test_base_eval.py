@@ -376,10 +376,11 @@ def test_a_model_with_nan_weights_keeps_its_figures(home, tmp_path, capsys):
     save_checkpoint(checkpoints_dir() / "broken", 1, state, None, metadata, tokenizer=tokenizer)
     result = base_eval.main(["--model-tag", "broken", "--eval", "bpb,sample", "--device-type", "cpu"])
     assert "samples" not in result
-    written = json.loads((base_dir() / "base_eval" / "broken_000001.json").read_text(), parse_constant=pytest.fail)
+    path = base_dir() / "base_eval" / "broken_000001.json"
+    written = json.loads(path.read_text(), parse_constant=pytest.fail)
     assert written["bpb"]["val"] is None
     assert sorted(written["non_finite"]) == ["bpb.train", "bpb.val"]
-    again = base_eval.main(["--model-tag", "broken", "--eval", "sample", "--device-type", "cpu"])
+    again = base_eval.save({"samples": []} | {key: value for key, value in written.items() if key != "bpb"}, path)
     assert math.isnan(again["bpb"]["val"])
     out = capsys.readouterr().out
     assert "warning: 1 tensors are not finite, transformer.wte.weight the first" in out
