@@ -48,6 +48,7 @@ LONGEST = 600.0  # seconds of a sound that are kept when clip_seconds is None: m
 UNKNOWN_FRAMES = 1 << 40  # what libsndfile says of a stream without a length
 WHOLE = 0.95  # part of the announced length that makes a file whole: an mp3's is an estimate
 BLOCK = 1 << 20  # samples decoded at a time
+OGG_PAGE = 65_307  # bytes of the largest page (RFC 3533)
 NAMED = 5  # of each kind of bad sound
 
 
@@ -393,6 +394,8 @@ def decode(file: Path | io.BytesIO, name: str, rate: int, seconds: float | None,
                 return log.leave_out("empty sound", name)
             if bytes_behind(raw) > (1 - WHOLE) * raw.seek(0, os.SEEK_END):
                 log.alter("longer than its header says, which alone is read", name)
+            if ogg_is_cut(raw):
+                return log.leave_out("truncated", name)
             view = mend_header(raw)
             # a path where nothing is to be mended: libsndfile reads it faster, and knows some formats by the suffix
             with soundfile.SoundFile(file if view is raw and isinstance(file, Path) else view) as sound:
@@ -445,6 +448,22 @@ def _bytes_lacking(facts: str) -> float:
     if not sizes or not 0 < int(sizes[1]) < PLACEHOLDER:
         return 0.0
     return max(0, int(sizes[1]) - int(sizes[2])) / int(sizes[1])
+
+
+def ogg_is_cut(file: BinaryIO) -> bool:
+    """Whether an Ogg file ends within a page, or before the page that is marked as the last (RFC 3533)."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if file.read(4) != b"OggS":
+        return False
+    start = max(0, size - 2 * OGG_PAGE)
+    file.seek(start)
+    tail = file.read()
+    place = tail.rfind(b"OggS\0")
+    page = tail[place:]
+    if place < 0 or len(page) < 27 or len(page) < 27 + page[26]:
+        return True
+    return len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]) or not page[5] & 4
 
 
 def resample(wav: np.ndarray, given: int, rate: int) -> np.ndarray:

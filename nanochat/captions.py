@@ -318,7 +318,10 @@ def _read_jsonl(path: Path, text: str, column: str, find: _Finder) -> _Reading:
 def _read_csv(path: Path, text: str, column: str, find: _Finder) -> _Reading:
     """A table of cells in the likeliest of all readings: every delimiter, quotes as marks or as letters."""
     readings = []
-    for delimiter in [mark for mark in DELIMITERS if mark in text] or [","]:
+    delimiters = [mark for mark in DELIMITERS if mark in text] or [","]
+    if said := re.match(r"sep=(.)(?=\r?\n)", text, re.IGNORECASE):  # a line for Excel
+        delimiters, text = [said[1]], text[said.end() :]
+    for delimiter in delimiters:
         ways = [_strict, _escaped, _tolerant, _unquoted]
         if delimiter == "\t" and not _quotes_are_marks(text, delimiter):
             ways.insert(0, ways.pop())

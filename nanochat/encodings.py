@@ -34,7 +34,7 @@ class Undecodable(Corrupt):
 
 
 def decode_text(raw: bytes) -> str:
-    """The text of a whole file: its mark is removed, line ends stay as they are.
+    """The text of a whole file: its marks are removed, line ends stay as they are.
 
     Raises Undecodable, naming the likely encoding and the way out, for bytes in any other encoding and for binary data.
     """
@@ -59,7 +59,10 @@ def detect_encoding(raw: bytes, *, complete: bool = True) -> tuple[str, int]:
     """
     for mark, encoding in MARKS:
         if raw.startswith(mark):
-            return encoding, len(mark)
+            size = len(mark)
+            while raw.startswith(mark, size):  # files that were joined, or marked by two programs
+                size += len(mark)
+            return encoding, size
     if b"\0" not in raw:
         return "utf-8", 0
     head = raw[:SAMPLE]

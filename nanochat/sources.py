@@ -20,7 +20,7 @@ from nanochat.encodings import Corrupt
 from nanochat.folders import Found, find_files, first_names, hidden, printable  # noqa: F401 (hidden: for audio_sources)
 from nanochat.runtime import UserError, first_line
 from nanochat.settings import Say, nearest_name, shown
-from nanochat.splits import own_split
+from nanochat.splits import mixed_parts, own_split
 from nanochat.text_files import (
     COMPRESSIONS,
     ROW_SUFFIXES,
@@ -207,6 +207,10 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
             f"data={source}: no such file or folder{hint}; one of stdlib, packages, climbmix, hf:<dataset>, or a path"
         )
     parts = own_split(name for name, _ in files) if is_folder else None
+    if not parts and is_folder and (mixed := mixed_parts(name for name, _ in files)):
+        named, others = mixed
+        say(f"data: note: {first_names(named)} are called as parts of a split, {first_names(others)} "
+            "not: all are read, and what is held out is drawn anew (move the others away to keep it)")  # fmt: skip
     if parts:
         for name, _ in files:
             if parts[name] is None:

@@ -101,6 +101,14 @@ def own_split(names: Iterable[str]) -> dict[str, str | None] | None:
     return None
 
 
+def mixed_parts(names: Iterable[str]) -> tuple[list[str], list[str]] | None:
+    """(files called as parts of a split, the other files of data), where those others keep it from being one."""
+    found = {name: _file_part(name) for name in names if _is_data(name)}
+    parts, others = [name for name in found if found[name]], [name for name in found if not found[name]]
+    known = {found[name] for name in parts}
+    return (parts, others) if "train" in known and known & {"validation", "test"} and others else None
+
+
 def _meaning(part: str | None, known: set) -> str | None:
     """The split of a part among those beside it."""
     if "train" not in known or not known & {"validation", "test"}:

@@ -38,6 +38,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.parameters import find_non_finite, num_parameters
 from nanochat.pickles import read_pt
 from nanochat.runtime import UserError, run_script
+from nanochat.streams import require_output
 from nanochat.tokenizer import Tokenizer
 from nanochat.upstream_optim import read_optimizer
 
@@ -59,6 +60,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Print the report; returns it: "folder", "damage" (None: whole), and where it could be read the rest."""
     args = parse(argv)
+    require_output()
     path = args.folder or find_checkpoint(None, None)[0]
     if not path.exists() and (checkpoints_dir() / path).is_dir():  # a tag
         path = checkpoints_dir() / path

@@ -236,6 +236,20 @@ def test_any_format_gives_the_same_wave(tmp_path, suffix, rate, options):
     assert np.abs(wav[middle] - tone(0.5)[middle]).max() < (0.1 if suffix in ("ogg", "mp3") else 0.02)
 
 
+@pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
+def test_an_ogg_that_was_cut_is_named(tmp_path, codec):
+    """Within a page and at the end of one; libsndfile reads both without a word. Red without ogg_is_cut()."""
+    path = write_sound(tmp_path / "a.ogg", tone(20, 48000), 48000, format="OGG", subtype=codec)
+    raw = path.read_bytes()
+    last = raw.rindex(b"OggS\0")
+    assert 0 < last < len(raw)
+    for size, expected in ((len(raw), {}), (len(raw) - 1, {"truncated": 1}), (last, {"truncated": 1})):
+        path.write_bytes(raw[:size])
+        log = Log(lambda line: None)
+        wav = decode(path, "a", 48000, None, log)
+        assert (wav is None, log.left_out) == (bool(expected), expected)
+
+
 def test_eight_bit_by_the_standard_library(tmp_path):
     with wave.open(str(tmp_path / "a.wav"), "wb") as file:
         file.setnchannels(1), file.setsampwidth(1), file.setframerate(RATE)
@@ -329,8 +343,8 @@ def spoilt(folder: Path) -> dict[str, int]:
     rows = [*captions.items(), ("good.wav", "another caption")]
     (folder / "captions.jsonl").write_text("".join(json.dumps({"file": a, "text": b}) + "\n" for a, b in rows))
     return {
-        "silent": 3, "samples that are no numbers": 2, "absurd sample rate": 2, "empty sound": 2, "truncated": 3,
-        "unreadable": 4, "caption of a file that is no sound": 2, "sound without a caption": 1, "empty caption": 1,
+        "silent": 3, "samples that are no numbers": 2, "absurd sample rate": 2, "empty sound": 2, "truncated": 4,
+        "unreadable": 3, "caption of a file that is no sound": 2, "sound without a caption": 1, "empty caption": 1,
         "caption that is not UTF-8": 2,
         "caption without its sound": 1, "path outside the folder": 2, "second caption of a sound": 2,
     }  # fmt: skip

@@ -125,6 +125,14 @@ def test_the_delimiter_is_the_one_that_gives_file_names(tmp_path, mark, header):
     assert found == captions and not skipped
 
 
+@pytest.mark.parametrize("mark", [",", ";"])
+def test_a_line_for_excel_names_the_delimiter(tmp_path, mark):
+    """sep=; in front of the header is no row. Red when it is read as the header."""
+    lines = [f"sep={mark}", f"file_name{mark}text", *(f"{name}{mark}of {name}" for name in names(3))]
+    found, skipped, _ = read(tmp_path, "\r\n".join(lines), names(3))
+    assert found == {name: f"of {name}" for name in names(3)} and not skipped
+
+
 @pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])
 def test_the_column_of_names_is_the_one_whose_values_exist(tmp_path, name):
     """Behind the captions and a number. Red when the first column is taken."""

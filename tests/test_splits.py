@@ -186,6 +186,19 @@ def test_own_split(names, expected):
     assert own_split(names) == (expected and dict(zip(names, expected, strict=True)))
 
 
+def test_files_called_as_parts_beside_others_are_said(tmp_path):
+    """Red when train.txt, test.txt and vocab.txt are mixed without a word."""
+    files = {name: f"{name}\n" * 900 for name in ("train.txt", "test.txt", "vocab.txt")}
+    lines: list[str] = []
+    data = prepare(str(write_files(tmp_path / "own", files)), say=lines.append)
+    assert any("test.txt, train.txt are called as parts of a split, vocab.txt not: all are read" in li for li in lines)
+    assert {name.partition("#")[0] for name, _ in data.documents("train")} == set(files)
+    lines.clear()
+    (tmp_path / "own" / "vocab.txt").unlink()
+    prepare(str(tmp_path / "own"), say=lines.append)
+    assert not any("called as parts" in line for line in lines)
+
+
 def test_a_folders_own_split_is_kept(tmp_path):
     """Nothing of test/ is trained on and nothing of train/ is held out, and it is said. Red without own_split."""
     files = {f"{part}/{i}.txt": f"{part} {i}\n" * 60 for part in ("train", "test") for i in range(20)}
