@@ -111,7 +111,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 self.hooks.append(hook)
 
     @torch.no_grad()
-    def send_gradients(self, lost: bool = False) -> None:
+    def send_gradients(self, lost: bool) -> None:
         """Begin all sums that have not begun; lost: this rank has no gradients, it sends zeros in their place.
 
         A rank whose backward pass failed has to send as much as the others before it does anything else with them.

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -324,9 +325,13 @@ def test_absent_keys_mean_what_they_meant(root, capsys):
 
 
 def test_an_absent_projection_is_mentioned_only_when_tied(root, capsys):
+    """Red when it is mentioned of untied models, which have none."""
+    edit_state(save(root / "untied", 1, make_model(1)), use_output_projection=ABSENT)
+    cm.load_model("base", "cpu", "eval", "untied")
+    assert "use_output_projection" not in capsys.readouterr().out
     step = save(root / "m", 1, make_model(1, tie_weights=True))
     edit_state(step, use_output_projection=ABSENT)
-    assert not cm.load_model("base", "cpu", "eval")[0].config.use_output_projection
+    assert not cm.load_model("base", "cpu", "eval", "m")[0].config.use_output_projection
     assert capsys.readouterr().out.count("no use_output_projection: taken as False") == 1
 
 
@@ -476,3 +481,30 @@ def test_fsync_order(root, monkeypatch):
         ("fsync", "."),
         ("fsync", ".."),
     ]
+
+
+def test_sounds_of_another_codec_are_refused():
+    """Equal codes would mean other sounds. Red without the comparison; text, and checkpoints without one, pass."""
+    data = SimpleNamespace(name="melodies", codec={"hash": "abcdefgh12"})
+    for metadata in ({}, {"codec": None}, {"codec": {"hash": "abcdefgh12"}}):
+        cm.check_codec(data, metadata, "here/step_000001")
+    cm.check_codec(SimpleNamespace(name="text", codec=None), {"codec": {"hash": "12345678ab"}}, "here")
+    words = "here/step_000001: data melodies is coded with codec abcdefgh, the model was trained with 12345678: use"
+    with pytest.raises(UserError, match=words):
+        cm.check_codec(data, {"codec": {"hash": "12345678ab"}}, "here/step_000001")
+
+
+def test_a_folder_that_is_no_tag_says_how_it_is_meant(tmp_path, monkeypatch):
+    """Red without the hint."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match=r"there is no .*mine.*; for the folder here write \./mine"):
+        cm.find_checkpoint("mine", None)
+
+
+def test_files_of_a_step_have_the_permissions_of_its_folder(tmp_path):
+    """A colleague may read them all: safetensors alone would keep its own to the owner. Red without the chmod."""
+    folder = save(tmp_path, 1)
+    modes = {path.name: path.stat().st_mode & 0o666 for path in folder.iterdir() if path.is_file()}
+    assert modes["model.safetensors"] == folder.stat().st_mode & 0o666 == modes["state.json"]

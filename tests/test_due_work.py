@@ -312,3 +312,39 @@ def test_a_save_slower_than_the_ranks_patience_ends_no_run(train, base, corpus, 
     steps = cm.list_steps(tag_dir("slow"))
     assert (steps[0], steps[-1]) == (2, 6), output
     assert metrics("slow", "event")[-1] == "done"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "weights", "words"),
+    [
+        (2, 1.0, "the newest step on the disk is 4: --resume goes on from there"),
+        (1, float("nan"), "the weights of step 5 are not finite and were not saved"),
+    ],
+)
+def test_what_an_error_costs_is_said(monkeypatch, world_size, weights, words):
+    """Without a copy, ranks that no longer answer cannot give theirs. Red when _rescue() says nothing."""
+    model = torch.nn.Linear(1, 1)
+    model.weight.data.fill_(weights)
+    training = types.SimpleNamespace(
+        settings=None, compute=types.SimpleNamespace(world_size=world_size, rank=0), model=model, saver=Writer(),
+        run=types.SimpleNamespace(step=4, evaluated=4),
+    )  # fmt: skip
+    training.saver.copied_step = None
+    due = DueWork(training, None, None, lambda: False)
+    training.run.step = 5
+    assert due._rescue() == words
+
+
+def test_ranks_with_other_weights_do_not_begin(tmp_path, monkeypatch):
+    """A damaged copy on one node. Red when the checksum is not compared, or only where there is one rank."""
+    seen = []
+    monkeypatch.setattr(due_work, "agree_before_first_step", lambda compute, facts: seen.append(facts["weights"]))
+    monkeypatch.setattr(due_work, "tag_dir", lambda settings: tmp_path)
+    for world_size in (1, 2):
+        training = types.SimpleNamespace(
+            compute=types.SimpleNamespace(world_size=world_size, rank=0, gather=lambda value: [value]), settings=None,
+            trained=lambda: [("w", torch.ones(3))], facts={}, run=types.SimpleNamespace(step=0), steps=9,
+        )  # fmt: skip
+        monkeypatch.setattr(due_work, "evaluated_after_save", lambda folder, run: {})
+        assert due_work.agree_where_run_is(training) is False
+    assert seen[0] is None and seen[1] == due_work.weights_checksum([("w", torch.ones(3))])
