@@ -20,17 +20,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from nanochat import upstream
-from nanochat.environment import expand_user
+from nanochat.config.settings import RunSettings
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.files import fsync, sha256_of
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.modality import Modality
-from nanochat.parameters import find_non_finite
-from nanochat.runtime import UserError, base_dir, first_line, fsync, print0, sha256_of
-from nanochat.settings import RunSettings, nearest_name
-from nanochat.storage_errors import naming_storage_errors
-from nanochat.temporary import owner_suffix, remove_abandoned
-from nanochat.tokenizer import Tokenizer
-from nanochat.upstream_optim import load_optimizer as load_upstream_optimizer
+from nanochat.model.parameters import find_non_finite
+from nanochat.runtime import first_line, nearest_name, print0
+from nanochat.system.environment import UserError, base_dir, expand_user
+from nanochat.system.storage_errors import naming_storage_errors
+from nanochat.system.temporary import owner_suffix, remove_abandoned
+from nanochat.upstream import checkpoints as upstream
+from nanochat.upstream.optimizer import load_optimizer as load_upstream_optimizer
 
 LONGEST = 2**24  # sequence_len: rotary tables are made before anything is computed
 STEP_NAME = re.compile(r"step_(\d{6,})")

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from nanochat.environment import import_compiler
 from nanochat.gpt import GPT, Block, Linear, wide
-from nanochat.runtime import compiler_problem, first_line, print0
+from nanochat.hardware import compiler_problem
+from nanochat.runtime import first_line, print0
+from nanochat.system.environment import import_compiler
 
 ROOM = 64  # positions by which what a step looks at grows on a CPU; on a GPU it is all of the memory from the start
 

@@ -13,13 +13,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanochat import parameters
-from nanochat.attention import causal_attention, wide
-from nanochat.documents import document_begins, document_masks, previous
-from nanochat.loss_head import chunked_cross_entropy, compile_loss_head, softcapped, token_losses
 from nanochat.modality import IGNORED, Modality, Vocabulary
-from nanochat.parameters import is_scalar
-from nanochat.routing import Grouped, Plan, by_target, grouped, grouped_linear, plan_route, route
+from nanochat.model import parameters
+from nanochat.model.attention import causal_attention, wide
+from nanochat.model.document_mask import document_begins, document_masks, previous
+from nanochat.model.kv_cache import KVCache
+from nanochat.model.loss_head import chunked_cross_entropy, compile_loss_head, softcapped, token_losses
+from nanochat.model.parameters import is_scalar
+from nanochat.model.routing import Grouped, Plan, by_target, grouped, grouped_linear, plan_route, route
 
 
 @dataclass(frozen=True)
@@ -437,9 +438,8 @@ class GPT(nn.Module):
         return x
 
     def new_cache(self, batch: int, length: int):
-        from nanochat.engine import KVCache  # which needs this module
 
-        return KVCache(self, batch, length)
+        return KVCache(self.config, batch, length, self.compute_dtype, self.device)
 
     def logits(self, features: torch.Tensor, product=F.linear) -> torch.Tensor:
         """features [..., C] of any positions -> softcapped float32 logits of all ids [..., V]."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanochat.runtime import UserError
+from nanochat.system.environment import UserError
 
 IGNORED = -100  # targets that do not count
 RESERVED = 7  # the last ids of our tokenizers are free for `start`s

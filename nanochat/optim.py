@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.optim.adamw import adamw
 
-from nanochat.parameters import group_of, modality_of
+from nanochat.model.parameters import group_of, modality_of
 from nanochat.runtime import first_line
 
 # Newer releases of torch rename these collectives; the arguments are the same.

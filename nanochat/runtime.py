@@ -1,30 +1,27 @@
 """The machine under a run: device, dtype, seeds, process group, printing, atomic files, exit codes."""
 
-import ctypes
+import difflib
 import errno
-import filecmp
-import hashlib
 import os
 import platform
 import random
-import re
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat import streams
-from nanochat.environment import (
+from nanochat import hardware
+from nanochat.hardware import cpu_has_bf16, keep_memory
+from nanochat.system import streams
+from nanochat.system.environment import (
     LAUNCHER,
     LOCAL,
     SharedError,
@@ -38,26 +35,11 @@ from nanochat.environment import (
     restarts_from_env,
     world_size_from_env,
 )
-from nanochat.storage_errors import describe, find_storage_error, naming_storage_errors
-from nanochat.temporary import owner_suffix, process_state
+from nanochat.system.storage_errors import describe, find_storage_error
+from nanochat.system.temporary import process_state
 
 EXIT_USER_ERROR = 2
 PATIENCE = timedelta(hours=3)  # for what one rank does alone: downloads, a tokenizer, compressor baselines
-
-
-def keep_memory() -> None:
-    """Let the C library keep freed memory, and the kernel back it with huge pages, instead of fetching it anew.
-
-    A step frees and takes megabytes hundreds of times; glibc would give each back to the kernel, which clears every
-    page that it hands out again (a tenth of a step: dev/LOG.md). Other C libraries are left as they are.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for it before its first tensor
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt  # malloc.h: M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1, M_TOP_PAD -2
-        if not mallopt(-3, 1 << 30):
-            mallopt(-3, 32 << 20)  # the most that old releases take
-        mallopt(-1, 1 << 30)
-        mallopt(-2, 64 << 20)
 
 
 def run_script(main) -> None:
@@ -140,10 +122,7 @@ class Compute:
         return self.device.type
 
     def synchronize(self) -> None:
-        if self.device_type == "cuda":
-            torch.cuda.synchronize()
-        elif self.device_type == "mps":
-            torch.mps.synchronize()
+        hardware.synchronize(self.device)
 
     def free_memory(self) -> None:
         """Give memory that nothing uses any more back to the GPU."""
@@ -183,16 +162,6 @@ def pick_device_type(name: str | None) -> str:
         here = ", ".join(k for k, v in have.items() if v)
         raise UserError(f"device_type={name!r} is not available on this machine: choose one of {here}")
     return name
-
-
-def cpu_has_bf16() -> bool:
-    """True where the CPU multiplies bfloat16 matrices in hardware (AMX or AVX512-BF16); elsewhere it is slower."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return False
-    cpu = torch.cpu
-    return bool(getattr(cpu, "_is_amx_tile_supported", lambda: False)()) or bool(
-        getattr(cpu, "_is_avx512_bf16_supported", lambda: False)()
-    )
 
 
 def pick_dtype(name: str | None, device_type: str) -> torch.dtype:
@@ -326,153 +295,48 @@ def first_line(error: BaseException) -> str:
 # hardware
 
 
-# Dense bf16 peaks in TFLOP/s without sparsity, from the vendors' data sheets; the first name that matches counts.
-GPU_PEAK_TFLOPS = (
-    ("GB200", 2500), ("B200", 2250), ("B100", 1800), ("H200", 989), ("H100 NVL", 835), ("H100 PCIE", 756),
-    ("H100", 989), ("H800", 989), ("GH200", 989), ("A100", 312), ("A800", 312), ("A40", 150), ("A30", 165),
-    ("L40S", 362), ("L40", 181), ("L4", 121), ("A10", 125), ("RTX 6000 ADA", 364), ("RTX 5090", 210),
-    ("RTX 4090", 165), ("RTX 4080", 97), ("RTX 3090", 71), ("T4", 65), ("V100", 125),
-)  # fmt: skip
-
-
-def gpu_peak_flops(name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a GPU by its marketing name, or None for one that the table does not know."""
-    words = f" {re.sub(r'[^A-Z0-9]+', ' ', name.upper())} "  # whole words: an RTX A4000 is no A40
-    return next((tflops * 1e12 for key, tflops in GPU_PEAK_TFLOPS if f" {key} " in words), None)
-
-
-def measured_matmul_flops(
-    device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.3
-) -> float:
-    """The best rate of a few square matmuls on this very device, in FLOP/s: the peak that MFU is measured against."""
-    size = size or (1024 if device.type == "cpu" else 8192)
-    own = torch.Generator(device).manual_seed(0)  # a run's random numbers are not ours to draw
-    a = torch.randn(size, size, device=device, dtype=dtype, generator=own)
-    compute = Compute(device, dtype)
-    best, rounds, deadline = 0.0, 0, time.perf_counter() + seconds
-    while rounds < 3 or time.perf_counter() < deadline:
-        compute.synchronize()
-        start = time.perf_counter()
-        torch.mm(a, a)
-        compute.synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-        rounds += 1
-    return best
-
-
-def peak_flops(compute: Compute) -> float:
-    """Peak FLOP/s of one rank's device: the table for a known GPU, else a short measurement."""
-    known = gpu_peak_flops(torch.cuda.get_device_name(compute.device)) if compute.device_type == "cuda" else None
-    return known or measured_matmul_flops(compute.device, compute.dtype)
-
-
-def device_name(compute: Compute) -> str:
-    """A name for the log: the GPU's, or the CPU architecture with the number of threads in use."""
-    if compute.device_type == "cuda":
-        return torch.cuda.get_device_name(compute.device)
-    return f"{compute.device_type} {platform.machine()} with {torch.get_num_threads()} threads"
-
-
-def memory_mb(compute: Compute) -> float:
-    """Peak memory of this process so far in MiB: allocated on the GPU, else the resident set."""
-    if compute.device_type == "cuda":
-        return torch.cuda.max_memory_allocated(compute.device) / 2**20
-    import resource  # not on Windows; the CPU path of training is Unix only
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def compiler_problem() -> str | None:
-    """Why torch.compile cannot work here (no C++ compiler for the CPU back end), or None when nothing is known."""
-    import shutil
-
-    compiler = os.environ.get("CXX") or "g++"
-    if shutil.which(compiler) or shutil.which("clang++"):
-        return None
-    return f"no C++ compiler ({compiler}) on PATH"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # files
 
 
-def fsync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def shown(value) -> str:
+    """repr(), cut to what fits into one line of a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
 
 
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def nearest_name(name: str, known) -> str:
+    """', did you mean X?' for the closest known name; without one, all known names or where to find them."""
+
+    close = difflib.get_close_matches(name.replace("-", "_").lower(), list(known), n=1, cutoff=0.5)
+    if close:
+        return f", did you mean {close[0]!r}?"
+    return f" (known: {', '.join(known)})" if len(known) <= 12 else " (--help lists all that there are)"
 
 
-def _temporary_name(path: Path) -> Path:
-    """Where a file lies until it is complete: no other process and no other thread uses this name."""
-    return path.with_name(f".{path.name}.{owner_suffix()}.tmp")
+Say = Callable[[str], None]
 
 
-@contextmanager
-def replacing(path: Path, keep_equal: bool = False) -> Iterator[BinaryIO]:
-    """A file to write that takes the path's place when all went well, and leaves nothing behind otherwise.
-
-    keep_equal: a file of the same content stays: on a network file system, one that another host has mapped must not
-    be replaced.
-    """
-    temporary = _temporary_name(path)
-    try:
-        with naming_storage_errors(path):
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            if keep_equal and path.is_file() and filecmp.cmp(temporary, path, shallow=False):
-                return
-            os.replace(temporary, path)
-            fsync(path.parent)
-    except OSError as error:
-        if error.filename == str(temporary):  # the user knows the file by its own name
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+def rank0_first(compute: Compute, make: Callable):
+    """make() on every rank: on rank 0, which writes files, then on one rank a node, then on those that find them."""
+    for turn in (compute.rank == 0, compute.local_rank == 0 and compute.rank != 0, compute.local_rank != 0):
+        if turn:
+            made = make()
+        compute.barrier(patient=True)
+    return made
 
 
-def check_output(
-    path: Path, flag: str | None = None, suffix: str | None = None, way_out: str = "point NANOCHAT_BASE_DIR elsewhere"
-) -> None:
-    """UserError unless replacing(path) could write: asked before the work, whose result the file is to take.
-
-    flag: what named the path, as "--out"; None: it lies below the base folder, and way_out says what helps then.
-    suffix: what its name must end in.
-    """
-    said = f"{flag}={path}" if flag else str(path)
-    if suffix and path.suffix.lower() != suffix:
-        raise UserError(f"{said}: only {suffix} files are written")
-    elsewhere = "name another place" if flag else way_out
-    try:
-        if path.is_dir():
-            raise UserError(f"{said} is a folder: name a file" if flag else f"{said} is a folder: move it away")
-        if path.exists() and not path.is_file():
-            raise UserError(f"{said} is a device or a pipe: name a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial = _temporary_name(path)
+def from_rank0(make: Callable, rank: int, world_size: int, device: torch.device):
+    """What make() returns on rank 0, on every rank; a UserError of it is raised on every rank."""
+    if world_size == 1:
+        return make()
+    box: list = [None, None]
+    if rank == 0:
         try:
-            trial.write_bytes(bytes(4096))  # a full disk takes empty files
-        finally:
-            trial.unlink(missing_ok=True)
-    except OSError as error:
-        reason = f"{error.filename} is no folder" if isinstance(error, FileExistsError) else error.strerror
-        raise UserError(f"{said} cannot be written ({reason}): {elsewhere}") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))  # file names may hold what UTF-8 cannot
+            box[0] = make()
+        except UserError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0, device=device)
+    if box[1] is not None:
+        raise SharedError(box[1])
+    return box[0]

@@ -7,19 +7,18 @@ Writes base_dir()/adapter_eval/<tag>_<step>.json and base_dir()/adapter_audio/<t
 
 import argparse
 
-from nanochat.adapter_checkpoint import open_adapters
-from nanochat.adapters import HostAlone
-from nanochat.arguments import Parser, number
-from nanochat.audio_eval import needs_librosa
-from nanochat.audio_loss_eval import evaluate_audio
+from nanochat.adapters.checkpoint import add_adapters, open_adapters
+from nanochat.adapters.model import HostAlone
+from nanochat.adapters.text_loss import text_measure
+from nanochat.audio.adherence import needs_librosa
+from nanochat.audio.evaluation import check_places, listen, write_result
+from nanochat.audio.loss import evaluate_audio
 from nanochat.checkpoint_manager import check_codec
-from nanochat.loss_eval import never
+from nanochat.config.command_line import Parser, number
+from nanochat.data_pipeline import open_trained_data
+from nanochat.evaluation.bpb import never
+from nanochat.evaluation.suite import warn_of_other_data
 from nanochat.runtime import init_compute, print0, run_script
-from nanochat.trained_data import open_trained_data
-from scripts.adapter_generate import add_adapters
-from scripts.adapter_train import text_measure
-from scripts.audio_eval import check_places, listen, write_result
-from scripts.base_eval import warn_of_other_data
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

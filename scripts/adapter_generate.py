@@ -9,13 +9,13 @@ import argparse
 
 import torch
 
-from nanochat.adapter_checkpoint import open_adapters
-from nanochat.arguments import Parser, number
-from nanochat.audio_generation import generate_codes, to_sound
+from nanochat.adapters.checkpoint import add_adapters, open_adapters
+from nanochat.audio.generation import add_request, check_out, generate_codes, to_sound, write_all
+from nanochat.config.command_line import Parser, number
 from nanochat.engine import generate
-from nanochat.runtime import UserError, init_compute, run_script
-from nanochat.streams import require_output
-from scripts.audio_generate import add_request, add_sampling, check_out, write_all
+from nanochat.runtime import init_compute, run_script
+from nanochat.system.environment import UserError
+from nanochat.system.streams import require_output
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -30,14 +30,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.out is not None:
         check_out(args.out, args.num)
     return args
-
-
-def add_adapters(parser: Parser) -> None:
-    """The flags that choose a checkpoint, find what belongs to it, and say how to draw."""
-    parser.add_argument("--guidance", type=number(float, 0.0), default=1.0, help="classifier-free guidance; 1 is none")
-    parser.add_argument("--host", help="where the host lies (default: as in training)")
-    parser.add_argument("--musicgen", help="where MusicGen lies (default: as in training)")
-    add_sampling(parser)
 
 
 def main(argv: list[str] | None = None) -> list:

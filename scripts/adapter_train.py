@@ -10,26 +10,26 @@ from collections.abc import Callable
 import torch
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat import schedule
-from nanochat.adapter_checkpoint import AdapterRun, build, check_facts, load_trained
-from nanochat.adapter_settings import AdapterSettings
-from nanochat.adapters import AdapterModel, HostAlone
-from nanochat.audio_loss_eval import evaluate_audio
-from nanochat.config_file import from_command_line
-from nanochat.dataloader import TokenStore
-from nanochat.dataset import Dataset, prepare, prepare_for
-from nanochat.hosts import state_hash
-from nanochat.launch import begin
-from nanochat.loss_eval import bits_per_byte, never
+from nanochat.adapters.checkpoint import AdapterRun, build, check_facts, load_trained
+from nanochat.adapters.hosts import state_hash
+from nanochat.adapters.model import AdapterModel, HostAlone
+from nanochat.adapters.text_loss import text_measure
+from nanochat.audio.loss import evaluate_audio
+from nanochat.config.adapter_settings import AdapterSettings
+from nanochat.config.config_file import from_command_line
+from nanochat.data.packing import PackedLoader, Rows
+from nanochat.data.token_store import TokenStore
+from nanochat.data_pipeline import codec_files, prepare_for, resumed_data, warn_repeated_rows
+from nanochat.evaluation.bpb import never
+from nanochat.hardware import device_name
 from nanochat.optim import MuonAdamW
-from nanochat.packing import PackedLoader, Rows
-from nanochat.rank_agreement import agree_before_first_step
-from nanochat.resume import restore_progress
-from nanochat.runtime import Compute, device_name, print0, run_script
-from nanochat.saver import BackgroundSaver
-from nanochat.tracker import MetricsLog
-from nanochat.trained_data import describe, find_prepared, is_same
-from nanochat.training_data import codec_files, in_turns, resumed_data, warn_repeated_rows
+from nanochat.runtime import Compute, print0, rank0_first, run_script
+from nanochat.training import schedule
+from nanochat.training.background_saver import BackgroundSaver
+from nanochat.training.launch import begin
+from nanochat.training.rank_agreement import agree_before_first_step
+from nanochat.training.resume import restore_progress
+from nanochat.training.tracker import MetricsLog
 from scripts.base_train import Training, loop
 
 
@@ -45,12 +45,12 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     print0(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
     folder = checkpoints.tag_dir(settings)
     begins = resume_step is None
-    model, adapters = in_turns(compute, lambda: build(settings, compute.device, compute.dtype, begins))
+    model, adapters = rank0_first(compute, lambda: build(settings, compute.device, compute.dtype, begins))
     checkpoints.check_finite(model.state_dict(), f"host {settings.host}")
     if begins:
-        dataset = in_turns(compute, lambda: prepare_for(settings, say=print0))
+        dataset = rank0_first(compute, lambda: prepare_for(settings, say=print0))
     else:
-        dataset = in_turns(compute, lambda: resumed_data(settings, folder, resume_step))
+        dataset = rank0_first(compute, lambda: resumed_data(settings, folder, resume_step))
     tokenizer = model.host.tokenizer
     agree_before_first_step(compute, dict(adapters=adapters, data_sha256=dataset.fingerprint["sha256"]))
     store = TokenStore(dataset, tokenizer, "train", vocabulary=model.vocabulary, say=print0)
@@ -162,41 +162,6 @@ def build_optimizer(model: AdapterModel, settings: AdapterSettings, rank: int, w
         for kind, found in groups.items()
     ]
     return MuonAdamW(named, rank, world_size)
-
-
-def text_measure(
-    settings: AdapterSettings, model: AdapterModel, compute: Compute, known: dict | None = None
-) -> tuple[Callable | None, dict | None]:
-    """(measure(model, stop) -> nats a token of held-out text, of at most check_tokens; the text's fingerprint).
-
-    None without check_text. known: the fingerprint in a checkpoint, by which the prepared text is found again.
-    """
-    if settings.check_text is None:
-        return None, None
-
-    def open_text() -> Dataset:
-        options = dict(skip_corrupt=settings.skip_corrupt, say=print0)
-        return find_prepared(known, **options) or prepare(settings.check_text, **options)
-
-    dataset = in_turns(compute, open_text)
-    if not is_same(known, dataset.fingerprint):
-        print0(
-            f"warning: check_text={settings.check_text} is {describe(dataset.fingerprint)} now, {describe(known)} when "
-            "the training began: the text's losses before and after do not compare"
-        )
-    tokenizer = model.host.tokenizer
-    stream = TokenStore(dataset, tokenizer, "val", say=print0).stream(settings.check_tokens + 1)
-    counts = torch.ones(model.config.vocab_size, dtype=torch.int64).numpy()
-    counts[tokenizer.bos_id] = 0  # the beginning of a document is nobody's to predict
-
-    def measure(scored, stop: Callable[[], bool]) -> float:
-        found = bits_per_byte(
-            scored, stream, counts, rows=settings.batch_plan(compute.world_size)[0], seq_len=settings.max_seq_len,
-            max_tokens=settings.check_tokens, rank=compute.rank, world_size=compute.world_size, stop=stop,
-        )  # fmt: skip
-        return found["nats"] / found["tokens"]
-
-    return measure, dataset.fingerprint
 
 
 if __name__ == "__main__":

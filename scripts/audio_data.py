@@ -10,14 +10,15 @@ import dataclasses
 import math
 import sys
 
-from nanochat.adapter_settings import AdapterSettings
-from nanochat.audio_dataset import BYTES_PER_POSITION
-from nanochat.audio_sources import FROM_NAMES
-from nanochat.config_file import find_no_effect, from_command_line
-from nanochat.dataset import SPLITS, Dataset, prepare_for
-from nanochat.runtime import UserError, print0, run_script
-from nanochat.settings import Settings
-from scripts.data import describe
+from nanochat.audio.dataset import BYTES_PER_POSITION
+from nanochat.audio.sources import FROM_NAMES
+from nanochat.config.adapter_settings import AdapterSettings
+from nanochat.config.config_file import find_no_effect, from_command_line
+from nanochat.config.settings import Settings
+from nanochat.data.dataset import SPLITS, Dataset, describe
+from nanochat.data_pipeline import prepare_for
+from nanochat.runtime import print0, run_script
+from nanochat.system.environment import UserError
 
 
 def main(argv: list[str] | None = None) -> Dataset:

@@ -10,11 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.arguments import Parser, number, prompt, seed, temperature
-from nanochat.audio_generation import generate_codes, open_audio_model, stream_sound, to_sound
-from nanochat.listen_page import write_wav
-from nanochat.runtime import UserError, check_output, init_compute, run_script
-from nanochat.streams import require_output
+from nanochat.audio.generation import (
+    add_request,
+    add_sampling,
+    check_out,
+    generate_codes,
+    open_audio_model,
+    stream_sound,
+    to_sound,
+    write_all,
+)
+from nanochat.config.command_line import Parser
+from nanochat.runtime import init_compute, run_script
+from nanochat.system.environment import UserError
+from nanochat.system.streams import require_output
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -30,39 +39,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.out is not None:
         check_out(args.out, args.num)
     return args
-
-
-def add_request(parser: Parser) -> None:
-    """The flags that say which sounds, and where to."""
-    parser.add_argument("--prompt", type=prompt, required=True, help="the caption")
-    parser.add_argument("--out", type=Path, help="wav file to write")
-    parser.add_argument("--num", type=number(int, 1), default=1, help="how many sounds")
-    parser.add_argument(
-        "--seconds", type=number(float, 0.02), help="the longest sound (default: what the context holds)"
-    )
-
-
-def check_out(out: Path, num: int) -> None:
-    """UserError where not all of num sounds can be written, now and not when they are made."""
-    for path in output_paths(out, num):
-        check_output(path, "--out", suffix=".wav")
-
-
-def output_paths(out: Path, num: int) -> list[Path]:
-    """x.wav, or x-1.wav, x-2.wav, ... for several sounds."""
-    return [out] if num == 1 else [out.with_name(f"{out.stem}-{place}{out.suffix}") for place in range(1, num + 1)]
-
-
-def add_sampling(parser: Parser) -> None:
-    """The flags that choose a checkpoint and how to draw from it."""
-    parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same sounds")
-    parser.add_argument("--temperature", type=temperature, default=0.8, help="0 takes the likeliest code each time")
-    parser.add_argument(
-        "--top-k", type=number(int, 1, off="among all"), help="draw among the k likeliest codes (default: None, all)"
-    )
-    parser.add_argument("--model-tag", help="folder of the checkpoints (default: the newest)")
-    parser.add_argument("--step", type=number(int, 0), help="step to take (default: the newest whole one)")
-    parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")
 
 
 def main(argv: list[str] | None = None) -> list[Path]:
@@ -95,15 +71,6 @@ def generate(args: argparse.Namespace, output) -> list[Path]:
     else:
         sounds = to_sound(codec, generate_codes(model, tokenizer, [args.prompt] * args.num, **how))
     return write_all(args.out, sounds, codec.sample_rate) if args.out else []
-
-
-def write_all(out: Path, sounds: list[np.ndarray], sample_rate: int) -> list[Path]:
-    """Write x.wav, or x-1.wav, x-2.wav, ...; returns the files."""
-    paths = output_paths(out, len(sounds))
-    for path, wav in zip(paths, sounds, strict=True):
-        write_wav(path, wav, sample_rate)
-        print(f"{path}: {len(wav) / sample_rate:.2f} s, {len(wav)} samples")
-    return paths
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ import sys
 
 import torch
 
-from nanochat.arguments import Parser, number, prompt, seed, temperature
 from nanochat.checkpoint_manager import load_model
+from nanochat.config.command_line import Parser, number, prompt, seed, temperature
 from nanochat.decoding import say
 from nanochat.engine import decode, generate
-from nanochat.runtime import UserError, init_compute, pick_dtype, run_script
-from nanochat.streams import require_output
-from scripts.base_eval import printable
+from nanochat.evaluation.report import printable
+from nanochat.runtime import init_compute, pick_dtype, run_script
+from nanochat.system.environment import UserError
+from nanochat.system.streams import require_output
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

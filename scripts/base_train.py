@@ -13,27 +13,13 @@ import torch
 import torch.distributed as dist
 
 from nanochat import checkpoint_manager as checkpoints
-from nanochat import schedule
 from nanochat.checkpoint_manager import tag_dir
-from nanochat.compiling import choose_kernels, compile_model, is_compiled
-from nanochat.config_file import as_dict, from_command_line, render_config
-from nanochat.dataloader import DataLoader
-from nanochat.due_work import DueWork, NonFiniteWeights, agree_where_run_is, evaluation_is_due
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.guard import MAX_BAD_STEPS, StepGuard
-from nanochat.launch import begin
-from nanochat.micro_batches import accumulate, naming_the_batch_that_fits, smaller
-from nanochat.optim import MuonAdamW, build_optimizer, weight_norms
-from nanochat.progress import Progress, duration, median_rate
-from nanochat.rank_agreement import agree_before_first_step
-from nanochat.resume import RunState, begin_from, begun_config, first_weights, note_launcher, restore
-from nanochat.runtime import Compute, device_name, launched, memory_mb, peak_flops, print0, run_script, write_atomically
-from nanochat.saver import BackgroundSaver
-from nanochat.settings import RunSettings, Settings
-from nanochat.stop_signals import StopSignals
-from nanochat.tokenizer import Tokenizer
-from nanochat.tracker import MetricsLog, open_tracker
-from nanochat.training_data import (
+from nanochat.config.config_file import as_dict, from_command_line, render_config
+from nanochat.config.settings import RunSettings, Settings
+from nanochat.conversion.tying import untie
+from nanochat.data.dataloader import DataLoader
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.data_pipeline import (
     batches,
     codec_files,
     held_out_measure,
@@ -41,8 +27,25 @@ from nanochat.training_data import (
     say_what_is_idle,
     warn_repeated_rows,
 )
-from nanochat.tying import untie
-from scripts.base_eval import check_suite, evaluate_suite
+from nanochat.evaluation.suite import check_suite, evaluate_suite
+from nanochat.files import write_atomically
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.hardware import device_name, memory_mb, peak_flops
+from nanochat.optim import MuonAdamW, build_optimizer, weight_norms
+from nanochat.runtime import Compute, print0, run_script
+from nanochat.system.environment import launched
+from nanochat.training import schedule
+from nanochat.training.background_saver import BackgroundSaver
+from nanochat.training.compilation import choose_kernels, compile_model, is_compiled
+from nanochat.training.due_work import DueWork, NonFiniteWeights, agree_where_run_is, evaluation_is_due
+from nanochat.training.grad_accumulation import accumulate, naming_the_batch_that_fits, smaller
+from nanochat.training.guard import MAX_BAD_STEPS, StepGuard
+from nanochat.training.launch import begin
+from nanochat.training.progress import Progress, duration, median_rate
+from nanochat.training.rank_agreement import agree_before_first_step
+from nanochat.training.resume import RunState, begin_from, begun_config, first_weights, note_launcher, restore
+from nanochat.training.stop_signals import StopSignals
+from nanochat.training.tracker import MetricsLog, open_tracker
 
 EXIT_CODES = {"done": 0, "nonfinite": 3, "preempted": 85}
 

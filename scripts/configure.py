@@ -16,24 +16,18 @@ from pathlib import Path
 
 import torch
 
-from nanochat import adapter_estimate, estimate
-from nanochat.adapter_settings import TEXT_SOURCES, AdapterSettings, adapter_hardware_preset
-from nanochat.config_file import STAGES, facts, literal, meant, names_of, parse_value, read_config, render_config
-from nanochat.estimate import Hardware, find_hardware, measure, measure_bytes, tying_saves, usable_devices
-from nanochat.runtime import UserError, pick_device_type, run_script, write_atomically
-from nanochat.settings import (
-    IllegalCombination,
-    RunSettings,
-    Settings,
-    fields_of,
-    hardware_preset,
-    nearest_name,
-    preset,
-    shown,
-    type_name,
-    validate,
-)
-from scripts.summary import typed
+from nanochat.adapters import estimate as adapter_estimate
+from nanochat.config.adapter_settings import TEXT_SOURCES, AdapterSettings, adapter_hardware_preset
+from nanochat.config.command_line import typed
+from nanochat.config.config_file import STAGES, facts, literal, meant, names_of, parse_value, read_config, render_config
+from nanochat.config.declaration import IllegalCombination, fields_of
+from nanochat.config.presets import hardware_preset
+from nanochat.config.settings import RunSettings, Settings, preset, type_name, validate
+from nanochat.files import write_atomically
+from nanochat.runtime import nearest_name, pick_device_type, run_script, shown
+from nanochat.system.environment import UserError
+from nanochat.training import estimate
+from nanochat.training.estimate import Hardware, find_hardware, measure, measure_bytes, tying_saves, usable_devices
 
 # What a person decides; everything else is written with its value. A question whose setting has no effect under the
 # earlier answers is not asked, so the three tying questions follow one another and only a tied model gets them all.

@@ -13,17 +13,18 @@ starts at step 0, a rewritten one keeps its step, and its optimizer state where 
 import argparse
 import dataclasses
 
-from nanochat import conversion
-from nanochat.arguments import Parser, number, seed
 from nanochat.checkpoint_manager import checkpoints_dir
-from nanochat.config_file import as_dict
-from nanochat.conversion import Source
-from nanochat.foreign_weights import describe_nonfinite
-from nanochat.growth import grow, grown_config
+from nanochat.config.command_line import Parser, number, seed
+from nanochat.config.config_file import as_dict
+from nanochat.config.settings import Settings
+from nanochat.conversion import convert as conversion
+from nanochat.conversion.convert import Source
+from nanochat.conversion.growth import grow, grown_config
+from nanochat.conversion.tying import KEEP, State
 from nanochat.modality import modalities_of
-from nanochat.runtime import UserError, print0, run_script
-from nanochat.settings import Settings
-from nanochat.tying import KEEP, State
+from nanochat.runtime import print0, run_script
+from nanochat.system.environment import UserError
+from nanochat.upstream.foreign_weights import describe_nonfinite
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

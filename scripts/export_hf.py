@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 
-from nanochat.arguments import Parser, number
 from nanochat.checkpoint_manager import build_model, find_checkpoint, step_path
-from nanochat.hf_format import MODELING, write_hf
-from nanochat.hf_refresh import refresh
-from nanochat.runtime import UserError, print0, run_script
+from nanochat.config.command_line import Parser, number
+from nanochat.conversion.hf_refresh import refresh
+from nanochat.conversion.huggingface import write_hf
+from nanochat.runtime import print0, run_script
+from nanochat.system.environment import UserError
+from nanochat.upstream.hf_model_types import MODELING
 
 
 def main(argv: list[str] | None = None) -> dict:

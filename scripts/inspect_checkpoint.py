@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 
-from nanochat import upstream
-from nanochat.arguments import Parser
 from nanochat.checkpoint_manager import (
     check_state,
     check_tokenizer,
@@ -34,13 +32,16 @@ from nanochat.checkpoint_manager import (
     tokenizer_of,
     weights_hash,
 )
+from nanochat.config.command_line import Parser
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.parameters import find_non_finite, num_parameters
-from nanochat.pickles import read_pt
-from nanochat.runtime import UserError, run_script
-from nanochat.streams import require_output
-from nanochat.tokenizer import Tokenizer
-from nanochat.upstream_optim import read_optimizer
+from nanochat.model.parameters import find_non_finite, num_parameters
+from nanochat.runtime import run_script
+from nanochat.system.environment import UserError
+from nanochat.system.streams import require_output
+from nanochat.upstream import checkpoints as upstream
+from nanochat.upstream.optimizer import read_optimizer
+from nanochat.upstream.pickles import read_pt
 
 READ = (
     "a step's folder (state.json, model.safetensors), nanochat's model_000123.pt with meta_000123.json beside it, or a "
@@ -164,7 +165,7 @@ def of_upstream(folder: Path, step: int, era: str | None) -> dict:
 
 
 def of_hugging_face(folder: Path) -> dict:
-    from nanochat.hf_format import read_hf  # which no other format needs
+    from nanochat.conversion.huggingface import read_hf  # which no other format needs
 
     config, state, tokenizer = read_hf(folder)
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]

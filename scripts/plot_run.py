@@ -8,10 +8,12 @@ import json
 import os
 from pathlib import Path
 
-from nanochat.arguments import Parser
 from nanochat.checkpoint_manager import checkpoints_dir, newest_tag
-from nanochat.runtime import UserError, base_dir, check_output, replacing, run_script
-from scripts.summary import read_metrics
+from nanochat.config.command_line import Parser
+from nanochat.files import check_output, replacing
+from nanochat.runtime import run_script
+from nanochat.system.environment import UserError, base_dir
+from nanochat.training.tracker import read_metrics
 
 
 def main(argv: list[str] | None = None) -> Path:

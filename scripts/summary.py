@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat.checkpoint_manager import checkpoints_dir, newest_step, step_dir
-from nanochat.config_file import from_command_line
-from nanochat.estimate import usable_devices
-from nanochat.runtime import UserError, base_dir, pick_device_type, run_script
-from nanochat.settings import PRESETS, Settings, checked, hardware_preset
-from nanochat.streams import require_output
+from nanochat.config.command_line import typed
+from nanochat.config.config_file import from_command_line
+from nanochat.config.presets import PRESETS, hardware_preset
+from nanochat.config.settings import Settings, checked
+from nanochat.runtime import pick_device_type, run_script
+from nanochat.system.environment import UserError, base_dir
+from nanochat.system.streams import require_output
+from nanochat.training.estimate import usable_devices
+from nanochat.training.tracker import read_metrics
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,6 @@ def find_run(tag: str) -> Run:
     ended = last in ("preempted", "nonfinite") or (last == "done" and step is not None)
     run = Run(tag, last if ended else "started", step, metrics, None)
     return run if step is None else Run(tag, run.state, step, metrics, read_evaluation(run))
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; lines that are not whole JSON objects (a process was killed) are left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines
 
 
 def read_state(run: Run) -> dict:
@@ -138,8 +129,8 @@ def wizard_arguments(settings: Settings, names_data: bool, gpus: int) -> str:
     arguments = f"--preset {name}"
     if names_data or PRESETS[name]["data"] != "climbmix":
         return arguments
-    from nanochat.dataset import climbmix_is_here  # with pyarrow, which only GPU presets need here
-    from nanochat.hub import Unreachable, probe
+    from nanochat.data.hub import Unreachable, probe
+    from nanochat.data.prepare import climbmix_is_here  # with pyarrow, which only GPU presets need here
 
     try:
         if not climbmix_is_here(PRESETS[name].get("data_limit")):
@@ -191,7 +182,7 @@ def _bpb_lines(bpb: dict) -> list[str]:
 
 
 def _suite_lines(evaluation: dict) -> list[str]:
-    from scripts.base_eval import beaten  # heavy, and only a finished evaluation needs it
+    from nanochat.evaluation.report import beaten  # heavy, and only a finished evaluation needs it
 
     lines = []
     for key, name in (("core", "CORE"), ("offline", "offline")):
@@ -206,7 +197,7 @@ def _suite_lines(evaluation: dict) -> list[str]:
 
 def _sample_lines(evaluation: dict, width: int = 300) -> list[str]:
     """One continuation of held-out text and one text from nothing, as far as there are both."""
-    from scripts.base_eval import printable  # as above
+    from nanochat.evaluation.report import printable  # as above
 
     lines = []
     for prompted in (True, False):
@@ -227,12 +218,6 @@ def _next_commands(run: Run) -> list[str]:
         f"{python} -m scripts.base_train {config} --data=FOLDER --model_tag=mine",
         f"{python} -m scripts.configure",
     ]
-
-
-def typed(path: str | Path) -> str:
-    """A path as one types it into a shell here: quoted, relative when it lies below this folder."""
-    path, here = Path(path), Path.cwd()
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def main(argv: list[str] | None = None) -> Run | None:

@@ -5,12 +5,12 @@ import os
 import threading
 from collections.abc import Callable
 
-from nanochat.config_file import find_no_effect, from_command_line
-from nanochat.dataset import Dataset, prepare_for
-from nanochat.runtime import base_dir, print0, run_script
-from nanochat.tokenizer import find_or_train
+from nanochat.config.config_file import find_no_effect, from_command_line
+from nanochat.data.tokenizer import bytes_per_token, held_out_text
+from nanochat.data_pipeline import find_or_train, prepare_for
+from nanochat.runtime import print0, run_script
+from nanochat.system.environment import base_dir
 
-HELD_OUT_CHARACTERS = 10_000_000  # of the val split: plenty for three digits
 FETCH_SECONDS = 20  # for both of OpenAI's files together; tiktoken itself sets no limit
 RIVALS = {"gpt2": "GPT-2", "cl100k_base": "cl100k"}
 
@@ -57,23 +57,6 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     for name, row in table.items():
         print0(f"{name:<10}", *(f"{rate:>{width}.3f}" for rate, width in zip(row.values(), widths, strict=True)))
     return table
-
-
-def held_out_text(dataset: Dataset) -> list[str]:
-    """The first documents of the val split, HELD_OUT_CHARACTERS together, the last one cut."""
-    texts, room = [], HELD_OUT_CHARACTERS
-    for _, text in dataset.documents("val"):
-        if room <= 0:
-            break
-        texts.append(text[:room])
-        room -= len(text)
-    return texts
-
-
-def bytes_per_token(encode_batch: Callable[[list[str]], list[list[int]]], texts: list[str]) -> float:
-    """UTF-8 bytes of the texts per id, without BOS; NaN for no text at all."""
-    tokens = sum(map(len, encode_batch(texts)))
-    return sum(len(text.encode()) for text in texts) / tokens if tokens else float("nan")
 
 
 def fetch_rivals(seconds: float = FETCH_SECONDS) -> dict[str, Callable[[list[str]], list[list[int]]]]:

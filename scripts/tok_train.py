@@ -1,10 +1,9 @@
 """Train the tokenizer that a configuration asks for: python -m scripts.tok_train [config.py] [--key=value ...]"""
 
-from nanochat.config_file import find_no_effect, from_command_line
-from nanochat.dataset import prepare_for
+from nanochat.config.config_file import find_no_effect, from_command_line
+from nanochat.data.tokenizer import Tokenizer, bytes_per_token, held_out_text
+from nanochat.data_pipeline import find_or_train, prepare_for
 from nanochat.runtime import print0, run_script
-from nanochat.tokenizer import Tokenizer, find_or_train
-from scripts.tok_eval import bytes_per_token, held_out_text
 
 
 def main(argv: list[str] | None = None) -> Tokenizer:

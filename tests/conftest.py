@@ -12,6 +12,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from nanochat import hardware
+
 # Before anything reads them: huggingface_hub does so when it is imported, child processes inherit all of them.
 _SCRATCH = tempfile.TemporaryDirectory(prefix="nanochat-tests-")
 os.environ.update(
@@ -152,14 +154,12 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture
 def train(base, corpus, monkeypatch):
     """train(tag, *switches, **settings): base_train's main() on the tiny model; the peak is measured in no time."""
-    from tiny_run import TINY, flags, started
-
-    from nanochat import runtime
     from scripts import base_train
+    from tests.tiny_run import TINY, flags, started
 
-    real = runtime.measured_matmul_flops
+    real = hardware.measured_matmul_flops
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    monkeypatch.setattr(runtime, "measured_matmul_flops", lambda *args: real(*args, size=64, seconds=0) and 1e12)
+    monkeypatch.setattr(hardware, "measured_matmul_flops", lambda *args: real(*args, size=64, seconds=0) and 1e12)
 
     def run(tag: str, *words: str, **settings) -> dict:
         return base_train.main(flags({"data": corpus, **TINY, **settings, "model_tag": tag}) + list(words))

@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from nanochat import hardware
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch._inductor.config", "torch.distributed.launcher.api", "nanochat.launch", "nanochat.training_data",
-     "nanochat.offline_eval"]
+    ["torch._inductor.config", "torch.distributed.launcher.api", "nanochat.training.launch", "nanochat.data_pipeline",
+     "nanochat.evaluation.offline"]
 )  # fmt: skip
 
 
@@ -90,9 +92,7 @@ def _begin(command: list[str], env: dict[str, str], output: str, cwd: str) -> No
     import torch
     from torch.distributed.launcher import api
 
-    from nanochat import runtime
-
-    runtime.peak_flops = lambda compute: 1e12  # measuring takes 0.6 s of each start
+    hardware.peak_flops = lambda compute: 1e12  # measuring takes 0.6 s of each start
     if terminal := output.startswith("/dev/"):
         os.setsid()  # of this new session it is the terminal, so Ctrl-C comes as SIGINT
     descriptor = os.open(output, os.O_RDWR | os.O_APPEND)

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nanochat import checkpoint_manager as cm
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import UserError, run_script
-from nanochat.tokenizer import Tokenizer
+from nanochat.runtime import run_script
+from nanochat.system.environment import UserError
 
 TOKENIZER = Tokenizer.train(["the cat sat on the mat, some other words below it"], 290)
 SHAPE = dict(sequence_len=8, vocab_size=290, n_layer=1, n_head=2, n_kv_head=1, n_embd=8)

@@ -6,13 +6,13 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from test_gpt import FEATURES, MODERN, VARIANTS, build, random_ids
-from test_routing import BOTH, mixture
 
 from nanochat import decoding
 from nanochat.decoding import CompiledStep, StaticCache, cast_once, stepper
 from nanochat.engine import decode, generate
 from nanochat.gpt import GPT
+from tests.model.test_routing import BOTH, mixture
+from tests.test_gpt import FEATURES, MODERN, VARIANTS, build, random_ids
 
 LONG = dict(sequence_len=200, n_kv_head=2, tie_weights=True, **MODERN)
 

@@ -6,10 +6,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from test_gpt import FEATURES, MODERN, VARIANTS, VARIANTS_AND_FEATURES, build, random_ids
 
-from nanochat.engine import KVCache, generate, sample
-from nanochat.runtime import UserError
+from nanochat.engine import generate, sample
+from nanochat.system.environment import UserError
+from tests.test_gpt import FEATURES, MODERN, VARIANTS, VARIANTS_AND_FEATURES, build, random_ids
 
 PROMPT = [3, 14, 15, 9, 26]
 
@@ -43,7 +43,7 @@ def test_logits_of_a_prompt_read_in_pieces(features):
     """
     model, ids = build(n_kv_head=2, **features), random_ids(2, 11)
     with torch.inference_mode():
-        cache = KVCache(model, 2, 11)
+        cache = model.new_cache(2, 11)
         pieces = [model(part, kv_cache=cache) for part in ids.split([4, 1, 6], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), rtol=1e-5, atol=1e-5)
         assert cache.position == 11
@@ -73,7 +73,7 @@ def test_any_combination_of_features_in_pieces(variant, features, layers, kv_hea
     )  # fmt: skip
     ids = random_ids(2, sum(pieces))
     with torch.inference_mode():
-        cache = KVCache(model, 2, sum(pieces))
+        cache = model.new_cache(2, sum(pieces))
         logits = torch.cat([model(part, kv_cache=cache) for part in ids.split(pieces, dim=1)], dim=1)
         torch.testing.assert_close(logits, model(ids), rtol=1e-5, atol=1e-5)
 
@@ -92,7 +92,7 @@ def test_a_document_knows_nothing_of_the_one_before(features):
         alone = model(ids[:, 8:])
         torch.testing.assert_close(model(ids)[:, 8:], alone, rtol=1e-4, atol=1e-4)
         assert (other(ids)[:, 8:] - other(ids[:, 8:])).abs().amax(dim=(0, 2)).min() > 1e-2
-        cache = KVCache(model, 2, 14)
+        cache = model.new_cache(2, 14)
         pieces = [model(part, kv_cache=cache) for part in ids.split([10, 1, 3], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1)[:, 8:], alone, rtol=1e-4, atol=1e-4)
 
@@ -103,7 +103,7 @@ def test_a_repeated_cache_goes_on_for_every_row():
     ids[:, :5] = ids[0, :5]
     ids[:, 2] = MODERN["document_start"]
     with torch.inference_mode():
-        cache = KVCache(model, 1, 9)
+        cache = model.new_cache(1, 9)
         model(ids[:1, :5], kv_cache=cache)
         torch.testing.assert_close(
             model(ids[:, 5:], kv_cache=cache.repeated(3)), model(ids)[:, 5:], rtol=1e-5, atol=1e-5

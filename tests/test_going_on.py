@@ -4,15 +4,15 @@ import shutil
 
 import pytest
 import torch
-import upstream_fixtures as theirs
 from safetensors.torch import load_file
-from tiny_run import TIED, TINY, flags, losses, metrics, state_hashes, tag_dir
 
 from nanochat import checkpoint_manager as cm
-from nanochat.runtime import UserError, base_dir
-from nanochat.settings import Settings
-from nanochat.tying import untied
+from nanochat.config.settings import Settings
+from nanochat.conversion.tying import untied
+from nanochat.system.environment import UserError, base_dir
 from scripts import base_train
+from tests import upstream_fixtures as theirs
+from tests.tiny_run import TIED, TINY, flags, losses, metrics, state_hashes, tag_dir
 
 ERA = "2026-01-16"
 

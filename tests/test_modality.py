@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 
+from nanochat.config.settings import Settings
 from nanochat.modality import Grammar, Modality, Vocabulary, modalities_of
-from nanochat.runtime import UserError
-from nanochat.settings import Settings
+from nanochat.system.environment import UserError
 
 AUDIO = Modality("audio", codebooks=2, codes=5, start=13)
 IMAGE = Modality("image", codebooks=1, codes=512, start=14)

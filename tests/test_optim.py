@@ -7,16 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from forked import spawn
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from torch._dynamo.testing import CompileCounter
 
 from nanochat import optim
+from nanochat.config.settings import Settings
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.micro_batches import accumulate
 from nanochat.optim import NEWTON_SCHULZ, POLAR_EXPRESS, MuonAdamW, build_optimizer, compile_muon, orthogonalize
-from nanochat.settings import Settings
+from nanochat.training.grad_accumulation import accumulate
+from tests.forked import spawn
 
 TINY = GPTConfig(sequence_len=8, vocab_size=11, n_layer=2, n_head=1, n_kv_head=1, n_embd=8)
 

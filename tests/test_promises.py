@@ -14,18 +14,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from forked import Forked
-from test_upstream import baits, hostile_pickles, saved, works
-from tiny_run import CHECKOUT, TINY, flags
 
 from nanochat import checkpoint_manager as cm
-from nanochat.config_file import read_config
+from nanochat.config.config_file import read_config
+from nanochat.config.settings import Settings
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.data_pipeline import find_or_train
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.pickles import read_pt, read_tokenizer_pickle
-from nanochat.runtime import UserError
-from nanochat.settings import Settings
-from nanochat.tokenizer import Tokenizer, find_or_train
+from nanochat.system.environment import UserError
+from nanochat.upstream.pickles import read_pt, read_tokenizer_pickle
 from scripts import base_train, configure
+from tests.forked import Forked
+from tests.tiny_run import CHECKOUT, TINY, flags
+from tests.upstream.test_checkpoints import baits, hostile_pickles, saved, works
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pickles

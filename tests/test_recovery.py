@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from tiny_run import MODERN, TIED, TINY, exit_code, flags, losses, metrics, rows_of, start, state_hashes, tag_dir
 
 import nanochat.gpt
 from nanochat import checkpoint_manager as cm
-from nanochat import guard, training_data
-from nanochat.runtime import UserError
+from nanochat import data_pipeline as training_data
+from nanochat.system.environment import UserError
+from nanochat.training import guard
 from scripts import base_train
 from scripts.base_train import main
+from tests.tiny_run import MODERN, TIED, TINY, exit_code, flags, losses, metrics, rows_of, start, state_hashes, tag_dir
 
 ODD = dict(vocab_size=293, num_iterations=16, save_every=8, weight_decay=0.1, log_rows=True)  # a prime vocabulary
 

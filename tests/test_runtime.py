@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from forked import Forked
 
-from nanochat import runtime
-from nanochat.runtime import UserError, init_compute, run_script, write_atomically
+from nanochat import files, hardware, runtime
+from nanochat.files import write_atomically
+from nanochat.runtime import init_compute, run_script
+from nanochat.system.environment import UserError
 from scripts import adapter_generate, audio_generate
+from tests.forked import Forked
 
 
 def exit_code(error: BaseException) -> int:
@@ -85,10 +87,10 @@ def test_init_compute_seeds_and_makes_the_cpu_deterministic():
 
 def test_peaks():
     """The longer name wins: an H100 PCIE is not an H100 SXM."""
-    assert runtime.gpu_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert runtime.gpu_peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert runtime.gpu_peak_flops("Some new GPU") is None
-    assert runtime.measured_matmul_flops(torch.device("cpu"), torch.float32, size=64, seconds=0.01) > 1e6
+    assert hardware.gpu_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert hardware.gpu_peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert hardware.gpu_peak_flops("Some new GPU") is None
+    assert hardware.measured_matmul_flops(torch.device("cpu"), torch.float32, size=64, seconds=0.01) > 1e6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ def test_write_atomically_leaves_the_old_or_the_new_file(tmp_path, monkeypatch):
 def test_a_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-c++")
-    assert runtime.compiler_problem() == "no C++ compiler (no-such-c++) on PATH"
+    assert hardware.compiler_problem() == "no C++ compiler (no-such-c++) on PATH"
 
 
 def test_ranks_that_were_started_anew_do_not_see_what_the_dead_left(monkeypatch):
@@ -198,10 +200,10 @@ def test_every_one_of_several_sounds_is_checked(tmp_path):
 
 def test_a_check_leaves_nothing_behind_and_finds_a_full_disk(tmp_path, monkeypatch):
     """Also where the disk takes an empty file. Red when the trial file is empty, or stays."""
-    runtime.check_output(tmp_path / "new" / "x.json", "--json")
+    files.check_output(tmp_path / "new" / "x.json", "--json")
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "there").write_text("old")
-    runtime.check_output(tmp_path / "there", "--json")
+    files.check_output(tmp_path / "there", "--json")
     assert (tmp_path / "there").read_text() == "old"
 
     def full(path, data):
@@ -211,13 +213,13 @@ def test_a_check_leaves_nothing_behind_and_finds_a_full_disk(tmp_path, monkeypat
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=r"No space left on device.*NANOCHAT_BASE_DIR"):
-        runtime.check_output(tmp_path / "x.json")
+        files.check_output(tmp_path / "x.json")
     assert [path.name for path in tmp_path.iterdir() if "x.json" in path.name] == []
 
 
 def test_the_user_reads_the_name_that_was_given(tmp_path):
     """Red when replacing() lets the error name its temporary file."""
     path = tmp_path / "no" / "x"
-    with pytest.raises(FileNotFoundError) as caught, runtime.replacing(path):
+    with pytest.raises(FileNotFoundError) as caught, files.replacing(path):
         pass
     assert caught.value.filename == str(path)

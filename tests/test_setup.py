@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.checkpoint_manager import checkpoints_dir, seal, step_dir
-from nanochat.config_file import as_dict, read_config
-from nanochat.runtime import UserError, base_dir
-from nanochat.settings import PRESETS, Settings, preset
+from nanochat.config.config_file import as_dict, read_config
+from nanochat.config.presets import PRESETS
+from nanochat.config.settings import Settings, preset
+from nanochat.system.environment import UserError, base_dir
 from scripts import summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -406,7 +407,7 @@ def test_wizard_arguments(monkeypatch, tmp_path, capsys):
         assert summary.wizard_arguments(Settings(), False, 1) == "--preset gpu1" + " --set data=packages" * (not whole)
         assert ("climbmix is not here and" in capsys.readouterr().err) != whole
     assert summary.wizard_arguments(Settings(), False, 8).endswith("data=packages")  # 240 shards
-    monkeypatch.setattr("nanochat.hub.probe", lambda what: None)
+    monkeypatch.setattr("nanochat.data.hub.probe", lambda what: None)
     assert summary.wizard_arguments(Settings(), False, 8) == "--preset 8xh100"
 
 

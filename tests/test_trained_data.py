@@ -8,15 +8,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_run import TINY, exit_code, flags, losses, tag_dir
 
-from nanochat import dataset as datasets
 from nanochat.checkpoint_manager import step_dir
-from nanochat.dataset import prepare, prepare_for
-from nanochat.runtime import UserError
-from nanochat.settings import Settings
-from nanochat.trained_data import find_prepared, is_same, open_trained_data, with_other_data
+from nanochat.config.settings import Settings
+from nanochat.data import prepare as prepare_module
+from nanochat.data.prepare import prepare
+from nanochat.data.trained_data import find_prepared, is_same, with_other_data
+from nanochat.data_pipeline import open_trained_data, prepare_for
+from nanochat.system.environment import UserError
 from scripts import base_eval, base_train
+from tests.tiny_run import TINY, exit_code, flags, losses, tag_dir
 
 FIRST, ALL = dict(num_iterations=2, warmdown_ratio=0), dict(num_iterations=4, warmdown_ratio=0)
 
@@ -57,7 +58,7 @@ def test_a_run_resumes_with_its_shards_whatever_became_of_the_source(train, sour
     train(f"{tag}-control", data=source, **ALL)
     train(tag, data=source, **FIRST)
     spoil(source)
-    monkeypatch.setattr(datasets, "_write_shards", None)
+    monkeypatch.setattr(prepare_module, "_write_shards", None)
     capsys.readouterr()
     train(tag, "--resume", data=source, **ALL)
     assert losses(tag) == losses(f"{tag}-control")
@@ -110,7 +111,7 @@ def test_without_shards_changed_data_is_refused_before_tokenising(train, source,
     sha256 = prepare(str(source), say=len).fingerprint["sha256"][:8]
     shutil.rmtree(where)
     add_file(source)
-    monkeypatch.setattr("nanochat.training_data.TokenStore", None)
+    monkeypatch.setattr("nanochat.data_pipeline.TokenStore", None)
     with pytest.raises(UserError, match=rf"trained on .*\(text, sha256 {sha256}\), data=.* now is .*--data=PATH"):
         train("shardless", "--resume", data=source, **ALL)
     shutil.rmtree(source)
@@ -173,11 +174,11 @@ def test_climbmix_is_found_by_the_fingerprint_of_its_limit(base, monkeypatch, tm
     folder = tmp_path / "data" / "climbmix"
     folder.mkdir(parents=True)
     entries = []
-    for number in (0, 1, 2, datasets.CLIMBMIX_LAST):
+    for number in (0, 1, 2, prepare_module.CLIMBMIX_LAST):
         path = folder / f"shard_{number:05d}.parquet"
         pq.write_table(pa.table({"text": [f"document {number}"]}), path)
-        entries.append(datasets._describe(path, "val" if number == datasets.CLIMBMIX_LAST else "train"))
-    whole = datasets._fingerprint("climbmix", "repo", 4, entries)
+        entries.append(prepare_module._describe(path, "val" if number == prepare_module.CLIMBMIX_LAST else "train"))
+    whole = prepare_module._fingerprint("climbmix", "repo", 4, entries)
     manifest = dict(name="climbmix", source="climbmix", licence="", left_out={}, files=entries, fingerprint=whole)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     two = prepare("climbmix", limit=2, say=len)
@@ -236,6 +237,6 @@ def test_other_data_is_seen_by_its_beginning(train, source, tmp_path, monkeypatc
     other.mkdir()
     for path in source.iterdir():
         (other / path.name).write_text(path.read_text() + "one line more\n")
-    monkeypatch.setattr(datasets, "_write_shards", None)
+    monkeypatch.setattr(prepare_module, "_write_shards", None)
     with pytest.raises(UserError, match=r"was trained on .*sha256 .*begins with other documents: .*--data=PATH"):
         train("beginning", "--resume", data=other, **ALL)

@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 import torch
-from hosts_fixtures import tiny_llama
-from tiny_run import flags, metrics, tag_dir
 
 from nanochat.optim import MuonAdamW
 from scripts import adapter_train, base_train
+from tests.hosts_fixtures import tiny_llama
+from tests.tiny_run import flags, metrics, tag_dir
 
 # 8 steps, 2 of warmup, the last 4 down to a tenth: worked out by hand.
 SHAPE = dict(num_iterations=8, save_every=4, warmup_steps=2, warmdown_ratio=0.5, final_lr_frac=0.1, weight_decay=0.3)

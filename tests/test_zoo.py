@@ -19,12 +19,12 @@ from nanochat.checkpoint_manager import (
     save_checkpoint,
     step_dir,
 )
-from nanochat.config_file import as_dict
+from nanochat.config.config_file import as_dict
+from nanochat.config.settings import FIELDS, Settings, checked
+from nanochat.data.tokenizer import Tokenizer
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.model.parameters import SCALARS
 from nanochat.optim import build_optimizer
-from nanochat.parameters import SCALARS
-from nanochat.settings import FIELDS, Settings, checked
-from nanochat.tokenizer import Tokenizer
 
 ZOO = Path(__file__).parent / "zoo"
 STEP = 3

@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import Forked
 from safetensors.torch import load_file
 
 from nanochat import checkpoint_manager as cm
-from nanochat.runtime import base_dir, run_script
+from nanochat.runtime import run_script
+from nanochat.system.environment import base_dir
 from scripts import base_train
+from tests.forked import Forked
 
 TINY = dict(
     vocab_size=300, depth=2, model_dim=64, head_dim=32, max_seq_len=64, total_batch_size=768, device_batch_size=4,

@@ -16,7 +16,10 @@ from pathlib import Path
 
 import torch
 
-from nanochat.runtime import UserError, check_output, device_name, init_compute, run_script, write_atomically
+from nanochat.files import check_output, write_atomically
+from nanochat.hardware import device_name
+from nanochat.runtime import init_compute, run_script
+from nanochat.system.environment import UserError
 from scripts.bench.timing import against, table
 
 PARTS = {

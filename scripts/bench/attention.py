@@ -10,10 +10,9 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from nanochat.attention import causal_attention
-from nanochat.environment import import_compiler
 from nanochat.gpt import norm
-from nanochat.runtime import UserError
+from nanochat.model.attention import causal_attention
+from nanochat.system.environment import UserError, import_compiler
 from scripts.bench.memory import peak_bytes
 from scripts.bench.timing import alternate, matmul_peak, summary, table
 

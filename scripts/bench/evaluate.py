@@ -14,10 +14,10 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from nanochat.core_bundle import Task
-from nanochat.core_eval import Row, all_rows, score_rows
+from nanochat.evaluation.core import Row, all_rows, score_rows
+from nanochat.evaluation.core_bundle import Task
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import UserError
+from nanochat.system.environment import UserError
 from scripts.bench.timing import alternate, matmul_peak, summary, table
 
 SHAPE = dict(sequence_len=512, vocab_size=8192, n_layer=4, n_head=4, n_kv_head=4, n_embd=256)

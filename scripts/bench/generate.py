@@ -15,8 +15,9 @@ import torch
 
 from nanochat.engine import decode
 from nanochat.gpt import GPT
-from nanochat.parameters import num_matmul_parameters
-from nanochat.runtime import UserError, compiler_problem
+from nanochat.hardware import compiler_problem
+from nanochat.model.parameters import num_matmul_parameters
+from nanochat.system.environment import UserError
 from scripts.bench.evaluate import random_model
 from scripts.bench.timing import alternate, matmul_peak, settled, summary, table
 from scripts.bench.train import chosen_dtypes

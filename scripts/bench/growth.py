@@ -10,7 +10,7 @@ import math
 import statistics
 from pathlib import Path
 
-from nanochat.runtime import UserError
+from nanochat.system.environment import UserError
 from scripts.bench.memory import peak_bytes
 from scripts.bench.timing import alternate, matmul_peak, summary, table
 from scripts.bench.train import Contender, settings_of

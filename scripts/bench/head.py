@@ -9,9 +9,8 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from nanochat import loss_head
-from nanochat.environment import import_compiler
-from nanochat.runtime import UserError
+from nanochat.model import loss_head
+from nanochat.system.environment import UserError, import_compiler
 from scripts.bench.memory import peak_bytes
 from scripts.bench.timing import alternate, matmul_peak, summary, table
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.dataloader import DataLoader
-from nanochat.settings import preset
-from nanochat.training_data import prepare_data
+from nanochat.config.settings import preset
+from nanochat.data.dataloader import DataLoader
+from nanochat.data_pipeline import prepare_data
 from scripts.bench.timing import alternate, matmul_peak, summary, table
 
 NEEDED = 1_000_000  # tokens/s that a node with 8 GPUs may take

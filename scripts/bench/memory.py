@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.estimate import estimate, find_hardware
+from nanochat.training.estimate import estimate, find_hardware
 from scripts.bench.timing import table
 from scripts.bench.train import Contender, settings_of
 

@@ -7,10 +7,10 @@ The same parameters under the same names, so weights, gradients and optimizer ar
 import torch
 import torch.nn.functional as F
 
-from nanochat.attention import wide
-from nanochat.environment import import_compiler
 from nanochat.gpt import GPT, CausalSelfAttention, GPTConfig, norm, rotate
+from nanochat.model.attention import wide
 from nanochat.runtime import run_script
+from nanochat.system.environment import import_compiler
 
 
 class PlainAttention(CausalSelfAttention):

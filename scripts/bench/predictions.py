@@ -18,9 +18,9 @@ import tempfile
 
 import torch
 
-from nanochat.config_file import as_dict
-from nanochat.estimate import MEASURE_SECONDS, estimate, find_hardware, measure
-from nanochat.settings import Settings
+from nanochat.config.config_file import as_dict
+from nanochat.config.settings import Settings
+from nanochat.training.estimate import MEASURE_SECONDS, estimate, find_hardware, measure
 from scripts import base_train
 from scripts.bench.memory import resident_bytes
 from scripts.bench.timing import settled, table

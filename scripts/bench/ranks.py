@@ -10,10 +10,12 @@ import argparse
 import statistics
 
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import UserError, run_script
-from scripts import base_train, experiments
+from nanochat.runtime import run_script
+from nanochat.system.environment import UserError
+from scripts import base_train
 from scripts.bench.timing import alternate, matmul_peak, summary, table
 from scripts.bench.train import SHAPE
+from scripts.experiments import common as experiments
 
 LEFT_OUT = 2  # steps at the start of a job
 BASE = "one process"

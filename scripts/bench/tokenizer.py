@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.runtime import UserError
-from nanochat.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanochat.data.tokenizer import SPLIT_PATTERN, Tokenizer
+from nanochat.system.environment import UserError
 from scripts.bench.timing import table
 
 MB = 1_000_000

@@ -11,13 +11,14 @@ import statistics
 
 import torch
 
-from nanochat.compiling import compile_model
-from nanochat.config_file import parse_value
+from nanochat.config.config_file import parse_value
+from nanochat.config.settings import FIELDS, Settings, checked, preset, validate
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.micro_batches import accumulate
 from nanochat.optim import build_optimizer
-from nanochat.runtime import UserError, pick_device_type, pick_dtype
-from nanochat.settings import FIELDS, Settings, checked, nearest_name, preset, validate
+from nanochat.runtime import nearest_name, pick_device_type, pick_dtype
+from nanochat.system.environment import UserError
+from nanochat.training.compilation import compile_model
+from nanochat.training.grad_accumulation import accumulate
 from scripts.bench.plain import PlainGPT
 from scripts.bench.timing import alternate, matmul_peak, settled, summary, table
 

@@ -1,0 +1,1 @@
+"""A frozen language model that learns audio through adapters."""

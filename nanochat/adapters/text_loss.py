@@ -1,0 +1,49 @@
+"""The frozen host's loss on held-out text: the same before and after, or something is wrong."""
+
+from collections.abc import Callable
+
+import torch
+
+from nanochat.adapters.model import AdapterModel
+from nanochat.config.adapter_settings import AdapterSettings
+from nanochat.data.dataset import Dataset
+from nanochat.data.prepare import prepare
+from nanochat.data.token_store import TokenStore
+from nanochat.data.trained_data import describe, find_prepared, is_same
+from nanochat.evaluation.bpb import bits_per_byte
+from nanochat.runtime import Compute, print0, rank0_first
+
+
+def text_measure(
+    settings: AdapterSettings, model: AdapterModel, compute: Compute, known: dict | None = None
+) -> tuple[Callable | None, dict | None]:
+    """(measure(model, stop) -> nats a token of held-out text, of at most check_tokens; the text's fingerprint).
+
+    None without check_text. known: the fingerprint in a checkpoint, by which the prepared text is found again.
+    """
+    if settings.check_text is None:
+        return None, None
+
+    def open_text() -> Dataset:
+        options = dict(skip_corrupt=settings.skip_corrupt, say=print0)
+        return find_prepared(known, **options) or prepare(settings.check_text, **options)
+
+    dataset = rank0_first(compute, open_text)
+    if not is_same(known, dataset.fingerprint):
+        print0(
+            f"warning: check_text={settings.check_text} is {describe(dataset.fingerprint)} now, {describe(known)} when "
+            "the training began: the text's losses before and after do not compare"
+        )
+    tokenizer = model.host.tokenizer
+    stream = TokenStore(dataset, tokenizer, "val", say=print0).stream(settings.check_tokens + 1)
+    counts = torch.ones(model.config.vocab_size, dtype=torch.int64).numpy()
+    counts[tokenizer.bos_id] = 0  # the beginning of a document is nobody's to predict
+
+    def measure(scored, stop: Callable[[], bool]) -> float:
+        found = bits_per_byte(
+            scored, stream, counts, rows=settings.batch_plan(compute.world_size)[0], seq_len=settings.max_seq_len,
+            max_tokens=settings.check_tokens, rank=compute.rank, world_size=compute.world_size, stop=stop,
+        )  # fmt: skip
+        return found["nats"] / found["tokens"]
+
+    return measure, dataset.fingerprint

@@ -1,0 +1,1 @@
+"""Codecs, sounds and captions, generation and its evaluation."""

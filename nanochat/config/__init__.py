@@ -1,0 +1,1 @@
+"""Settings: their declaration, presets, config.py and the command line."""

@@ -1,0 +1,229 @@
+"""Settings of training a frozen language model to speak audio codes; declared as those of settings.py are."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from nanochat.config.declaration import ON, IllegalCombination, again, setting
+from nanochat.config.settings import RunSettings
+from nanochat.runtime import shown
+
+TEXT_SOURCES = ("stdlib", "packages", "climbmix")
+LAYER_MAPS = ("even", "first", "last")
+
+
+@dataclass(frozen=True)
+class AdapterSettings(RunSettings):
+    """All settings of one run of adapter training. None means off, or 'decide for me' where the help says so."""
+
+    stage: ClassVar[str] = "adapters"
+    script: ClassVar[str] = "scripts.adapter_train"
+    checkpoints: ClassVar[str] = "adapter_checkpoints"
+    groups: ClassVar[tuple[str, ...]] = (
+        *("run", "host", "expert", "vocabulary", "data", "modalities"),
+        *("horizon", "optimizer", "evaluation", "checkpoints"),
+    )
+    text_data: ClassVar[None] = None  # what preparing sounds asks of base training's settings: no text is mixed in
+
+    host: str = setting(
+        "meta-llama/Llama-3.2-1B",
+        "the language model: hub name or folder of a decoder with gated MLPs, meta:<folder> for Meta's own files, "
+        "nanochat:<model_tag> for one of ours",
+        "host",
+    )
+    finetune_host: bool = setting(
+        False, "train the host's weights too: a baseline, which costs the host its text", "host"
+    )
+    unfreeze: str | None = setting(
+        None, "also train the host's parameters whose names hold this text, as in output (an older recipe's rule)",
+        "host", when=("finetune_host", False),
+    )  # fmt: skip
+
+    expert: str = setting(
+        "frozen",
+        "between the adapters: MusicGen's layers as they are, MusicGen's trained on, drawn ones that stay, or nothing",
+        "expert",
+        choices=("frozen", "trained", "random", "none"),
+    )
+    musicgen: str | None = setting(
+        "facebook/musicgen-small",
+        "MusicGen (weights: CC-BY-NC 4.0): hub name, small, medium, large, or a folder; None needs expert_dim",
+        "expert",
+    )
+    expert_dim: int | None = setting(
+        None,
+        "width of an expert that is drawn, or of the adapters alone; None takes MusicGen's, which expert=frozen has",
+        "expert",
+        at_least=1,
+        at_most=1_000_000,
+    )
+    layer_map: str = setting(
+        "even", "MusicGen's layer for each of the host's: even, first, last, or a list as in 0,2,3", "expert",
+        when=("expert", ("frozen", "trained")),
+    )  # fmt: skip
+
+    vocabulary: str = setting(
+        "rows",
+        "audio ids as rows beside the host's, with end and an input-only start; or one expanded matrix of codes alone, "
+        "without markers",
+        "vocabulary",
+        choices=("rows", "expanded"),
+    )
+    output_layers: str = setting(
+        "separate",
+        "softmax and loss over the audio ids alone; or one shared over the whole vocabulary",
+        "vocabulary",
+        choices=("separate", "shared"),
+    )
+    train_output: str = setting(
+        "rows",
+        "what is trained of the output: the audio rows; a copy of the whole matrix, which changes the text; or none of "
+        "it, all rows zero",
+        "vocabulary",
+        choices=("rows", "whole", "none"),
+    )
+    caption_dropout: float = setting(
+        0.1, "share of the captions left out in training, for classifier-free guidance", "vocabulary", at_least=0,
+        at_most=0.9,
+    )  # fmt: skip
+
+    learning_rate: float = setting(5e-4, "AdamW rate of adapters and audio rows", "optimizer", above=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of what is trained", "optimizer", at_least=0)
+
+    eval_clips: int | None = setting(
+        200, "held-out sounds of each measurement; None takes all", "evaluation", at_least=1
+    )
+    stall_evals: int = setting(
+        5, "say so when the held-out loss has not improved for so many measurements", "evaluation", at_least=1,
+        when=("eval_every", ON),
+    )  # fmt: skip
+    check_text: str | None = setting(
+        "stdlib",
+        "source of text whose loss under the host is measured before and after; None leaves it out",
+        "evaluation",
+    )
+    check_tokens: int = setting(20_000, "tokens of that text", "evaluation", at_least=2, when=("check_text", ON))
+
+    # what all stages have, where it is another here
+    dtype: str | None = again(
+        RunSettings, "dtype", help="dtype of the frozen weights and of activations; what is trained stays float32; "
+        "None takes bfloat16 where the hardware profits from it",
+    )  # fmt: skip
+    model_tag: str | None = again(
+        RunSettings, "model_tag", help="name of the checkpoint folder; None says host, expert and variant"
+    )
+    data: str = again(
+        RunSettings, "data", "synth", help="synth (captioned melodies), hf:<dataset>, or the path of a folder of sounds"
+    )
+    data_limit: int | None = again(
+        RunSettings, "data_limit", help="use at most so many sounds; None uses the source's default"
+    )
+    modalities: str = again(RunSettings, "modalities", "audio:2048", help="audio and the codes in a codebook of it")
+    codebooks: int = again(RunSettings, "codebooks", when=None)
+    codec: str = again(RunSettings, "codec", when=None)
+    clip_seconds: float | None = again(RunSettings, "clip_seconds", when=None)
+    max_seq_len: int = again(RunSettings, "max_seq_len", group="horizon", help="tokens of a row, caption and codes")
+    num_iterations: int = again(RunSettings, "num_iterations", 1000, help="optimizer steps")
+    device_batch_size: int = again(RunSettings, "device_batch_size", 8)
+    adam_betas: tuple[float, float] = again(RunSettings, "adam_betas", (0.9, 0.99))
+    warmup_steps: int = again(RunSettings, "warmup_steps", 50)
+    warmdown_ratio: float = again(RunSettings, "warmdown_ratio", 0.3)
+    eval_every: int | None = again(
+        RunSettings,
+        "eval_every",
+        100,
+        help="steps between measurements of the held-out audio loss; None only at the end",
+    )
+    save_every: int | None = again(RunSettings, "save_every", 200)
+    keep_last: int | None = again(RunSettings, "keep_last", 2)
+
+    @classmethod
+    def presets(cls) -> dict[str, dict]:
+        return ADAPTER_PRESETS
+
+    @property
+    def tag(self) -> str:
+        """Folder of the checkpoints: the given one, or host, expert and what differs from the default recipe."""
+        if self.model_tag:
+            return self.model_tag
+        parts = [_last_name(self.host)]
+        if self.expert in ("frozen", "trained") and self.musicgen:
+            name = _last_name(self.musicgen)
+            parts.append(name if "musicgen" in name else f"musicgen-{name}")
+        parts += [self.expert] * (self.expert != "frozen")
+        parts += ["expanded"] * (self.vocabulary == "expanded")
+        parts += ["shared"] * (self.output_layers == "shared")
+        parts += {"rows": [], "whole": ["whole"], "none": ["zero"]}[self.train_output]
+        parts += ["finetuned"] if self.finetune_host else [_last_name(self.unfreeze)] if self.unfreeze else []
+        return "-".join(parts)
+
+    def inert(self, name: str) -> str | None:
+        drawn = self.expert in ("random", "none") and self.expert_dim is not None
+        if name == "musicgen" and drawn:
+            return f"musicgen has no effect while expert={self.expert!r} and expert_dim={self.expert_dim}"
+        if name == "layer_map" and self.expert == "trained" and self.musicgen is None:
+            return "layer_map has no effect while musicgen=None"
+        return super().inert(name)
+
+    def check(self, world_size: int = 1) -> None:
+        if not self.host.rpartition(":")[2].strip():
+            message = f"host={shown(self.host)} names no model: a hub name, a folder, meta:<folder> or nanochat:<tag>"
+            raise IllegalCombination("host", type(self).host, message)
+        if self.expert == "frozen" and self.musicgen is None:
+            message = "expert=frozen is MusicGen's: name one with musicgen, or set expert=random, which draws one"
+            raise IllegalCombination("musicgen", type(self).musicgen, message)
+        if self.expert in ("frozen", "trained") and self.musicgen and self.expert_dim:
+            message = f"expert={self.expert} has MusicGen's width: set expert_dim=None, not {self.expert_dim}, or "
+            other = "expert=random" if self.expert == "frozen" else "musicgen=None"
+            raise IllegalCombination("expert_dim", None, f"{message}{other}, which draws one of that width")
+        if self.musicgen is None and self.expert_dim is None:
+            message = f"expert={self.expert} without musicgen has no width: set expert_dim, such as 1024"
+            raise IllegalCombination("expert_dim", 1024, message)
+        if self.layer_map not in LAYER_MAPS and not re.fullmatch(r"\s*\d{1,3}\s*(,\s*\d{1,3}\s*)*", self.layer_map):
+            message = (
+                f"layer_map={shown(self.layer_map)} is not {', '.join(LAYER_MAPS)} or a list of layers as in 0,2,3"
+            )
+            raise IllegalCombination("layer_map", "even", message)
+        if self.train_output == "whole" and self.output_layers == "separate":
+            message = (
+                "train_output=whole with output_layers=separate: a softmax over audio alone gives the rows of text no "
+                "gradient; set train_output=rows, or output_layers=shared"
+            )
+            raise IllegalCombination("train_output", "rows", message)
+        if list(self.modality_codes()) != ["audio"]:
+            message = (
+                f"modalities={shown(self.modalities)}: the adapters speak audio, as in audio:2048, and nothing else"
+            )
+            raise IllegalCombination("modalities", "audio:2048", message)
+        if self.data in TEXT_SOURCES:
+            message = f"data={self.data} holds no sounds: synth, hf:<dataset>, or the path of a folder"
+            raise IllegalCombination("data", "synth", message)
+        super().check(world_size)
+
+
+def _last_name(name: str) -> str:
+    """The last part of a hub name, a path or prefix:name, in letters that suit a folder's name."""
+    last = Path(name.rpartition(":")[2]).name.lower()
+    return re.sub(r"[^a-z0-9._]+", "-", last).strip(".-")[:50] or "model"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# presets: what differs from the defaults
+
+ADAPTER_PRESETS: dict[str, dict] = {
+    "llama": dict(
+        codec="encodec:facebook/encodec_32khz", clip_seconds=10.0, max_seq_len=1024, device_batch_size=4,
+        total_batch_size=65_536, num_iterations=2000,
+    ),
+    "tiny": dict(
+        host="nanochat:host", expert="random", musicgen=None, expert_dim=64, data_limit=3000, modalities="audio:256",
+        codebooks=2, codec="pitch", max_seq_len=240, total_batch_size=3840, device_batch_size=16, num_iterations=300,
+        eval_clips=100, learning_rate=0.02,  # small hosts take large steps (dev/LOG.md)
+    ),
+}  # fmt: skip
+
+
+def adapter_hardware_preset(device_type: str, gpus: int = 0) -> str:
+    """The preset that fits the hardware: a GPU holds a Llama of a billion parameters."""
+    return "llama" if device_type == "cuda" else "tiny"

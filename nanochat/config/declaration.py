@@ -1,0 +1,91 @@
+"""How a setting is declared: default, help, group, legal values, and when it has an effect."""
+
+import dataclasses
+import functools
+import math
+import re
+import typing
+from dataclasses import dataclass
+
+from nanochat.runtime import shown
+from nanochat.system.environment import UserError
+
+ON = "on"  # in `when`: any value but these
+OFF = (None, False, 0, "disabled", "none", "L")
+
+
+class IllegalCombination(UserError):
+    """Settings that are legal one by one and not together: `name` is the one to change, `nearest` a legal value."""
+
+    def __init__(self, name: str, nearest, message: str):
+        super().__init__(message)
+        self.name, self.nearest = name, nearest
+
+
+def setting(default, help: str, group: str, *, choices=None, at_least=None, above=None, at_most=None, when=None):
+    """One field: default, help (what it is and why, with the unit), group, and the range or choices that are legal.
+
+    when: (name of another setting, its value, a tuple of values, Like or ON): the setting has an effect only then.
+    """
+    facts = dict(help=help, group=group, choices=choices, at_least=at_least, above=above, at_most=at_most, when=when)
+    return dataclasses.field(default=default, metadata=facts)
+
+
+def again(kind: type, name: str, default=dataclasses.MISSING, **facts):
+    """A field of another class once more: with this default and these facts, else as it is declared there."""
+    declared = fields_of(kind)[name]
+    kept = declared.default if default is dataclasses.MISSING else default
+    return dataclasses.field(default=kept, metadata={**declared.metadata, **facts})
+
+
+@functools.cache
+def fields_of(kind: type) -> dict[str, dataclasses.Field]:
+    """The declarations of a stage's settings by name."""
+    return {field.name: field for field in dataclasses.fields(kind)}
+
+
+@functools.cache
+def types_of(kind: type) -> dict[str, object]:
+    """The types of a stage's settings by name."""
+    hints = typing.get_type_hints(kind)
+    return {name: hints[name] for name in fields_of(kind)}
+
+
+def _checked_number(name, value, kind, facts, without=""):
+    """without: what a message on a number that is too small says of None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1.7e308 < value < 1.7e308:
+        raise UserError(f"{name}={shown(value)} is not a finite number{without}")
+    if kind is int and value != int(value):
+        raise UserError(f"{name}={shown(value)} is not a whole number")
+    low, above, high = facts["at_least"], facts["above"], facts["at_most"]
+    if low is not None and value < low:
+        raise UserError(f"{name}={shown(value)} is too small: at least {low}{without}")
+    if above is not None and value <= above:
+        raise UserError(f"{name}={shown(value)} is too small: more than {above}{without}")
+    if high is not None and value > high:
+        raise UserError(f"{name}={shown(value)} is too large: at most {high}")
+    return kind(value)
+
+
+def nearest_divisor(number: int, wish: int) -> int:
+    """The divisor of number that is closest to the wish; the smaller of two equally close ones."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return min(small + [number // n for n in small], key=lambda n: (abs(n - wish), n))
+
+
+@dataclass(frozen=True)
+class Like:
+    """In `when`: any text that a pattern matches, whatever the case; words: how it looks, for --help."""
+
+    pattern: str
+    words: str
+
+    def matches(self, value) -> bool:
+        return isinstance(value, str) and re.fullmatch(self.pattern, value, re.IGNORECASE) is not None
+
+
+def _meets(value, wanted) -> bool:
+    """Whether a value is what `when` wants."""
+    if isinstance(wanted, Like):
+        return wanted.matches(value)
+    return value not in OFF if wanted is ON else value in (wanted if isinstance(wanted, tuple) else (wanted,))

@@ -1,0 +1,736 @@
+"""Every setting of training, declared once: what all stages have in RunSettings, base training's own in Settings.
+
+Wizard questions, config.py, --flags and --help all come from the fields of these classes (and of AdapterSettings).
+Adding a setting is one line here. Presets are sets of values that differ from the defaults.
+"""
+
+import itertools
+import math
+import re
+import types
+import typing
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nanochat.config.declaration import (
+    ON,
+    IllegalCombination,
+    Like,
+    _checked_number,
+    _meets,
+    fields_of,
+    nearest_divisor,
+    setting,
+    types_of,
+)
+from nanochat.config.presets import PRESETS
+from nanochat.modality import RESERVED, modalities_of
+from nanochat.runtime import nearest_name, shown
+from nanochat.system.environment import UserError
+
+HUB = Like(r"hf:.*", "hf:<dataset>")
+LIMITED = Like(r"climbmix|synth|hf:.*", "climbmix, synth or hf:<dataset>")
+COLUMNS = Like(
+    r"(?!(stdlib|packages|climbmix|synth)$)(?!.*\.(txt|md|py)(\.(gz|bz2|xz|zst))?$).*",
+    "hf:<dataset>, or files with columns or sounds",
+)
+AUDIO = Like(r"(.*,)?\s*audio:.*", "audio:<codes>")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What every stage of training has: where it runs, data, horizon, schedule, saving.
+
+    The one base class of this repository: a second copy of forty declarations would drift from the first. Each stage
+    declares its own settings behind these, may declare one of these again with another default, and says
+
+    stage, script       its name for the wizard, and the script that trains it
+    checkpoints         its folder under base_dir(), one folder a tag
+    groups              the sections of its config.py, in order
+    presets(), tag      its sets of values; the name of a run that has not been given one
+    """
+
+    stage: ClassVar[str]
+    script: ClassVar[str]
+    checkpoints: ClassVar[str]
+    groups: ClassVar[tuple[str, ...]]
+
+    run: str = setting("dummy", "name of the run for trackers", "run", when=("wandb_mode", ON))
+    device_type: str | None = setting(
+        None, "where to compute; None takes the best of this machine", "run", choices=("cpu", "cuda", "mps")
+    )
+    dtype: str | None = setting(
+        None,
+        "dtype of activations; None takes bfloat16 where the hardware profits from it",
+        "run",
+        choices=("float32", "bfloat16"),
+    )
+    seed: int = setting(42, "seed of initialisation, data order and samples", "run", at_least=0, at_most=2**63 - 1)
+    deterministic: bool = setting(
+        False, "bit-equal runs on a GPU too, at the price of speed (a CPU's always are)", "run",
+        when=("device_type", (None, "cuda", "mps")),
+    )  # fmt: skip
+    rank_timeout: int = setting(
+        600, "seconds that a rank waits for the others in a step before the run ends", "run", at_least=1
+    )
+    model_tag: str | None = setting(
+        None, "name of the checkpoint folder; None says depth and variant, as in d4-tied", "run"
+    )
+    wandb_mode: str = setting(
+        "disabled",
+        "Weights & Biases tracking; metrics.jsonl is always written",
+        "run",
+        choices=("disabled", "offline", "online"),
+    )
+
+    data: str = setting(
+        "stdlib",
+        "stdlib, packages, climbmix, synth (captioned melodies), hf:<dataset>, or the path of a file or folder",
+        "data",
+    )
+    data_column: str = setting(
+        "text", "column that holds the text in jsonl, parquet and hub datasets", "data", when=("data", COLUMNS)
+    )
+    data_split: str = setting("train", "split of the hub dataset to read", "data", when=("data", HUB))
+    data_config: str | None = setting(None, "configuration name of the hub dataset", "data", when=("data", HUB))
+    data_limit: int | None = setting(
+        None, "use at most so many climbmix shards or hub documents; None uses the source's default", "data",
+        at_least=1, when=("data", LIMITED),
+    )  # fmt: skip
+    skip_corrupt: bool = setting(
+        False, "leave out unreadable shards and files, naming them, instead of stopping", "data"
+    )
+
+    max_seq_len: int = setting(512, "context length in tokens", "model", at_least=2, at_most=2**24)
+
+    modalities: str | None = setting(
+        None, "modalities beside text and the codes in a codebook of each, as in audio:2048", "modalities"
+    )
+    codebooks: int = setting(
+        1, "codebooks of audio; each is one more position a frame", "modalities", at_least=1, at_most=32,
+        when=("modalities", AUDIO),
+    )  # fmt: skip
+    codec: str = setting(
+        "frame",
+        "sound to codes: frame, pitch, mdct (fitted on the data); encodec:<hub name or folder>; a fitted one's name",
+        "modalities",
+        when=("modalities", AUDIO),
+    )
+    clip_seconds: float | None = setting(
+        None,
+        "sounds are cut to so many seconds; None keeps them whole",
+        "modalities",
+        above=0,
+        when=("modalities", AUDIO),
+    )
+    data_audio_column: str = setting(
+        "audio", "column that holds the sound in hub datasets", "modalities", when=("data", HUB)
+    )
+
+    num_iterations: int | None = setting(
+        None, "optimizer steps; takes precedence over the other two horizons", "horizon", at_least=1
+    )
+    device_batch_size: int = setting(
+        16, "rows a device works on at a time; lower it when memory runs out", "horizon", at_least=1
+    )
+    total_batch_size: int = setting(
+        8192, "tokens per optimizer step over all devices; with batch_start in the end", "horizon", at_least=2,
+        at_most=2**40,
+    )  # fmt: skip
+    batch_start: int | None = setting(
+        None, "tokens per step at first, doubled to total_batch_size: equal tokens at each size, rates by its root",
+        "horizon", at_least=2, at_most=2**40,
+    )  # fmt: skip
+
+    grad_clip: float | None = setting(1.0, "largest gradient norm; None never clips", "optimizer", above=0)
+    adam_betas: tuple[float, float] = setting(
+        (0.8, 0.95), "AdamW's decay rates of the two moments", "optimizer", at_least=0, at_most=0.999999
+    )
+    warmup_steps: int = setting(0, "steps of linear warmup", "optimizer", at_least=0)
+    warmdown_ratio: float = setting(
+        0.4, "last part of the run in which the rate falls linearly", "optimizer", at_least=0, at_most=1
+    )
+    final_lr_frac: float = setting(
+        0.0, "rate at the end as a fraction of the full one", "optimizer", at_least=0, at_most=1,
+        when=("warmdown_ratio", ON),
+    )  # fmt: skip
+
+    eval_every: int | None = setting(
+        250, "steps between measurements of val bpb; None only at the end", "evaluation", at_least=1
+    )
+
+    save_every: int | None = setting(None, "steps between checkpoints; None only at the end", "checkpoints", at_least=1)
+    keep_last: int | None = setting(
+        None,
+        "keep only the newest so many checkpoints; None keeps all",
+        "checkpoints",
+        at_least=1,
+        when=("save_every", ON),
+    )
+    overwrite: bool = setting(
+        False, "start over although the model_tag holds a run (the old one is moved aside)", "checkpoints"
+    )
+    ignore_lock: bool = setting(
+        False, "train although another process seems to be training this model_tag", "checkpoints"
+    )
+    log_rows: bool = setting(False, "log the documents of every row to rows_rank<k>.jsonl", "checkpoints")
+
+    # -- derived values: the same everywhere, without torch -----------------------------------------------------------
+
+    @property
+    def rows(self) -> int:
+        """Rows of max_seq_len tokens in one global batch."""
+        return self.total_batch_size // self.max_seq_len
+
+    @property
+    def least_rows(self) -> int:
+        """Rows in the smallest batch of the run."""
+        return min(self.batch_start or self.total_batch_size, self.total_batch_size) // self.max_seq_len
+
+    def modality_codes(self) -> dict[str, int]:
+        """Codes in a codebook of each modality beside text, by name; UserError for what is not name:codes, ..."""
+        codes = {}
+        for part in (self.modalities or "").split(",") if self.modalities else ():
+            name, _, number = part.strip().partition(":")
+            legal = number.isascii() and number.isdigit() and len(number) < 8 and 1 < int(number) <= 1_000_000
+            if name in codes:
+                message = f"modalities={shown(self.modalities)} names {name} twice"
+                raise IllegalCombination("modalities", "audio:2048", message)
+            if not re.fullmatch("[a-z][a-z0-9]*", name) or name == "text" or not legal:
+                raise IllegalCombination(
+                    "modalities",
+                    "audio:2048",
+                    f"modalities={shown(self.modalities)}: {part.strip()!r} is not name:codes with a new lower-case "
+                    "name and 2 to 1000000 codes, as in audio:2048",
+                )
+            codes[name] = int(number)
+        if len(codes) > RESERVED:
+            message = f"modalities={shown(self.modalities)}: there are {RESERVED} reserved ids to start them with"
+            raise IllegalCombination("modalities", "audio:2048", message)
+        return codes
+
+    def batch_plan(self, world_size: int = 1) -> tuple[int, int]:
+        """(rows of one micro-batch, micro-batches of a step) of each rank; UserError names the nearest legal values.
+
+        The rows divide those of the smallest batch, so that all steps have micro-batches of one shape; the number of
+        micro-batches is that of total_batch_size.
+        """
+        unit, ranks = self.max_seq_len * world_size, f" * {world_size} ranks" if world_size > 1 else ""
+        if self.total_batch_size % unit:
+            raise _not_multiple(self, "total_batch_size", f"max_seq_len{ranks}", unit)
+        name = "total_batch_size"
+        if self.batch_start is not None:
+            name, sizes = "batch_start", [self.total_batch_size]
+            while sizes[-1] % (2 * unit) == 0:
+                sizes.append(sizes[-1] // 2)
+            if self.batch_start not in sizes:
+                nearest = min(sizes, key=lambda size: abs(size - self.batch_start))
+                raise IllegalCombination(
+                    "batch_start", nearest,
+                    f"batch_start={self.batch_start} does not become total_batch_size={self.total_batch_size} by "
+                    f"doubling in rows of max_seq_len{ranks}: nearest legal value {nearest}",
+                )  # fmt: skip
+        rows = self.least_rows // world_size
+        micro = min(self.device_batch_size, rows)
+        if rows % micro:
+            nearest = nearest_divisor(rows, micro)
+            raise IllegalCombination(
+                "device_batch_size",
+                nearest,
+                f"device_batch_size={micro} does not divide the {rows} rows of a rank "
+                f"({name} {getattr(self, name)} / max_seq_len {self.max_seq_len} / {world_size} ranks): "
+                f"nearest legal value {nearest}",
+            )
+        return micro, self.rows // world_size // micro
+
+    def inert(self, name: str) -> str | None:
+        """Why a setting has no effect under the others, or None when it has one."""
+        if name == "batch_start" and self.batch_start == self.total_batch_size:
+            return f"batch_start has no effect while total_batch_size={self.total_batch_size}"
+        if name == "data_audio_column" and not AUDIO.matches(self.modalities):
+            return f"data_audio_column has no effect while modalities={self.modalities!r}"
+        other = name
+        while condition := fields_of(type(self))[other].metadata["when"]:  # what switches off a switch counts too
+            other, wanted = condition
+            value = getattr(self, other)
+            if not _meets(value, wanted):
+                return f"{name} has no effect while {other}={value!r}"
+        return None
+
+    def check(self, world_size: int = 1) -> None:
+        """Whether the values go together; IllegalCombination names the nearest legal value. Single ones are checked."""
+        tag = self.model_tag or ""
+        if tag.startswith(".") or set("/\\") & set(tag) or len(tag.encode()) > 200:
+            message = f"model_tag={shown(tag)} must be a folder's name: no slashes, no leading dot, at most 200 bytes"
+            raise IllegalCombination("model_tag", None, message)
+        if "audio" in self.modality_codes() and self.codec == "pitch" and self.codebooks < 2:
+            raise IllegalCombination(
+                "codebooks", 2, "codec=pitch codes the pitch and the rest apart: codebooks must be at least 2"
+            )
+        self.batch_plan(world_size)
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    """All settings of one run of base training. None means off, or 'decide for me' where the help says so."""
+
+    stage: ClassVar[str] = "base"
+    script: ClassVar[str] = "scripts.base_train"
+    checkpoints: ClassVar[str] = "base_checkpoints"
+    groups: ClassVar[tuple[str, ...]] = (
+        *("run", "data", "model", "modalities", "horizon", "optimizer", "evaluation", "checkpoints"),
+    )
+
+    compile: bool = setting(
+        True, "compile the model with torch.compile; falls back to eager with a printed reason", "run"
+    )
+    fp8: bool = setting(False, "multiply the blocks' large matrices in FP8 in training: GPUs from Hopper on", "run")
+    init_from: str | None = setting(
+        None, "begin with the weights of the newest step of this model_tag or folder, ours or nanochat's own", "run"
+    )
+
+    init_era: str | None = setting(
+        None, "what nanochat's own files in init_from are from, as in 2026-03-02; None: what they look like", "run",
+        when=("init_from", ON),
+    )  # fmt: skip
+
+    tokenizer: str | None = setting(None, "name or folder of a trained tokenizer; None trains one on this data", "data")
+    vocab_size: int = setting(
+        4096, "ids of the tokenizer, its 16 special and reserved ones included", "data", at_least=272,
+        at_most=1_000_000, when=("tokenizer", None),
+    )  # fmt: skip
+
+    depth: int = setting(4, "number of transformer layers: the one dial", "model", at_least=1, at_most=1000)
+    aspect_ratio: int = setting(
+        64,
+        "width per layer: model_dim = depth * aspect_ratio, rounded up to head_dim",
+        "model",
+        at_least=1,
+        at_most=10_000,
+        when=("model_dim", None),
+    )
+    model_dim: int | None = setting(
+        None, "width of the residual stream; None takes depth * aspect_ratio", "model", at_least=1, at_most=1_000_000
+    )
+    head_dim: int = setting(64, "width of one attention head (even)", "model", at_least=2, at_most=10_000)
+    n_kv_head: int | None = setting(
+        None, "key/value heads (grouped-query attention); None means one for each query head", "model", at_least=1
+    )
+    mlp_ratio: float = setting(4.0, "hidden units of an MLP for each of its width", "model", above=0, at_most=64)
+    tie_weights: bool = setting(False, "tie embedding weights: the embedding also makes the logits", "model")
+    use_output_projection: bool = setting(
+        False, "add a square output projection before the tied logits", "model", when=("tie_weights", True)
+    )
+    output_projection_residual: bool = setting(
+        False, "add the projection to its input instead of replacing it", "model", when=("use_output_projection", True)
+    )
+    rope_base: float = setting(10000.0, "base of the rotary frequencies; nanochat now uses 100000", "model", above=1)
+    qk_scale: float = setting(
+        1.0, "factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2", "model", above=0
+    )
+    softcap: float = setting(
+        15.0, "logits are squashed smoothly into plus and minus this", "model", above=0, at_most=40
+    )  # fmt: skip
+    window_pattern: str = setting(
+        "L",
+        "what each layer sees, again and again: L all that came before, S a short window; the last layer is always L",
+        "model",
+    )
+    short_window: int | None = setting(
+        None, "tokens before a token that an S layer sees; None: a quarter of the context, rounded up to 128", "model",
+        at_least=1, at_most=2**24, when=("window_pattern", ON),
+    )  # fmt: skip
+    document_mask: bool = setting(
+        False,
+        "no token sees what came before its document in the same row; on GPUs FlexAttention trains so",
+        "model",
+    )
+    vocab_multiple: int = setting(
+        1, "rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs", "model", at_least=1,
+        at_most=65536,
+    )  # fmt: skip
+    value_embeddings: bool = setting(
+        False, "every other layer adds a gated embedding of the token to its values: memory, hardly any time", "model"
+    )
+    smear: bool = setting(False, "mix a gated part of the previous token's embedding into each token's", "model")
+    residual_scalars: bool = setting(
+        False, "learn how much of the stream and of the first embedding goes into each block", "model"
+    )
+    backout: bool = setting(
+        False, "take a learned part of the middle block's output off the last one's (from depth 3 on)", "model"
+    )
+    bigram_rows: int | None = setting(
+        None, "rows of a hashed table of embeddings of two neighbouring tokens, which every block adds; None has none",
+        "model", at_least=1, at_most=2**24,
+    )  # fmt: skip
+
+    untie: str = setting(
+        "mlp",
+        "what each modality has of its own: nothing, the MLP, or attention's matrices too (random: a control)",
+        "modalities",
+        choices=("none", "mlp", "all", "random"),
+        when=("modalities", ON),
+    )
+    expert_dim: int | None = setting(
+        None, "width inside the experts of the further modalities; None takes the model's", "modalities", at_least=1,
+        at_most=1_000_000, when=("untie", ON),
+    )  # fmt: skip
+    output_layers: str = setting(
+        "separate",
+        "logits: a layer for each modality; one shared, masked to the target's modality in the loss; or one shared",
+        "modalities",
+        choices=("separate", "masked", "shared"),
+        when=("modalities", ON),
+    )
+    loss_modalities: str = setting(
+        "all", "modalities whose targets count in the training loss: all, or names as in audio", "modalities",
+        when=("modalities", ON),
+    )  # fmt: skip
+    text_data: str | None = setting(
+        None,
+        "source of text-only documents to mix with captioned sounds: as data, by its defaults, from column text",
+        "modalities",
+        when=("modalities", AUDIO),
+    )
+    text_share: float = setting(
+        0.5, "share of the positions that text-only documents take", "modalities", above=0, at_most=0.99,
+        when=("text_data", ON),
+    )  # fmt: skip
+    route: str = setting(
+        "sort",
+        "how tokens get to their experts: sorted; all by all (where); rows of one layout (slice); one kernel (grouped)",
+        "modalities",
+        choices=("sort", "where", "slice", "grouped"),
+        when=("untie", ON),
+    )
+
+    target_flops: float | None = setting(
+        None,
+        "train for so many FLOPs; takes precedence over the ratio",
+        "horizon",
+        above=0,
+        when=("num_iterations", None),
+    )
+    target_param_data_ratio: float | None = setting(
+        20.0,
+        "train for so many tokens per matmul parameter (Chinchilla: 20)",
+        "horizon",
+        above=0,
+        when=("target_flops", None),
+    )
+
+    embedding_lr: float = setting(
+        0.2,
+        "AdamW rate of an untied embedding, before the (width/768)^-0.5 scaling",
+        "optimizer",
+        above=0,
+        when=("tie_weights", False),
+    )
+    unembedding_lr: float = setting(
+        0.004,
+        "AdamW rate of an untied lm_head, before the same scaling",
+        "optimizer",
+        above=0,
+        when=("tie_weights", False),
+    )
+    tied_weights_lr: float = setting(
+        0.005,
+        "AdamW rate of the tied matrix, before the same scaling",
+        "optimizer",
+        above=0,
+        when=("tie_weights", True),
+    )
+    tied_init_std: float = setting(
+        0.02, "standard deviation of the tied matrix at the start", "optimizer", above=0, when=("tie_weights", True)
+    )
+    untie_at: float | None = setting(
+        None, "part of the steps after which the tied tables are split, at the tied rate; None: never", "optimizer",
+        above=0, at_most=0.999, when=("tie_weights", True),
+    )  # fmt: skip
+    value_embedding_lr: float = setting(
+        0.2,
+        "AdamW rate of value embeddings, before the same scaling",
+        "optimizer",
+        above=0,
+        when=("value_embeddings", True),
+    )
+    bigram_lr: float = setting(
+        0.2,
+        "AdamW rate of the table of bigrams, before the same scaling",
+        "optimizer",
+        above=0,
+        when=("bigram_rows", ON),
+    )
+    matrix_lr: float = setting(0.02, "Muon rate of the weight matrices", "optimizer", above=0)
+    scalar_lr: float = setting(0.01, "AdamW rate of the lambdas and gates of the newer features", "optimizer", above=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", "optimizer", at_least=0)
+    cautious_weight_decay: bool = setting(
+        True, "decay only where update and weight point the same way", "optimizer", when=("weight_decay", ON)
+    )
+    muon_method: str = setting(
+        "polar_express", "orthogonalisation of Muon's update", "optimizer", choices=("polar_express", "newton_schulz")
+    )
+    muon_dtype: str | None = setting(
+        None, "dtype of the orthogonalisation; None follows dtype", "optimizer", choices=("float32", "bfloat16")
+    )
+    muon_nesterov: bool = setting(True, "Nesterov momentum in Muon", "optimizer")
+    muon_normalize: bool = setting(
+        True, "normalise Muon's update per neuron by a running variance (NorMuon)", "optimizer"
+    )
+
+    eval_tokens: int | None = setting(
+        1_048_576, "held-out tokens of each measurement; None takes all", "evaluation", at_least=1
+    )
+    core_metric_every: int | None = setting(
+        None, "steps between runs of CORE, or of the offline suite without the bundle", "evaluation", at_least=1
+    )
+    core_metric_max_per_task: int | None = setting(
+        500, "items per task of these runs; None takes all", "evaluation", at_least=1, when=("core_metric_every", ON)
+    )
+    sample_every: int | None = setting(
+        2000, "steps between printed samples; None prints one after the last step only", "evaluation", at_least=1
+    )
+
+    @property
+    def n_embd(self) -> int:
+        """Width: model_dim, or depth * aspect_ratio rounded up to a whole number of heads."""
+        return self.model_dim or math.ceil(self.depth * self.aspect_ratio / self.head_dim) * self.head_dim
+
+    @property
+    def n_head(self) -> int:
+        return self.n_embd // self.head_dim
+
+    @property
+    def tag(self) -> str:
+        """Folder of the checkpoints: the given one, or depth and variant."""
+        if self.model_tag:
+            return self.model_tag
+        tied = "-tied" * self.tie_weights
+        projected = self.tie_weights and self.use_output_projection
+        further = "".join(f"-{name}" for name in self.modality_codes())
+        residual = projected and self.output_projection_residual
+        return f"d{self.depth}{tied}{'-proj' * projected}{'-res' * residual}{further}"
+
+    def model_arguments(self, vocab_size: int | None = None, bos_id: int = 0) -> dict:
+        """Keyword arguments of GPTConfig (vocab_size, which may differ from the wish, and bos_id: the tokenizer's)."""
+        short = math.ceil(self.max_seq_len / 512) * 128  # as nanochat: a quarter, rounded up to its kernels' tile
+        return dict(
+            sequence_len=self.max_seq_len,
+            vocab_size=vocab_size or self.vocab_size,
+            n_layer=self.depth,
+            n_head=self.n_head,
+            n_kv_head=self.n_kv_head or self.n_head,
+            n_embd=self.n_embd,
+            mlp_ratio=self.mlp_ratio,
+            tie_weights=self.tie_weights,
+            use_output_projection=self.tie_weights and self.use_output_projection,
+            output_projection_residual=self.tie_weights
+            and self.use_output_projection
+            and self.output_projection_residual,
+            rope_base=self.rope_base,
+            qk_scale=self.qk_scale,
+            softcap=self.softcap,
+            document_start=bos_id if self.document_mask else None,
+            vocab_multiple=self.vocab_multiple,
+            window_pattern=self.window_pattern,
+            value_embeddings=self.value_embeddings,
+            smear=self.smear,
+            residual_scalars=self.residual_scalars,
+            bigram_rows=self.bigram_rows or 0,
+            backout=self.backout and self.depth > 2,  # else the middle block is the last: lambda would have no effect
+            **(dict(short_window=self.short_window or short) if "S" in self.window_pattern else {}),
+            **(self._modality_arguments(vocab_size or self.vocab_size) if self.modalities else {}),
+        )
+
+    def _modality_arguments(self, vocab_size: int) -> dict:
+        modalities = modalities_of(self, vocab_size)
+        return dict(modalities=modalities, untie=self.untie, output_layers=self.output_layers)
+
+    @staticmethod
+    def of_model(config) -> dict:
+        """The settings that describe the text model of a GPTConfig: what model_arguments() makes it of."""
+        shape = dict(
+            depth=config.n_layer, model_dim=config.n_embd, head_dim=config.head_dim, max_seq_len=config.sequence_len
+        )
+        other = ("vocab_size", "modalities", "untie", "output_layers")  # the tokenizer's, and what data has to go with
+        shape |= {n: getattr(config, n) for n in fields_of(Settings) if hasattr(config, n) and n not in other}
+        return shape | dict(bigram_rows=config.bigram_rows or None, document_mask=config.document_start is not None)
+
+    def untie_step(self, steps: int) -> int | None:
+        """How many of `steps` are done before the tied tables are split: one at least, not all. None: never split."""
+        if not (self.tie_weights and self.untie_at):
+            return None
+        return max(1, min(round(self.untie_at * steps), steps - 1))
+
+    def inert(self, name: str) -> str | None:
+        short = "S" in "".join(self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1))
+        window = self.short_window or math.ceil(self.max_seq_len / 512) * 128
+        covers = window >= self.max_seq_len - 1 and f"max_seq_len={self.max_seq_len}, which {window} tokens cover"
+        features = self.value_embeddings or self.smear or self.residual_scalars or (self.backout and self.depth > 2)
+        reasons = {
+            # the tokenizer and the tables come with the weights
+            "vocab_size": self.init_from and not self.tokenizer and f"init_from={self.init_from!r}",
+            "tied_init_std": self.tie_weights and self.init_from and f"init_from={self.init_from!r}",
+            "backout": self.depth < 3 and f"depth={self.depth}",
+            "window_pattern": "S" in self.window_pattern and (covers if short else f"depth={self.depth}"),
+            "short_window": not short and f"window_pattern={self.window_pattern!r} and depth={self.depth}",
+            "scalar_lr": not features and not self.bigram_rows
+            and "value_embeddings, smear, residual_scalars, backout and bigram_rows are off",
+        }  # fmt: skip
+        if name == "short_window" and "S" not in self.window_pattern:
+            reasons[name] = f"window_pattern={self.window_pattern!r}"
+        elif name == "short_window" and short and self.short_window:
+            reasons[name] = covers
+        return f"{name} has no effect while {reasons[name]}" if reasons.get(name) else super().inert(name)
+
+    @property
+    def counted_modalities(self) -> tuple[str, ...] | None:
+        """Names of the modalities whose targets count in the loss; None for all."""
+        if self.loss_modalities == "all":
+            return None
+        return tuple(name.strip() for name in self.loss_modalities.split(","))
+
+    @classmethod
+    def presets(cls) -> dict[str, dict]:
+        return PRESETS
+
+    def check(self, world_size: int = 1) -> None:
+        if not re.fullmatch("[SL]+", self.window_pattern):
+            message = f"window_pattern={shown(self.window_pattern)} is not made of S and L, as SSSL is"
+            raise IllegalCombination("window_pattern", "SSSL", message)
+        if self.head_dim % 2:
+            even = self.head_dim + 1
+            raise IllegalCombination(
+                "head_dim", even, f"head_dim={self.head_dim} is odd, rotary embedding needs pairs: use {even}"
+            )
+        if self.n_embd % self.head_dim:
+            raise _not_multiple(self, "model_dim", "head_dim", self.head_dim)
+        self._check_hidden("mlp_ratio", self.n_embd)
+        if self.modalities and self.expert_dim is not None and self.untie != "none":
+            self._check_hidden("expert_dim", self.expert_dim)
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            nearest = nearest_divisor(self.n_head, self.n_kv_head)
+            raise IllegalCombination(
+                "n_kv_head",
+                nearest,
+                f"n_kv_head={self.n_kv_head} does not divide the {self.n_head} query heads "
+                f"(model_dim {self.n_embd} / head_dim {self.head_dim}): nearest legal value {nearest}",
+            )
+        if (self.num_iterations, self.target_flops, self.target_param_data_ratio) == (None, None, None):
+            message = "no horizon: set num_iterations, target_flops or target_param_data_ratio"
+            raise IllegalCombination("target_param_data_ratio", 20.0, message)
+        self._check_modalities()
+        super().check(world_size)
+
+    def _check_hidden(self, name: str, width: int) -> None:
+        """IllegalCombination for an MLP without a hidden unit, with the smallest legal value of the setting."""
+        if round(self.mlp_ratio * width) >= 1:
+            return
+        if name == "expert_dim":
+            least = next(n for n in itertools.count(width) if round(self.mlp_ratio * n) >= 1)
+        else:
+            least = next(n / 10**4 for n in itertools.count(1) if round(n / 10**4 * width) >= 1)
+        raise IllegalCombination(
+            name, least,
+            f"{name}={getattr(self, name)}: round(mlp_ratio={self.mlp_ratio} * width {width}) leaves an MLP without a "
+            f"hidden unit: smallest legal value {least}",
+        )  # fmt: skip
+
+    def _check_modalities(self) -> None:
+        names = ("text", *self.modality_codes())
+        if self.data == "synth" and "audio" not in names:
+            raise IllegalCombination(
+                "modalities", "audio:512", "data=synth is captioned sounds: set modalities=audio:512, or other data"
+            )
+        counted = self.counted_modalities or ("text",)
+        if wrong := [name for name in counted if name not in names]:
+            raise IllegalCombination(
+                "loss_modalities", "all",
+                f"loss_modalities={self.loss_modalities!r}: no modality {wrong[0]!r} among {', '.join(names)}",
+            )  # fmt: skip
+        if not {"text", "audio"} & set(counted):
+            raise IllegalCombination(
+                "loss_modalities", "all",
+                f"loss_modalities={self.loss_modalities!r}: data holds only text and audio, nothing would be learnt",
+            )  # fmt: skip
+        routed = self.modalities and self.route == "grouped" and self.untie != "none"
+        if routed and self.expert_dim not in (None, self.n_embd):
+            raise IllegalCombination(
+                "expert_dim", self.n_embd,
+                f"route=grouped needs experts of one width: expert_dim={self.expert_dim} is not {self.n_embd}",
+            )  # fmt: skip
+
+
+GROUPS, FIELDS, TYPES = Settings.groups, fields_of(Settings), types_of(Settings)  # base training's
+
+
+def type_name(name: str, kind: type[RunSettings] = Settings) -> str:
+    """The setting's type in words a person types: 'int or None', 'two numbers'."""
+    hint = types_of(kind)[name]
+    if hint == tuple[float, float]:
+        return "two numbers"
+    names = {int: "int", float: "number", bool: "True or False", str: "text", type(None): "None"}
+    parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return " or ".join(names[part] for part in parts)
+
+
+def checked(name: str, value, kind: type[RunSettings] = Settings):
+    """The value as the setting's own type; UserError for a wrong type, a non-finite number or an illegal value."""
+    fields = fields_of(kind)
+    if name not in fields:
+        raise UserError(f"unknown setting {name!r}{nearest_name(name, fields)}")
+    hint, facts = types_of(kind)[name], fields[name].metadata
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in allowed:
+        return None
+    if hint == tuple[float, float]:
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise UserError(f"{name}={shown(value)} is not two numbers, such as {fields[name].default}")
+        return tuple(_checked_number(name, part, float, facts) for part in value)
+    for one in allowed:
+        if one is bool and isinstance(value, bool):
+            return value
+        if one in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            without = _meaning_of_none(facts["help"]) if type(None) in allowed else ""
+            return _checked_number(name, value, one, facts, without)
+        if one is str and isinstance(value, str):
+            if facts["choices"] and value not in facts["choices"]:
+                raise UserError(f"{name}={shown(value)} is not one of {', '.join(facts['choices'])}")
+            if any(0xD800 <= ord(c) < 0xE000 for c in value):
+                raise UserError(f"{name}={shown(value)} is no text in this locale: set LC_ALL=C.UTF-8, or rename it")
+            if not value.strip() or any(ord(c) < 32 for c in value):
+                raise UserError(f"{name}={shown(value)} is empty or holds control characters")
+            return value
+    raise UserError(f"{name}={shown(value)} is a {type(value).__name__}: expected {type_name(name, kind)}")
+
+
+def _meaning_of_none(help: str) -> str:
+    """', or None (never clips)': what a setting's help says of None, which -1 and 0 are elsewhere."""
+    meaning = re.search(r"\bNone:? ([^;]+)", help)
+    return f", or None ({meaning[1] if meaning else 'off'})"
+
+
+def _not_multiple(settings: RunSettings, name: str, of: str, multiple: int) -> IllegalCombination:
+    value = settings.n_embd if name == "model_dim" else getattr(settings, name)
+    nearest = max(1, (value + multiple // 2) // multiple) * multiple
+    message = f"{name}={value} is not a multiple of {of} ({multiple}): nearest legal value {nearest}"
+    return IllegalCombination(name, nearest, message)
+
+
+def validate(settings: RunSettings, world_size: int = 1) -> RunSettings:
+    """Check single values and their combinations; returns the settings; UserError names the nearest legal value."""
+    for name in fields_of(type(settings)):
+        checked(name, getattr(settings, name), type(settings))
+    settings.check(world_size)
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def preset(name: str, kind: type[RunSettings] = Settings, **changes) -> RunSettings:
+    """The settings of a stage's preset, with some changed; UserError for an unknown name."""
+    presets = kind.presets()
+    if name not in presets:
+        raise UserError(f"unknown preset {name!r}{nearest_name(name, presets)}")
+    return kind(**{**presets[name], **changes})

@@ -1,0 +1,1 @@
+"""Checkpoints to and from Hugging Face, tied and grown models."""

@@ -1,0 +1,425 @@
+"""Folders in Hugging Face's format: written for transformers, read by JSON and safetensors alone, no code run.
+
+A classic model is transformers' own NanoChat. One with newer features comes with a modelling file of ours
+(hf_modeling.py); its configuration and tensors have our names. Its model_type is "nanochat" too: AutoTokenizer reads
+config.json first, and asks whether to run code where it does not know the type. NEEDS_CODE in place of the activation
+keeps transformers from building its own NanoChat of it.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from nanochat.checkpoint_manager import model_config, read_tensors, weights_hash
+from nanochat.conversion.tying import untied
+from nanochat.data.tokenizer import BOS, Tokenizer, byte_characters
+from nanochat.files import fsync
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import first_line, print0
+from nanochat.system.environment import UserError, base_dir
+from nanochat.system.storage_errors import describe as describe_storage_error
+from nanochat.system.storage_errors import find_storage_error
+from nanochat.system.temporary import glob_escape, owner_suffix, remove_abandoned
+from nanochat.upstream.foreign_weights import describe_nonfinite, strip_wrappers
+from nanochat.upstream.hf_model_types import ARCHITECTURE, CLASSIC, MODELING, MODERN, NEEDS_CODE, format_of
+
+EPSILON = 1.1920929e-07  # of float32; transformers' default is 1e-6
+# GPTConfig's fields in NanoChat's configuration: the key, and what transformers takes where it is absent.
+KEYS = {
+    "sequence_len": ("max_position_embeddings", 2048),
+    "vocab_size": ("vocab_size", 50304),
+    "n_layer": ("num_hidden_layers", 12),
+    "n_head": ("num_attention_heads", 6),
+    "n_kv_head": ("num_key_value_heads", None),  # as many as num_attention_heads
+    "n_embd": ("hidden_size", 768),
+    "softcap": ("final_logit_softcapping", 15.0),
+    "tie_weights": ("tie_word_embeddings", False),
+}
+# What is the same in all our models: the value, and what transformers takes where it is absent.
+FIXED = {
+    "hidden_act": ("relu2", "relu2"),
+    "rms_norm_eps": (EPSILON, 1e-6),
+    "attention_bias": (False, False),
+    "attention_dropout": (0.0, 0.0),
+}
+CLASSIC_FIELDS = (*KEYS, "mlp_ratio", "rope_base")
+MODERN_FIELDS = (
+    *CLASSIC_FIELDS, "qk_scale", "window_pattern", "short_window", "use_output_projection",
+    "output_projection_residual", "value_embeddings", "value_gate_channels", "value_gate_range", "smear",
+    "residual_scalars", "backout", "bigram_rows", "document_start",
+)  # fmt: skip
+LATER_FIELDS = ("bigram_rows", "document_start")  # which folders from before they were there lack: off
+PARTS = {
+    "transformer.wte.": "model.embed_tokens.", "transformer.h.": "model.layers.", ".attn.c_q.": ".self_attn.q_proj.",
+    ".attn.c_k.": ".self_attn.k_proj.", ".attn.c_v.": ".self_attn.v_proj.", ".attn.c_proj.": ".self_attn.o_proj.",
+    ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2.",
+}  # fmt: skip
+CARD = """---
+license: unknown
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A language model trained with nanochat: {parameters:,} parameters, {config.n_layer} layers of width {config.n_embd},
+{config.vocab_size:,} ids, a context of {config.sequence_len:,} tokens.
+
+{what}
+
+```python
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained({folder}{trust})
+{words}```
+
+{told}
+
+The license of the weights is not known to the program that wrote this card.
+"""
+USE_OF_WORDS = """tokenizer = AutoTokenizer.from_pretrained({folder})
+ids = [tokenizer.bos_token_id, *tokenizer.encode("The capital of France")]
+print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=32)[0]))
+"""
+ABOUT_WORDS = """Every document of its training began with `<|bos|>`, which the tokenizer does not add by itself.
+Special tokens in a text count as ordinary text."""
+
+
+def name_there(name: str, model_type: str) -> str:
+    """What a tensor of ours is called in a folder."""
+    if model_type == CLASSIC:
+        for ours, theirs in PARTS.items():
+            name = name.replace(ours, theirs)
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def plain(config: GPTConfig) -> GPTConfig:
+    """The same model with every field that has no effect under the others at its default, and unpadded tables."""
+    off = {"vocab_multiple"}
+    if not config.modalities:
+        off |= {"untie", "output_layers"}
+    if not config.use_output_projection:
+        off |= {"output_projection_residual"}
+    if not config.value_embeddings:
+        off |= {"value_gate_channels", "value_gate_range"}
+    if all(config.window(layer) is None for layer in range(config.n_layer)):
+        off |= {"window_pattern", "short_window"}
+    return dataclasses.replace(config, **{name: getattr(GPTConfig, name) for name in off})
+
+
+def changed(config: GPTConfig, known: tuple[str, ...]) -> list[str]:
+    """The fields outside `known` that differ from the classic model's."""
+    return [f.name for f in dataclasses.fields(config) if f.name not in known and getattr(config, f.name) != f.default]
+
+
+def write_hf(
+    out: Path | str,
+    config: GPTConfig,
+    state: dict[str, torch.Tensor],
+    tokenizer: Tokenizer | None = None,
+    *,
+    fold: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> dict:
+    """Write a model's state (our names) as a new folder, whole or not at all, after reading it back bit for bit.
+
+    fold: a tied model's output projection P is written as the untied output matrix wte @ P. Returns {"architecture",
+    "newer" (the fields that NanoChat lacks), "parameters", "bytes" (of the weights), "nonfinite" (where values are NaN
+    or infinite, or None), "weights_hash" (of the state as read_hf gives it)}. UserError: the folder exists, there is
+    nothing to fold, a field has no equivalent, a full disk.
+    """
+    out = Path(out)
+    if out.exists() or out.is_symlink():
+        raise UserError(f"--out={out} is there already: name a new folder")
+    if config.modalities:
+        raise UserError(f"modalities={','.join(m.name for m in config.modalities)} has no equivalent in transformers")
+    if fold:
+        if not config.use_output_projection:
+            raise UserError("--fold-projection: the model has no output projection, export it without the flag")
+        config, state, _ = untied(config, state)
+    config = plain(config)
+    if lost := changed(config, MODERN_FIELDS):
+        raise UserError(f"{lost[0]}={getattr(config, lost[0])!r} has no equivalent in transformers")
+    newer = changed(config, CLASSIC_FIELDS)
+    model_type = MODERN if newer else CLASSIC
+    state = {name: (t[: config.vocab_size] if is_table(name) else t).to(dtype) for name, t in state.items()}
+    described = describe(config, model_type, dtype, None if tokenizer is None else tokenizer.bos_id)
+    architecture = described["architectures"][0]
+    facts = dict(architecture=architecture, newer=newer, parameters=sum(t.numel() for t in state.values()))
+    facts["nonfinite"] = describe_nonfinite(state)
+    temporary = out.with_name(f".{out.name}.tmp-{owner_suffix()}")
+    try:
+        remove_abandoned(out.parent, f".{glob_escape(out.name)}.tmp-*")  # of an export that was killed
+        temporary.mkdir(parents=True)
+        weights = temporary / "model.safetensors"
+        tensors = {name_there(name, model_type): tensor.contiguous() for name, tensor in state.items()}
+        save_file(tensors, weights, metadata={"format": "pt"})  # without it transformers reads no weights
+        weights.chmod(temporary.stat().st_mode & 0o666)  # safetensors keeps them to their owner
+        files = {"config.json": described, "generation_config.json": generation(described)}
+        if tokenizer is not None:
+            (temporary / "tokenizer.json").write_text(tokenizer.hugging_face_json(), encoding="utf-8")
+            files["tokenizer_config.json"] = tokenizer_roles(config.sequence_len)
+        for name, content in files.items():
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if newer:
+            shutil.copyfile(Path(__file__).with_name(MODELING), temporary / MODELING)
+        (temporary / "README.md").write_text(card(out.name, config, facts, tokenizer is not None), encoding="utf-8")
+        facts |= dict(bytes=weights.stat().st_size, weights_hash=weights_hash({n: t.float() for n, t in state.items()}))
+        _, again, words = read_hf(temporary)
+        if weights_hash(again) != facts["weights_hash"] or (words and words.hash) != (tokenizer and tokenizer.hash):
+            raise UserError(f"{out}: what was written there reads back differently, do not trust that disk")
+        for path in (*temporary.iterdir(), temporary):
+            fsync(path)
+        os.rename(temporary, out)
+        fsync(out.parent)
+    except (SafetensorError, OSError) as error:  # the first is the library's type for a full disk
+        why = first_line(error)
+        if failed := find_storage_error(error):
+            why = describe_storage_error(OSError(failed.errno, failed.strerror, str(out)), base_dir())
+        raise UserError(f"--out={out} cannot be written: {why}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return facts
+
+
+def is_table(name: str) -> bool:
+    """Tensors with a row for each id, padded by vocab_multiple."""
+    return name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("value_embeds.")
+
+
+def describe(config: GPTConfig, model_type: str, dtype: torch.dtype, bos: int | None) -> dict:
+    """config.json."""
+    common = dict(
+        dtype=str(dtype).removeprefix("torch."), bos_token_id=bos, eos_token_id=bos, pad_token_id=None,
+        use_cache=True,
+    )  # fmt: skip
+    if model_type == MODERN:
+        ours = {name: getattr(config, name) for name in MODERN_FIELDS}
+        return dict(**auto_fields(), tie_word_embeddings=ours.pop("tie_weights"), **ours, **common)
+    return dict(
+        architectures=["NanoChatForCausalLM"], model_type=CLASSIC,
+        **{key: getattr(config, name) for name, (key, _) in KEYS.items()},
+        intermediate_size=round(config.mlp_ratio * config.n_embd),
+        rope_parameters=dict(rope_type="default", rope_theta=config.rope_base),
+        **{key: value for key, (value, _) in FIXED.items()}, **common,
+    )  # fmt: skip
+
+
+def auto_fields() -> dict:
+    """The fields of a config.json by which transformers finds our code."""
+    module = MODELING.removesuffix(".py")
+    classes = {"AutoConfig": "ModernNanoChatConfig", "AutoModelForCausalLM": ARCHITECTURE}
+    return dict(
+        architectures=[ARCHITECTURE], model_type=CLASSIC, hidden_act=NEEDS_CODE,
+        auto_map={auto: f"{module}.{name}" for auto, name in classes.items()},
+    )  # fmt: skip
+
+
+def generation(described: dict) -> dict:
+    """generation_config.json: a text ends where the next one would begin."""
+    bos = described["bos_token_id"]
+    return {} if bos is None else dict(bos_token_id=bos, eos_token_id=bos, pad_token_id=bos)
+
+
+def tokenizer_roles(length: int) -> dict:
+    """tokenizer_config.json. As here, no <|bos|> is added unasked, and a special token's text is ordinary text."""
+    return dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token=BOS, eos_token=BOS, pad_token=BOS, padding_side="left",
+        model_max_length=length, split_special_tokens=True, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def card(name: str, config: GPTConfig, facts: dict, words: bool) -> str:
+    """README.md: what the folder holds and how to load it."""
+    what = "Its architecture is transformers' own `NanoChatForCausalLM` (transformers 5.0 or later): it brings no code."
+    if newer := facts["newer"]:
+        what = (
+            f"Its architecture is `{facts['architecture']}` of `{MODELING}` in this folder, for transformers' NanoChat "
+            f"has no {', '.join(f'`{field}`' for field in newer)}. That file is code which runs on your machine: read "
+            "it, and load the model with `trust_remote_code=True` if you agree with it. The tokenizer needs none."
+        )
+    return CARD.format(
+        name=name, folder=repr(name), parameters=facts["parameters"], config=config, what=what,
+        trust=", trust_remote_code=True" if newer else "",
+        words=USE_OF_WORDS.format(folder=repr(name)) * words,
+        told=ABOUT_WORDS if words else "The checkpoint had no tokenizer, so there is none here.",
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def read_hf(folder: Path | str) -> tuple[GPTConfig, dict[str, torch.Tensor], Tokenizer | None]:
+    """(config, float32 state by our names, tokenizer or None without tokenizer.json) of a NanoChat folder or ours.
+
+    UserError names the first field or tensor that is damaged, missing, or that this program cannot express.
+    """
+    folder = Path(folder)
+    config, model_type = read_config(folder / "config.json")
+    tokenizer = read_tokenizer(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else None
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+    found, wrappers = strip_wrappers(read_weights(folder), str(folder))
+    for phrase in wrappers:
+        print0(f"{folder}: {phrase}")
+    blocks = {name.split(".")[2] for name in found if name.startswith(("model.layers.", "transformer.h."))}
+    if len(blocks) != config.n_layer:  # and none builds a model of a billion layers
+        raise UserError(f"{folder}: config.json says {config.n_layer} layers, the weights hold {len(blocks)}")
+    try:
+        with torch.device("meta"):
+            expected = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes that no machine counts to
+        raise UserError(f"{folder}: config.json describes no model that can be: {first_line(error)}") from error
+    state = {}
+    tied = found.pop("lm_head.weight", None) if config.tie_weights else None
+    for name, shape in expected.items():
+        theirs = name_there(name, model_type)
+        if theirs not in found:
+            raise UserError(f"{folder}: the weights lack {theirs}, which config.json asks for")
+        tensor = found.pop(theirs)
+        if tensor.shape != shape:
+            raise UserError(f"{folder}: {theirs} has shape {list(tensor.shape)}, config.json says {list(shape)}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f"{folder}: {theirs} is {tensor.dtype}: only float32, bfloat16 and float16 are read")
+        state[name] = tensor.float()
+    if found:
+        raise UserError(f"{folder}: the weights hold {min(found)}, which config.json does not ask for")
+    # A NaN equals nothing, so not torch.equal().
+    if tied is not None and not torch.allclose(tied.float(), state["transformer.wte.weight"], 0, 0, equal_nan=True):
+        raise UserError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the embedding's matrix")
+    return config, state, tokenizer
+
+
+def read_config(path: Path) -> tuple[GPTConfig, str]:
+    """(GPTConfig, CLASSIC or MODERN) of a config.json."""
+    found = read_json(path)
+    model_type = format_of(found)
+    if model_type is None:
+        raise UserError(
+            f"{path}: model_type={found.get('model_type')!r} is not read: only {CLASSIC} (transformers' NanoChat) and "
+            f"{MODERN} are"
+        )
+    if found.get("quantization_config"):
+        raise UserError(f"{path}: quantization_config: quantized weights are not read, take the model before that")
+    if model_type == MODERN:
+        fields = {name: found[there(name)] for name in MODERN_FIELDS if found.get(there(name)) is not None}
+        lacking = [name for name in MODERN_FIELDS if name not in (*fields, *LATER_FIELDS)]
+        if lacking:
+            raise UserError(f"{path} lacks {there(lacking[0])}")
+    else:
+        fields = classic_fields(found, path)
+    for name, value in fields.items():  # transformers may write 15.0 where 15 was, and the other way round
+        if type(value) is int and type(getattr(GPTConfig, name)) is float:
+            fields[name] = float(value)
+    try:
+        return model_config({"model_config": fields}), model_type
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def there(name: str) -> str:
+    return "tie_word_embeddings" if name == "tie_weights" else name
+
+
+def classic_fields(found: dict, path: Path) -> dict:
+    """GPTConfig's fields from NanoChat's configuration; absent and null keys mean what transformers takes."""
+    given = {key: value for key, value in found.items() if value is not None}
+    for key, (value, default) in FIXED.items():
+        have = given.get(key, default)
+        if key == "rms_norm_eps" and isinstance(have, float) and abs(have / EPSILON - 1) < 1e-3:
+            continue
+        if have != value:
+            told = ", which nanochat's models have: correct config.json if this is one" if key == "rms_norm_eps" else ""
+            raise UserError(f"{path}: {key}={have!r} cannot be expressed, only {value!r}{told}")
+    if "final_logit_softcapping" in found and found["final_logit_softcapping"] is None:
+        raise UserError(f"{path}: final_logit_softcapping=null cannot be expressed: our logits are always capped")
+    fields = {name: given.get(key, default) for name, (key, default) in KEYS.items()}
+    fields["n_kv_head"] = fields["n_kv_head"] or fields["n_head"]
+    rope = given.get("rope_parameters", given.get("rope_scaling", {}))
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters={rope!r} is not a JSON object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"{path}: rope_parameters: rope_type={kind!r} cannot be expressed, only 'default'")
+    fields["rope_base"] = rope.get("rope_theta", given.get("rope_theta", 10000.0))
+    width, hidden = fields["n_embd"], given.get("intermediate_size", 8192)
+    for key, value in (
+        ("hidden_size", width),
+        ("num_attention_heads", fields["n_head"]),
+        ("intermediate_size", hidden),
+    ):
+        if type(value) is not int or not 0 < value < 2**31:
+            raise UserError(f"{path}: {key}={value!r} is not a whole number > 0 that a model can have")
+    if given.get("head_dim", width // fields["n_head"]) != width // fields["n_head"]:
+        raise UserError(f"{path}: head_dim={given['head_dim']!r} cannot be expressed, only hidden_size / heads")
+    return fields | dict(mlp_ratio=hidden / width, use_output_projection=False)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of model.safetensors, or of the files that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():  # as transformers prefers it
+        return read_tensors(folder / "model.safetensors")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(f, str) and Path(f).name == f for f in places.values()):
+        raise UserError(f"{index}: weight_map does not name files beside it")
+    return {name: tensor for file in set(places.values()) for name, tensor in read_tensors(folder / file).items()}
+
+
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return found
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The byte-level BPE of a tokenizer.json. UserError when it is another kind, or its ids are in another order."""
+    found = read_json(path)
+    try:
+        model, before = found["model"], found["pre_tokenizer"]
+        if model["type"] != "BPE" or found.get("normalizer") is not None or before["type"] != "Sequence":
+            raise ValueError("it is no byte-level BPE of plain text")
+        split, byte_level = before["pretokenizers"]
+        if (split["type"], split["behavior"], split["invert"]) != ("Split", "Isolated", False):
+            raise ValueError("its text is not split by a pattern alone")
+        if byte_level["type"] != "ByteLevel" or byte_level["add_prefix_space"] or byte_level["use_regex"]:
+            raise ValueError("its pieces are not taken as bytes")
+        specials = {token["content"]: token["id"] for token in found["added_tokens"]}
+        tokens = {token: i for token, i in model["vocab"].items() if token not in specials}
+        order = sorted(tokens, key=tokens.get)
+        names = sorted(specials, key=specials.get)
+        ids = [tokens[token] for token in order] + [specials[name] for name in names]
+        if ids != list(range(len(ids))):
+            raise ValueError("the ids are not 0, 1, 2, ... of the tokens, then of the special ones")
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        merged = [tokens[first + second] for first, second in pairs]
+        if merged != sorted(merged) or set(merged) != {tokens[token] for token in order if len(token) > 1}:
+            raise ValueError("its merges are not in the order of the ids")
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+        ranks = [bytes(byte_of[character] for character in token) for token in order]
+        if len({rank for rank in ranks if len(rank) == 1}) != 256 or BOS not in specials:
+            raise ValueError(f"not all 256 bytes are tokens, or {BOS} is missing")
+        return Tokenizer(ranks, split["pattern"]["Regex"], tuple(names), path.parent.name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error) if type(error) is ValueError else f"it is damaged: {error!r}"
+        raise UserError(
+            f"{path} cannot be expressed: {reason}; without that file the weights alone are read"
+        ) from error

@@ -1,0 +1,1 @@
+"""The way of a batch: sources, preparation, tokenizer, token store, data loader."""

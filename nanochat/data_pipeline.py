@@ -1,0 +1,304 @@
+"""What a run reads: dataset and tokenizer, made where they are missing, the batches, and the held-out measurement."""
+
+import itertools
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from nanochat.checkpoint_manager import read_metadata, step_path, tokenizer_of
+from nanochat.config.declaration import fields_of
+from nanochat.config.settings import RunSettings, Settings
+from nanochat.data.dataloader import DataLoader
+from nanochat.data.dataset import SPLITS, Dataset
+from nanochat.data.encodings import Undecodable, decode_text
+from nanochat.data.local_sources import Source
+from nanochat.data.packing import PackedLoader, Rows
+from nanochat.data.prepare import (
+    CLIMBMIX_SHARDS,
+    find_version,
+    materialise,
+    open_climbmix,
+    prepare,
+    state_of,
+    text_source,
+)
+from nanochat.data.token_store import TokenStore
+from nanochat.data.tokenizer import Tokenizer
+from nanochat.data.trained_data import LOOK, PLACE, check_same, describe, find_prepared, is_same
+from nanochat.evaluation.bpb import bits_per_byte, packed_losses
+from nanochat.modality import Vocabulary, modalities_of
+from nanochat.runtime import Compute, Say, first_line, print0, rank0_first
+from nanochat.system.environment import UserError, base_dir
+from nanochat.upstream.named_tokenizer import find_folders, load_named
+
+
+def prepare_data(
+    settings: Settings, compute: Compute, begun: tuple[Path, int] | None = None, resumed: bool = False
+) -> tuple[Dataset, Tokenizer]:
+    """Dataset and tokenizer; what is missing is made by rank 0, then found by all, or made once on nodes apart.
+
+    begun: tag folder and step of the checkpoint that gives the run its weights, and so its tokenizer. resumed: it is
+    the run's own, whose data is found again by its fingerprint. UserError when that is not to be had.
+    """
+
+    def make() -> tuple[Dataset, Tokenizer]:
+        if resumed:
+            dataset = resumed_data(settings, *begun)
+            if own := tokenizer_of(*begun):
+                return dataset, named_or_own(settings, own)
+        else:
+            dataset = prepare_for(settings, say=print0)
+        if begun is None or settings.tokenizer:
+            return dataset, find_or_train(settings, dataset, say=print0)
+        own = tokenizer_of(*begun)
+        if own is None:
+            raise UserError(f"{step_path(*begun)} holds no tokenizer: name the one of its training with --tokenizer")
+        return dataset, own
+
+    return rank0_first(compute, make)
+
+
+def named_or_own(settings: Settings, own: Tokenizer) -> Tokenizer:
+    """The tokenizer that the settings of a resumed run name, to be compared; the checkpoint's own where it is gone."""
+    if settings.tokenizer is None:
+        return own
+    try:
+        return load_named(settings.tokenizer)
+    except UserError as error:
+        print0(f"{error} (taking the checkpoint's own, which is the same)")
+        return own
+
+
+def resumed_data(settings: RunSettings, tag_dir: Path, step: int) -> Dataset:
+    """The data of a run that resumes from this step; UserError when what is there is another."""
+    where = step_path(tag_dir, step)
+    metadata = read_metadata(where)
+    return open_resumed_data(
+        settings, metadata.get("data_fingerprint"), metadata.get("settings", {}), where, say=print0
+    )
+
+
+def vocabulary_of(settings: Settings, tokenizer: Tokenizer) -> Vocabulary:
+    """The ids of the run's model; UserError for a tokenizer without reserved ids to start the modalities with."""
+    modalities = modalities_of(settings, tokenizer.vocab_size)
+    for number, modality in enumerate(modalities):
+        token = f"<|reserved_{number}|>"
+        if token not in tokenizer.specials or tokenizer.special_id(token) != modality.start:
+            raise UserError(
+                f"tokenizer {tokenizer.name} has no {token} at id {modality.start} to start {modality.name} with: take "
+                "one that this repository trained (--tokenizer=None trains it)"
+            )
+    return Vocabulary(tokenizer.vocab_size, modalities)
+
+
+def say_what_is_idle(settings: Settings, dataset: Dataset) -> None:
+    """Modalities that the data holds nothing of have parameters all the same."""
+    if idle := [name for name in settings.modality_codes() if name != "audio" or dataset.codec is None]:
+        print0(f"{dataset.name} holds nothing of {', '.join(idle)}: what is theirs in the model stays as it begins")
+
+
+def warn_repeated_rows(settings: RunSettings, loader: DataLoader) -> None:
+    """Say so when a step takes more rows than an epoch has: the larger batch holds copies, not more text."""
+    rows, name = loader.epoch_rows(), loader.store.dataset.name
+    if rows is not None and rows < settings.rows:
+        print0(
+            f"warning: a step takes {settings.rows:,} rows and an epoch of {name} has {rows:,}: each row comes "
+            f"{settings.rows / rows:.1f} times in one step; total_batch_size={rows * settings.max_seq_len} or more "
+            "data avoids it"
+        )
+
+
+def codec_files(dataset: Dataset) -> Path | None:
+    """The folder of the codec of the data's sounds; UserError when it is not the one that coded them."""
+    if dataset.codec is None:
+        return None
+    folder = Path(dataset.codec["directory"])
+    try:
+        there = json.loads((folder / "codec.json").read_text(encoding="utf-8"))["hash"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"codec {folder} cannot be read ({error}): delete {dataset.directory} to prepare anew"
+        ) from error
+    if there != dataset.codec["hash"]:
+        raise UserError(
+            f"codec {folder} has hash {str(there)[:8]}, {dataset.name} was coded with {dataset.codec['hash'][:8]}: "
+            f"bring that one back, or delete {dataset.directory} to prepare anew"
+        )
+    return folder
+
+
+def batches(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> DataLoader:
+    """The training batches: a stream of text, or whole captioned sounds in rows."""
+    store = TokenStore(dataset, tokenizer, "train", vocabulary=vocabulary_of(settings, tokenizer), say=print0)
+    shape = (settings.rows, settings.max_seq_len, settings.seed, compute.rank, compute.world_size, compute.device)
+    if dataset.codec is None:
+        return DataLoader(store, *shape)
+    sliced = settings.route == "slice" and settings.untie != "none"
+    rows = Rows(store, settings.max_seq_len, print0, one_layout=sliced)
+    return PackedLoader(rows, *shape, count=settings.counted_modalities)
+
+
+def held_out_measure(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> Callable:
+    """measure(model, stop) of the held-out split, as bits_per_byte() or, with sounds, packed_losses() returns it."""
+    store = TokenStore(dataset, tokenizer, "val", vocabulary=vocabulary_of(settings, tokenizer), say=print0)
+    rows, _ = settings.batch_plan(compute.world_size)  # the training's shape, and no more than a step has
+    how = dict(rows=rows, max_tokens=settings.eval_tokens, rank=compute.rank, world_size=compute.world_size)
+    if dataset.codec is None:
+        most = settings.eval_tokens and settings.eval_tokens + 1  # a target more than inputs
+        measure, scored, how["seq_len"] = bits_per_byte, store.stream(most), settings.max_seq_len
+    else:
+        rows = Rows(store, settings.max_seq_len, print0, max_tokens=settings.eval_tokens)
+        measure, scored = packed_losses, rows
+    return lambda model, stop: measure(model, scored, tokenizer.token_bytes, stop=stop, **how)
+
+
+def prepare_for(settings: Settings, *, say: Say = print) -> Dataset:
+    """The dataset that the data* settings name, prepared if need be; of captioned sounds when modalities has audio."""
+    if "audio" in settings.modality_codes():
+        from nanochat.audio.dataset import audio_source  # needs this module in turn
+
+        text = settings.text_data and prepare(settings.text_data, skip_corrupt=settings.skip_corrupt, say=say)
+        return materialise(audio_source(settings, text or None, say), settings.skip_corrupt, say)
+    return prepare(
+        settings.data,
+        column=settings.data_column,
+        split=settings.data_split,
+        config=settings.data_config,
+        limit=settings.data_limit,
+        skip_corrupt=settings.skip_corrupt,
+        say=say,
+    )
+
+
+def source_of(settings: Settings, *, say: Say = print) -> Source | None:
+    """What prepare_for() would read, from a look at the files; None where the text to mix in is not prepared.
+
+    UserError when it is not there. Of anything but climbmix.
+    """
+    if "audio" not in settings.modality_codes():
+        return text_source(
+            settings.data, settings.data_column, settings.data_split, settings.data_config, settings.data_limit,
+            settings.skip_corrupt, say,
+        )  # fmt: skip
+    from nanochat.audio.dataset import audio_source
+
+    if settings.text_data is None:
+        return audio_source(settings, None, say)
+    if settings.text_data == "climbmix":
+        text = open_climbmix(CLIMBMIX_SHARDS, settings.skip_corrupt, say)
+    else:
+        plan = text_source(settings.text_data, "text", "train", None, None, settings.skip_corrupt, say)
+        text = find_version(plan, settings.skip_corrupt, say)
+    return text and audio_source(settings, text, say)
+
+
+def find_or_train(settings: Settings, dataset, say: Say = print) -> Tokenizer:
+    """The tokenizer that the settings name (a folder, or a name under tokenizers/), else one trained on this data.
+
+    A named folder may also hold nanochat's own tokenizer.pkl, which is read where there is no ranks.tiktoken.
+
+    dataset: nanochat.data.dataset.Dataset; only its train split is learnt from. The same data and vocab_size
+    find the tokenizer of an earlier run. UserError: nothing of that name (saying what exists), or too little text.
+    """
+    root = base_dir() / "tokenizers"
+    if settings.tokenizer is not None:
+        return load_named(settings.tokenizer)
+    source = re.sub(r"[^A-Za-z0-9._]+", "-", dataset.name).strip("-.") or "data"
+    name = f"{source}-{settings.vocab_size}-{dataset.fingerprint['sha256'][:8]}"
+    for directory in find_folders(root, name):
+        return Tokenizer.load(directory)
+    say(f"training a tokenizer of {settings.vocab_size} ids on {dataset.name}")
+    start = time.perf_counter()
+    tokenizer = Tokenizer.train((text for _, text in dataset.documents("train")), settings.vocab_size, say)
+    tokenizer.name = f"{name}-{tokenizer.hash[:8]}"
+    directory = tokenizer.save(root / tokenizer.name)
+    say(f"tokenizer ready in {time.perf_counter() - start:.1f} s: {directory}")
+    return tokenizer
+
+
+def open_trained_data(settings: RunSettings, trained_on: dict | None, *, say: Say = print) -> Dataset:
+    """The dataset with the fingerprint that a checkpoint has; where no prepared one has it, what the settings name.
+
+    Says it when the source can no longer be found, or has changed since. The fingerprint of what is returned may be
+    another one: that is for the caller to judge.
+    """
+    dataset = find_prepared(trained_on, settings.skip_corrupt, say)
+    if dataset is None:
+        return prepare_for(settings, say=say)
+    if change := _change(settings, dataset):
+        sha256 = dataset.fingerprint["sha256"][:8]
+        say(f"data: {settings.data} {change}: taking the shards that were prepared from it, {sha256} in "
+            f"{dataset.directory}")  # fmt: skip
+    return dataset
+
+
+def _change(settings: RunSettings, dataset: Dataset) -> str | None:
+    """What became of a dataset's source since it was prepared, from a look at its files; None: nothing."""
+    if settings.data == "climbmix":
+        return None
+    try:
+        source = source_of(settings, say=lambda line: None)
+    except (UserError, OSError) as error:
+        return f"cannot be read now ({first_line(error).partition(';')[0]})"
+    if source is None or state_of(source) != dataset.manifest.get("state"):
+        return "has changed since, or is read in another way now"
+    return None
+
+
+def open_resumed_data(
+    settings: RunSettings, trained_on: dict | None, trained_with: dict, where: Path, *, say: Say = print
+) -> Dataset:
+    """The data of a run that resumes from the step folder `where`; UserError, in one line, where it is not that.
+
+    trained_with: the checkpoint's settings. A run that now names another place of its data is to find the same there.
+    """
+    kind = type(settings)
+    defaults = {name: field.default for name, field in fields_of(kind).items()}
+    moved = any(getattr(settings, name) != trained_with.get(name, defaults[name]) for name in PLACE)
+    if not moved:
+        try:
+            dataset = open_trained_data(settings, trained_on, say=say)
+        except UserError as error:
+            if not trained_on:
+                raise
+            raise UserError(
+                f"{error} (no shards prepared from {describe(trained_on)}, on which {where} was trained, are in "
+                f"{base_dir() / 'data'}: name where it lies now with --data=PATH)"
+            ) from error
+    else:
+        known = find_prepared(trained_on, settings.skip_corrupt, say)
+        if known and _begins_differently(settings, known):  # seen before hours of preparing
+            raise UserError(
+                f"{where} was trained on {describe(trained_on)}, data={settings.data} begins with other documents: "
+                "name where the same data lies with --data=PATH, or start a new run with --model_tag=NAME"
+            )
+        dataset = prepare_for(settings, say=say)
+        if is_same(trained_on, dataset.fingerprint):  # its tokens are at hand under the earlier name
+            dataset = known or dataset
+    check_same(trained_on, dataset, where, settings.data)
+    return dataset
+
+
+def _begins_differently(settings: RunSettings, known: Dataset) -> bool:
+    """Whether the first documents of what the settings name are others than the first that were prepared.
+
+    Of text alone: a look at sounds would encode them. Equal beginnings say nothing: that takes all documents.
+    """
+    if known.codec is not None or "audio" in settings.modality_codes():
+        return False
+    prepared = {}
+    for split in SPLITS:
+        prepared |= dict(itertools.islice(known.documents(split), LOOK))
+    first = {}
+    for document in itertools.islice(source_of(settings, say=lambda line: None).read(Counter()), LOOK):
+        name, text = document[:2]
+        try:
+            first[name] = decode_text(text) if isinstance(text, bytes) else text
+        except Undecodable:
+            continue  # counted when all is read
+    first = {name: text for name, text in first.items() if text.strip()}
+    common = first.keys() & prepared.keys()
+    return bool(first) and (not common or any(first[name] != prepared[name] for name in common))

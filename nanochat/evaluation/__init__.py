@@ -1,0 +1,1 @@
+"""Bits per byte, CORE, the offline suite and their report."""

@@ -1,0 +1,346 @@
+"""CORE: in-context tasks scored as DCLM scores them (arXiv 2406.11794).
+
+One scorer serves CORE and the offline suite. The model picks the option with the lowest mean loss over the tokens in
+which the options differ (schema: over their common ending); in language_modeling every greedy token of the
+continuation has to be right.
+"""
+
+import itertools
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from nanochat.evaluation.bpb import never, sum_over_ranks
+from nanochat.evaluation.core_bundle import Task, load_bundle
+from nanochat.gpt import GPT
+from nanochat.model.attention import kernels_for, sdpa
+from nanochat.model.document_mask import document_begins
+from nanochat.model.gpu_attention import visible
+from nanochat.runtime import Say
+
+CORE_TASKS = 22
+
+# ---------------------------------------------------------------------------------------------------------------------
+# items -> prompts -> rows of tokens
+
+
+def select_items(items: list[dict], max_items: int | None) -> list[dict]:
+    """The items in scoring order: shuffled with Random(1337), then cut. Few-shot examples come from this list too."""
+    items = list(items)
+    random.Random(1337).shuffle(items)
+    return items[:max_items]
+
+
+def fewshot_examples(items: list[dict], index: int, shots: int) -> list[dict]:
+    """The solved examples in front of item `index`: drawn from the other items, at most as many as there are."""
+    others = [i for i in range(len(items)) if i != index]
+    return [items[i] for i in random.Random(1234 + index).sample(others, min(shots, len(others)))]
+
+
+def prompts(task: Task, item: dict, shots: list[dict]) -> list[str]:
+    """The texts to compare: one an option; for language_modeling the prompt without and with its continuation."""
+    if task.kind == "multiple_choice":
+        start = "".join(f"{s['query']}{task.delimiter}{s['choices'][s['gold']]}\n\n" for s in shots)
+        return [f"{start}{item['query']}{task.delimiter}{choice}" for choice in item["choices"]]
+    if task.kind == "schema":
+        start = "".join(f"{s['context_options'][s['gold']]}{task.delimiter}{s['continuation']}\n\n" for s in shots)
+        return [f"{start}{option}{task.delimiter}{item['continuation']}" for option in item["context_options"]]
+    start = "".join(f"{s['context'].strip()}{task.delimiter}{s['continuation']}\n\n" for s in shots)
+    without = f"{start}{item['context'].strip()}{task.delimiter}"
+    return [without.strip(), without + item["continuation"]]
+
+
+@dataclass
+class Row:
+    """One sequence to score: tokens[start:end] given what stands before. cut: a part of the span was truncated away."""
+
+    item: int
+    tokens: list[int]
+    start: int
+    end: int
+    truncated: bool = False
+    cut: bool = False
+
+
+def rows_of(task: Task, index: int, sequences: list[list[int]], max_len: int) -> list[Row]:
+    """The rows of one item from its tokenised prompts (BOS in front), truncated on the left to max_len tokens."""
+    if task.kind == "schema":
+        shared = _common(tokens[::-1] for tokens in sequences)
+        spans = [(len(tokens) - shared, len(tokens)) for tokens in sequences]
+    else:
+        # For language_modeling the prompt without its continuation is the common prefix.
+        shared = _common(sequences)
+        if task.kind == "language_modeling":
+            sequences = sequences[1:]
+        spans = [(shared, len(tokens)) for tokens in sequences]
+    rows = []
+    for tokens, (start, end) in zip(sequences, spans, strict=True):
+        gone = max(0, len(tokens) - max_len)
+        # The first scored token needs one token before it.
+        cut = start < end and start - gone < 1
+        rows.append(Row(index, tokens[gone:], max(1, start - gone), end - gone, gone > 0, cut))
+    return rows
+
+
+def all_rows(tokenizer, task: Task, items: list[dict], mine: Iterable[int], max_len: int) -> list[Row]:
+    """The rows of the items with the indices `mine`, one item after the other; all items are there to be examples."""
+    texts = {i: prompts(task, items[i], fewshot_examples(items, i, task.num_fewshot)) for i in mine}
+    encoded = iter(tokenizer.encode_batch([text for group in texts.values() for text in group], os.cpu_count() or 1))
+    rows: list[Row] = []
+    for i, group in texts.items():
+        rows += rows_of(task, i, [[tokenizer.bos_id, *next(encoded)] for _ in group], max_len)
+    return rows
+
+
+def _common(sequences: Iterable[list[int]]) -> int:
+    """Length of the longest common prefix."""
+    return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows -> losses
+
+
+BEGINNING = 8  # tokens: rows of an item that differ in one of them have nothing worth sharing
+MOST_AGAIN = 1 / 8  # of a batch's prefixes: tokens that every option reads because the shortest prefix rules
+
+
+@dataclass
+class Batch:
+    """Families of rows that go through a model together: each has `options` rows with its first `shared` tokens.
+
+    width: the tokens of the longest row of all.
+    """
+
+    families: list[list[Row]]
+    options: int
+    shared: int
+    width: int
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for family in self.families for row in family]
+
+    @property
+    def tokens(self) -> int:
+        """Of all prefixes, and of all options padded."""
+        return len(self.families) * (self.shared + self.options * (self.width - self.shared))
+
+
+def batches_of(rows: list[Row], share: bool, batch_tokens: int) -> Iterator[Batch]:
+    """The rows that have a span to score, those with the longest prefix first; at most batch_tokens, or one family.
+
+    share: the rows of an item are one family if they begin alike, else each row is its own. A truncated prompt has
+    lost as many tokens as its option is longer, so options of other lengths are families of their own.
+    """
+    found: dict[tuple, list[Row]] = {}
+    for number, row in enumerate(rows):
+        if row.start < row.end and not row.cut:
+            found.setdefault((row.item, *row.tokens[:BEGINNING]) if share else (number,), []).append(row)
+    queue = []
+    for family in found.values():
+        # The token before a span is read with the span: its features predict the first token.
+        shared = _common(row.tokens[: row.start - 1] for row in family) if len(family) > 1 else 0
+        queue.append((len(family), shared, max(len(row.tokens) for row in family), family))
+    queue.sort(key=lambda entry: entry[:3], reverse=True)
+    batch, prefixes = None, 0
+    for options, shared, width, family in queue:
+        if batch is not None and batch.options == options:
+            more = Batch([*batch.families, family], options, shared, max(width, batch.width))
+            again = options * (prefixes + shared - len(more.families) * shared)
+            if more.tokens <= batch_tokens and again <= MOST_AGAIN * (prefixes + shared):
+                batch, prefixes = more, prefixes + shared
+                continue
+        if batch is not None:
+            yield batch
+        batch, prefixes = Batch([family], options, shared, width), shared
+    if batch is not None:
+        yield batch
+
+
+class _Read(Exception):
+    """All keys and values are there: what the last layer still made of a prefix, nobody would look at."""
+
+
+class Prefixes:
+    """The cache of a batch for GPT.features: B prefixes of S tokens are read, then all n options of each at once.
+
+    Keys and values are [B, S + n T, H_kv, D] a layer: an option sees the prefix, of which there is no copy, and itself
+    (the mask of a tree of one branching, as in arXiv 2305.09781).
+    """
+
+    def __init__(self, model: GPT, batch: Batch):
+        """Reads the prefixes: one forward."""
+        config, B = model.config, len(batch.families)
+        self.shared, self.width = batch.shared, batch.width - batch.shared
+        shape = (config.n_layer, 2, B, self.shared + batch.options * self.width, config.n_kv_head, config.head_dim)
+        self.store = torch.empty(shape, dtype=model.compute_dtype, device=model.device)
+        self.position, self.last, self.begun = 0, None, 0
+        ids = torch.tensor([family[0].tokens[: batch.shared] for family in batch.families])
+        ids = ids.to(model.device)
+        with suppress(_Read):
+            model.features(ids, self)
+        self.position = self.shared
+        self.last = ids[:, -1:].repeat_interleave(batch.options, dim=0)  # the newest token of each row: [B n, 1]
+        begins = document_begins(ids, model.config.document_start)
+        if begins is not None:
+            self.begun = begins[:, -1:].repeat_interleave(batch.options, dim=0)
+
+    def places(self, count: int) -> slice:
+        return slice(self.position, self.position + count)
+
+    def advance(self, ids: torch.Tensor, begins: torch.Tensor | None) -> None:
+        """Nothing comes behind the options."""
+
+    def attend(self, layer: int, q, k, v, window: int | None, mask: torch.Tensor | None) -> torch.Tensor:
+        """q [B, S, H, D] with k and v [B, S, H_kv, D] of the prefixes, or [B n, T, ...] of the options -> as q."""
+        own = self.store[layer, :, :, self.position :] if self.position else self.store[layer, :, :, : self.shared]
+        own[0], own[1] = k.reshape(own[0].shape), v.reshape(own[1].shape)
+        if self.position == 0:
+            if layer == len(self.store) - 1:
+                raise _Read
+            return sdpa(q, k, v, window, mask)
+        keys, values = self.store[layer].transpose(2, 3)  # [B, H_kv, S + n T, D]
+        queries = q.reshape(len(keys), -1, *q.shape[2:]).transpose(1, 2)
+        gqa = queries.size(1) != keys.size(1)
+        seen = self.seen(window, None if mask is None else mask.view(len(keys), 1, -1, 1))
+        out = F.scaled_dot_product_attention(queries, keys, values, seen, enable_gqa=gqa)
+        return out.transpose(1, 2).reshape(q.shape)
+
+    def seen(self, window: int | None, begins: torch.Tensor | None) -> torch.Tensor:
+        """What each of the n T tokens of a family's options sees of the prefix and them all: bool [n T, S + n T].
+
+        begins: where their documents begin, [B, 1, n T, 1]; the result is [B, 1, n T, S + n T] then.
+        """
+        number = torch.arange(self.store.size(3) - self.shared, device=self.store.device)
+        place, option = self.shared + number % self.width, number // self.width
+        before = torch.arange(self.shared, device=self.store.device)
+        others = visible(place[:, None], place, window, begins) & (option[:, None] == option)
+        return torch.cat([visible(place[:, None], before, window, begins), others], dim=-1)
+
+
+@torch.no_grad()
+def score_rows(
+    model, rows: list[Row], pad_id: int, batch_tokens: int, stop: Callable[[], bool] = never
+) -> tuple[list[float], list[bool]]:
+    """(mean loss in nats over the span, whether every token of the span is the greedy one) of each row.
+
+    What the rows of an item have in common is read once: for several items in one forward, up to the shortest prefix
+    among them; a second one reads the rest of all their rows. Rows are padded on the right, which a causal model does
+    not see: the same as row by row up to rounding. A forward and its cache hold at most batch_tokens tokens (one item
+    at least). Models other than GPT share nothing. An empty or cut span has loss +inf. stop: asked before every
+    forward; the rows left then have no result.
+    """
+    results: dict[int, tuple[float, bool]] = {}
+    was_training = model.training
+    model.eval()
+    with kernels_for(model.device, many_shapes=True):
+        for batch in batches_of(rows, isinstance(model, GPT), batch_tokens):
+            if stop():
+                break
+            cache = Prefixes(model, batch) if batch.shared else None
+            if cache is not None and stop():
+                break
+            results |= zip(map(id, batch.rows), _score(model, batch, cache, pad_id), strict=True)
+    model.train(was_training)
+    found = [results.get(id(row), (math.inf, False)) for row in rows]
+    return [loss for loss, _ in found], [greedy for _, greedy in found]
+
+
+def _score(model, batch: Batch, cache: Prefixes | None, pad_id: int) -> list[tuple[float, bool]]:
+    """What score_rows gives for the rows of a batch, whose prefixes the cache holds: one forward."""
+    rows, done = batch.rows, batch.shared
+    ids = torch.tensor([row.tokens[done:] + [pad_id] * (batch.width - len(row.tokens)) for row in rows])
+    ids = ids.to(model.device)
+    features = model.features(ids, cache) if cache is not None else model.features(ids)
+    # Position p predicts token p + 1.
+    line, place = zip(*((n, p - done) for n, row in enumerate(rows) for p in range(row.start, row.end)), strict=True)
+    line, place = torch.tensor(line, device=ids.device), torch.tensor(place, device=ids.device)
+    # Logits only where a span is scored: with a large vocabulary they cost more than the layers.
+    spans, wanted = model.text_logits(features[line, place - 1]), ids[line, place]
+    loss = F.cross_entropy(spans, wanted, reduction="none").cpu()
+    right = (spans.argmax(dim=-1) == wanted).cpu()
+    lengths = [row.end - row.start for row in rows]
+    means = [nats.double().mean().item() for nats in loss.split(lengths)]
+    hits = [bool(part.all()) for part in right.split(lengths)]
+    return [(mean if math.isfinite(mean) else math.inf, hit) for mean, hit in zip(means, hits, strict=True)]
+
+
+def is_correct(task: Task, item: dict, losses: list[float], greedy: list[bool]) -> bool:
+    """Whether the item's rows answer it. The first lowest loss wins; no finite loss at all is a wrong answer."""
+    if task.kind == "language_modeling":
+        return greedy[0]
+    best = min(losses)
+    return best < math.inf and losses.index(best) == item["gold"]
+
+
+def evaluate_task(
+    model, tokenizer, task: Task, *, max_items: int | None = None, max_len: int | None = None,
+    batch_tokens: int = 8192, rank: int = 0, world_size: int = 1, say: Say = print,
+    stop: Callable[[], bool] = never,
+) -> dict:  # fmt: skip
+    """Score one task; the ranks share its items and all get the same result.
+
+    model: logits(features(idx [B, T])) -> [B, T, V] on its device. max_len: longest sequence in tokens, None takes
+    model.config.sequence_len; longer ones lose their left end. batch_tokens: tokens of one forward and its cache.
+    stop: asked before every forward; when it says yes on any rank, CutShort is raised on all.
+    Returns accuracy, centered = (accuracy - chance) / (1 - chance), chance, items, seconds, truncated (items with a
+    truncated prompt), cut (those whose scored span was hit: they count as wrong) and correct: 0.0 or 1.0 an item, in
+    the order of select_items.
+    """
+    begun = time.perf_counter()
+    items = select_items(task.items, max_items)
+    if task.num_fewshot > len(items) - 1:
+        say(f"{task.label}: {task.num_fewshot}-shot with {len(items)} items: using {len(items) - 1} examples")
+    max_len = max_len or model.config.sequence_len
+    mine = range(rank, len(items), world_size)
+    rows = all_rows(tokenizer, task, items, mine, max_len)
+    losses, greedy = score_rows(model, rows, tokenizer.bos_id, batch_tokens, stop)
+    by_item: dict[int, list[int]] = {}
+    for n, row in enumerate(rows):
+        by_item.setdefault(row.item, []).append(n)
+    correct, truncated, cut = [0.0] * len(items), 0, 0
+    for i, lines in by_item.items():
+        truncated += any(rows[n].truncated for n in lines)
+        hit = any(rows[n].cut for n in lines)
+        cut += hit
+        correct[i] = float(
+            not hit and is_correct(task, items[i], [losses[n] for n in lines], [greedy[n] for n in lines])
+        )
+    truncated, cut, *correct = sum_over_ranks([truncated, cut, *correct], model.device, world_size, stop())
+    accuracy = sum(correct) / len(items)
+    return dict(
+        accuracy=accuracy,
+        centered=(accuracy - task.chance) / (1 - task.chance),
+        chance=task.chance,
+        items=len(items),
+        seconds=time.perf_counter() - begun,
+        truncated=int(truncated),
+        cut=int(cut),
+        correct=correct,
+    )
+
+
+def evaluate_tasks(model, tokenizer, tasks: list[Task], *, say: Say = print, **options) -> dict:
+    """{"score": plain mean of the centered accuracies, "tasks": {label: evaluate_task's result without `correct`}}."""
+    results = {}
+    for task in tasks:
+        results[task.label] = evaluate_task(model, tokenizer, task, say=say, **options)
+        del results[task.label]["correct"]
+    return dict(score=sum(r["centered"] for r in results.values()) / len(results), tasks=results)
+
+
+def evaluate_core(model, tokenizer, bundle: Path, *, max_per_task: int | None = None, say: Say = print, **options):
+    """CORE from a bundle folder: see evaluate_tasks for the result and evaluate_task for the options."""
+    tasks = load_bundle(bundle)
+    if len(tasks) != CORE_TASKS:
+        say(f"{bundle} holds {len(tasks)} tasks, the official CORE {CORE_TASKS}: the scores are not comparable")
+    return evaluate_tasks(model, tokenizer, tasks, max_items=max_per_task, say=say, **options)

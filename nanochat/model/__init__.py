@@ -1,0 +1,1 @@
+"""What gpt.py is made of: attention and its kernels, routing, the loss head."""

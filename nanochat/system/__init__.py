@@ -1,0 +1,1 @@
+"""The operating system: streams, environment, disks, temporary folders."""

@@ -1,0 +1,1 @@
+"""Around the training loop: launch, resume, saving, guard, compilation, schedule, tracking."""

@@ -1,0 +1,64 @@
+"""What a model's steps run on: kernels chosen, and compiled before the first step, so that failures come early."""
+
+import re
+import time
+
+import torch
+
+from nanochat.config.settings import Settings
+from nanochat.gpt import GPT, Block
+from nanochat.hardware import compiler_problem
+from nanochat.optim import compile_muon
+from nanochat.runtime import first_line, print0
+from nanochat.system.environment import import_compiler
+from nanochat.training.fp8 import enable_fp8
+from nanochat.training.grad_accumulation import is_out_of_memory
+from nanochat.training.kernel_selection import choose_attention
+from nanochat.training.progress import duration
+
+
+def choose_kernels(model: GPT, settings: Settings) -> None:
+    """Before compile_model: FP8 where it is asked for, and what computes attention, with the reasons."""
+    if settings.fp8:
+        grouped = model.route == "grouped" and model.config.has_experts
+        without = "; those of experts stay in the activations' dtype: route=grouped multiplies by itself"
+        print0(f"FP8: {len(enable_fp8(model))} matrices{without if grouped else ''}")
+    for choice in choose_attention(model.config, model.device, model.compute_dtype, compiled=settings.compile):
+        print0(choice)
+
+
+def compile_model(model: GPT, rows: int) -> float:
+    """Compile and try one forward and backward on zeros; a compiler that fails is said and left out. Seconds taken."""
+    start = time.perf_counter()
+    problem = compiler_problem() if model.device.type == "cpu" else None
+    if problem is None:
+        import_compiler()
+        model.compile()
+        # On a CPU an update gets 0.9 times as long: in short runs of small models less than compiling takes.
+        compile_muon(model.device.type == "cuda")
+        ids = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=model.device)
+        try:
+            model(ids, ids, loss_reduction="sum").backward()
+        except Exception as error:  # any failure inside the compiler: eager computes the same
+            if not is_out_of_memory(error):  # eager would need more, not less; the first step takes smaller parts
+                problem = compiler_message(error)
+        else:
+            print0(f"compiled in {duration(time.perf_counter() - start)}")
+        model.zero_grad(set_to_none=True)
+    if problem is not None:
+        model.uncompile()
+        compile_muon(False)
+        print0(f"running without torch.compile ({problem})")
+    return time.perf_counter() - start
+
+
+def compiler_message(error: Exception) -> str:
+    """What the C++ compiler said, where torch's error quotes it: its own first line says only that it failed."""
+    lines = str(error).splitlines()
+    said = next((line.strip()[:300] for line in lines[1:] if re.search(r"\b(error|cannot find)\b", line)), None)
+    return f"{type(error).__name__}: {first_line(error)}{f': {said}' if said else ''}"
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Whether the model's steps run through torch.compile."""
+    return isinstance(model, GPT) and model.block_forward is not Block.forward

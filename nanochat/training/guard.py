@@ -1,0 +1,70 @@
+"""The step guard: non-finite steps are left out and counted, spikes are noticed."""
+
+import itertools
+import json
+import math
+import statistics
+from collections import deque
+from pathlib import Path
+
+from nanochat.files import write_atomically
+
+MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
+WINDOW = 50  # good steps that the next one is compared with
+SPIKE_DEVIATIONS = 8.0  # robust standard deviations above the median
+SPIKE_RATIO = 1.1  # and at least this much above it: early on, and on tiny data, the deviations are tiny too
+
+
+class StepGuard:
+    """Looks at loss and gradient norm of every step, which are the same numbers on all ranks.
+
+    Use: look() at each step; then spikes() after a good one, leave_out() instead of a bad one.
+    """
+
+    def __init__(self, bad_before: int = 0):
+        """bad_before: bad steps in a row that ended the run's last stretch, before it was resumed."""
+        self.bad_before = bad_before
+        self.recent = {"loss": deque(maxlen=WINDOW), "grad_norm": deque(maxlen=WINDOW)}
+        self.last: dict = {}  # what look() saw
+        self.bad: list[dict] = []  # the non-finite steps since the last good one
+
+    def look(self, step: int, loss: float, grad_norm: float, norms: dict[str, float]) -> bool:
+        """Whether the update of this step may be made. norms: of each group's gradient."""
+        self.last = dict(step=step, loss=loss, grad_norm=grad_norm, norms=norms)
+        return math.isfinite(loss) and math.isfinite(grad_norm)
+
+    def leave_out(self, rows: list[dict]) -> bool:
+        """Remember the last step as bad, with the rows of its whole batch; True when the run has to end."""
+        self.bad.append({**self.last, "rows": rows})
+        del self.bad[:-MAX_BAD_STEPS]
+        return self.bad_before + len(self.bad) >= MAX_BAD_STEPS
+
+    def spikes(self) -> dict[str, float]:
+        """What of the last step, a good one, stands out: {"loss" or "grad_norm": median of the steps before}."""
+        self.bad.clear()
+        self.bad_before = 0
+        found = {}
+        for name, recent in self.recent.items():
+            value = self.last[name]
+            if len(recent) >= WINDOW // 2:
+                median = statistics.median(recent)
+                # From step to step, so that the fall of the loss does not count; sigma of a normal distribution.
+                noise = 1.4826 / 2**0.5 * statistics.median(abs(b - a) for a, b in itertools.pairwise(recent))
+                if value > max(median + SPIKE_DEVIATIONS * noise, median * SPIKE_RATIO):
+                    found[name] = median
+            recent.append(value)
+        return found
+
+    def write_report(self, path: Path) -> None:
+        """bad_batch.json: step, loss, norms and rows of the last bad step, and the ones before it in a row."""
+        spelled = [_spell(record) for record in self.bad]
+        write_atomically(path, json.dumps({**spelled[-1], "earlier": spelled[:-1]}, indent=1) + "\n")
+
+
+def _spell(value):
+    """NaN and infinities as strings, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _spell(inner) for key, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,305 @@
+"""Resuming: which settings count, what a run remembers, and how all of it comes back from a checkpoint."""
+
+import base64
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nanochat import checkpoint_manager as checkpoints
+from nanochat.config.config_file import CommandLine, read_config
+from nanochat.config.declaration import fields_of
+from nanochat.config.settings import RunSettings, Settings, checked, validate
+from nanochat.data.trained_data import PLACE, check_same, is_local
+from nanochat.files import write_atomically
+from nanochat.gpt import GPTConfig
+from nanochat.runtime import print0, process_state
+from nanochat.system.environment import UserError, launched, rank_from_env, world_size_from_env
+
+# What a resumed run may change; everything else would make it another run.
+CHANGEABLE = {
+    "num_iterations", "target_flops", "target_param_data_ratio", "eval_every", "eval_tokens", "core_metric_every",
+    "core_metric_max_per_task", "sample_every", "save_every", "keep_last", "log_rows", "device_type", "dtype",
+    "compile", "route", "device_batch_size", "wandb_mode", "run", "overwrite", "skip_corrupt", "ignore_lock",
+    "deterministic", "rank_timeout", "eval_clips", "stall_evals",
+    "host", "musicgen",  # where they lie now: other weights than the checkpoint's are refused
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class RunState:
+    """What a run remembers besides weights, optimizer and loader; part of every checkpoint."""
+
+    step: int = 0
+    train_seconds: float = 0.0  # steps only: without evaluation, samples and saving
+    smooth_loss: float | None = None
+    val_bpb: float | None = None
+    smooth_loss_at_eval: float | None = None
+    overfit_warned: bool = False
+    skipped: int = 0  # non-finite steps that were left out
+    bad_in_a_row: int = 0  # of them, those since the last good step
+    evaluated: int = 0  # the last step of which all evaluation that was due is done
+
+    def figures(self) -> dict[str, float | None]:
+        """What was last measured on held-out data, under the names of metrics.jsonl."""
+        return {"val_bpb": self.val_bpb}
+
+    def note_loss(self, loss: float) -> None:
+        self.smooth_loss = loss if self.smooth_loss is None else 0.9 * self.smooth_loss + 0.1 * loss
+
+    def note_val_bpb(self, bpb: float) -> None:
+        """Keep val bpb; warn once when it rises while the training loss falls: the model learns the text by heart."""
+        self._note("val bpb", self.val_bpb, bpb)
+        self.val_bpb = bpb
+
+    def _note(self, name: str, before: float | None, now: float) -> None:
+        print0(f"step {self.step}: {name} {now:.4f}")
+        falling = self.smooth_loss_at_eval is not None and self.smooth_loss < self.smooth_loss_at_eval
+        if before is not None and now > before and falling and not self.overfit_warned:
+            self.overfit_warned = True
+            print0(f"warning: {name} rises ({before:.4f} -> {now:.4f}) while the training loss falls: over-fitting")
+        self.smooth_loss_at_eval = self.smooth_loss
+
+
+def settle(command: CommandLine, resume: bool) -> tuple[RunSettings, int | None]:
+    """The settings that count and the step to resume from (None: a new run). All checks that need no device."""
+    settings = command.settings
+    tag_dir = checkpoints.tag_dir(settings)
+    if foreign := sorted(tag_dir.glob("model_*.pt")):
+        raise UserError(
+            f"{tag_dir} holds nanochat's own checkpoints ({foreign[0].name}), which are only read: "
+            "train under another name with --model_tag=NAME"
+        )
+    if resume and checkpoints.list_steps(tag_dir):
+        step = checkpoints.newest_step(tag_dir)
+        if step is None:
+            raise UserError(f"{tag_dir} holds no whole step to resume from; --overwrite=True starts over beside it")
+        metadata = checkpoints.read_metadata(checkpoints.step_dir(tag_dir, step))
+        return resumed_settings(command, tag_dir, metadata.get("settings", {}), step), step
+    if resume and (tag_dir / "config.py").is_file():
+        print0(f"{tag_dir} holds no step yet: starting its run again")
+        return resumed_settings(command, tag_dir, read_config(tag_dir / "config.py", type(settings)), 0), None
+    if resume:
+        validate(settings, world_size_from_env())
+        print0(f"nothing to resume in {tag_dir}: starting a new run")
+    elif (rank_from_env() == 0 or not settings.overwrite) and tag_dir.is_dir() and any(tag_dir.iterdir()):
+        if not settings.overwrite:
+            raise UserError(
+                f"model_tag={settings.tag!r} holds a run already ({tag_dir}): continue it with --resume, take another "
+                f"name with --model_tag=NAME, or start over with --overwrite=True"
+            )
+        aside = next(p for n in range(1, 10**6) if not (p := tag_dir.with_name(f".{tag_dir.name}.old-{n}")).exists())
+        os.rename(tag_dir, aside)
+        print0(f"the earlier run was moved to {aside}")
+    return settings, None
+
+
+def _launcher() -> dict:
+    """What tells this torchrun from any other: its process, and its id where that is one."""
+    parent = os.getppid()
+    return dict(
+        host=platform.node(), pid=parent, started=process_state(parent)[1], id=os.environ["TORCHELASTIC_RUN_ID"]
+    )
+
+
+def note_launcher(tag_dir: Path) -> None:
+    """Under torchrun, leave in launcher.json whose run this is."""
+    if launched():
+        write_atomically(tag_dir / "launcher.json", json.dumps(_launcher()))
+
+
+def begun_by_this_launcher(tag_dir: Path) -> bool:
+    """Whether the run in the folder was begun by the torchrun that started this process, perhaps from another host.
+
+    A start that was refused, because the folder holds somebody else's run, must not turn into a resume when torchrun
+    tries it again.
+    """
+    try:
+        noted = json.loads((tag_dir / "launcher.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return False
+    mine = _launcher()
+    elsewhere = noted.get("host") != mine["host"] and mine["id"] not in ("", "none") and noted.get("id") == mine["id"]
+    return noted == mine or elsewhere
+
+
+def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: int) -> RunSettings:
+    """The run's own settings with what the flags may change; any other flag that differs is refused by name.
+
+    settings: as the checkpoint has them, or the tag's config.py when the run ended before its first one. The config.py
+    of the command line has no say here, and what it says otherwise is told: the run is what its checkpoint says.
+    """
+    kind = type(command.settings)
+    saved = {name: checked(name, value, kind) for name, value in settings.items()}
+    if saved:  # a setting that the checkpoint is too old to know was at its default, whatever a config.py says
+        saved = {name: field.default for name, field in fields_of(kind).items() if name not in CHANGEABLE} | saved
+    merged = dataclasses.replace(command.settings, **saved)
+    if merged.tag != tag_dir.name:  # the folder was renamed or copied: it goes on where it lies
+        merged = dataclasses.replace(merged, model_tag=tag_dir.name)
+    differing = {name: getattr(command.settings, name) for name in command.origins}
+    differing = {name: value for name, value in differing.items() if value != getattr(merged, name)}
+    changed = {name: value for name, value in differing.items() if command.origins[name] == "command line"}
+    for name in sorted(differing.keys() - changed.keys() - {"model_tag"}):
+        told = f"{name}={getattr(merged, name)!r} counts, not {differing[name]!r} of {command.origins[name]}"
+        print0(f"resuming: {told}" + (f"; change it with --{name}=..." if name in CHANGEABLE else ""))
+    changeable = CHANGEABLE | (set(PLACE) if is_local(changed.get("data")) else set())
+    if refused := sorted(changed.keys() - changeable - {"model_tag"}):
+        told = ", ".join(f"{n}={changed[n]!r} (the run has {getattr(merged, n)!r})" for n in refused)
+        raise UserError(f"--resume cannot change {told}: leave it out, or start a new run with --model_tag=NAME")
+    horizon = [name for name in ("num_iterations", "target_flops", "target_param_data_ratio") if name in changed]
+    if horizon and (changed.get("num_iterations") or math.inf) > step:
+        told = "the warmdown, and when the batch grows, are" if merged.batch_start else "the warmdown is"
+        print0(f"new horizon ({', '.join(horizon)}): {told} recomputed for it")
+    merged = dataclasses.replace(merged, **{name: changed[name] for name in changed.keys() & changeable})
+    return validate(merged, world_size_from_env())
+
+
+def as_begun(command: CommandLine) -> CommandLine:
+    """Under init_from: what neither config.py nor a flag says of the model is as that checkpoint has it."""
+    init_from, resume = getattr(command.settings, "init_from", None), "resume" in command.switches
+    if init_from is None or (resume and command.settings.model_tag):  # then the run's own checkpoint tells
+        return command
+    tag_dir, step = checkpoints.find_checkpoint(init_from, None)
+    config = checkpoints.model_config(checkpoints.metadata_of(tag_dir, step, command.settings.init_era))
+    open_ = {name: value for name, value in Settings.of_model(config).items() if name not in command.origins}
+    settings = dataclasses.replace(command.settings, **open_)
+    if not resume:
+        validate(settings, world_size_from_env())
+    origins = {name: f"init_from={init_from}" for name in open_}
+    return dataclasses.replace(command, settings=settings, origins=origins | command.origins)
+
+
+def begun_config(config: GPTConfig, tag_dir: Path, step: int, era: str | None) -> tuple[GPTConfig, bool]:
+    """The configuration with what no setting names as a checkpoint has it, and whether untie_at has split its tables.
+
+    No setting names what a gate reads and its range, nor the number of ids where the tokenizer does not use them all.
+    """
+    saved = checkpoints.model_config(checkpoints.metadata_of(tag_dir, step, era))
+    names = ["vocab_size", "value_gate_channels", "value_gate_range"]
+    if config.n_layer < 3:  # where the settings leave backout out, for it has no effect
+        names.append("backout")
+    split = config.tie_weights and not saved.tie_weights
+    return dataclasses.replace(config, **{name: getattr(saved, name) for name in names}), split
+
+
+def first_weights(settings: Settings, tag_dir: Path, resume_step: int | None) -> tuple[Path, int] | None:
+    """(tag folder, step) of the weights that a run goes on from, or begins with; None for one that begins with none."""
+    if resume_step is not None:
+        return tag_dir, resume_step
+    return checkpoints.find_checkpoint(settings.init_from, None) if settings.init_from else None
+
+
+def begin_from(tag_dir: Path, step: int, era: str | None, model, optimizer, tokenizer, dataset) -> None:
+    """The weights of a step, for a new run; UserError where they are of another kind.
+
+    Of a run of ours nothing else: it has ended its schedule. One of nanochat's goes on with its optimizer's state where
+    the files hold it whole, converted or not.
+    """
+    where = checkpoints.step_path(tag_dir, step)
+    theirs = checkpoints.is_upstream(tag_dir, step)
+    converted = not theirs and "converted_from" in checkpoints.read_metadata(where)
+    state, optimizer_state, metadata = checkpoints.load_checkpoint(
+        tag_dir, step, load_optimizer=theirs or (converted and (where / "optimizer.safetensors").is_file()), era=era
+    )
+    checkpoints.check_tokenizer(tokenizer, metadata, where)
+    saved = checkpoints.model_config(metadata)
+    mine = dataclasses.asdict(model.config)
+    there = dataclasses.asdict(dataclasses.replace(saved, sequence_len=model.config.sequence_len))
+    if differing := [name for name in mine if there[name] != mine[name]]:
+        told = ", ".join(f"{name}={there[name]!r} there, {mine[name]!r} here" for name in differing)
+        raise UserError(f"init_from={tag_dir.name!r} holds another model than the settings describe: {told}")
+    checkpoints.check_codec(dataset, metadata, where)
+    checkpoints.check_state(model, state, where)
+    checkpoints.check_finite(state, where)
+    model.load_state_dict(state)
+    if optimizer_state is not None:
+        optimizer.load_state_dict(optimizer_state)
+    print0(f"beginning with the weights of {where}" + " and its optimizer's state" * (optimizer_state is not None))
+
+
+def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, dataset) -> RunState:
+    """Load weights, optimizer, loader and generators of a step; returns the run's state at it.
+
+    UserError when a part is missing or of another shape, or belongs to another model, tokenizer or data.
+    """
+    model_state, optimizer_state, metadata = checkpoints.load_checkpoint(tag_dir, step, load_optimizer=True)
+    where = checkpoints.step_dir(tag_dir, step)
+    checkpoints.check_tokenizer(tokenizer, metadata, where)
+    if (saved := checkpoints.model_config(metadata)) != model.config:
+        raise UserError(f"{where} holds another model than the settings describe: {saved}, not {model.config}")
+    checkpoints.check_finite(model_state | optimizer_state, where)
+    return restore_progress(
+        where, metadata, dataset, loader, lambda: model.load_state_dict(model_state),
+        lambda: optimizer.load_state_dict(optimizer_state), RunState(),
+    )  # fmt: skip
+
+
+def progress_of(run: RunState, loader) -> dict:
+    """What a checkpoint says of where the run is; restore_progress() reads it."""
+    return dict(
+        loader=loader.state_dict(),
+        run=dataclasses.asdict(run),
+        rng=base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        threads=torch.get_num_threads(),
+        versions=dict(torch=torch.__version__, python=platform.python_version()),
+    )
+
+
+def note_evaluated(tag_dir: Path, run: RunState) -> None:
+    """Leave what an evaluation found beside the steps: the checkpoint of its step was written before it."""
+    write_atomically(tag_dir / "evaluated.json", json.dumps(dataclasses.asdict(run)) + "\n")
+
+
+def evaluated_after_save(tag_dir: Path, run: RunState) -> dict:
+    """Numbers of the run's state that an evaluation of this very step found after it was saved; {} without one.
+
+    What belongs to another step, of a stretch of the run that is gone, is deleted.
+    """
+    path = tag_dir / "evaluated.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    known = {field.name for field in dataclasses.fields(run)}
+    right = isinstance(found, dict) and found.get("step") == run.step == found.get("evaluated")
+    if right and all(isinstance(value, (int, float, type(None))) for value in found.values()):
+        return {name: value for name, value in found.items() if name in known}
+    path.unlink(missing_ok=True)
+    return {}
+
+
+def restore_progress(
+    where: Path, metadata: dict, dataset, loader, load_weights: Callable, load_optimizer: Callable, run: RunState
+) -> RunState:
+    """Weights, optimizer, loader and generators of the step folder `where`; returns its run's state, of run's kind.
+
+    UserError when the data is another, or a part is missing or of another shape.
+    """
+    check_same(metadata.get("data_fingerprint"), dataset, where, dataset.name)
+    known = {field.name for field in dataclasses.fields(run)}
+    numbers = {name: value for name, value in metadata.get("run", {}).items() if name in known}
+    try:
+        load_weights()
+        load_optimizer()
+        loader.load_state_dict(metadata["loader"])
+        if "rng" in metadata:
+            torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(metadata["rng"])), dtype=torch.uint8))
+        if wrong := [name for name, value in numbers.items() if not isinstance(value, (int, float, type(None)))]:
+            raise TypeError(f"run.{wrong[0]} is not a number")
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{where} cannot be resumed: {what}") from error
+    if metadata.get("threads") != torch.get_num_threads():
+        print0(
+            f"note: {metadata.get('threads')} threads then, {torch.get_num_threads()} now: sums may round differently"
+        )
+    print0(f"resuming from {where}")
+    step = metadata["step"]
+    return dataclasses.replace(run, **{"evaluated": step} | numbers | {"step": step})

@@ -1,0 +1,239 @@
+"""The metrics log, always written, and the tracker, which reads it in a process of its own and can stop nothing.
+
+wandb leaves exit hooks behind that wait for its service for ever, and its start can wait minutes for a network: no
+thread inside the training process could be rid of it. A process can be killed.
+"""
+
+import json
+import math
+import os
+import re
+import secrets
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from nanochat.files import write_atomically
+from nanochat.runtime import print0
+from nanochat.system import streams
+from nanochat.system.environment import rank_from_env
+from nanochat.system.storage_errors import naming_storage_errors
+
+FINISH_SECONDS = 30  # how long the end of a run waits for the tracker
+HURRIED_SECONDS = 5  # and that of a preempted one, whose scheduler gives it about half a minute in all
+
+
+class MetricsLog:
+    """metrics.jsonl, one JSON object a line, always written; a tracker may follow the file. Main thread only.
+
+    path: the file, appended to. tracker: what open_tracker() gave. keep_below: on resume, lines with a larger step are
+    dropped, so that the file tells one run; drop_evals_of: a step whose evaluation did not end and is made up. A line
+    that a kill tore is dropped in any case.
+    """
+
+    def __init__(
+        self, path: Path | None, tracker: "Tracker | None" = None, keep_below: int | None = None,
+        drop_evals_of: int | None = None,
+    ):  # fmt: skip
+        self.path, self.tracker = path, tracker
+        self.file = None
+        self.noted: dict[str, str] = {}  # streams that are lost, as this file says already
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            before = path.read_bytes()
+            last = math.inf if keep_below is None else keep_below
+            lines = [line for line in before.split(b"\n") if _step_of(line) <= last]
+            after = b"".join(line + b"\n" for line in lines if not _is_eval(line, drop_evals_of))
+            if after != before:
+                write_atomically(path, after.decode())
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115  (lives as long as the run)
+        if tracker is not None:
+            tracker.follow(path)
+
+    def write(self, step: int, **values) -> None:
+        """Append one line: {"step": step, "time": seconds since the epoch, ...}; NaN and infinities become strings."""
+        if self.file is None:
+            return
+        line = {"step": step, "time": round(time.time(), 3), **values}
+        if news := {name: why for name, why in streams.lost.items() if name not in self.noted}:
+            self.noted |= news
+            line["lost"] = news  # what a person looks for when the printed lines end
+        rest = f"{json.dumps({k: _plain(v) for k, v in line.items()})}\n".encode()
+        with naming_storage_errors(self.path):
+            while rest:  # one system call for the whole line, so that a kill leaves at most the last one torn
+                rest = rest[self.file.write(rest) :]
+        if self.tracker is not None:
+            self.tracker.check()
+
+    def close(self, hurry: bool = False) -> None:
+        """hurry: somebody waits for the end of this process, and will kill it soon."""
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+            if self.tracker is not None:
+                self.tracker.finish(HURRIED_SECONDS if hurry else FINISH_SECONDS)
+
+
+def last_event(path: Path) -> tuple[int, str] | None:
+    """(step, event) of the last line of a metrics.jsonl that has an event; None without."""
+    for line in reversed(path.read_bytes().split(b"\n") if path.is_file() else []):
+        if not math.isnan(_step_of(line)) and "event" in (found := json.loads(line)):
+            return found["step"], found["event"]
+    return None
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.nan  # torn, or none of ours: not below any step
+
+
+def _is_eval(line: bytes, step: int | None) -> bool:
+    """Whether a whole line holds figures of an evaluation of that step."""
+    return step is not None and _step_of(line) == step and json.loads(line).get("event") == "eval"
+
+
+def _plain(value):
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return round(value, 7) if isinstance(value, float) and abs(value) > 1e-3 else value
+
+
+class Tracker:
+    """wandb in a child process (wandb_process.py beside this file) that follows metrics.jsonl until we close its input.
+
+    Nothing here blocks, but finish() for its seconds. Whatever fails gives one warning and ends the tracker. When
+    the training process is killed, the child sees its input end, sends what it has and leaves.
+    """
+
+    def __init__(self, directory: Path, init: dict):
+        self.directory, self.init = directory, init
+        self.process: subprocess.Popen | None = None
+
+    def follow(self, path: Path) -> None:
+        """Start the child; it sends the lines that are appended to the file from now on."""
+        facts = dict(init=self.init, path=str(path), offset=path.stat().st_size)
+        try:
+            with open(self.directory / "tracker.log", "ab") as messages:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", str(Path(__file__).with_name("wandb_process.py")), json.dumps(facts)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=messages,
+                    bufsize=0,
+                    start_new_session=True,  # Ctrl-C is the run's: the child ends when its input does
+                    env=_environment(self.directory),
+                )
+        except OSError as error:
+            self._give_up(str(error))
+            return
+        os.set_blocking(self.process.stdout.fileno(), False)
+
+    def check(self) -> None:
+        """Print what the child has to say; when it has failed, warn once and go on without it."""
+        if self.process is not None and self._listen() == b"":
+            self._give_up("its process ended")
+
+    def finish(self, seconds: float) -> None:
+        """Let the child send the rest; after so many seconds it is killed."""
+        if self.process is None:
+            return
+        self.process.stdin.close()
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return self._give_up(f"it did not finish within {seconds} s")
+        self._listen()
+        if self.process is not None and code != 0:
+            self._give_up(f"exit code {code}")
+        self._let_go()
+
+    def _listen(self) -> bytes | None:
+        """Print or act on the child's words; returns them, None for nothing new, b"" when it has ended."""
+        words = self.process.stdout.read()
+        for line in (words or b"").decode(errors="replace").splitlines():
+            if line.startswith("error: "):
+                self._give_up(line.removeprefix("error: "))
+                break
+            print0(f"wandb: {line}")
+        return words
+
+    def _give_up(self, reason: str) -> None:
+        print0(
+            f"warning: wandb stopped ({reason}): the run goes on without it and metrics.jsonl is complete; "
+            f"see {self.directory / 'tracker.log'}"
+        )
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            with suppress(subprocess.TimeoutExpired):  # a process that waits for a lost disk dies later
+                self.process.wait(1)
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process = None
+
+
+def _environment(directory: Path) -> dict[str, str]:
+    """Ours, and folders for what wandb would put into the home directory (those that the user named stay) and /tmp.
+
+    Its settings and the API key are only read, and stay where `wandb login` put them.
+    """
+    folders = {"WANDB_CACHE_DIR": "cache", "WANDB_DATA_DIR": "data", "WANDB_ARTIFACT_DIR": "artifacts"}
+    scratch = (directory / "wandb" / "tmp").absolute()
+    scratch.mkdir(parents=True, exist_ok=True)
+    return {
+        **{name: str(directory.absolute() / "wandb" / folder) for name, folder in folders.items()},
+        "WANDB_PROGRAM": sys.argv[0],
+        "WANDB_X_STATS_PID": str(os.getpid()),  # system metrics of the training process, not of the child
+        **os.environ,
+        "TMPDIR": str(scratch),  # what a killed child leaves behind
+    }
+
+
+def open_tracker(mode: str, run: str, config: dict, directory: Path) -> Tracker | None:
+    """A wandb run ('online' or 'offline') for MetricsLog, or None ('disabled', or any rank but the first).
+
+    directory: the run's own folder. It takes all that wandb writes, and keeps the run's id, so that a resumed run goes
+    on there; `wandb sync` sends the offline runs later, several of one id in their order.
+    """
+    if mode == "disabled" or rank_from_env() != 0:
+        return None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        run_id = _run_id(directory)
+    except OSError as error:
+        print0(f"warning: no tracker ({error}); metrics.jsonl is written as always")
+        return None
+    where = dict(mode=mode, dir=str(directory), id=run_id, resume="allow")
+    return Tracker(directory, dict(project="nanochat", name=run, config=config, **where))
+
+
+def _run_id(directory: Path) -> str:
+    """The id of this run at wandb: the one in the folder, or a new one that is written there."""
+    path = directory / "wandb_run_id"
+    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    if re.fullmatch("[0-9a-f]{16}", known):
+        return known
+    new = secrets.token_hex(8)  # not from the run's seed: two runs must differ
+    write_atomically(path, f"{new}\n")
+    return new
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl; lines that are not whole JSON objects (a process was killed) are left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines

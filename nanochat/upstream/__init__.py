@@ -1,0 +1,1 @@
+"""Formats of other repositories: nanochat's own checkpoints, pickles, foreign weights."""

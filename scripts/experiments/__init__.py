@@ -1,0 +1,1 @@
+"""Experiments: the tables of dev/LOG.md."""

@@ -1,0 +1,1 @@
+"""Stress tests: kills, odd inputs, mutations, pages, releases, a GPU."""
