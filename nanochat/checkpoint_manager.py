@@ -37,8 +37,11 @@ LONGEST = 2**24  # sequence_len: rotary tables are made before anything is compu
 STEP_NAME = re.compile(r"step_(\d{6,})")
 # load_model()'s sources, and where nanochat keeps the checkpoints of each stage.
 SOURCES = {
-    "base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints",
-}  # fmt: skip
+    "base": "base_checkpoints",
+    "mid": "mid_checkpoints",
+    "sft": "chatsft_checkpoints",
+    "rl": "chatrl_checkpoints",
+}
 
 
 def checkpoints_dir() -> Path:
@@ -110,9 +113,13 @@ def save_checkpoint(
 
 
 def _write_step(
-    folder: Path, model_state: dict, optimizer_state: dict | None, state: dict, tokenizer: Tokenizer | None,
+    folder: Path,
+    model_state: dict,
+    optimizer_state: dict | None,
+    state: dict,
+    tokenizer: Tokenizer | None,
     codec: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """All files of a step into a new folder, the manifest last; everything is on the disk when this returns."""
     folder.mkdir(parents=True)
     _save_tensors(model_state, folder / "model.safetensors")
@@ -283,9 +290,12 @@ def newest_tag(root: Path) -> str:
 
 
 def load_checkpoint(
-    checkpoint_dir: Path, step: int, device: torch.device | str = "cpu", load_optimizer: bool = False,
+    checkpoint_dir: Path,
+    step: int,
+    device: torch.device | str = "cpu",
+    load_optimizer: bool = False,
     era: str | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict]:  # fmt: skip
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict]:
     """(model state, optimizer state or None, metadata) of a step that must be whole; UserError otherwise.
 
     Of nanochat's own files all three are translated, with {"era": ...} in the metadata's `upstream`; era: the one that
@@ -478,9 +488,13 @@ def check_codec(dataset, metadata: dict, where) -> None:
 
 
 def load_model(
-    source: str, device: torch.device | str, phase: str, model_tag: str | None = None, step: int | None = None,
+    source: str,
+    device: torch.device | str,
+    phase: str,
+    model_tag: str | None = None,
+    step: int | None = None,
     era: str | None = None,
-) -> tuple[GPT, Tokenizer | None, dict]:  # fmt: skip
+) -> tuple[GPT, Tokenizer | None, dict]:
     """Open a checkpoint, ours or nanochat's: the newest tag and the newest whole step unless they are named.
 
     source: "base", or nanochat's later stages "mid", "sft", "rl". era: as in load_checkpoint().

@@ -180,9 +180,14 @@ def source_of(settings: Settings, *, say: Say = print) -> Source | None:
     """
     if "audio" not in settings.modality_codes():
         return text_source(
-            settings.data, settings.data_column, settings.data_split, settings.data_config, settings.data_limit,
-            settings.skip_corrupt, say,
-        )  # fmt: skip
+            settings.data,
+            settings.data_column,
+            settings.data_split,
+            settings.data_config,
+            settings.data_limit,
+            settings.skip_corrupt,
+            say,
+        )
     from nanochat.audio.dataset import audio_source
 
     if settings.text_data is None:
@@ -230,8 +235,10 @@ def open_trained_data(settings: RunSettings, trained_on: dict | None, *, say: Sa
         return prepare_for(settings, say=say)
     if change := _change(settings, dataset):
         sha256 = dataset.fingerprint["sha256"][:8]
-        say(f"data: {settings.data} {change}: taking the shards that were prepared from it, {sha256} in "
-            f"{dataset.directory}")  # fmt: skip
+        say(
+            f"data: {settings.data} {change}: taking the shards that were prepared from it, {sha256} in "
+            f"{dataset.directory}"
+        )
     return dataset
 
 

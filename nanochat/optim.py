@@ -333,11 +333,21 @@ def _adamw_step(p: torch.Tensor, g: torch.Tensor, scale: float, state: dict, gro
         state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     beta1, beta2 = group["betas"]
     adamw(
-        [p], [g], [state["exp_avg"]], [state["exp_avg_sq"]], [],
+        [p],
+        [g],
+        [state["exp_avg"]],
+        [state["exp_avg_sq"]],
+        [],
         [torch.full((), float(state["step"]), device=p.device)],
-        fused=True, amsgrad=False, maximize=False, beta1=beta1, beta2=beta2,
-        lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-    )  # fmt: skip
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+    )
     state["step"] += 1
 
 
@@ -419,9 +429,12 @@ def build_optimizer(model: nn.Module, settings, dtype: torch.dtype, rank: int = 
     AdamW's rates are for width 768 and scale with (width / 768)^-0.5, as in nanochat.
     """
     kinds = {
-        "wte": "tied" if model.config.tie_weights else "embedding", "lm_head": "unembedding",
-        "value_embeds": "value_embedding", "bigram_embed": "bigram", "scalars": "scalar",
-    }  # fmt: skip
+        "wte": "tied" if model.config.tie_weights else "embedding",
+        "lm_head": "unembedding",
+        "value_embeds": "value_embedding",
+        "bigram_embed": "bigram",
+        "scalars": "scalar",
+    }
     order = ("embedding", "tied", "unembedding", "value_embedding", "bigram", "matrix", "scalar")
     modalities = (None, *model.vocabulary.names)
     groups: dict[tuple[str, str | None], list[str]] = {(kind, m): [] for kind in order for m in modalities}

@@ -56,9 +56,16 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     store = TokenStore(dataset, tokenizer, "train", vocabulary=model.vocabulary, say=print0)
     rows = Rows(store, settings.max_seq_len, print0)
     loader = PackedLoader(
-        rows, settings.rows, settings.max_seq_len, settings.seed, compute.rank, compute.world_size, compute.device,
-        count=("audio",), caption_dropout=settings.caption_dropout,
-    )  # fmt: skip
+        rows,
+        settings.rows,
+        settings.max_seq_len,
+        settings.seed,
+        compute.rank,
+        compute.world_size,
+        compute.device,
+        count=("audio",),
+        caption_dropout=settings.caption_dropout,
+    )
     warn_repeated_rows(settings, loader)
     before = {} if begins else checkpoints.read_metadata(checkpoints.step_dir(folder, resume_step))
     text_loss, text_fingerprint = text_measure(settings, model, compute, before.get("text_fingerprint"))
@@ -73,9 +80,14 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
         checkpoints.check_finite(state | optimizer_state, where)
         checkpoints.check_codec(dataset, metadata, where)
         run = restore_progress(
-            where, metadata, dataset, loader, lambda: load_trained(model, state, where),
-            lambda: optimizer.load_state_dict(optimizer_state), run,
-        )  # fmt: skip
+            where,
+            metadata,
+            dataset,
+            loader,
+            lambda: load_trained(model, state, where),
+            lambda: optimizer.load_state_dict(optimizer_state),
+            run,
+        )
     changes = model.config.changes_text
     if text_loss and (begins or not changes):  # by the same device and dtype as afterwards
         run.text_before = text_loss(HostAlone(model), never)
@@ -137,10 +149,21 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     hashed = state_hash(model.host)
     result = loop(
         Training(
-            settings, compute, model, optimizer, loader, run, settings.num_iterations, settings.learning_rate, evaluate,
-            saver, model.trained, facts, resumed=resume_step is not None,
+            settings,
+            compute,
+            model,
+            optimizer,
+            loader,
+            run,
+            settings.num_iterations,
+            settings.learning_rate,
+            evaluate,
+            saver,
+            model.trained,
+            facts,
+            resumed=resume_step is not None,
         )
-    )  # fmt: skip
+    )
     if not model.config.trains_host:
         assert state_hash(model.host) == hashed, "a tensor of the frozen host has changed"
         print0(f"the host's tensors are as they were: {hashed[:8]}")
@@ -154,9 +177,13 @@ def build_optimizer(model: AdapterModel, settings: AdapterSettings, rank: int, w
         kind = "adapters" if name.endswith("_proj.weight") and name.startswith("experts.") else name.split(".")[0]
         groups.setdefault(kind, {})[name] = parameter
     common = dict(
-        kind="adamw", lr=settings.learning_rate, initial_lr=settings.learning_rate, betas=settings.adam_betas, eps=1e-8,
+        kind="adamw",
+        lr=settings.learning_rate,
+        initial_lr=settings.learning_rate,
+        betas=settings.adam_betas,
+        eps=1e-8,
         weight_decay=settings.weight_decay,
-    )  # fmt: skip
+    )
     named = [
         dict(name=kind, params=list(found.values()), param_names=list(found), **common)
         for kind, found in groups.items()

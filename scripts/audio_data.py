@@ -25,9 +25,11 @@ def main(argv: list[str] | None = None) -> Dataset:
     """Prepare and describe the dataset of sounds that the command line names; returns it."""
     words = sys.argv[1:] if argv is None else argv
     line = from_command_line(
-        words, switches=("caption_from_names", "adapters"), usage="python -m scripts.audio_data [config.py]",
+        words,
+        switches=("caption_from_names", "adapters"),
+        usage="python -m scripts.audio_data [config.py]",
         kind=AdapterSettings if "--adapters" in words else Settings,
-    )  # fmt: skip
+    )
     settings = line.settings
     if "audio" not in settings.modality_codes():
         raise UserError(f"modalities={settings.modalities!r} names no audio: set --modalities=audio:2048, say")

@@ -58,9 +58,11 @@ def generate(args: argparse.Namespace, output) -> list[Path]:
     compute = init_compute(args.device_type, None, args.seed)
     model, tokenizer, codec, _, _ = open_audio_model(args.model_tag, args.step, compute.device)
     how = dict(
-        frames=args.seconds and max(1, round(args.seconds * codec.frame_rate)), seed=args.seed,
-        temperature=args.temperature, top_k=args.top_k,
-    )  # fmt: skip
+        frames=args.seconds and max(1, round(args.seconds * codec.frame_rate)),
+        seed=args.seed,
+        temperature=args.temperature,
+        top_k=args.top_k,
+    )
     if args.stream:
         pieces = []
         for piece in stream_sound(model, tokenizer, codec, args.prompt, **how):

@@ -68,10 +68,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model-tag", help="folder under base_checkpoints, or a path with a slash (default: newest)")
     parser.add_argument("--step", type=_whole(0), help="step to evaluate (default: the newest whole one)")
     parser.add_argument(
-        "--eval", type=_parts,
+        "--eval",
+        type=_parts,
         help="comma-separated: core, bpb, audio, offline, sample (default: all but core on a CPU, all but offline on a "
         "GPU; audio only where the data holds sounds)",
-    )  # fmt: skip
+    )
     parser.add_argument("--max-per-task", type=_whole(1), help="items per task of a suite, and sounds (default: all)")
     parser.add_argument(
         "--bundle", help="folder of the CORE bundle (default: eval_bundle in the base folder, or download)"
@@ -198,9 +199,13 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def evaluate(
-    args: argparse.Namespace, parts: tuple[str, ...], checkpoint_dir: Path, step: int, compute: Compute,
+    args: argparse.Namespace,
+    parts: tuple[str, ...],
+    checkpoint_dir: Path,
+    step: int,
+    compute: Compute,
     results: Results,
-) -> None:  # fmt: skip
+) -> None:
     """The parts, one after the other, into results; see main. A CORE without a bundle becomes OFFLINE."""
     bundle = None
     if "core" in parts:
@@ -254,9 +259,16 @@ def evaluate(
 
 
 def measure(
-    args: argparse.Namespace, parts: tuple[str, ...], settings: Settings, bundle, model, tokenizer: Tokenizer,
-    dataset: Dataset | None, compute: Compute, results: Results,
-) -> None:  # fmt: skip
+    args: argparse.Namespace,
+    parts: tuple[str, ...],
+    settings: Settings,
+    bundle,
+    model,
+    tokenizer: Tokenizer,
+    dataset: Dataset | None,
+    compute: Compute,
+    results: Results,
+) -> None:
     """Each part that was asked for, into results as soon as it is done."""
     rows = args.device_batch_size or min(settings.device_batch_size, max(1, settings.rows))
     options = dict(

@@ -126,11 +126,24 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     codec = codec_files(dataset) if compute.rank == 0 else None
     saver = BackgroundSaver(folder, settings.keep_last, tokenizer, compute.rank, codec)
     training = Training(
-        settings, compute, model, optimizer, loader, run, steps, settings.matrix_lr, evaluate, saver,
-        lambda: model.state_dict().items(), facts, compile_seconds, resume_step is not None,
-        settings.untie_step(steps) if model.config.tie_weights else None, split,
+        settings,
+        compute,
+        model,
+        optimizer,
+        loader,
+        run,
+        steps,
+        settings.matrix_lr,
+        evaluate,
+        saver,
+        lambda: model.state_dict().items(),
+        facts,
+        compile_seconds,
+        resume_step is not None,
+        settings.untie_step(steps) if model.config.tie_weights else None,
+        split,
         lambda: print_samples(model, tokenizer),
-    )  # fmt: skip
+    )
     return loop(training)
 
 
@@ -198,10 +211,17 @@ def loop(training: Training) -> dict:
     if settings.log_rows:
         rows_log = MetricsLog(folder / f"rows_rank{compute.rank}.jsonl")
     log.write(
-        run.step, event="resume" if training.resumed else "start", steps=steps, device=device_name(compute),
-        dtype=str(compute.dtype)[6:], world_size=compute.world_size, peak_flops=peak, compiled=is_compiled(model),
-        parameters=training.facts["derived"]["parameters"]["total"], data=training.facts["data_fingerprint"],
-    )  # fmt: skip
+        run.step,
+        event="resume" if training.resumed else "start",
+        steps=steps,
+        device=device_name(compute),
+        dtype=str(compute.dtype)[6:],
+        world_size=compute.world_size,
+        peak_flops=peak,
+        compiled=is_compiled(model),
+        parameters=training.facts["derived"]["parameters"]["total"],
+        data=training.facts["data_fingerprint"],
+    )
 
     # -- the loop -----------------------------------------------------------------------------------------------------
     step_times: list[tuple[float, int]] = []  # seconds and tokens
@@ -296,16 +316,27 @@ def loop(training: Training) -> dict:
             tok_per_sec = batch_tokens / seconds
             left = schedule.tokens_before(settings, steps, steps) - schedule.tokens_before(settings, run.step, steps)
             log.write(
-                run.step, tokens=loader.cursor * settings.max_seq_len, loss=loss_value,
-                lr=multiplier * training.rate, lr_multiplier=multiplier, grad_norm=grad_norm,
-                tok_per_sec=tok_per_sec, mfu=tok_per_sec * model.flops_per_token() / peak, mem_mb=memory_mb(compute),
-                epoch=loader.epoch, **{f"norm/grad_{name}": value for name, value in group_norms.items()},
+                run.step,
+                tokens=loader.cursor * settings.max_seq_len,
+                loss=loss_value,
+                lr=multiplier * training.rate,
+                lr_multiplier=multiplier,
+                grad_norm=grad_norm,
+                tok_per_sec=tok_per_sec,
+                mfu=tok_per_sec * model.flops_per_token() / peak,
+                mem_mb=memory_mb(compute),
+                epoch=loader.epoch,
+                **{f"norm/grad_{name}": value for name, value in group_norms.items()},
                 **model.loss_by_modality(loss, scored),
-            )  # fmt: skip
+            )
             progress.update(
-                run.step, run.smooth_loss or loss_value, run.figures(), pace,
-                pace * model.flops_per_token() / peak, left / pace,
-            )  # fmt: skip
+                run.step,
+                run.smooth_loss or loss_value,
+                run.figures(),
+                pace,
+                pace * model.flops_per_token() / peak,
+                left / pace,
+            )
             if stopped:
                 break
         due.note_saved(saver.wait())
@@ -322,9 +353,13 @@ def loop(training: Training) -> dict:
         if stopped == "nonfinite" and compute.rank == 0:
             guard.write_report(folder / "bad_batch.json")
         log.write(
-            run.step, event=stopped, train_seconds=run.train_seconds, compile_seconds=training.compile_seconds,
-            peak_flops=peak, **run.figures(),
-        )  # fmt: skip
+            run.step,
+            event=stopped,
+            train_seconds=run.train_seconds,
+            compile_seconds=training.compile_seconds,
+            peak_flops=peak,
+            **run.figures(),
+        )
         return finish(settings, run, log, rows_log, stopped)
 
 

@@ -35,13 +35,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--from-hf", metavar="FOLDER", help="a folder that export_hf or save_pretrained wrote")
     parser.add_argument("--output-tag", help="tag of the new model (default: the old one's and what was done)")
     parser.add_argument(
-        "--tie", nargs="?", const=True, choices=tuple(KEEP),
+        "--tie",
+        nargs="?",
+        const=True,
+        choices=tuple(KEEP),
         help="one table for embedding and output; a value says what of the two is kept (default: what costs least)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--untie", nargs="?", const=True, choices=("none", "mlp", "all"),
+        "--untie",
+        nargs="?",
+        const=True,
+        choices=("none", "mlp", "all"),
         help="alone: an output matrix of its own; of an added modality, what it has of its own: none, mlp, all (mlp)",
-    )  # fmt: skip
+    )
     parser.add_argument("--data", help="where to measure the change in loss (default: the model's own data)")
     parser.add_argument("--add-modality", metavar="NAME:CODES", help="as in audio:2048; several with ,")
     parser.add_argument("--codebooks", type=number(int, 1), default=1, help="codebooks of audio (default 1)")
@@ -120,11 +126,14 @@ def add_modality(args: argparse.Namespace, source: Source, before: Settings) -> 
         there = "no experts" if untie == "none" else f"experts of width {before.expert_dim or before.n_embd}"
         raise UserError(f"--expert-dim={args.expert_dim}: the model has {there}; one width serves all modalities")
     after = dataclasses.replace(
-        before, modalities=", ".join(filter(None, [before.modalities, args.add_modality])), untie=untie,
+        before,
+        modalities=", ".join(filter(None, [before.modalities, args.add_modality])),
+        untie=untie,
         codebooks=before.codebooks if "audio" in before.modality_codes() else args.codebooks,
-        expert_dim=before.expert_dim if before.modalities else args.expert_dim, model_tag=None,
+        expert_dim=before.expert_dim if before.modalities else args.expert_dim,
+        model_tag=None,
         output_layers=args.output_layers or (before.output_layers if before.modalities else "separate"),
-    )  # fmt: skip
+    )
     new = modalities_of(after, tokenizer.vocab_size)[len(source.config.modalities) :]
     for modality in new:
         if "<|reserved_" not in (token := tokenizer.decode([modality.start])):

@@ -40,9 +40,8 @@ def main(argv: list[str] | None = None) -> dict:
     checkpoint_dir, step = find_checkpoint(args.model_tag, args.step)
     model, tokenizer, _ = build_model(checkpoint_dir, step, "cpu", "eval", era=args.era)
     facts = write_hf(
-        args.out, model.config, model.state_dict(), tokenizer, fold=args.fold_projection,
-        dtype=getattr(torch, dtype),
-    )  # fmt: skip
+        args.out, model.config, model.state_dict(), tokenizer, fold=args.fold_projection, dtype=getattr(torch, dtype)
+    )
     print0(f"{step_path(checkpoint_dir, step)} -> {args.out}")
     if facts["nonfinite"]:
         print0(f"warning: the weights hold NaN or infinite values: {facts['nonfinite']}; the export has them too")

@@ -158,10 +158,13 @@ def of_upstream(folder: Path, step: int, era: str | None) -> dict:
     if tokenizer is not None:
         check_tokenizer(tokenizer, metadata, folder)
     return {
-        "format": f"nanochat's own of era {told['era']} (by {told['told_by']}), step {step}", "era": told["era"],
-        "metadata": metadata, **of_model(config, state, tokenizer), "data": "not recorded",
+        "format": f"nanochat's own of era {told['era']} (by {told['told_by']}), step {step}",
+        "era": told["era"],
+        "metadata": metadata,
+        **of_model(config, state, tokenizer),
+        "data": "not recorded",
         "optimizer": read_optimizer(folder, step, config)[1],
-    }  # fmt: skip
+    }
 
 
 def of_hugging_face(folder: Path) -> dict:

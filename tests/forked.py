@@ -15,9 +15,14 @@ from nanochat import hardware
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch._inductor.config", "torch.distributed.launcher.api", "nanochat.training.launch", "nanochat.data_pipeline",
-     "nanochat.evaluation.offline"]
-)  # fmt: skip
+    [
+        "torch._inductor.config",
+        "torch.distributed.launcher.api",
+        "nanochat.training.launch",
+        "nanochat.data_pipeline",
+        "nanochat.evaluation.offline",
+    ]
+)
 
 
 class Forked:

@@ -26,9 +26,18 @@ def tiny_tokenizer(folder: Path | str, bos: bool = True) -> int:
 
 
 def tiny_llama(
-    folder: Path | str, tied: bool = True, width: int = 32, layers: int = 2, vocab: int = 272, *, kind: str = "llama",
-    seed: int = 0, tokenizer: bool = True, shard_bytes: int | None = None, **config,
-):  # fmt: skip
+    folder: Path | str,
+    tied: bool = True,
+    width: int = 32,
+    layers: int = 2,
+    vocab: int = 272,
+    *,
+    kind: str = "llama",
+    seed: int = 0,
+    tokenizer: bool = True,
+    shard_bytes: int | None = None,
+    **config,
+):
     """Save a random decoder with 4 heads (2 for keys) and its tokenizer of 264 ids; returns the model, in eval mode.
 
     kind: transformers' model_type (llama, mistral, qwen2, qwen3). Weights are large enough for logits that differ,
@@ -38,10 +47,20 @@ def tiny_llama(
 
     torch.manual_seed(seed)
     fields = dict(
-        hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=width // 4, vocab_size=vocab, max_position_embeddings=512,
-        initializer_range=0.15, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        vocab_size=vocab,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields | config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

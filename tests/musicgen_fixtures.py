@@ -30,9 +30,16 @@ def tiny_musicgen(
     else:
         t5 = dict(model_type="t5", vocab_size=32, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         encodec = dict(
-            model_type="encodec", sampling_rate=32000, upsampling_ratios=[8, 5, 4, 4], num_filters=2, hidden_size=4,
-            num_lstm_layers=1, codebook_size=codes, codebook_dim=4, target_bandwidths=[0.2 * log2(codes)],
-        )  # fmt: skip
+            model_type="encodec",
+            sampling_rate=32000,
+            upsampling_ratios=[8, 5, 4, 4],
+            num_filters=2,
+            hidden_size=4,
+            num_lstm_layers=1,
+            codebook_size=codes,
+            codebook_dim=4,
+            target_bandwidths=[0.2 * log2(codes)],
+        )
         config = MusicgenConfig(text_encoder=t5, audio_encoder=encodec, decoder=decoder_config.to_dict())
         model = MusicgenForConditionalGeneration(config)
     with torch.no_grad():

@@ -175,11 +175,7 @@ def test_a_folder_of_the_same_step_is_moved_aside(root, capsys):
     (first / "model.safetensors").write_bytes(b"damaged")
     save(root / "m", 5, make_model(2))
     save(root / "m", 5, make_model(3))
-    assert sorted(p.name for p in (root / "m").iterdir()) == [
-        "step_000005",
-        "step_000005.bad-1",
-        "step_000005.bad-2",
-    ]
+    assert sorted(p.name for p in (root / "m").iterdir()) == ["step_000005", "step_000005.bad-1", "step_000005.bad-2"]
     assert (root / "m" / "step_000005.bad-1" / "model.safetensors").read_bytes() == b"damaged"
     assert cm.list_steps(root / "m") == [5]
     assert "moved to step_000005.bad-1" in capsys.readouterr().out
@@ -462,9 +458,13 @@ def test_fsync_order(root, monkeypatch):
     real_write = Path.write_text
     with monkeypatch.context() as patch:
         for owner, name, fake in (
-            (os, "open", opened), (os, "fsync", synced), (os, "rename", renamed(real_rename)),
-            (os, "replace", renamed(real_replace)), (cm, "save_file", saved), (Path, "write_text", written),
-        ):  # fmt: skip
+            (os, "open", opened),
+            (os, "fsync", synced),
+            (os, "rename", renamed(real_rename)),
+            (os, "replace", renamed(real_replace)),
+            (cm, "save_file", saved),
+            (Path, "write_text", written),
+        ):
             patch.setattr(owner, name, fake)
         folder = cm.save_checkpoint(root / "m", 1, {"w": torch.ones(2)}, {"m": torch.ones(2)}, {"settings": {}})
     files = {path.name for path in folder.iterdir()} - {"manifest.json"}

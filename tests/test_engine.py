@@ -68,9 +68,11 @@ def test_any_combination_of_features_in_pieces(variant, features, layers, kv_hea
     """
     changes = {k: v for name in features for k, v in FEATURES[name].items()}
     model = build(
-        n_layer=layers, n_kv_head=kv_heads, **{**VARIANTS[variant], **changes},
+        n_layer=layers,
+        n_kv_head=kv_heads,
+        **{**VARIANTS[variant], **changes},
         **({"window_pattern": pattern, "short_window": window} if "windows" not in features else {}),
-    )  # fmt: skip
+    )
     ids = random_ids(2, sum(pieces))
     with torch.inference_mode():
         cache = model.new_cache(2, sum(pieces))

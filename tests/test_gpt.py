@@ -152,9 +152,13 @@ def test_forward_is_the_reference(variant, kv_heads):
 )
 def test_any_shape_is_the_reference(heads, half, length, vocab, layers, variant, features):
     shape = dict(
-        n_head=heads[0], n_kv_head=heads[1], n_embd=2 * half * heads[0], vocab_size=vocab, n_layer=layers,
+        n_head=heads[0],
+        n_kv_head=heads[1],
+        n_embd=2 * half * heads[0],
+        vocab_size=vocab,
+        n_layer=layers,
         sequence_len=length,
-    )  # fmt: skip
+    )
     model = build(**shape, **{**VARIANTS[variant], **{k: v for name in features for k, v in FEATURES[name].items()}})
     ids = random_ids(1, length, vocab=vocab)
     expected = reference_logits(model.state_dict(), ids[0].tolist(), model.config)
@@ -306,10 +310,17 @@ def test_feature_keys_are_nanochats():
     extra = set(GPT(GPTConfig(**{**SMALL, **MODERN, "n_layer": 4})).state_dict()) - set(nanochat_keys(4))
     extra -= {"bigram_embed.weight", "bigram_lambdas"}
     assert extra == {
-        "lm_head.weight", "resid_lambdas", "x0_lambdas", "smear_gate.weight", "smear_lambda", "backout_lambda",
-        "value_embeds.1.weight", "value_embeds.3.weight",
-        "transformer.h.1.attn.ve_gate.weight", "transformer.h.3.attn.ve_gate.weight",
-    }  # fmt: skip
+        "lm_head.weight",
+        "resid_lambdas",
+        "x0_lambdas",
+        "smear_gate.weight",
+        "smear_lambda",
+        "backout_lambda",
+        "value_embeds.1.weight",
+        "value_embeds.3.weight",
+        "transformer.h.1.attn.ve_gate.weight",
+        "transformer.h.3.attn.ve_gate.weight",
+    }
 
 
 def test_the_issues_example_counts():
@@ -318,13 +329,27 @@ def test_the_issues_example_counts():
     with torch.device("meta"):
         counts = [GPT(GPTConfig(**shape, **VARIANTS[v])).num_parameters() for v in ("untied", "tied-proj")]
     assert counts[0] == dict(
-        wte=12_582_912, lm_head=12_582_912, output_projection=0, value_embeds=0, bigram_embed=0, transformer=12_582_912,
-        experts=0, scalars=0, total=37_748_736,
-    )  # fmt: skip
+        wte=12_582_912,
+        lm_head=12_582_912,
+        output_projection=0,
+        value_embeds=0,
+        bigram_embed=0,
+        transformer=12_582_912,
+        experts=0,
+        scalars=0,
+        total=37_748_736,
+    )
     assert counts[1] == dict(
-        wte=12_582_912, lm_head=0, output_projection=262_144, value_embeds=0, bigram_embed=0,
-        transformer=12_582_912, experts=0, scalars=0, total=25_427_968,
-    )  # fmt: skip
+        wte=12_582_912,
+        lm_head=0,
+        output_projection=262_144,
+        value_embeds=0,
+        bigram_embed=0,
+        transformer=12_582_912,
+        experts=0,
+        scalars=0,
+        total=25_427_968,
+    )
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "modern"])
@@ -363,12 +388,34 @@ def test_initialisation_is_the_table(variant):
 
 def test_config_refuses_what_cannot_be_and_its_defaults_are_the_classic_model():
     assert dataclasses.asdict(GPTConfig()) == dict(
-        sequence_len=1024, vocab_size=50304, n_layer=12, n_head=6, n_kv_head=6, n_embd=768, tie_weights=False,
-        use_output_projection=False, output_projection_residual=False, rope_base=10_000.0, qk_scale=1.0,
-        value_embeddings=False, value_gate_channels=12, value_gate_range=3.0, smear=False, residual_scalars=False,
-        backout=False, mlp_ratio=4.0, modalities=(), untie="none", output_layers="shared", softcap=15.0,
-        vocab_multiple=1, window_pattern="L", short_window=1024, bigram_rows=0, document_start=None,
-    )  # fmt: skip
+        sequence_len=1024,
+        vocab_size=50304,
+        n_layer=12,
+        n_head=6,
+        n_kv_head=6,
+        n_embd=768,
+        tie_weights=False,
+        use_output_projection=False,
+        output_projection_residual=False,
+        rope_base=10_000.0,
+        qk_scale=1.0,
+        value_embeddings=False,
+        value_gate_channels=12,
+        value_gate_range=3.0,
+        smear=False,
+        residual_scalars=False,
+        backout=False,
+        mlp_ratio=4.0,
+        modalities=(),
+        untie="none",
+        output_layers="shared",
+        softcap=15.0,
+        vocab_multiple=1,
+        window_pattern="L",
+        short_window=1024,
+        bigram_rows=0,
+        document_start=None,
+    )
     for wrong in (dict(n_head=5), dict(n_kv_head=4), dict(use_output_projection=True), dict(document_start=50304)):
         with pytest.raises(AssertionError):
             GPTConfig(**wrong)

@@ -10,9 +10,23 @@ import nanochat
 
 ROOT = Path(nanochat.__file__).parents[1]
 FLOORS = (
-    "system", "files", "hardware", "runtime", "modality", "config", "model", "data", "gpt optim", "decoding upstream",
-    "engine checkpoint_manager", "training", "evaluation", "audio", "adapters data_pipeline", "conversion",
-)  # fmt: skip
+    "system",
+    "files",
+    "hardware",
+    "runtime",
+    "modality",
+    "config",
+    "model",
+    "data",
+    "gpt optim",
+    "decoding upstream",
+    "engine checkpoint_manager",
+    "training",
+    "evaluation",
+    "audio",
+    "adapters data_pipeline",
+    "conversion",
+)
 MOST_AT_THE_TOP = 11  # modules of nanochat/ beside its folders
 LOOP = "base_train"  # the training loop, which other stages share
 

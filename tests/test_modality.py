@@ -66,8 +66,9 @@ def test_settings_name_modalities():
     """Reserved ids start them in their order; codebooks are audio's. Red when the starts begin at another id."""
     settings = Settings(modalities="image:512, audio:2048", codebooks=4, expert_dim=96)
     assert modalities_of(settings, 300) == (
-        Modality("image", 1, 512, start=293, expert_dim=96), Modality("audio", 4, 2048, start=294, expert_dim=96)
-    )  # fmt: skip
+        Modality("image", 1, 512, start=293, expert_dim=96),
+        Modality("audio", 4, 2048, start=294, expert_dim=96),
+    )
     assert modalities_of(Settings(), 300) == ()
     assert Settings(modalities="audio:8", tie_weights=True).tag == "d4-tied-audio"
 
@@ -75,13 +76,20 @@ def test_settings_name_modalities():
 @pytest.mark.parametrize(
     "saved",
     [
-        {}, {"name": "audio"}, "audio", None, 3,
-        dict(name="audio", codebooks=0, codes=2, start=1), dict(name="audio", codebooks=1.0, codes=2, start=1),
-        dict(name="audio", codebooks=True, codes=2, start=1), dict(name="text", codebooks=1, codes=2, start=1),
-        dict(name="../x", codebooks=1, codes=2, start=1), dict(name="audio", codebooks=1, codes=2, start=1, more=1),
+        {},
+        {"name": "audio"},
+        "audio",
+        None,
+        3,
+        dict(name="audio", codebooks=0, codes=2, start=1),
+        dict(name="audio", codebooks=1.0, codes=2, start=1),
+        dict(name="audio", codebooks=True, codes=2, start=1),
+        dict(name="text", codebooks=1, codes=2, start=1),
+        dict(name="../x", codebooks=1, codes=2, start=1),
+        dict(name="audio", codebooks=1, codes=2, start=1, more=1),
         dict(name="audio", codebooks=10**9, codes=2, start=1),
     ],
-)  # fmt: skip
+)
 def test_metadata_that_describes_no_modality_is_refused(saved):
     with pytest.raises(UserError, match="modalities holds"):
         Modality.read(saved)
@@ -103,9 +111,11 @@ def legal_by_hand(history: list[int], frames: int | None) -> set[int]:
     first, end = (20, 30) if inside is AUDIO else (31, 543)
     frame, book = divmod(emitted, inside.codebooks)
     whole = book == 0 and frame > 0
-    legal = set() if whole and frames is not None and frame >= frames else set(
-        range(first + book * inside.codes, first + (book + 1) * inside.codes)
-    )  # fmt: skip
+    legal = (
+        set()
+        if whole and frames is not None and frame >= frames
+        else set(range(first + book * inside.codes, first + (book + 1) * inside.codes))
+    )
     return legal | ({end} if whole else set())
 
 

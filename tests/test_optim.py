@@ -29,9 +29,14 @@ def muon_group(params: list[nn.Parameter], **changes) -> dict:
     names = [f"m{i}" for i in range(len(params))]
     plain = dict(momentum=0.9, nesterov=True, normalize=False, cautious=False, method="newton_schulz")
     return dict(
-        kind="muon", name="matrix", params=params, param_names=names, lr=0.1, weight_decay=0.0,
+        kind="muon",
+        name="matrix",
+        params=params,
+        param_names=names,
+        lr=0.1,
+        weight_decay=0.0,
         **{**plain, "dtype": torch.float32, **changes},
-    )  # fmt: skip
+    )
 
 
 def take_step(optimizer: MuonAdamW, scale: float = 1.0) -> float:

@@ -249,10 +249,17 @@ def drive(home: Path, stages: list[list[str]], start=subprocess.Popen, **environ
     for place in places.values():
         place.mkdir(parents=True)
     variables = dict(
-        PATH=os.environ["PATH"], HOME=str(places["home"]), TMPDIR=str(places["tmp"]),
-        XDG_CACHE_HOME=str(places["xdg"]), XDG_CONFIG_HOME=str(places["xdg"]), NANOCHAT_BASE_DIR=str(places["base"]),
-        PYTHONPATH=str(CHECKOUT), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1", **environment,
-    )  # fmt: skip
+        PATH=os.environ["PATH"],
+        HOME=str(places["home"]),
+        TMPDIR=str(places["tmp"]),
+        XDG_CACHE_HOME=str(places["xdg"]),
+        XDG_CONFIG_HOME=str(places["xdg"]),
+        NANOCHAT_BASE_DIR=str(places["base"]),
+        PYTHONPATH=str(CHECKOUT),
+        PYTHONDONTWRITEBYTECODE="1",
+        OMP_NUM_THREADS="1",
+        **environment,
+    )
     notes = [places["notes"] / "connections", places["notes"] / "written"]
     command = [sys.executable, "-c", DRIVER, *map(str, notes), json.dumps(stages)]
     with open(home / "printed", "w") as printed:
@@ -361,10 +368,21 @@ def dangers(source: str) -> list[str]:
 def test_our_source_runs_no_strangers_code():
     """Red with a torch.load without weights_only=True, or any of the snippets below, in nanochat/ or scripts/."""
     for snippet in (
-        "torch.load(p)", "torch.load(p, weights_only=False)", "from torch import load", "import pickle", "eval(x)",
-        "from pickle import loads", "exec(x)", "yaml.load(x)", "run(x, shell=True)", "np.load(p, allow_pickle=True)",
-        "f(trust_remote_code=True)", "f(**{'trust_remote_code': True})", "os.system(x)", "import dill",
-    ):  # fmt: skip
+        "torch.load(p)",
+        "torch.load(p, weights_only=False)",
+        "from torch import load",
+        "import pickle",
+        "eval(x)",
+        "from pickle import loads",
+        "exec(x)",
+        "yaml.load(x)",
+        "run(x, shell=True)",
+        "np.load(p, allow_pickle=True)",
+        "f(trust_remote_code=True)",
+        "f(**{'trust_remote_code': True})",
+        "os.system(x)",
+        "import dill",
+    ):
         assert dangers(snippet), snippet
     for snippet in (
         "torch.load(p, weights_only=True)",
@@ -385,10 +403,25 @@ def test_our_source_runs_no_strangers_code():
 # the table of the README
 
 PROMISES = (
-    "bit_exact_resume", "second_resume", "reshard_1_2_3_1", "kill9", "fsync_order", "enospc", "bitflip", "truncation",
-    "prune_safety", "sigterm_save", "nan_guard", "oom_halving", "rank_death", "tracker_failure", "double_start",
-    "malicious_pickle", "malicious_config", "offline_only",
-)  # fmt: skip
+    "bit_exact_resume",
+    "second_resume",
+    "reshard_1_2_3_1",
+    "kill9",
+    "fsync_order",
+    "enospc",
+    "bitflip",
+    "truncation",
+    "prune_safety",
+    "sigterm_save",
+    "nan_guard",
+    "oom_halving",
+    "rank_death",
+    "tracker_failure",
+    "double_start",
+    "malicious_pickle",
+    "malicious_config",
+    "offline_only",
+)
 
 
 def test_every_promise_of_the_readme_has_its_test():

@@ -164,10 +164,17 @@ runtime.run_script(main)
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("folder.wav", "is a folder"), ("FILE/x.wav", "FILE is no folder"), ("closed/x.wav", "Permission denied"),
-     ("x" * 230 + ".wav", "File name too long"), ("pipe.wav", "device or a pipe"), ("x.mp3", "only .wav"),
-     ("x", "only .wav"), ("LOOP/x.wav", "cannot be written")],
-)  # fmt: skip
+    [
+        ("folder.wav", "is a folder"),
+        ("FILE/x.wav", "FILE is no folder"),
+        ("closed/x.wav", "Permission denied"),
+        ("x" * 230 + ".wav", "File name too long"),
+        ("pipe.wav", "device or a pipe"),
+        ("x.mp3", "only .wav"),
+        ("x", "only .wav"),
+        ("LOOP/x.wav", "cannot be written"),
+    ],
+)
 @pytest.mark.parametrize("script", [audio_generate, adapter_generate])
 def test_a_sound_that_could_not_be_written_is_not_generated(script, name, reason, tmp_path, monkeypatch):
     """Red when parse() does not call check_out(): the same after the sounds are made, in Python's own words."""

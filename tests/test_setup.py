@@ -210,11 +210,14 @@ def test_speedrun_leaves_a_mistake_at_one_line(checkout):
     assert rc == 2 and text.endswith("error: x\n") and calls == []
 
 
-@pytest.mark.parametrize(("state", "code", "line"), [
-    ("preempted", 85, "training of d4 was preempted before its end, at step 10"),
-    ("nonfinite", 3, "training of d4 was stopped by the non-finite guard"),
-    ("started", 1, "training of d4 ended without saying why"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("state", "code", "line"),
+    [
+        ("preempted", 85, "training of d4 was preempted before its end, at step 10"),
+        ("nonfinite", 3, "training of d4 was stopped by the non-finite guard"),
+        ("started", 1, "training of d4 ended without saying why"),
+    ],
+)
 def test_speedrun_does_not_evaluate_a_run_that_was_stopped(checkout, state, code, line):
     """torchrun ends with 0 after a stop: dropping the second look at the state, or one code for all, turns this red."""
     rc, text, calls = speedrun(checkout, plans=f"2 start new - no d4\n2 resume {state} 10 no d4\n")
@@ -426,12 +429,18 @@ def test_summary_tells_the_files(run_folder, capsys):
     summary.main(["--model_tag=t"])
     text = capsys.readouterr().out
     for fact in (
-        str(step_dir(run_folder, 20)), "1,234,567 parameters, 20 steps, 8,192 tokens, 62 s",
+        str(step_dir(run_folder, 20)),
+        "1,234,567 parameters, 20 steps, 8,192 tokens, 62 s",
         "val bpb     1.3450   train 1.2000",
-        "1.6430 is xz -9e: beaten", "1.3000 is xz -9e primed with the training split: not beaten",
-        "0.1234", "of 2 tasks it beats chance in 2, 5-gram in 1, overlap in 1",
-        "| def add(a, b):", r"| import\x1b[2J os", str(path), "--resume --num_iterations=40",
-    ):  # fmt: skip
+        "1.6430 is xz -9e: beaten",
+        "1.3000 is xz -9e primed with the training split: not beaten",
+        "0.1234",
+        "of 2 tasks it beats chance in 2, 5-gram in 1, overlap in 1",
+        "| def add(a, b):",
+        r"| import\x1b[2J os",
+        str(path),
+        "--resume --num_iterations=40",
+    ):
         assert fact in text, fact
     assert "CORE" not in text
 

@@ -195,9 +195,16 @@ def test_climbmix_is_found_by_the_fingerprint_of_its_limit(base, monkeypatch, tm
 def test_other_data_inherits_nothing_of_the_trainings():
     """Red when a name is missing from OWN."""
     trained = Settings(
-        data="hf:a", data_limit=24, data_column="body", data_split="test", data_config="de", skip_corrupt=True,
-        text_data="stdlib", data_audio_column="wav", seed=7,
-    )  # fmt: skip
+        data="hf:a",
+        data_limit=24,
+        data_column="body",
+        data_split="test",
+        data_config="de",
+        skip_corrupt=True,
+        text_data="stdlib",
+        data_audio_column="wav",
+        seed=7,
+    )
     other = with_other_data(trained, "hf:b", data_column="story", data_limit=None)
     assert other == Settings(data="hf:b", data_column="story", seed=7)
 

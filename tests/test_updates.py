@@ -90,11 +90,28 @@ def test_rates_decay_clipping_and_draws_reach_the_adapters_optimizer(train, upda
     groups lack `initial_lr`."""
     tiny_llama(tmp_path / "host", tied=True)
     settings = dict(
-        host=tmp_path / "host", musicgen=None, expert="random", expert_dim=24, data="synth", data_limit=60,
-        clip_seconds=0.3, modalities="audio:32", codebooks=2, codec="frame", max_seq_len=112, total_batch_size=1344,
-        device_batch_size=3, eval_every=None, eval_clips=4, check_text=None, device_type="cpu", dtype="float32",
-        learning_rate=0.02, grad_clip=LIMIT, **SHAPE,
-    )  # fmt: skip
+        host=tmp_path / "host",
+        musicgen=None,
+        expert="random",
+        expert_dim=24,
+        data="synth",
+        data_limit=60,
+        clip_seconds=0.3,
+        modalities="audio:32",
+        codebooks=2,
+        codec="frame",
+        max_seq_len=112,
+        total_batch_size=1344,
+        device_batch_size=3,
+        eval_every=None,
+        eval_clips=4,
+        check_text=None,
+        device_type="cpu",
+        dtype="float32",
+        learning_rate=0.02,
+        grad_clip=LIMIT,
+        **SHAPE,
+    )
     adapter_train.main([*flags(settings), "--model_tag=updates"])
     assert {name for update in updates for name in update["groups"]} >= {"adapters", "audio_embedding"}
     for update, multiplier in zip(updates, MULTIPLIERS, strict=True):

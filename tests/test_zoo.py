@@ -11,14 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat.checkpoint_manager import (
-    build_model,
-    damage,
-    load_checkpoint,
-    model_config,
-    save_checkpoint,
-    step_dir,
-)
+from nanochat.checkpoint_manager import build_model, damage, load_checkpoint, model_config, save_checkpoint, step_dir
 from nanochat.config.config_file import as_dict
 from nanochat.config.settings import FIELDS, Settings, checked
 from nanochat.data.tokenizer import Tokenizer

@@ -16,13 +16,22 @@ from scripts import base_train
 from tests.forked import Forked
 
 TINY = dict(
-    vocab_size=300, depth=2, model_dim=64, head_dim=32, max_seq_len=64, total_batch_size=768, device_batch_size=4,
-    num_iterations=4, compile=False, device_type="cpu", dtype="float32", eval_every=None, eval_tokens=256,
-)  # fmt: skip
+    vocab_size=300,
+    depth=2,
+    model_dim=64,
+    head_dim=32,
+    max_seq_len=64,
+    total_batch_size=768,
+    device_batch_size=4,
+    num_iterations=4,
+    compile=False,
+    device_type="cpu",
+    dtype="float32",
+    eval_every=None,
+    eval_tokens=256,
+)
 TIED = dict(tie_weights=True, use_output_projection=True)
-MODERN = dict(
-    value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0
-)  # fmt: skip
+MODERN = dict(value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0)
 CHECKOUT = Path(base_train.__file__).parents[1]
 started: list[Forked | subprocess.Popen] = []  # by start(); the `train` fixture ends what a failed test leaves running
 

@@ -158,13 +158,18 @@ def moments(state: dict, seed: int = 1) -> dict[str, dict]:
     found = {}
     for name in (name for group in by_adamw(state) for name in group):
         shape = state[name].shape
-        found[name] = dict(step=STEP, exp_avg=0.1 * torch.randn(shape, generator=generator),
-                           exp_avg_sq=torch.rand(shape, generator=generator))  # fmt: skip
+        found[name] = dict(
+            step=STEP,
+            exp_avg=0.1 * torch.randn(shape, generator=generator),
+            exp_avg_sq=torch.rand(shape, generator=generator),
+        )
     for name in by_muon(state):
         rows, columns = state[name].shape
         factored = (rows, 1) if rows >= columns else (1, columns)
-        found[name] = dict(momentum_buffer=torch.randn(rows, columns, generator=generator),
-                           second_momentum_buffer=torch.rand(factored, generator=generator))  # fmt: skip
+        found[name] = dict(
+            momentum_buffer=torch.randn(rows, columns, generator=generator),
+            second_momentum_buffer=torch.rand(factored, generator=generator),
+        )
     return found
 
 

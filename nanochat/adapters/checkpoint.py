@@ -92,11 +92,19 @@ def expert_shape(settings: AdapterSettings, known_ok: bool = False) -> Shape:
 
 def config_of(settings: AdapterSettings, vocab_size: int, width: int, n_layer: int, shape: Shape) -> AdapterConfig:
     return AdapterConfig(
-        vocab_size=vocab_size, width=width, n_layer=n_layer, sequence_len=settings.max_seq_len,
-        modalities=(audio_of(settings, vocab_size),), expert=settings.expert, expert_dim=shape.width,
-        expert_hidden=shape.hidden, output_layers=settings.output_layers, train_output=settings.train_output,
-        finetune_host=settings.finetune_host, unfreeze=settings.unfreeze,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        width=width,
+        n_layer=n_layer,
+        sequence_len=settings.max_seq_len,
+        modalities=(audio_of(settings, vocab_size),),
+        expert=settings.expert,
+        expert_dim=shape.width,
+        expert_hidden=shape.hidden,
+        output_layers=settings.output_layers,
+        train_output=settings.train_output,
+        finetune_host=settings.finetune_host,
+        unfreeze=settings.unfreeze,
+    )
 
 
 def build(settings: AdapterSettings, device, dtype: torch.dtype, begin: bool = True) -> tuple[AdapterModel, dict]:
@@ -119,12 +127,17 @@ def build(settings: AdapterSettings, device, dtype: torch.dtype, begin: bool = T
     config = config_of(settings, host.vocab_size, host.width, host.n_layer, shape)
     model = AdapterModel(host, config, experts, settings.seed)
     facts = dict(
-        host=host.name, host_hash=host.hash, tokenizer_hash=host.tokenizer.hash, expert=settings.expert,
-        musicgen=settings.musicgen if layers else None, layer_map=layers and list(layers),
+        host=host.name,
+        host_hash=host.hash,
+        tokenizer_hash=host.tokenizer.hash,
+        expert=settings.expert,
+        musicgen=settings.musicgen if layers else None,
+        layer_map=layers and list(layers),
         expert_hash=experts_hash(experts) if experts and settings.expert != "trained" else None,
         ranges={name: list(pair) for name, pair in zip(config.vocabulary.names, config.vocabulary.ranges, strict=True)},
-        start=config.modalities[0].start, config=dataclasses.asdict(config),
-    )  # fmt: skip
+        start=config.modalities[0].start,
+        config=dataclasses.asdict(config),
+    )
     return model, facts
 
 

@@ -252,9 +252,13 @@ def _loaded(name: str, say: Say, kind, place: Path | None, **options) -> nn.Modu
     """kind.from_pretrained(place, ...); a missing tensor, which transformers would draw at random, is a UserError."""
     with _quiet(), _told(name):
         model, told = kind.from_pretrained(
-            place, attn_implementation="sdpa", local_files_only=True, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
+            place,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     if missing := sorted(told["missing_keys"]):
         raise UserError(f"host={name!r} lacks {len(missing)} tensors, {missing[0]} first: fetch it again")
     if wrong := sorted(told["mismatched_keys"]):

@@ -309,9 +309,11 @@ class AdapterModel(Parts):
 def expected_names(config: AdapterConfig) -> set[str]:
     """The names of the parameters of ours that are to be trained, spelled out."""
     parts = {
-        "frozen": ("down_proj", "up_proj"), "random": ("down_proj", "up_proj"), "none": ("down_proj", "up_proj"),
+        "frozen": ("down_proj", "up_proj"),
+        "random": ("down_proj", "up_proj"),
+        "none": ("down_proj", "up_proj"),
         "trained": ("down_proj", "norm", "fc1", "fc2", "up_proj"),
-    }[config.expert]  # fmt: skip
+    }[config.expert]
     names = {f"experts.{layer}.{part}.weight" for layer in range(config.n_layer) for part in parts}
     if config.expert == "trained":
         names |= {f"experts.{layer}.norm.bias" for layer in range(config.n_layer)}

@@ -41,9 +41,16 @@ def text_measure(
 
     def measure(scored, stop: Callable[[], bool]) -> float:
         found = bits_per_byte(
-            scored, stream, counts, rows=settings.batch_plan(compute.world_size)[0], seq_len=settings.max_seq_len,
-            max_tokens=settings.check_tokens, rank=compute.rank, world_size=compute.world_size, stop=stop,
-        )  # fmt: skip
+            scored,
+            stream,
+            counts,
+            rows=settings.batch_plan(compute.world_size)[0],
+            seq_len=settings.max_seq_len,
+            max_tokens=settings.check_tokens,
+            rank=compute.rank,
+            world_size=compute.world_size,
+            stop=stop,
+        )
         return found["nats"] / found["tokens"]
 
     return measure, dataset.fingerprint

@@ -272,8 +272,10 @@ def _caption_column(found: _Reading, path: Path, table: str, column: str, say: S
         )
     lengths = {name: sum(len(str(row.get(name, ""))) for _, row in found.rows) for name in others}
     chosen = max(others, key=lengths.__getitem__)
-    say(f"data: {table} has no header: names in column {found.name_column}, captions in column {chosen}"
-        f"{' (--data_column takes another)' if len(others) > 1 else ''}")  # fmt: skip
+    say(
+        f"data: {table} has no header: names in column {found.name_column}, captions in column {chosen}"
+        f"{' (--data_column takes another)' if len(others) > 1 else ''}"
+    )
     return chosen
 
 

@@ -44,9 +44,16 @@ def write_result(result: dict, kind: str) -> None:
 
 
 def listen(
-    model, tokenizer, codec, dataset, args: argparse.Namespace, result: dict, kind: str = "audio_eval",
-    place: str = "audio", guidance: float = 1.0,
-) -> dict:  # fmt: skip
+    model,
+    tokenizer,
+    codec,
+    dataset,
+    args: argparse.Namespace,
+    result: dict,
+    kind: str = "audio_eval",
+    place: str = "audio",
+    guidance: float = 1.0,
+) -> dict:
     """Generate for held-out captions, measure; returns result with the figures, which are printed and written first.
 
     result: model_tag, step and what else was measured. The page is base_dir()/<place>/<tag>/listen.html.
@@ -72,8 +79,10 @@ def listen(
         result["adherence"] = table
     else:
         table, text = distances(real, generated, codec.sample_rate)
-        items = [dict(caption=c, sound=(g, codec.sample_rate), reference=(r, codec.sample_rate))
-                 for c, g, r in zip(captions, generated, real, strict=True)][:SHOWN]  # fmt: skip
+        items = [
+            dict(caption=c, sound=(g, codec.sample_rate), reference=(r, codec.sample_rate))
+            for c, g, r in zip(captions, generated, real, strict=True)
+        ][:SHOWN]
         result["distances"] = table
     print0(text)
     write_result(result, kind)
@@ -129,9 +138,13 @@ def adherence(codec, dataset, held_out: list[tuple], real: list, generated: list
         mine = [i for i, attributes in enumerate(wanted) if bool(attributes.get("unseen")) is unseen]
         items += [
             dict(
-                caption=held_out[i][0], sound=(generated[i], codec.sample_rate), reference=(real[i], codec.sample_rate),
-                measured=heard[i], hits=audio_eval.hits(heard[i], wanted[i]), split=split,
+                caption=held_out[i][0],
+                sound=(generated[i], codec.sample_rate),
+                reference=(real[i], codec.sample_rate),
+                measured=heard[i],
+                hits=audio_eval.hits(heard[i], wanted[i]),
+                split=split,
             )
             for i in _spread(mine, SHOWN)
-        ]  # fmt: skip
+        ]
     return table, items

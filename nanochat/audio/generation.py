@@ -70,9 +70,17 @@ def prompt_ids(model: GPT, tokenizer: Tokenizer, caption: str, frames: int | Non
 
 @torch.inference_mode()
 def generate_codes(
-    model: GPT, tokenizer: Tokenizer, captions: list[str], *, frames: int | None = None, batch: int = 64, seed: int = 0,
-    temperature: float = 0.8, top_k: int | None = None, guidance: float = 1.0,
-) -> list[np.ndarray]:  # fmt: skip
+    model: GPT,
+    tokenizer: Tokenizer,
+    captions: list[str],
+    *,
+    frames: int | None = None,
+    batch: int = 64,
+    seed: int = 0,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    guidance: float = 1.0,
+) -> list[np.ndarray]:
     """A sound for each caption, as codes int64 [Q, T] up to `end` (or the most frames); T may be 0.
 
     Captions of one length are decoded together, at most `batch` at a time; the seed gives every batch its own.
@@ -122,9 +130,16 @@ def to_sound(codec, codes: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def stream_sound(
-    model: GPT, tokenizer: Tokenizer, codec, caption: str, *, frames: int | None = None, seed: int = 0,
-    temperature: float = 0.8, top_k: int | None = None,
-) -> Iterator[np.ndarray]:  # fmt: skip
+    model: GPT,
+    tokenizer: Tokenizer,
+    codec,
+    caption: str,
+    *,
+    frames: int | None = None,
+    seed: int = 0,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+) -> Iterator[np.ndarray]:
     """Pieces of one sound, float32 [samples], as soon as their codes are there.
 
     Each piece is decoded with the frames before it and faded over 10 ms into what was played: a codec that guesses

@@ -32,9 +32,18 @@ def clips(dataset: Dataset, split: str) -> Iterator[tuple[str, np.ndarray, dict]
 
 
 def evaluate_audio(
-    model, tokenizer: Tokenizer, dataset: Dataset, *, rows: int, max_clips: int | None = None, seed: int = 0,
-    rank: int = 0, world_size: int = 1, stop: Callable[[], bool] = never, counted: dict | None = None,
-) -> dict:  # fmt: skip
+    model,
+    tokenizer: Tokenizer,
+    dataset: Dataset,
+    *,
+    rows: int,
+    max_clips: int | None = None,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    stop: Callable[[], bool] = never,
+    counted: dict | None = None,
+) -> dict:
     """{"nats", "bits", "bits_per_second", "clips", "codes", "baselines": {...}, "splits": {...}} of held-out sounds.
 
     nats and bits: of a code, `end` included. baselines: nats of uniform, unigram, bigram, and shuffled_captions.
@@ -70,10 +79,15 @@ def evaluate_audio(
     baselines["shuffled_captions"] = float(shuffled.sum() / counts.sum())
     splits = {name: unseen == value for name, value in (("seen", False), ("unseen", True))}
     return dict(
-        nats=nats, bits=nats / math.log(2), bits_per_second=nats * per_second, clips=len(found), too_long=too_long,
-        codes=int(counts.sum()), baselines=baselines,
+        nats=nats,
+        bits=nats / math.log(2),
+        bits_per_second=nats * per_second,
+        clips=len(found),
+        too_long=too_long,
+        codes=int(counts.sum()),
+        baselines=baselines,
         splits={k: float(true[mask].sum() / counts[mask].sum()) for k, mask in splits.items() if mask.any()},
-    )  # fmt: skip
+    )
 
 
 def derangement(captions: list, seed: int) -> list[int]:

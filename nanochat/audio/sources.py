@@ -33,12 +33,43 @@ from nanochat.runtime import Say, first_line, nearest_name, shown
 from nanochat.system.environment import UserError, base_dir, expand_user
 
 SOUND_SUFFIXES = (
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64",
-    ".wave", ".bwf", ".sph", ".voc", ".mp2", ".mpga",
-)  # fmt: skip
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".mp3",
+    ".aif",
+    ".aiff",
+    ".aifc",
+    ".au",
+    ".snd",
+    ".caf",
+    ".w64",
+    ".rf64",
+    ".wave",
+    ".bwf",
+    ".sph",
+    ".voc",
+    ".mp2",
+    ".mpga",
+)
 OTHER_SOUNDS = (  # that libsndfile does not read
-    ".m4a", ".m4b", ".aac", ".mp4", ".wma", ".webm", ".weba", ".mka", ".amr", ".ape", ".wv", ".3gp", ".ac3", ".ra",
-)  # fmt: skip
+    ".m4a",
+    ".m4b",
+    ".aac",
+    ".mp4",
+    ".wma",
+    ".webm",
+    ".weba",
+    ".mka",
+    ".amr",
+    ".ape",
+    ".wv",
+    ".3gp",
+    ".ac3",
+    ".ra",
+)
 FOLDER_FORMAT = 2  # part of the state: raise it when the same folder would give other captions or another split
 FROM_NAMES = "file_name"  # as data_column: the files' own names are the captions
 SYNTH_CLIPS = 3000  # when no limit is given

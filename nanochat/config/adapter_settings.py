@@ -36,9 +36,11 @@ class AdapterSettings(RunSettings):
         False, "train the host's weights too: a baseline, which costs the host its text", "host"
     )
     unfreeze: str | None = setting(
-        None, "also train the host's parameters whose names hold this text, as in output (an older recipe's rule)",
-        "host", when=("finetune_host", False),
-    )  # fmt: skip
+        None,
+        "also train the host's parameters whose names hold this text, as in output (an older recipe's rule)",
+        "host",
+        when=("finetune_host", False),
+    )
 
     expert: str = setting(
         "frozen",
@@ -59,9 +61,11 @@ class AdapterSettings(RunSettings):
         at_most=1_000_000,
     )
     layer_map: str = setting(
-        "even", "MusicGen's layer for each of the host's: even, first, last, or a list as in 0,2,3", "expert",
+        "even",
+        "MusicGen's layer for each of the host's: even, first, last, or a list as in 0,2,3",
+        "expert",
         when=("expert", ("frozen", "trained")),
-    )  # fmt: skip
+    )
 
     vocabulary: str = setting(
         "rows",
@@ -84,9 +88,12 @@ class AdapterSettings(RunSettings):
         choices=("rows", "whole", "none"),
     )
     caption_dropout: float = setting(
-        0.1, "share of the captions left out in training, for classifier-free guidance", "vocabulary", at_least=0,
+        0.1,
+        "share of the captions left out in training, for classifier-free guidance",
+        "vocabulary",
+        at_least=0,
         at_most=0.9,
-    )  # fmt: skip
+    )
 
     learning_rate: float = setting(5e-4, "AdamW rate of adapters and audio rows", "optimizer", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of what is trained", "optimizer", at_least=0)
@@ -95,9 +102,12 @@ class AdapterSettings(RunSettings):
         200, "held-out sounds of each measurement; None takes all", "evaluation", at_least=1
     )
     stall_evals: int = setting(
-        5, "say so when the held-out loss has not improved for so many measurements", "evaluation", at_least=1,
+        5,
+        "say so when the held-out loss has not improved for so many measurements",
+        "evaluation",
+        at_least=1,
         when=("eval_every", ON),
-    )  # fmt: skip
+    )
     check_text: str | None = setting(
         "stdlib",
         "source of text whose loss under the host is measured before and after; None leaves it out",
@@ -107,9 +117,11 @@ class AdapterSettings(RunSettings):
 
     # what all stages have, where it is another here
     dtype: str | None = again(
-        RunSettings, "dtype", help="dtype of the frozen weights and of activations; what is trained stays float32; "
+        RunSettings,
+        "dtype",
+        help="dtype of the frozen weights and of activations; what is trained stays float32; "
         "None takes bfloat16 where the hardware profits from it",
-    )  # fmt: skip
+    )
     model_tag: str | None = again(
         RunSettings, "model_tag", help="name of the checkpoint folder; None says host, expert and variant"
     )
@@ -213,15 +225,30 @@ def _last_name(name: str) -> str:
 
 ADAPTER_PRESETS: dict[str, dict] = {
     "llama": dict(
-        codec="encodec:facebook/encodec_32khz", clip_seconds=10.0, max_seq_len=1024, device_batch_size=4,
-        total_batch_size=65_536, num_iterations=2000,
+        codec="encodec:facebook/encodec_32khz",
+        clip_seconds=10.0,
+        max_seq_len=1024,
+        device_batch_size=4,
+        total_batch_size=65_536,
+        num_iterations=2000,
     ),
     "tiny": dict(
-        host="nanochat:host", expert="random", musicgen=None, expert_dim=64, data_limit=3000, modalities="audio:256",
-        codebooks=2, codec="pitch", max_seq_len=240, total_batch_size=3840, device_batch_size=16, num_iterations=300,
-        eval_clips=100, learning_rate=0.02,  # small hosts take large steps (dev/LOG.md)
+        host="nanochat:host",
+        expert="random",
+        musicgen=None,
+        expert_dim=64,
+        data_limit=3000,
+        modalities="audio:256",
+        codebooks=2,
+        codec="pitch",
+        max_seq_len=240,
+        total_batch_size=3840,
+        device_batch_size=16,
+        num_iterations=300,
+        eval_clips=100,
+        learning_rate=0.02,  # small hosts take large steps (dev/LOG.md)
     ),
-}  # fmt: skip
+}
 
 
 def adapter_hardware_preset(device_type: str, gpus: int = 0) -> str:

@@ -67,9 +67,11 @@ class RunSettings:
     )
     seed: int = setting(42, "seed of initialisation, data order and samples", "run", at_least=0, at_most=2**63 - 1)
     deterministic: bool = setting(
-        False, "bit-equal runs on a GPU too, at the price of speed (a CPU's always are)", "run",
+        False,
+        "bit-equal runs on a GPU too, at the price of speed (a CPU's always are)",
+        "run",
         when=("device_type", (None, "cuda", "mps")),
-    )  # fmt: skip
+    )
     rank_timeout: int = setting(
         600, "seconds that a rank waits for the others in a step before the run ends", "run", at_least=1
     )
@@ -94,9 +96,12 @@ class RunSettings:
     data_split: str = setting("train", "split of the hub dataset to read", "data", when=("data", HUB))
     data_config: str | None = setting(None, "configuration name of the hub dataset", "data", when=("data", HUB))
     data_limit: int | None = setting(
-        None, "use at most so many climbmix shards or hub documents; None uses the source's default", "data",
-        at_least=1, when=("data", LIMITED),
-    )  # fmt: skip
+        None,
+        "use at most so many climbmix shards or hub documents; None uses the source's default",
+        "data",
+        at_least=1,
+        when=("data", LIMITED),
+    )
     skip_corrupt: bool = setting(
         False, "leave out unreadable shards and files, naming them, instead of stopping", "data"
     )
@@ -107,9 +112,13 @@ class RunSettings:
         None, "modalities beside text and the codes in a codebook of each, as in audio:2048", "modalities"
     )
     codebooks: int = setting(
-        1, "codebooks of audio; each is one more position a frame", "modalities", at_least=1, at_most=32,
+        1,
+        "codebooks of audio; each is one more position a frame",
+        "modalities",
+        at_least=1,
+        at_most=32,
         when=("modalities", AUDIO),
-    )  # fmt: skip
+    )
     codec: str = setting(
         "frame",
         "sound to codes: frame, pitch, mdct (fitted on the data); encodec:<hub name or folder>; a fitted one's name",
@@ -134,13 +143,19 @@ class RunSettings:
         16, "rows a device works on at a time; lower it when memory runs out", "horizon", at_least=1
     )
     total_batch_size: int = setting(
-        8192, "tokens per optimizer step over all devices; with batch_start in the end", "horizon", at_least=2,
+        8192,
+        "tokens per optimizer step over all devices; with batch_start in the end",
+        "horizon",
+        at_least=2,
         at_most=2**40,
-    )  # fmt: skip
+    )
     batch_start: int | None = setting(
-        None, "tokens per step at first, doubled to total_batch_size: equal tokens at each size, rates by its root",
-        "horizon", at_least=2, at_most=2**40,
-    )  # fmt: skip
+        None,
+        "tokens per step at first, doubled to total_batch_size: equal tokens at each size, rates by its root",
+        "horizon",
+        at_least=2,
+        at_most=2**40,
+    )
 
     grad_clip: float | None = setting(1.0, "largest gradient norm; None never clips", "optimizer", above=0)
     adam_betas: tuple[float, float] = setting(
@@ -151,9 +166,13 @@ class RunSettings:
         0.4, "last part of the run in which the rate falls linearly", "optimizer", at_least=0, at_most=1
     )
     final_lr_frac: float = setting(
-        0.0, "rate at the end as a fraction of the full one", "optimizer", at_least=0, at_most=1,
+        0.0,
+        "rate at the end as a fraction of the full one",
+        "optimizer",
+        at_least=0,
+        at_most=1,
         when=("warmdown_ratio", ON),
-    )  # fmt: skip
+    )
 
     eval_every: int | None = setting(
         250, "steps between measurements of val bpb; None only at the end", "evaluation", at_least=1
@@ -226,10 +245,11 @@ class RunSettings:
             if self.batch_start not in sizes:
                 nearest = min(sizes, key=lambda size: abs(size - self.batch_start))
                 raise IllegalCombination(
-                    "batch_start", nearest,
+                    "batch_start",
+                    nearest,
                     f"batch_start={self.batch_start} does not become total_batch_size={self.total_batch_size} by "
                     f"doubling in rows of max_seq_len{ranks}: nearest legal value {nearest}",
-                )  # fmt: skip
+                )
         rows = self.least_rows // world_size
         micro = min(self.device_batch_size, rows)
         if rows % micro:
@@ -290,15 +310,21 @@ class Settings(RunSettings):
     )
 
     init_era: str | None = setting(
-        None, "what nanochat's own files in init_from are from, as in 2026-03-02; None: what they look like", "run",
+        None,
+        "what nanochat's own files in init_from are from, as in 2026-03-02; None: what they look like",
+        "run",
         when=("init_from", ON),
-    )  # fmt: skip
+    )
 
     tokenizer: str | None = setting(None, "name or folder of a trained tokenizer; None trains one on this data", "data")
     vocab_size: int = setting(
-        4096, "ids of the tokenizer, its 16 special and reserved ones included", "data", at_least=272,
-        at_most=1_000_000, when=("tokenizer", None),
-    )  # fmt: skip
+        4096,
+        "ids of the tokenizer, its 16 special and reserved ones included",
+        "data",
+        at_least=272,
+        at_most=1_000_000,
+        when=("tokenizer", None),
+    )
 
     depth: int = setting(4, "number of transformer layers: the one dial", "model", at_least=1, at_most=1000)
     aspect_ratio: int = setting(
@@ -330,25 +356,30 @@ class Settings(RunSettings):
     )
     softcap: float = setting(
         15.0, "logits are squashed smoothly into plus and minus this", "model", above=0, at_most=40
-    )  # fmt: skip
+    )
     window_pattern: str = setting(
         "L",
         "what each layer sees, again and again: L all that came before, S a short window; the last layer is always L",
         "model",
     )
     short_window: int | None = setting(
-        None, "tokens before a token that an S layer sees; None: a quarter of the context, rounded up to 128", "model",
-        at_least=1, at_most=2**24, when=("window_pattern", ON),
-    )  # fmt: skip
-    document_mask: bool = setting(
-        False,
-        "no token sees what came before its document in the same row; on GPUs FlexAttention trains so",
+        None,
+        "tokens before a token that an S layer sees; None: a quarter of the context, rounded up to 128",
         "model",
+        at_least=1,
+        at_most=2**24,
+        when=("window_pattern", ON),
+    )
+    document_mask: bool = setting(
+        False, "no token sees what came before its document in the same row; on GPUs FlexAttention trains so", "model"
     )
     vocab_multiple: int = setting(
-        1, "rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs", "model", at_least=1,
+        1,
+        "rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs",
+        "model",
+        at_least=1,
         at_most=65536,
-    )  # fmt: skip
+    )
     value_embeddings: bool = setting(
         False, "every other layer adds a gated embedding of the token to its values: memory, hardly any time", "model"
     )
@@ -360,9 +391,12 @@ class Settings(RunSettings):
         False, "take a learned part of the middle block's output off the last one's (from depth 3 on)", "model"
     )
     bigram_rows: int | None = setting(
-        None, "rows of a hashed table of embeddings of two neighbouring tokens, which every block adds; None has none",
-        "model", at_least=1, at_most=2**24,
-    )  # fmt: skip
+        None,
+        "rows of a hashed table of embeddings of two neighbouring tokens, which every block adds; None has none",
+        "model",
+        at_least=1,
+        at_most=2**24,
+    )
 
     untie: str = setting(
         "mlp",
@@ -372,9 +406,13 @@ class Settings(RunSettings):
         when=("modalities", ON),
     )
     expert_dim: int | None = setting(
-        None, "width inside the experts of the further modalities; None takes the model's", "modalities", at_least=1,
-        at_most=1_000_000, when=("untie", ON),
-    )  # fmt: skip
+        None,
+        "width inside the experts of the further modalities; None takes the model's",
+        "modalities",
+        at_least=1,
+        at_most=1_000_000,
+        when=("untie", ON),
+    )
     output_layers: str = setting(
         "separate",
         "logits: a layer for each modality; one shared, masked to the target's modality in the loss; or one shared",
@@ -383,9 +421,11 @@ class Settings(RunSettings):
         when=("modalities", ON),
     )
     loss_modalities: str = setting(
-        "all", "modalities whose targets count in the training loss: all, or names as in audio", "modalities",
+        "all",
+        "modalities whose targets count in the training loss: all, or names as in audio",
+        "modalities",
         when=("modalities", ON),
-    )  # fmt: skip
+    )
     text_data: str | None = setting(
         None,
         "source of text-only documents to mix with captioned sounds: as data, by its defaults, from column text",
@@ -393,9 +433,13 @@ class Settings(RunSettings):
         when=("modalities", AUDIO),
     )
     text_share: float = setting(
-        0.5, "share of the positions that text-only documents take", "modalities", above=0, at_most=0.99,
+        0.5,
+        "share of the positions that text-only documents take",
+        "modalities",
+        above=0,
+        at_most=0.99,
         when=("text_data", ON),
-    )  # fmt: skip
+    )
     route: str = setting(
         "sort",
         "how tokens get to their experts: sorted; all by all (where); rows of one layout (slice); one kernel (grouped)",
@@ -444,9 +488,13 @@ class Settings(RunSettings):
         0.02, "standard deviation of the tied matrix at the start", "optimizer", above=0, when=("tie_weights", True)
     )
     untie_at: float | None = setting(
-        None, "part of the steps after which the tied tables are split, at the tied rate; None: never", "optimizer",
-        above=0, at_most=0.999, when=("tie_weights", True),
-    )  # fmt: skip
+        None,
+        "part of the steps after which the tied tables are split, at the tied rate; None: never",
+        "optimizer",
+        above=0,
+        at_most=0.999,
+        when=("tie_weights", True),
+    )
     value_embedding_lr: float = setting(
         0.2,
         "AdamW rate of value embeddings, before the same scaling",
@@ -574,9 +622,10 @@ class Settings(RunSettings):
             "backout": self.depth < 3 and f"depth={self.depth}",
             "window_pattern": "S" in self.window_pattern and (covers if short else f"depth={self.depth}"),
             "short_window": not short and f"window_pattern={self.window_pattern!r} and depth={self.depth}",
-            "scalar_lr": not features and not self.bigram_rows
+            "scalar_lr": not features
+            and not self.bigram_rows
             and "value_embeddings, smear, residual_scalars, backout and bigram_rows are off",
-        }  # fmt: skip
+        }
         if name == "short_window" and "S" not in self.window_pattern:
             reasons[name] = f"window_pattern={self.window_pattern!r}"
         elif name == "short_window" and short and self.short_window:
@@ -631,10 +680,11 @@ class Settings(RunSettings):
         else:
             least = next(n / 10**4 for n in itertools.count(1) if round(n / 10**4 * width) >= 1)
         raise IllegalCombination(
-            name, least,
+            name,
+            least,
             f"{name}={getattr(self, name)}: round(mlp_ratio={self.mlp_ratio} * width {width}) leaves an MLP without a "
             f"hidden unit: smallest legal value {least}",
-        )  # fmt: skip
+        )
 
     def _check_modalities(self) -> None:
         names = ("text", *self.modality_codes())
@@ -645,20 +695,23 @@ class Settings(RunSettings):
         counted = self.counted_modalities or ("text",)
         if wrong := [name for name in counted if name not in names]:
             raise IllegalCombination(
-                "loss_modalities", "all",
+                "loss_modalities",
+                "all",
                 f"loss_modalities={self.loss_modalities!r}: no modality {wrong[0]!r} among {', '.join(names)}",
-            )  # fmt: skip
+            )
         if not {"text", "audio"} & set(counted):
             raise IllegalCombination(
-                "loss_modalities", "all",
+                "loss_modalities",
+                "all",
                 f"loss_modalities={self.loss_modalities!r}: data holds only text and audio, nothing would be learnt",
-            )  # fmt: skip
+            )
         routed = self.modalities and self.route == "grouped" and self.untie != "none"
         if routed and self.expert_dim not in (None, self.n_embd):
             raise IllegalCombination(
-                "expert_dim", self.n_embd,
+                "expert_dim",
+                self.n_embd,
                 f"route=grouped needs experts of one width: expert_dim={self.expert_dim} is not {self.n_embd}",
-            )  # fmt: skip
+            )
 
 
 GROUPS, FIELDS, TYPES = Settings.groups, fields_of(Settings), types_of(Settings)  # base training's

@@ -123,10 +123,13 @@ def write(
     if "upstream" in source.metadata:
         origin["era"] = source.metadata["upstream"]["era"]
     facts = dict(
-        settings=as_dict(settings), model_config=dataclasses.asdict(config), converted_from=origin,
-        tokenizer_hash=source.tokenizer and source.tokenizer.hash, versions=dict(torch=torch.__version__),
+        settings=as_dict(settings),
+        model_config=dataclasses.asdict(config),
+        converted_from=origin,
+        tokenizer_hash=source.tokenizer and source.tokenizer.hash,
+        versions=dict(torch=torch.__version__),
         **{name: source.metadata.get(name) for name in ("codec", "data_fingerprint")},
-    )  # fmt: skip
+    )
     if nonfinite := describe_nonfinite(state):
         print0(
             f"warning: the weights of {source.name} hold NaN or infinite values: {nonfinite}; the new model has them "

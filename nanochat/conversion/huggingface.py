@@ -50,16 +50,32 @@ FIXED = {
 }
 CLASSIC_FIELDS = (*KEYS, "mlp_ratio", "rope_base")
 MODERN_FIELDS = (
-    *CLASSIC_FIELDS, "qk_scale", "window_pattern", "short_window", "use_output_projection",
-    "output_projection_residual", "value_embeddings", "value_gate_channels", "value_gate_range", "smear",
-    "residual_scalars", "backout", "bigram_rows", "document_start",
-)  # fmt: skip
+    *CLASSIC_FIELDS,
+    "qk_scale",
+    "window_pattern",
+    "short_window",
+    "use_output_projection",
+    "output_projection_residual",
+    "value_embeddings",
+    "value_gate_channels",
+    "value_gate_range",
+    "smear",
+    "residual_scalars",
+    "backout",
+    "bigram_rows",
+    "document_start",
+)
 LATER_FIELDS = ("bigram_rows", "document_start")  # which folders from before they were there lack: off
 PARTS = {
-    "transformer.wte.": "model.embed_tokens.", "transformer.h.": "model.layers.", ".attn.c_q.": ".self_attn.q_proj.",
-    ".attn.c_k.": ".self_attn.k_proj.", ".attn.c_v.": ".self_attn.v_proj.", ".attn.c_proj.": ".self_attn.o_proj.",
-    ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2.",
-}  # fmt: skip
+    "transformer.wte.": "model.embed_tokens.",
+    "transformer.h.": "model.layers.",
+    ".attn.c_q.": ".self_attn.q_proj.",
+    ".attn.c_k.": ".self_attn.k_proj.",
+    ".attn.c_v.": ".self_attn.v_proj.",
+    ".attn.c_proj.": ".self_attn.o_proj.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+}
 CARD = """---
 license: unknown
 library_name: transformers
@@ -201,19 +217,20 @@ def is_table(name: str) -> bool:
 def describe(config: GPTConfig, model_type: str, dtype: torch.dtype, bos: int | None) -> dict:
     """config.json."""
     common = dict(
-        dtype=str(dtype).removeprefix("torch."), bos_token_id=bos, eos_token_id=bos, pad_token_id=None,
-        use_cache=True,
-    )  # fmt: skip
+        dtype=str(dtype).removeprefix("torch."), bos_token_id=bos, eos_token_id=bos, pad_token_id=None, use_cache=True
+    )
     if model_type == MODERN:
         ours = {name: getattr(config, name) for name in MODERN_FIELDS}
         return dict(**auto_fields(), tie_word_embeddings=ours.pop("tie_weights"), **ours, **common)
     return dict(
-        architectures=["NanoChatForCausalLM"], model_type=CLASSIC,
+        architectures=["NanoChatForCausalLM"],
+        model_type=CLASSIC,
         **{key: getattr(config, name) for name, (key, _) in KEYS.items()},
         intermediate_size=round(config.mlp_ratio * config.n_embd),
         rope_parameters=dict(rope_type="default", rope_theta=config.rope_base),
-        **{key: value for key, (value, _) in FIXED.items()}, **common,
-    )  # fmt: skip
+        **{key: value for key, (value, _) in FIXED.items()},
+        **common,
+    )
 
 
 def auto_fields() -> dict:
@@ -221,9 +238,11 @@ def auto_fields() -> dict:
     module = MODELING.removesuffix(".py")
     classes = {"AutoConfig": "ModernNanoChatConfig", "AutoModelForCausalLM": ARCHITECTURE}
     return dict(
-        architectures=[ARCHITECTURE], model_type=CLASSIC, hidden_act=NEEDS_CODE,
+        architectures=[ARCHITECTURE],
+        model_type=CLASSIC,
+        hidden_act=NEEDS_CODE,
         auto_map={auto: f"{module}.{name}" for auto, name in classes.items()},
-    )  # fmt: skip
+    )
 
 
 def generation(described: dict) -> dict:
@@ -235,9 +254,15 @@ def generation(described: dict) -> dict:
 def tokenizer_roles(length: int) -> dict:
     """tokenizer_config.json. As here, no <|bos|> is added unasked, and a special token's text is ordinary text."""
     return dict(
-        tokenizer_class="PreTrainedTokenizerFast", bos_token=BOS, eos_token=BOS, pad_token=BOS, padding_side="left",
-        model_max_length=length, split_special_tokens=True, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token=BOS,
+        eos_token=BOS,
+        pad_token=BOS,
+        padding_side="left",
+        model_max_length=length,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def card(name: str, config: GPTConfig, facts: dict, words: bool) -> str:
@@ -250,11 +275,15 @@ def card(name: str, config: GPTConfig, facts: dict, words: bool) -> str:
             "it, and load the model with `trust_remote_code=True` if you agree with it. The tokenizer needs none."
         )
     return CARD.format(
-        name=name, folder=repr(name), parameters=facts["parameters"], config=config, what=what,
+        name=name,
+        folder=repr(name),
+        parameters=facts["parameters"],
+        config=config,
+        what=what,
         trust=", trust_remote_code=True" if newer else "",
         words=USE_OF_WORDS.format(folder=repr(name)) * words,
         told=ABOUT_WORDS if words else "The checkpoint had no tokenizer, so there is none here.",
-    )  # fmt: skip
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

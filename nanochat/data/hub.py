@@ -26,8 +26,16 @@ HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is giv
 LARGEST_MEAN = 1_000_000  # characters that a hub dataset may have per document of its limit
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
 HELD_OUT_SPLITS = (  # the first that a dataset has beside train is held out
-    "validation", "valid", "val", "dev", "heldout", "test", "testing", "eval", "evaluation",
-)  # fmt: skip
+    "validation",
+    "valid",
+    "val",
+    "dev",
+    "heldout",
+    "test",
+    "testing",
+    "eval",
+    "evaluation",
+)
 LARGEST_SHARD = 1 << 30  # bytes; climbmix's have about 90 MB
 
 

@@ -41,9 +41,19 @@ LEAST_BYTES = 10_000  # less is not even one batch of the smallest preset
 LEAST_STDLIB_BYTES = 2_000_000
 
 STDLIB_EXCLUDED = {
-    "test", "tests", "ensurepip", "lib2to3", "idlelib", "tkinter", "distutils", "encodings", "pydoc_data",
-    "site-packages", "dist-packages", "__pycache__",
-}  # fmt: skip
+    "test",
+    "tests",
+    "ensurepip",
+    "lib2to3",
+    "idlelib",
+    "tkinter",
+    "distutils",
+    "encodings",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 PACKAGES_EXCLUDED = {"test", "tests", "_vendor", "__pycache__"}
 
 
@@ -209,8 +219,10 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
     parts = own_split(name for name, _ in files) if is_folder else None
     if not parts and is_folder and (mixed := mixed_parts(name for name, _ in files)):
         named, others = mixed
-        say(f"data: note: {first_names(named)} are called as parts of a split, {first_names(others)} "
-            "not: all are read, and what is held out is drawn anew (move the others away to keep it)")  # fmt: skip
+        say(
+            f"data: note: {first_names(named)} are called as parts of a split, {first_names(others)} "
+            "not: all are read, and what is held out is drawn anew (move the others away to keep it)"
+        )
     if parts:
         for name, _ in files:
             if parts[name] is None:

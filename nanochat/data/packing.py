@@ -27,9 +27,8 @@ class Rows:
     """The rows of one split: row i is ids [seq_len + 1], EMPTY behind its documents."""
 
     def __init__(
-        self, store: TokenStore, seq_len: int, say: Say = print, one_layout: bool = False,
-        max_tokens: int | None = None,
-    ):  # fmt: skip
+        self, store: TokenStore, seq_len: int, say: Say = print, one_layout: bool = False, max_tokens: int | None = None
+    ):
         """Waits until the split is tokenised. UserError: no document fits a row.
 
         one_layout: keep only rows whose modalities change at the same places, the most frequent ones.

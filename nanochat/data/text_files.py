@@ -80,9 +80,13 @@ def file_documents(name: str, path: Path, column: str, single: bool, rows: Rows)
             yield name, _whole(path, compression)
             return
         readers: dict[str, Callable] = {
-            ".parquet": _parquet_rows, ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".json": _json_rows,
-            ".csv": _csv_rows, ".tsv": _csv_rows,
-        }  # fmt: skip
+            ".parquet": _parquet_rows,
+            ".jsonl": _jsonl_rows,
+            ".ndjson": _jsonl_rows,
+            ".json": _json_rows,
+            ".csv": _csv_rows,
+            ".tsv": _csv_rows,
+        }
         texts = readers[suffix](path, column, rows) if suffix in readers else blocks(path)
         for row, text in enumerate(texts):
             if text is not None:

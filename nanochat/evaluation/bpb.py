@@ -30,9 +30,17 @@ def never() -> bool:
 
 @torch.no_grad()
 def bits_per_byte(
-    model, stream, token_bytes: np.ndarray, *, rows: int, seq_len: int, max_tokens: int | None = None,
-    rank: int = 0, world_size: int = 1, stop: Callable[[], bool] = never,
-) -> dict:  # fmt: skip
+    model,
+    stream,
+    token_bytes: np.ndarray,
+    *,
+    rows: int,
+    seq_len: int,
+    max_tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    stop: Callable[[], bool] = never,
+) -> dict:
     """Score one stream (BOS + document, BOS + document, ...) so that every byte counts exactly once.
 
     model: called as model(idx, targets, loss_reduction="none") with int64 [rows, seq_len] on model.device; gives nats.
@@ -76,9 +84,16 @@ def bits_per_byte(
 
 @torch.no_grad()
 def packed_losses(
-    model, packed, token_bytes: np.ndarray, *, rows: int, max_tokens: int | None = None, rank: int = 0,
-    world_size: int = 1, stop: Callable[[], bool] = never,
-) -> dict:  # fmt: skip
+    model,
+    packed,
+    token_bytes: np.ndarray,
+    *,
+    rows: int,
+    max_tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    stop: Callable[[], bool] = never,
+) -> dict:
     """Score captioned sounds, row by row: bpb, bytes and tokens of all text, losses {modality: {"nats", "tokens"}}.
 
     packed: nanochat.data.packing.Rows, in their order, so that each sound has its caption before it. nats: the mean

@@ -283,10 +283,18 @@ def is_correct(task: Task, item: dict, losses: list[float], greedy: list[bool]) 
 
 
 def evaluate_task(
-    model, tokenizer, task: Task, *, max_items: int | None = None, max_len: int | None = None,
-    batch_tokens: int = 8192, rank: int = 0, world_size: int = 1, say: Say = print,
+    model,
+    tokenizer,
+    task: Task,
+    *,
+    max_items: int | None = None,
+    max_len: int | None = None,
+    batch_tokens: int = 8192,
+    rank: int = 0,
+    world_size: int = 1,
+    say: Say = print,
     stop: Callable[[], bool] = never,
-) -> dict:  # fmt: skip
+) -> dict:
     """Score one task; the ranks share its items and all get the same result.
 
     model: logits(features(idx [B, T])) -> [B, T, V] on its device. max_len: longest sequence in tokens, None takes

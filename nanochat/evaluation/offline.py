@@ -291,9 +291,17 @@ def cheap_baselines(task: Task, items: list[dict], chars: CharModel) -> dict[str
 
 
 def evaluate_offline(
-    model, tokenizer, dataset, *, max_per_task: int | None = None, baselines: bool = True,
-    tasks: list[Task] | None = None, rank: int = 0, say: Say = print, **options,
-) -> dict:  # fmt: skip
+    model,
+    tokenizer,
+    dataset,
+    *,
+    max_per_task: int | None = None,
+    baselines: bool = True,
+    tasks: list[Task] | None = None,
+    rank: int = 0,
+    say: Say = print,
+    **options,
+) -> dict:
     """Score the suite: evaluate_tasks' result, each task with char_5gram and word_overlap beside it (rank 0 only).
 
     tasks: those of build_tasks when they are at hand. The items are written to <dataset>/offline_eval in the format of

@@ -35,8 +35,17 @@ def report(result: dict) -> None:
                 rows.append([name, f"{bpb[key]:.4f}", f"{bpb['val_bytes']:,}", ""])
         show("bits per byte", ["", "bpb", "bytes", "seconds"], rows)
         if "val_losses" in bpb:
-            rows = [[name, *(f"{bpb[f'{split}_losses'][name]['nats'] / unit:.4f}" for split in ("train", "val")
-                     for unit in (1, math.log(2)))] for name in bpb["val_losses"]]  # fmt: skip
+            rows = [
+                [
+                    name,
+                    *(
+                        f"{bpb[f'{split}_losses'][name]['nats'] / unit:.4f}"
+                        for split in ("train", "val")
+                        for unit in (1, math.log(2))
+                    ),
+                ]
+                for name in bpb["val_losses"]
+            ]
             show("loss a token, by modality", ["", "train nats", "bits", "val nats", "bits"], rows)
     if "audio" in result:
         report_audio(result["audio"])

@@ -85,9 +85,15 @@ def check_suite(compute: Compute) -> None:
 
 
 def evaluate_suite(
-    model, tokenizer: Tokenizer, dataset: Dataset, max_per_task: int | None = None, *, rank: int = 0,
-    world_size: int = 1, stop: Callable[[], bool] = never,
-) -> dict[str, float]:  # fmt: skip
+    model,
+    tokenizer: Tokenizer,
+    dataset: Dataset,
+    max_per_task: int | None = None,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    stop: Callable[[], bool] = never,
+) -> dict[str, float]:
     """{"core": score} where the CORE bundle lies in the base folder, else {"offline": score}; {} without any task.
 
     For use during training: nothing is downloaded, the cheap baselines are left out, and OFFLINE's items are made once,

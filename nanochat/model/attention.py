@@ -14,9 +14,13 @@ SDPA_BLOCK = 128  # the least queries of a layer with a window that are looked a
 
 
 def causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, mask: Mask = None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None = None,
+    mask: Mask = None,
     bound: float = float("inf"),
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """q [B, T, H, D], k and v [B, S, H_kv, D] with S >= T -> [B, T, H, D].
 
     The queries are the last T of the S positions, each sees its own position and everything before, or only `window`

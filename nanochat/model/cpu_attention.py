@@ -28,9 +28,13 @@ def blocks(length: int, window: int | None = None) -> list[tuple[int, int, int]]
 
 
 def blocked_causal_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, bound: float = float("inf"),
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int | None = None,
+    bound: float = float("inf"),
     begins: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]; each position sees itself and what comes before.
 
     window: only so many positions before. bound: the largest size that q k / sqrt(D) can have, if that is known.

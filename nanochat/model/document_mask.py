@@ -77,6 +77,8 @@ def document_block_mask(begins: torch.Tensor, window: int | None) -> "BlockMask"
         order = some.int().argsort(dim=-1, descending=True, stable=True)
         blocks += [some.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]]
     return BlockMask.from_kv_blocks(
-        *blocks, BLOCK_SIZE=BLOCK, seq_lengths=(T, T),
+        *blocks,
+        BLOCK_SIZE=BLOCK,
+        seq_lengths=(T, T),
         mask_mod=lambda b, h, query, key: visible(query, key, window, begins[b, query]),
-    )  # fmt: skip
+    )

@@ -46,9 +46,13 @@ def _flash(function: Callable, q, k, v, window: int | None, mask: Mask) -> torch
     if mask is not None:
         raise NotImplementedError("it knows no document boundaries")
     out = function(
-        q, k, v, causal=True, window_size=(-1 if window is None else window, 0),
+        q,
+        k,
+        v,
+        causal=True,
+        window_size=(-1 if window is None else window, 0),
         deterministic=torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
+    )
     return out[0] if isinstance(out, tuple) else out  # older ones return the log-sum-exp too
 
 

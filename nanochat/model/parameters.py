@@ -2,9 +2,12 @@
 
 SCALARS = ("smear_lambda", "resid_lambdas", "x0_lambdas", "backout_lambda", "bigram_lambdas")
 TABLES = {
-    "transformer.wte": "wte", "lm_head": "lm_head", "value_embeds.": "value_embeds",
-    "bigram_embed": "bigram_embed", "output_projection.": "output_projection",
-}  # fmt: skip
+    "transformer.wte": "wte",
+    "lm_head": "lm_head",
+    "value_embeds.": "value_embeds",
+    "bigram_embed": "bigram_embed",
+    "output_projection.": "output_projection",
+}
 
 
 def is_scalar(name: str) -> bool:

@@ -95,9 +95,8 @@ class BackgroundSaver:
         try:
             model_state, optimizer_state = self._copies
             self._result = checkpoints.save_checkpoint(
-                self.folder, step, model_state, optimizer_state, metadata, tokenizer=self.tokenizer,
-                codec=self.codec,
-            )  # fmt: skip
+                self.folder, step, model_state, optimizer_state, metadata, tokenizer=self.tokenizer, codec=self.codec
+            )
             checkpoints.prune(self.folder, self.keep_last)
         except BaseException as error:  # wait() raises it
             self._error = error

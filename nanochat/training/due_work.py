@@ -36,8 +36,11 @@ class DueWork:
     def __init__(self, training, log: MetricsLog, guard: StepGuard, stop: Callable[[], bool]):
         self.training, self.log, self.guard, self.stop = training, log, guard, stop
         self.settings, self.compute, self.run, self.saver = (
-            training.settings, training.compute, training.run, training.saver,
-        )  # fmt: skip
+            training.settings,
+            training.compute,
+            training.run,
+            training.saver,
+        )
         self.saved = self.run.step  # the newest step that is on the disk or being written; at first where we began
         self.due = self.put_off = False
 

@@ -23,12 +23,34 @@ from nanochat.system.environment import UserError, launched, rank_from_env, worl
 
 # What a resumed run may change; everything else would make it another run.
 CHANGEABLE = {
-    "num_iterations", "target_flops", "target_param_data_ratio", "eval_every", "eval_tokens", "core_metric_every",
-    "core_metric_max_per_task", "sample_every", "save_every", "keep_last", "log_rows", "device_type", "dtype",
-    "compile", "route", "device_batch_size", "wandb_mode", "run", "overwrite", "skip_corrupt", "ignore_lock",
-    "deterministic", "rank_timeout", "eval_clips", "stall_evals",
-    "host", "musicgen",  # where they lie now: other weights than the checkpoint's are refused
-}  # fmt: skip
+    "num_iterations",
+    "target_flops",
+    "target_param_data_ratio",
+    "eval_every",
+    "eval_tokens",
+    "core_metric_every",
+    "core_metric_max_per_task",
+    "sample_every",
+    "save_every",
+    "keep_last",
+    "log_rows",
+    "device_type",
+    "dtype",
+    "compile",
+    "route",
+    "device_batch_size",
+    "wandb_mode",
+    "run",
+    "overwrite",
+    "skip_corrupt",
+    "ignore_lock",
+    "deterministic",
+    "rank_timeout",
+    "eval_clips",
+    "stall_evals",
+    "host",
+    "musicgen",  # where they lie now: other weights than the checkpoint's are refused
+}
 
 
 @dataclasses.dataclass
@@ -234,9 +256,14 @@ def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, datas
         raise UserError(f"{where} holds another model than the settings describe: {saved}, not {model.config}")
     checkpoints.check_finite(model_state | optimizer_state, where)
     return restore_progress(
-        where, metadata, dataset, loader, lambda: model.load_state_dict(model_state),
-        lambda: optimizer.load_state_dict(optimizer_state), RunState(),
-    )  # fmt: skip
+        where,
+        metadata,
+        dataset,
+        loader,
+        lambda: model.load_state_dict(model_state),
+        lambda: optimizer.load_state_dict(optimizer_state),
+        RunState(),
+    )
 
 
 def progress_of(run: RunState, loader) -> dict:

@@ -34,9 +34,12 @@ class MetricsLog:
     """
 
     def __init__(
-        self, path: Path | None, tracker: "Tracker | None" = None, keep_below: int | None = None,
+        self,
+        path: Path | None,
+        tracker: "Tracker | None" = None,
+        keep_below: int | None = None,
         drop_evals_of: int | None = None,
-    ):  # fmt: skip
+    ):
         self.path, self.tracker = path, tracker
         self.file = None
         self.noted: dict[str, str] = {}  # streams that are lost, as this file says already

@@ -94,10 +94,15 @@ def gpt_config(era: str, sizes: dict, state: dict[str, torch.Tensor]) -> GPTConf
     if "window_pattern" in sizes and rules.short_window is None:
         raise UserError(f"era={era!r} had no window_pattern, which the metadata holds: leave --era out")
     config = dict(
-        {name: sizes[name] for name in SIZES if name in sizes}, softcap=rules.softcap, rope_base=rules.rope_base,
-        qk_scale=rules.qk_scale, window_pattern=pattern, smear=rules.smear, backout=rules.smear,
+        {name: sizes[name] for name in SIZES if name in sizes},
+        softcap=rules.softcap,
+        rope_base=rules.rope_base,
+        qk_scale=rules.qk_scale,
+        window_pattern=pattern,
+        smear=rules.smear,
+        backout=rules.smear,
         residual_scalars=rules.short_window is not None and any(name in state for name in RESIDUAL),
-    )  # fmt: skip
+    )
     # nanochat's L layers look sequence_len tokens back, ours at everything: the same up to the training's context.
     if "S" in pattern:
         config["short_window"] = rules.short_window(config.get("sequence_len", GPTConfig.sequence_len))

@@ -86,8 +86,11 @@ def machine(compute) -> dict[str, str]:
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         commit = done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # an installed copy
         commit = "unknown"

@@ -71,9 +71,16 @@ def run(args: argparse.Namespace) -> dict:
             seen = length if share == 1 else min(length, windows[share] + 1)  # as GPT.flops_per_token counts it
             rate = 12 * batch * length * seen * args.heads * args.head_dim / one["seconds"]
             rows.append(
-                (name, 1000 * one["seconds"], rival["seconds"] / one["seconds"], one["seconds"] / whole["seconds"],
-                 rate / 1e9, one["bytes"] / 2**20, one["bytes"] / whole["bytes"])
-            )  # fmt: skip
+                (
+                    name,
+                    1000 * one["seconds"],
+                    rival["seconds"] / one["seconds"],
+                    one["seconds"] / whole["seconds"],
+                    rate / 1e9,
+                    one["bytes"] / 2**20,
+                    one["bytes"] / whole["bytes"],
+                )
+            )
     peak = statistics.median(peaks)
     print(f"{args.heads} heads of {args.head_dim}, {args.dtype}, peak {peak / 1e9:,.0f} GFLOP/s")
     print(table(("attention", "ms", "times torch's speed", "time / all", "GFLOP/s", "MiB", "MiB / all"), rows))

@@ -62,10 +62,12 @@ def run(args: argparse.Namespace) -> dict:
         between=lambda: peaks.append(matmul_peak(model.device, torch.float32)),
     )
     result = dict(
-        contenders=summary(times, PLAIN), peak_flops=dict(float32=statistics.median(peaks)), items=size * args.rounds,
+        contenders=summary(times, PLAIN),
+        peak_flops=dict(float32=statistics.median(peaks)),
+        items=size * args.rounds,
         tokens_per_row=statistics.mean(len(row.tokens) for part in rows for row in part),
         **compare(rows, losses[PLAIN], losses[SHARED]),
-    )  # fmt: skip
+    )
     lines = []
     for name, found in result["contenders"].items():
         found["ms_per_item"] = 1000 * found["seconds"] / size

@@ -71,20 +71,27 @@ def run(args: argparse.Namespace) -> dict:
             times = {name: found[1:] for name, found in times.items()}  # without the warm-up
             for name, one in summary(times, next(iter(ways))).items():
                 one.update(
-                    dtype=dtype, tok_per_sec=batch * steps / one["seconds"],
+                    dtype=dtype,
+                    tok_per_sec=batch * steps / one["seconds"],
                     bytes_per_sec=steps * bytes_of_a_step(model, batch, args.prompt + steps / 2) / one["seconds"],
-                )  # fmt: skip
+                )
                 found[name] = one
                 rows.append(
-                    (name, one["tok_per_sec"], 1000 * one["seconds"] / steps, one["bytes_per_sec"] / 1e9,
-                     f"{1000 * one['fastest'] / steps:.2f} to {1000 * one['slowest'] / steps:.2f}",
-                     1 / one["ratio"])
-                )  # fmt: skip
+                    (
+                        name,
+                        one["tok_per_sec"],
+                        1000 * one["seconds"] / steps,
+                        one["bytes_per_sec"] / 1e9,
+                        f"{1000 * one['fastest'] / steps:.2f} to {1000 * one['slowest'] / steps:.2f}",
+                        1 / one["ratio"],
+                    )
+                )
     result = dict(
-        contenders=found, peak_flops={dtype: statistics.median(peak) for dtype, peak in peaks.items()},
+        contenders=found,
+        peak_flops={dtype: statistics.median(peak) for dtype, peak in peaks.items()},
         copies={name: statistics.median(rates) for name, rates in copies.items()},
         same={batch: same_text(model, batch, args.prompt, args.new) for batch in batches},
-    )  # fmt: skip
+    )
     told = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in result["copies"].items())
     print(
         f"{args.new} new tokens behind {args.prompt}, {args.rounds} rounds, medians of the steps; copies, read and "

@@ -27,9 +27,16 @@ from scripts.bench.timing import settled, table
 from scripts.bench.train import Contender
 
 BASE = dict(
-    data="stdlib", vocab_size=4096, depth=4, model_dim=128, head_dim=64, max_seq_len=256, tie_weights=True,
-    device_batch_size=8, total_batch_size=2048,
-)  # fmt: skip
+    data="stdlib",
+    vocab_size=4096,
+    depth=4,
+    model_dim=128,
+    head_dim=64,
+    max_seq_len=256,
+    tie_weights=True,
+    device_batch_size=8,
+    total_batch_size=2048,
+)
 MODERN = dict(value_embeddings=True, smear=True, residual_scalars=True, window_pattern="S", short_window=64)
 CONFIGURATIONS: dict[str, dict] = {
     "base": {},
@@ -79,8 +86,11 @@ def in_a_process(name: str, what: str, args: argparse.Namespace, base: str) -> d
     command = [sys.executable, "-m", "scripts.bench.predictions", what, name, args.dtype or ""]
     done = subprocess.run(
         [*command, str(args.seconds), str(args.rounds)],
-        env={**os.environ, "NANOCHAT_BASE_DIR": base}, check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env={**os.environ, "NANOCHAT_BASE_DIR": base},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -101,9 +111,10 @@ def step_seconds(settings: Settings, seconds: float, rounds: int) -> dict:
             contender.step()
         taken.append((settled() - start) / 3)
     return dict(
-        settings=as_dict(settings), threads=os.environ.get("OMP_NUM_THREADS"),
+        settings=as_dict(settings),
+        threads=os.environ.get("OMP_NUM_THREADS"),
         seconds=[statistics.median(taken), statistics.median(predicted)],
-    )  # fmt: skip
+    )
 
 
 def run_bytes(settings: Settings, *_) -> dict:

@@ -26,9 +26,19 @@ from scripts.bench.train import Contender, settings_of
 
 MARK = "part: "  # in front of the names of ranges that are a part whatever runs in them
 PARTS = (
-    "data", "embedding", "norms, rotary, residuals", "attention matrices", "attention itself", "MLP matrices",
-    "MLP between", "loss head", "gradient sums", "Muon", "AdamW", "other",
-)  # fmt: skip
+    "data",
+    "embedding",
+    "norms, rotary, residuals",
+    "attention matrices",
+    "attention itself",
+    "MLP matrices",
+    "MLP between",
+    "loss head",
+    "gradient sums",
+    "Muon",
+    "AdamW",
+    "other",
+)
 MATMULS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm")
 
 

@@ -33,9 +33,16 @@ def run(args: argparse.Namespace) -> dict:
     if args.steps <= LEFT_OUT or args.ranks < 2:
         raise UserError(f"--steps {args.steps} --ranks {args.ranks}: at least {LEFT_OUT + 1} steps and 2 ranks")
     shape = dict(
-        SHAPE, total_batch_size=args.total_batch_size, num_iterations=args.steps, data="stdlib", dtype="float32",
-        device_type="cpu", eval_every=None, eval_tokens=SHAPE["max_seq_len"], sample_every=None,
-    )  # fmt: skip
+        SHAPE,
+        total_batch_size=args.total_batch_size,
+        num_iterations=args.steps,
+        data="stdlib",
+        dtype="float32",
+        device_type="cpu",
+        eval_every=None,
+        eval_tokens=SHAPE["max_seq_len"],
+        sample_every=None,
+    )
     ways = {
         BASE: dict(threads=args.ranks),
         f"{args.ranks} ranks": dict(ranks=args.ranks),
@@ -52,9 +59,10 @@ def run(args: argparse.Namespace) -> dict:
 
     alternate(
         {name: lambda name=name, way=way: job(name, way) for name, way in ways.items()},
-        args.rounds, warmup=0,
+        args.rounds,
+        warmup=0,
         between=lambda: peaks.append(matmul_peak(args.compute.device, args.compute.dtype)),
-    )  # fmt: skip
+    )
     found, rows = summary(times, BASE), []
     for name, one in found.items():
         one["tok_per_sec"] = args.total_batch_size / one["seconds"]

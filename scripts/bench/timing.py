@@ -56,11 +56,7 @@ PEAK_SECONDS = 0.2  # that looking for the peak may take
 SQUARES = ((1024, 1024, 1024), (2048, 1024, 1024))  # (rows, inner, columns); on a GPU all sides are 8 times as long
 
 
-def matmul_peak(
-    device: torch.device,
-    dtype: torch.dtype,
-    shapes: Iterable[tuple[int, int, int]] = (),
-) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype, shapes: Iterable[tuple[int, int, int]] = ()) -> float:
     """The best rate of a matmul here and now in FLOP/s, over SQUARES and the (rows, inner, columns) of `shapes`.
 
     A moment later it may be another: call it between the rounds, and take the median.
@@ -85,11 +81,14 @@ def summary(times: dict[str, list[float]], base: str) -> dict[str, dict]:
     """{name: median, min and max seconds and the ratio to `base`}, what a part's result holds as "contenders"."""
     return {
         name: dict(
-            seconds=statistics.median(found), fastest=min(found), slowest=max(found), rounds=len(found),
+            seconds=statistics.median(found),
+            fastest=min(found),
+            slowest=max(found),
+            rounds=len(found),
             ratio=median_ratio(times, name, base),
         )
         for name, found in times.items()
-    }  # fmt: skip
+    }
 
 
 def against(result: dict, reference: dict) -> dict[str, float]:

@@ -24,9 +24,16 @@ from scripts.bench.timing import alternate, matmul_peak, settled, summary, table
 
 # 37.7 MFLOP a token: the shape that nanochat was measured at (dev/LOG.md).
 SHAPE = dict(
-    vocab_size=8192, depth=4, model_dim=256, head_dim=64, max_seq_len=512, total_batch_size=8192, device_batch_size=16,
-    num_iterations=600, target_param_data_ratio=None,
-)  # fmt: skip
+    vocab_size=8192,
+    depth=4,
+    model_dim=256,
+    head_dim=64,
+    max_seq_len=512,
+    total_batch_size=8192,
+    device_batch_size=16,
+    num_iterations=600,
+    target_param_data_ratio=None,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,9 +69,18 @@ def run(args: argparse.Namespace) -> dict:
         mfu = [one.flops / t / peak for t, peak in zip(times[name], peaks[one.dtype], strict=True)]
         found.update(dtype=one.dtype, micro_batch=one.rows, tok_per_sec=rate, mfu=statistics.median(mfu))
         rows.append(
-            (name, one.dtype, one.rows, rate, f"{found['mfu']:.1%}", 1000 * found["seconds"],
-             f"{1000 * found['fastest']:.0f} to {1000 * found['slowest']:.0f}", found["ratio"], 1 / found["ratio"])
-        )  # fmt: skip
+            (
+                name,
+                one.dtype,
+                one.rows,
+                rate,
+                f"{found['mfu']:.1%}",
+                1000 * found["seconds"],
+                f"{1000 * found['fastest']:.0f} to {1000 * found['slowest']:.0f}",
+                found["ratio"],
+                1 / found["ratio"],
+            )
+        )
     told = ", ".join(f"{dtype} {peak / 1e9:,.0f} GFLOP/s" for dtype, peak in result["peak_flops"].items())
     print(f"{args.rounds} rounds, medians; matmul peak beside: {told}")
     print(

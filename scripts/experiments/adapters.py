@@ -36,10 +36,22 @@ from scripts.experiments.common import (
 
 HOST = "adapters-host"
 SHAPE = dict(
-    host=f"nanochat:{HOST}", musicgen=None, expert_dim=96, data="synth", data_limit=3000, modalities="audio:256",
-    codebooks=2, codec="pitch", max_seq_len=240, total_batch_size=3840, device_batch_size=16, eval_every=50,
-    eval_clips=100, save_every=None, warmup_steps=20,
-)  # fmt: skip
+    host=f"nanochat:{HOST}",
+    musicgen=None,
+    expert_dim=96,
+    data="synth",
+    data_limit=3000,
+    modalities="audio:256",
+    codebooks=2,
+    codec="pitch",
+    max_seq_len=240,
+    total_batch_size=3840,
+    device_batch_size=16,
+    eval_every=50,
+    eval_clips=100,
+    save_every=None,
+    warmup_steps=20,
+)
 VARIANTS = {
     "random": dict(expert="random"),
     "trained": dict(expert="trained"),
@@ -57,12 +69,16 @@ def train(key: str, settings: dict) -> dict:
     evaluations = [line for line in lines if line.get("event") == "eval"]
     last = evaluations[-1]
     line = dict(
-        key=key, settings=settings, steps=[e["step"] for e in evaluations],
+        key=key,
+        settings=settings,
+        steps=[e["step"] for e in evaluations],
         curve=[e["val_loss/audio"] for e in evaluations],
-        loss=last["val_loss/audio"], text=last["val_loss/text"], seconds=lines[-1]["train_seconds"],
+        loss=last["val_loss/audio"],
+        text=last["val_loss/text"],
+        seconds=lines[-1]["train_seconds"],
         baselines={k.removeprefix("baseline/"): v for k, v in last.items() if k.startswith("baseline/")},
         parameters=lines[0]["parameters"],
-    )  # fmt: skip
+    )
     return line | (heard(f"adapters-{key}") if key.startswith("seeds/") else {})
 
 
@@ -71,9 +87,11 @@ def heard(key: str) -> dict:
     tag = tag_of(key)
     done = subprocess.run(
         [sys.executable, "-m", "scripts.adapter_eval", "--model-tag", tag, "--num", "200"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
         errors="replace",
-    )  # fmt: skip
+    )
     if done.returncode:
         raise UserError(f"adapter_eval of {tag} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
     result = json.loads(sorted((base_dir() / "adapter_eval").glob(f"{tag}_*.json"))[-1].read_text())

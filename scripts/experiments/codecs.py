@@ -35,7 +35,7 @@ from nanochat.audio.synth import (
     is_held_out,
     melody,
     render,
-)  # fmt: skip
+)
 from nanochat.config.settings import preset
 from nanochat.data.dataset import SPLITS
 from nanochat.data_pipeline import prepare_for
@@ -135,11 +135,15 @@ def measure(kind: str, books: int, codes: int, fit: int, count: int) -> dict:
     decoded = codec.decode_batch(coded)[:, : wavs.shape[1]]
     seconds = time.perf_counter() - start
     row = dict(
-        codec=f"{kind} {books} x {codes}", rate=codec.frame_rate * books * math.log2(codes), fit=fitted - made,
-        decode=seconds / count, synth=(made - begun) / fit, pitch=pitch_share(wavs, decoded),
+        codec=f"{kind} {books} x {codes}",
+        rate=codec.frame_rate * books * math.log2(codes),
+        fit=fitted - made,
+        decode=seconds / count,
+        synth=(made - begun) / fit,
+        pitch=pitch_share(wavs, decoded),
         si_sdr=float(np.mean([si_sdr(a, b) for a, b in zip(wavs, decoded, strict=True)])),
         level=20 * math.log10(float(decoded.std() / wavs.std())),
-    )  # fmt: skip
+    )
     row["books"] = [
         dict(
             unigram=entropy(coded[:, q].reshape(-1).tolist()),
@@ -147,7 +151,7 @@ def measure(kind: str, books: int, codes: int, fit: int, count: int) -> dict:
             root=said_of_the_root(codec, q),
         )
         for q in range(books)
-    ]  # fmt: skip
+    ]
     return row
 
 
@@ -162,8 +166,10 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
     if arguments.split is not None:
         return check_split(arguments.split)
     chosen = [parse_codec(text) for text in arguments.codec or CODECS]
-    print(f"fitted on {arguments.fit} clips, measured on {arguments.clips} others of 2 s; control: root is log2 of "
-          f"{len(ROOTS)} = {math.log2(len(ROOTS)):.2f} bits")  # fmt: skip
+    print(
+        f"fitted on {arguments.fit} clips, measured on {arguments.clips} others of 2 s; control: root is log2 of "
+        f"{len(ROOTS)} = {math.log2(len(ROOTS)):.2f} bits"
+    )
     names = (
         "codec",
         "bit/s",
@@ -182,8 +188,9 @@ def main(argv: list[str] | None = None) -> list[dict] | dict:
         waveform = f"{row['si_sdr']:.1f}" if kind == "mdct" else ""
         print(
             f"| {row['codec']} | {row['rate']:.0f} | {row['fit']:.1f} | {row['decode']:.3f} | {row['pitch']:.3f} | "
-            f"{waveform} | {row['level']:+.1f} | {told} |", flush=True,
-        )  # fmt: skip
+            f"{waveform} | {row['level']:+.1f} | {told} |",
+            flush=True,
+        )
         rows.append(row)
     return rows
 

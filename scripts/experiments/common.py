@@ -39,9 +39,11 @@ def base_train(
     launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else []
     done = subprocess.run(
         [sys.executable, "-m", *launcher, module or f"scripts.{stage}_train", str(base_dir() / NO_CONFIG), *flags],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
         errors="replace",
-    )  # fmt: skip
+    )
     if done.returncode:
         raise UserError(f"run {key} ended with code {done.returncode}: {done.stderr.strip()[-500:]}")
     metrics = base_dir() / f"{stage}_checkpoints" / tag / "metrics.jsonl"

@@ -20,16 +20,18 @@ from nanochat.system.environment import UserError, base_dir
 from scripts import base_train
 from scripts.experiments.validation_part import training_part
 
-MODERN = dict(
-    value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0
-)  # fmt: skip
+MODERN = dict(value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0)
 WINDOWS = dict(window_pattern="S", short_window=64, bigram_rows=16_384)
 CLASSIC = {name: FIELDS[name].default for name in (*MODERN, *WINDOWS)}
 COMMON = dict(depth=4, model_dim=192, total_batch_size=2048, tied_weights_lr=0.005, matrix_lr=0.02)
 SHORT = {
-    **COMMON, "max_seq_len": 256, "device_batch_size": 8, "vocab_size": 4096, "num_iterations": 1000,
+    **COMMON,
+    "max_seq_len": 256,
+    "device_batch_size": 8,
+    "vocab_size": 4096,
+    "num_iterations": 1000,
     "warmdown_ratio": 0.4,
-}  # fmt: skip
+}
 LONG = {**COMMON, "max_seq_len": 512, "device_batch_size": 4, "warmdown_ratio": 0.7}
 # Each is the preset with these changes.
 TRIALS: dict[str, dict] = {
@@ -77,10 +79,15 @@ def run_trial(name: str) -> dict:
     curve = [(line["step"], round(line["val_bpb"], 4)) for line in lines if line.get("event") == "eval"]
     done = lines[-1]
     return dict(
-        trial=name, changes=TRIALS[name], dev_bpb=result["val_bpb"], curve=curve, steps=result["step"],
-        train_seconds=round(result["train_seconds"], 1), compile_seconds=round(done["compile_seconds"], 1),
+        trial=name,
+        changes=TRIALS[name],
+        dev_bpb=result["val_bpb"],
+        curve=curve,
+        steps=result["step"],
+        train_seconds=round(result["train_seconds"], 1),
+        compile_seconds=round(done["compile_seconds"], 1),
         peak_gflops=round(done["peak_flops"] / 1e9, 1),
-    )  # fmt: skip
+    )
 
 
 def main(argv: list[str] | None = None) -> list[dict]:

@@ -23,10 +23,23 @@ from nanochat.runtime import run_script
 from scripts.experiments.common import base_train, paired, read, run_missing, seed_runs, selection_note, sweep_runs
 
 SHAPE = dict(
-    data="synth", data_limit=6000, modalities="audio:512", codec="frame", text_data="stdlib", text_share=0.5,
-    vocab_size=1024, depth=4, model_dim=128, head_dim=32, max_seq_len=256, total_batch_size=4096, device_batch_size=16,
-    eval_tokens=40_960, eval_every=25, compile=False,
-)  # fmt: skip
+    data="synth",
+    data_limit=6000,
+    modalities="audio:512",
+    codec="frame",
+    text_data="stdlib",
+    text_share=0.5,
+    vocab_size=1024,
+    depth=4,
+    model_dim=128,
+    head_dim=32,
+    max_seq_len=256,
+    total_batch_size=4096,
+    device_batch_size=16,
+    eval_tokens=40_960,
+    eval_every=25,
+    compile=False,
+)
 VARIANTS = {
     "dense": dict(untie="none"),
     "dense-wide": dict(untie="none", mlp_ratio=8.0),
@@ -45,10 +58,14 @@ def train(key: str, settings: dict) -> dict:
     evaluations = [line for line in lines if line.get("event") == "eval"]
     curve = {m: [round(line[f"val_loss/{m}"], 5) for line in evaluations] for m in MODALITIES}
     return dict(
-        key=key, settings=settings, curve=curve, steps=[line["step"] for line in evaluations],
-        loss=curve["text"][-1] + curve["audio"][-1], seconds=lines[-1]["train_seconds"],
+        key=key,
+        settings=settings,
+        curve=curve,
+        steps=[line["step"] for line in evaluations],
+        loss=curve["text"][-1] + curve["audio"][-1],
+        seconds=lines[-1]["train_seconds"],
         parameters=lines[0]["parameters"],
-    )  # fmt: skip
+    )
 
 
 def share_of_steps(steps: list[int], losses: list[float], goal: float) -> float | None:

@@ -20,9 +20,19 @@ from scripts.bench import __main__ as bench
 from scripts.experiments.common import base_train, paired, read, run_missing
 
 SHAPE = dict(
-    data="stdlib", vocab_size=2048, depth=4, model_dim=128, head_dim=32, max_seq_len=256, tie_weights=True,
-    total_batch_size=2048, device_batch_size=8, eval_tokens=262_144, eval_every=None, sample_every=None,
-)  # fmt: skip
+    data="stdlib",
+    vocab_size=2048,
+    depth=4,
+    model_dim=128,
+    head_dim=32,
+    max_seq_len=256,
+    tie_weights=True,
+    total_batch_size=2048,
+    device_batch_size=8,
+    eval_tokens=262_144,
+    eval_every=None,
+    sample_every=None,
+)
 FEATURES = {
     "rope_base 1e5": dict(rope_base=100_000.0),
     "qk_scale 1.2": dict(qk_scale=1.2),
@@ -35,24 +45,30 @@ FEATURES = {
 }
 APART = ("softcap 20", "windows SSSL, 64")  # nanochat went back on the first; windows save time in long contexts
 MODERN = {k: v for name, changes in FEATURES.items() if name not in APART for k, v in changes.items()}
-VARIANTS = {
-    "classic": {}, **FEATURES, "modern": MODERN, "modern, windows": MODERN | FEATURES["windows SSSL, 64"],
-}  # fmt: skip
+VARIANTS = {"classic": {}, **FEATURES, "modern": MODERN, "modern, windows": MODERN | FEATURES["windows SSSL, 64"]}
 STEPS, LONGER = 400, 460
 SEEDS = (1, 2, 3)
 GOAL = dict(
-    vocab_size=4096, model_dim=256, head_dim=64, max_seq_len=512, total_batch_size=8192, eval_tokens=None,
+    vocab_size=4096,
+    model_dim=256,
+    head_dim=64,
+    max_seq_len=512,
+    total_batch_size=8192,
+    eval_tokens=None,
     num_iterations=300,
-)  # fmt: skip
+)
 
 
 def train(key: str, settings: dict) -> dict:
     """One run; returns its line for the results file."""
     lines = base_train(f"features-{key}", {**SHAPE, **settings})
     return dict(
-        key=key, settings=settings, val_bpb=lines[-1]["val_bpb"], seconds=lines[-1]["train_seconds"],
+        key=key,
+        settings=settings,
+        val_bpb=lines[-1]["val_bpb"],
+        seconds=lines[-1]["train_seconds"],
         parameters=lines[0]["parameters"],
-    )  # fmt: skip
+    )
 
 
 def seed_runs() -> dict[str, dict]:

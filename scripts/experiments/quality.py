@@ -37,9 +37,15 @@ def runs(tokens: int, ways: list[str]) -> dict[str, dict]:
         raise UserError(f"--tokens {tokens} is not a multiple of the context of {SHAPE['max_seq_len']}")
     rows = math.gcd(SHAPE["device_batch_size"], tokens // SHAPE["max_seq_len"])
     shape = dict(
-        SHAPE, data="packages", total_batch_size=tokens, num_iterations=STEPS, device_batch_size=rows,
-        eval_tokens=524_288, eval_every=None, sample_every=None,
-    )  # fmt: skip
+        SHAPE,
+        data="packages",
+        total_batch_size=tokens,
+        num_iterations=STEPS,
+        device_batch_size=rows,
+        eval_tokens=524_288,
+        eval_every=None,
+        sample_every=None,
+    )
     return {f"{tokens}/{way}/{seed}": {**shape, **WAYS[way], "seed": seed} for seed in SEEDS for way in ways}
 
 

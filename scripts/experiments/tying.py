@@ -19,9 +19,17 @@ from nanochat.runtime import run_script
 from scripts.experiments.common import CHOOSING, base_train, best_rate, paired, read, run_missing, selection_note
 
 SHAPE = dict(
-    data="packages", vocab_size=4096, depth=3, model_dim=128, head_dim=64, max_seq_len=256, total_batch_size=4096,
-    device_batch_size=16, eval_tokens=262_144, eval_every=250,
-)  # fmt: skip
+    data="packages",
+    vocab_size=4096,
+    depth=3,
+    model_dim=128,
+    head_dim=64,
+    max_seq_len=256,
+    total_batch_size=4096,
+    device_batch_size=16,
+    eval_tokens=262_144,
+    eval_every=250,
+)
 VARIANTS = {
     "untied": dict(tie_weights=False),
     "tied": dict(tie_weights=True),
@@ -40,11 +48,15 @@ def train(key: str, settings: dict) -> dict:
     lines = base_train(f"tying-{key}", {**SHAPE, **settings})
     losses = [line["loss"] for line in lines if "loss" in line]
     return dict(
-        key=key, settings=settings, steps=len(losses),
+        key=key,
+        settings=settings,
+        steps=len(losses),
         val_bpb=[line["val_bpb"] for line in lines if line.get("event") == "eval"][-1],
-        train_loss=statistics.fmean(losses[-50:]), seconds=lines[-1]["train_seconds"],
-        parameters=lines[0]["parameters"], losses=[round(loss, 4) for loss in losses[9::10]],
-    )  # fmt: skip
+        train_loss=statistics.fmean(losses[-50:]),
+        seconds=lines[-1]["train_seconds"],
+        parameters=lines[0]["parameters"],
+        losses=[round(loss, 4) for loss in losses[9::10]],
+    )
 
 
 def init_runs() -> dict[str, dict]:

@@ -23,9 +23,11 @@ from nanochat.system.environment import UserError
 ROOT = Path(__file__).resolve().parents[2]
 RELEASES = ("5.0.0", "5.12.1", "5.23.0", "5.24.0", "newest")
 TESTS = (
-    "tests/conversion/test_huggingface.py", "tests/conversion/test_hf_refresh.py", "tests/adapters/test_hosts.py",
+    "tests/conversion/test_huggingface.py",
+    "tests/conversion/test_hf_refresh.py",
+    "tests/adapters/test_hosts.py",
     "tests/adapters/test_transformers_host.py",
-)  # fmt: skip
+)
 VERSION = "import transformers; print(transformers.__version__)"
 
 

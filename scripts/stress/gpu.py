@@ -66,10 +66,18 @@ class Plan:
     compiled: bool = True
     small: dict = field(  # for what is compared, not timed
         default_factory=lambda: dict(
-            depth=4, model_dim=256, head_dim=64, max_seq_len=512, vocab_size=4096, window_pattern="SSSL",
-            short_window=100, total_batch_size=4096, device_batch_size=8, eval_tokens=8192,
+            depth=4,
+            model_dim=256,
+            head_dim=64,
+            max_seq_len=512,
+            vocab_size=4096,
+            window_pattern="SSSL",
+            short_window=100,
+            total_batch_size=4096,
+            device_batch_size=8,
+            eval_tokens=8192,
         )
-    )  # fmt: skip
+    )
 
     def settings(self, depth: int, micro_batches: int = 1, **changes) -> Settings:
         rows = self.depths[depth]
@@ -208,9 +216,15 @@ def training(plan: Plan) -> Finding:
             peaks.append(matmul_peak(plan.compute.device, plan.compute.dtype, one.matmuls()))
         seconds = statistics.median(times)
         finding.rows.append(
-            (name, one.ids.numel() / seconds, f"{one.flops / seconds / sheet:.1%}",
-             f"{one.flops / seconds / statistics.median(peaks):.1%}", 1000 * seconds, *memory)
-        )  # fmt: skip
+            (
+                name,
+                one.ids.numel() / seconds,
+                f"{one.flops / seconds / sheet:.1%}",
+                f"{one.flops / seconds / statistics.median(peaks):.1%}",
+                1000 * seconds,
+                *memory,
+            )
+        )
         del one
     return finding
 
@@ -277,10 +291,15 @@ def attention_choices(plan: Plan) -> Finding:
         memory = {name: _extra_bytes(plan.compute, step) for name, step in contenders.items()}
         for name, times in (found := alternate(contenders, plan.steps)).items():
             finding.rows.append(
-                (name, seen, 1000 * statistics.median(times),
-                 f"{1000 * min(times):.2f} to {1000 * max(times):.2f}", median_ratio(found, name, "SDPA"),
-                 None if memory[name] is None else memory[name] / 2**20)
-            )  # fmt: skip
+                (
+                    name,
+                    seen,
+                    1000 * statistics.median(times),
+                    f"{1000 * min(times):.2f} to {1000 * max(times):.2f}",
+                    median_ratio(found, name, "SDPA"),
+                    None if memory[name] is None else memory[name] / 2**20,
+                )
+            )
     return finding
 
 
@@ -378,10 +397,14 @@ def exact_matmuls() -> Iterator[None]:
 def gradients(plan: Plan) -> Finding:
     """The gradients of every path against the plain one in float32, eager."""
     finding = Finding(("path", "relative error", "worst tensor", "which"))
-    paths = {"plain": ("plain", "float32", False), "default eager": ("default", "float32", False),
-             "default compiled": ("default", "float32", True), "plain bfloat16": ("plain", "bfloat16", False),
-             "default bfloat16 eager": ("default", "bfloat16", False),
-             "default bfloat16 compiled": ("default", "bfloat16", True)}  # fmt: skip
+    paths = {
+        "plain": ("plain", "float32", False),
+        "default eager": ("default", "float32", False),
+        "default compiled": ("default", "float32", True),
+        "plain bfloat16": ("plain", "bfloat16", False),
+        "default bfloat16 eager": ("default", "bfloat16", False),
+        "default bfloat16 compiled": ("default", "bfloat16", True),
+    }
     found, errors = {}, {}
     with exact_matmuls():
         for name, (path, dtype, compiled) in paths.items():  # one after the other: each chooses its attention
@@ -468,8 +491,11 @@ def _train(base: Path, flags: list[str], torchrun: bool) -> None:
     environment = {**inherited, "NANOCHAT_BASE_DIR": str(base), "PYTHONPATH": str(Path(__file__).parents[2])}
     process = start_process(
         [sys.executable, *launcher, "-m", "scripts.base_train", *flags],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     said, _ = process.communicate(timeout=180)
     if process.returncode:
         raise RuntimeError(f"{' '.join(flags[-2:])} left with code {process.returncode}: {said[-1500:]}")

@@ -47,13 +47,24 @@ from scripts import base_train
 
 KEEP_LAST = 2
 SETTINGS = dict(
-    vocab_size=300, depth=1, model_dim=32, head_dim=16, max_seq_len=32, total_batch_size=256, device_batch_size=8,
-    compile=False, device_type="cpu", dtype="float32", eval_tokens=256, log_rows=True,
-)  # fmt: skip
+    vocab_size=300,
+    depth=1,
+    model_dim=32,
+    head_dim=16,
+    max_seq_len=32,
+    total_batch_size=256,
+    device_batch_size=8,
+    compile=False,
+    device_type="cpu",
+    dtype="float32",
+    eval_tokens=256,
+    log_rows=True,
+)
 MODES = {
-    "phases": dict(steps=40, save_every=2), "random": dict(steps=2000, save_every=20),
+    "phases": dict(steps=40, save_every=2),
+    "random": dict(steps=2000, save_every=20),
     "evaluation": dict(steps=40, save_every=2),
-}  # fmt: skip
+}
 KILLS_PER_RUN = 12  # phases: of a run with 20 saves
 ROUNDS = {"phases": 8, "random": 1, "evaluation": 8}  # more runs for kills whose run was done before they could strike
 PHASES = ("start-up", "training", "save", "prune", "evaluate")
@@ -290,10 +301,16 @@ class Bench:
     def start(self, tag: str, command: tuple[str, ...], plan: Plan | None = None, keep_last=KEEP_LAST) -> int:
         """One start, with --resume and perhaps a kill; its exit code, negative for a signal."""
         settings = dict(
-            SETTINGS, data=self.work / "corpus", model_tag=tag, num_iterations=self.steps, save_every=self.save_every,
-            eval_every=self.steps // 4, core_metric_every=self.steps // 2, sample_every=self.steps // 2,
+            SETTINGS,
+            data=self.work / "corpus",
+            model_tag=tag,
+            num_iterations=self.steps,
+            save_every=self.save_every,
+            eval_every=self.steps // 4,
+            core_metric_every=self.steps // 2,
+            sample_every=self.steps // 2,
             keep_last=keep_last,
-        )  # fmt: skip
+        )
         flags = [f"--{name}={value}" for name, value in settings.items()]
         # the number of threads is part of bit equality
         env = {**os.environ, "OMP_NUM_THREADS": "1", "NANOCHAT_BASE_DIR": str(self.work / "base")}

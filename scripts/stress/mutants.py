@@ -11,14 +11,27 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 NEGATED = {
-    ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
-}  # fmt: skip
+    ast.Lt: ast.GtE,
+    ast.LtE: ast.Gt,
+    ast.Gt: ast.LtE,
+    ast.GtE: ast.Lt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+}
 BOUNDARY = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
 ARITHMETIC = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
-}  # fmt: skip
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+}
 COMMUTATIVE = ("min", "max", "gcd", "transpose", "swapaxes")  # the order of their arguments means nothing
 # Calls whose only effect is a line for a reader.
 PRINTERS = ("print", "print0", "say", "self.say", "progress.update")
@@ -63,9 +76,7 @@ def mutants(file: str, source: bytes) -> list[Mutant]:
         what = f"{file} {function} {kind} {ast.unparse(node)} -> {new}"
         seen[what] += 1
         name = hashlib.sha256(f"{what} {seen[what]}".encode()).hexdigest()[:10]
-        found.append(
-            Mutant(name, file, node.lineno, function, kind, start, end, source[start:end].decode(), new)
-        )  # fmt: skip
+        found.append(Mutant(name, file, node.lineno, function, kind, start, end, source[start:end].decode(), new))
     return sorted(found, key=lambda mutant: (mutant.start, mutant.end, mutant.kind, mutant.new))
 
 

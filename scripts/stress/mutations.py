@@ -57,10 +57,19 @@ TESTS = {
 # Compiles whole models for a minute, which few mutants would be seen by alone.
 DESELECTED = ("tests/scripts/test_base_train.py::test_compiled_runs_resume_to_the_bit_and_agree_with_eager",)
 PRELOADED = (
-    "torch", "torch._dynamo.testing", "torch._inductor.config", "torch.distributed.launcher.api", "numpy",
-    "pyarrow.parquet", "tiktoken", "tokenizers", "safetensors.torch", "rich.progress", "hypothesis.strategies",
+    "torch",
+    "torch._dynamo.testing",
+    "torch._inductor.config",
+    "torch.distributed.launcher.api",
+    "numpy",
+    "pyarrow.parquet",
+    "tiktoken",
+    "tokenizers",
+    "safetensors.torch",
+    "rich.progress",
+    "hypothesis.strategies",
     "pytest",
-)  # fmt: skip
+)
 SLOW_S = 2.0  # seconds; mostly tests that start processes
 GOAL = 0.85
 MARK = "NANOCHAT_MUTATION_RUN"  # an environment variable that every process of a run inherits
@@ -256,9 +265,17 @@ class Check:
             mutant, number = task.mutant, number + 1
             outcome = "timeout" if result["timeout"] else "killed" if result["failed"] else "survived"
             line = dict(
-                id=mutant.id, file=mutant.file, line=mutant.line, kind=mutant.kind, old=mutant.old, new=mutant.new,
-                outcome=outcome, by=result["failed"], seconds=result["took"], state=self.state(mutant.file),
-            )  # fmt: skip
+                id=mutant.id,
+                file=mutant.file,
+                line=mutant.line,
+                kind=mutant.kind,
+                old=mutant.old,
+                new=mutant.new,
+                outcome=outcome,
+                by=result["failed"],
+                seconds=result["took"],
+                state=self.state(mutant.file),
+            )
             with open(self.results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             found[mutant.id] = line

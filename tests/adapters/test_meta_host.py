@@ -17,15 +17,31 @@ from tests.hosts_fixtures import tiny_llama
 RANKS = [bytes([i]) for i in range(256)] + [b"th", b"the", b" the", b"in", b"ing", b" king"]
 WIDTH, HEADS, KV_HEADS, HEAD = 32, 4, 2, 8
 PARAMS = dict(
-    dim=WIDTH, n_layers=2, n_heads=HEADS, n_kv_heads=KV_HEADS, norm_eps=1e-6, rope_theta=10000.0, multiple_of=32,
-    ffn_dim_multiplier=1.2, vocab_size=len(RANKS) + 256,
-)  # fmt: skip
+    dim=WIDTH,
+    n_layers=2,
+    n_heads=HEADS,
+    n_kv_heads=KV_HEADS,
+    norm_eps=1e-6,
+    rope_theta=10000.0,
+    multiple_of=32,
+    ffn_dim_multiplier=1.2,
+    vocab_size=len(RANKS) + 256,
+)
 NAMES = {  # ours to Meta's, written down once more
-    "self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo", "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm",
-    "model.embed_tokens": "tok_embeddings", "model.norm": "norm", "lm_head": "output", "model.layers": "layers",
-}  # fmt: skip
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "model.layers": "layers",
+}
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -106,9 +122,13 @@ def test_the_rows_matter(tmp_path):
 def test_scaled_rotary_positions(tmp_path):
     """A 3.2 with factor 32. Red when use_scaled_rope is passed over, or its frequencies are stretched 8 times."""
     rope = dict(
-        rope_type="llama3", rope_theta=500000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        rope_type="llama3",
+        rope_theta=500000.0,
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
         original_max_position_embeddings=8192,
-    )  # fmt: skip
+    )
     model = llama(tmp_path, rope_parameters=rope, max_position_embeddings=131072)
     write_meta(tmp_path / "meta", model, False, rope_theta=500000.0, use_scaled_rope=True)
     host = load(tmp_path / "meta")
@@ -123,21 +143,95 @@ def test_scaled_rotary_positions(tmp_path):
 @pytest.mark.parametrize(
     ("params", "hidden", "factor", "context"),
     [  # as Meta published them, and the widths that transformers' configurations of the same models have
-        (dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.5,
-              multiple_of=256, norm_eps=1e-5, rope_theta=5e5, use_scaled_rope=True), 8192, 32.0, 131072),
-        (dict(dim=3072, n_layers=28, n_heads=24, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.0,
-              multiple_of=256, norm_eps=1e-5, rope_theta=5e5, use_scaled_rope=True), 8192, 32.0, 131072),
-        (dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.3,
-              multiple_of=1024, norm_eps=1e-5, rope_theta=5e5, use_scaled_rope=True), 14336, 8.0, 131072),
-        (dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.3,
-              multiple_of=1024, norm_eps=1e-5, rope_theta=5e5), 14336, None, 8192),
-        (dict(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, vocab_size=128256, ffn_dim_multiplier=1.3,
-              multiple_of=4096, norm_eps=1e-5, rope_theta=5e5, use_scaled_rope=True, rope_scaling_factor=16),
-         28672, 16.0, 131072),
+        (
+            dict(
+                dim=2048,
+                n_layers=16,
+                n_heads=32,
+                n_kv_heads=8,
+                vocab_size=128256,
+                ffn_dim_multiplier=1.5,
+                multiple_of=256,
+                norm_eps=1e-5,
+                rope_theta=5e5,
+                use_scaled_rope=True,
+            ),
+            8192,
+            32.0,
+            131072,
+        ),
+        (
+            dict(
+                dim=3072,
+                n_layers=28,
+                n_heads=24,
+                n_kv_heads=8,
+                vocab_size=128256,
+                ffn_dim_multiplier=1.0,
+                multiple_of=256,
+                norm_eps=1e-5,
+                rope_theta=5e5,
+                use_scaled_rope=True,
+            ),
+            8192,
+            32.0,
+            131072,
+        ),
+        (
+            dict(
+                dim=4096,
+                n_layers=32,
+                n_heads=32,
+                n_kv_heads=8,
+                vocab_size=128256,
+                ffn_dim_multiplier=1.3,
+                multiple_of=1024,
+                norm_eps=1e-5,
+                rope_theta=5e5,
+                use_scaled_rope=True,
+            ),
+            14336,
+            8.0,
+            131072,
+        ),
+        (
+            dict(
+                dim=4096,
+                n_layers=32,
+                n_heads=32,
+                n_kv_heads=8,
+                vocab_size=128256,
+                ffn_dim_multiplier=1.3,
+                multiple_of=1024,
+                norm_eps=1e-5,
+                rope_theta=5e5,
+            ),
+            14336,
+            None,
+            8192,
+        ),
+        (
+            dict(
+                dim=8192,
+                n_layers=80,
+                n_heads=64,
+                n_kv_heads=8,
+                vocab_size=128256,
+                ffn_dim_multiplier=1.3,
+                multiple_of=4096,
+                norm_eps=1e-5,
+                rope_theta=5e5,
+                use_scaled_rope=True,
+                rope_scaling_factor=16,
+            ),
+            28672,
+            16.0,
+            131072,
+        ),
         (dict(dim=4096, n_layers=32, n_heads=32, vocab_size=-1, multiple_of=256, norm_eps=1e-5), 11008, None, 4096),
     ],
     ids=["3.2-1B", "3.2-3B", "3.1-8B", "3-8B", "named factor", "2-7B"],
-)  # fmt: skip
+)
 def test_shapes_of_the_published_models(tmp_path, params, hidden, factor, context):
     """Red when the width is not rounded up, ffn_dim_multiplier comes before the 2/3, or 3.2's factor serves 3.1."""
     (tmp_path / "params.json").write_text(json.dumps(params))
@@ -176,8 +270,11 @@ def test_ids_are_the_longest_ranks_and_specials_never_come_from_text(tmp_path):
     assert ours.encode_batch([text, "", "x" * 30_000], 2) == [ids, [], ours.encode("x" * 30_000)]
     assert ours.decode([ours.bos_id, *ids[:1], ours.bos_id + 1]) == "<|begin_of_text|>the<|end_of_text|>"
     assert [ours.decode([ours.bos_id + i]) for i in (6, 9, 10, 255)] == [
-        "<|start_header_id|>", "<|eot_id|>", "<|python_tag|>", "<|reserved_special_token_247|>"
-    ]  # fmt: skip
+        "<|start_header_id|>",
+        "<|eot_id|>",
+        "<|python_tag|>",
+        "<|reserved_special_token_247|>",
+    ]
     assert ours.decode([*ids, 9999]) == text
     assert ours.encode("ÿ東") == list("ÿ東".encode())  # bytes without merges
     assert ours.encode("1234567") == [ord(digit) for digit in "1234567"]
@@ -241,8 +338,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
         ({"novelty": torch.ones(1)}, "holds 'novelty', which no Llama has"),
         ({"layers.0.feed_forward.experts.w1.weight": torch.ones(1)}, "which no Llama has"),
         ({"layers.0.attention.wq.weight": torch.ones(30, 32)}, "heads of 8"),
-        ({"norm.weight": print}, "it asks for 'print'" ),
-    ):  # fmt: skip
+        ({"norm.weight": print}, "it asks for 'print'"),
+    ):
         torch.save(state | broken, weights)
         assert told in refusal(name)
     torch.save({key: value for key, value in state.items() if key != "tok_embeddings.weight"}, weights)

@@ -115,9 +115,14 @@ def test_the_expert_between_identities_is_musicgens_layer(tmp_path):
     """Against transformers' own modules. Red when LayerNorm, its bias, or exact GELU is left out."""
     theirs = tiny_musicgen(tmp_path / "musicgen", width=32, ffn_dim=64, layers=3)
     config = AdapterConfig(
-        vocab_size=10, width=32, n_layer=1, sequence_len=8, modalities=(Modality("audio", 1, 4, None),), expert_dim=32,
+        vocab_size=10,
+        width=32,
+        n_layer=1,
+        sequence_len=8,
+        modalities=(Modality("audio", 1, 4, None),),
+        expert_dim=32,
         expert_hidden=64,
-    )  # fmt: skip
+    )
     expert, layer = Expert(config), theirs.decoder.model.decoder.layers[2]
     with torch.no_grad():
         for name, tensor in read_experts(str(tmp_path / "musicgen"), (2,), say=quiet)[0].items():
@@ -130,9 +135,12 @@ def test_the_expert_between_identities_is_musicgens_layer(tmp_path):
 
 
 TRAINED = {
-    "experts.0.down_proj.weight", "experts.0.up_proj.weight", "experts.1.down_proj.weight", "experts.1.up_proj.weight",
+    "experts.0.down_proj.weight",
+    "experts.0.up_proj.weight",
+    "experts.1.down_proj.weight",
+    "experts.1.up_proj.weight",
     "audio_embedding.weight",
-}  # fmt: skip
+}
 EXPERT = {f"experts.{i}.{part}" for i in (0, 1) for part in ("norm.weight", "norm.bias", "fc1.weight", "fc2.weight")}
 
 

@@ -79,9 +79,12 @@ def test_every_repeated_note_has_its_onset_and_pitch(decay):
 
 
 SPECTRA = {
-    "sine": [1], "square": [1, 0, 1 / 3, 0, 1 / 5, 0, 1 / 7], "weak first": [0.5, 1, 0.3],
-    "organ": [1, 0.8, 0.6, 0.4, 0.3, 0.2], "bell": [1, 0, 0, 0.6, 0, 0, 0.4],
-}  # fmt: skip
+    "sine": [1],
+    "square": [1, 0, 1 / 3, 0, 1 / 5, 0, 1 / 7],
+    "weak first": [0.5, 1, 0.3],
+    "organ": [1, 0.8, 0.6, 0.4, 0.3, 0.2],
+    "bell": [1, 0, 0, 0.6, 0, 0, 0.4],
+}
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -124,12 +127,17 @@ def test_the_tempo_is_the_class_that_fits_the_onsets(onsets, bpm):
 @pytest.mark.parametrize(
     "numbers, contour",
     [
-        ([60, 62], "rising"), ([60, 60, 60, 60], "steady"), ([60, 59, 57, 55], "falling"), ([60], None), ([], None),
+        ([60, 62], "rising"),
+        ([60, 60, 60, 60], "steady"),
+        ([60, 59, 57, 55], "falling"),
+        ([60], None),
+        ([], None),
         ([60, 60, 60, 62, 62], "rising"),  # two notes, heard as five
         ([60, 62, 64, 65, 67, 57], "rising"),  # the last one an octave down
-        ([60, 60, 72, 60, 60, 60], "steady"), ([60, 60, 60, 60, 60, 60, 67], "steady"),  # one wrong
+        ([60, 60, 72, 60, 60, 60], "steady"),
+        ([60, 60, 60, 60, 60, 60, 67], "steady"),  # one wrong
     ],
-)  # fmt: skip
+)
 def test_the_contour_is_the_way_of_most_pairs(numbers, contour):
     """Red when the least tendency is 0.7, or 0.1, of the pairs instead of 0.3."""
     pitches = np.array([np.nan, *(440 * 2 ** ((number - 69) / 12) for number in numbers)])
@@ -154,10 +162,17 @@ def test_the_sample_rate_does_not_matter(clips, references):
 TIME = np.arange(2 * RATE) / RATE
 NOISE = np.random.default_rng(0).normal(size=2 * RATE)
 ODD = {
-    "nothing": np.zeros(0), "one sample": np.ones(1), "silence": np.zeros(2 * RATE), "nan": np.full(2 * RATE, np.nan),
-    "noise": NOISE, "faint noise": 1e-4 * NOISE, "constant": np.ones(2 * RATE), "infinite": np.full(100, np.inf),
-    "click": np.eye(1, 2 * RATE, 5000)[0], "chirp": np.sin(2 * np.pi * (100 * TIME + 200 * TIME**2)),
-}  # fmt: skip
+    "nothing": np.zeros(0),
+    "one sample": np.ones(1),
+    "silence": np.zeros(2 * RATE),
+    "nan": np.full(2 * RATE, np.nan),
+    "noise": NOISE,
+    "faint noise": 1e-4 * NOISE,
+    "constant": np.ones(2 * RATE),
+    "infinite": np.full(100, np.inf),
+    "click": np.eye(1, 2 * RATE, 5000)[0],
+    "chirp": np.sin(2 * np.pi * (100 * TIME + 200 * TIME**2)),
+}
 
 
 @pytest.mark.parametrize("name", ODD)

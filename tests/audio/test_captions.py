@@ -172,19 +172,33 @@ def test_what_a_table_may_call_a_file():
     sounds = ["a/one.wav", "b/one.wav", "b/two.flac", "b/Three.WAV", "c/four.wav", "c/four.flac", "v1.5.wav"]
     known = SoundNames([*sounds, "b/notes.pdf"], sounds, Path("/root"))
     for title, folder, name in (
-        ("a/one.wav", "", "a/one.wav"), ("one.wav", "a", "a/one.wav"), ("one", "b", "b/one.wav"),
-        ("./one.wav", "b", "b/one.wav"), ("a/one.wav", "tables", "a/one.wav"), ("../a/one", "b", "a/one.wav"),
-        ("two", "", "b/two.flac"), ("b\\two.flac", "", "b/two.flac"), ("three.wav", "b", "b/Three.WAV"),
-        ("/root/a/one.wav", "b", "a/one.wav"), ("v1.5", "", "v1.5.wav"), ("c/four.flac", "", "c/four.flac"),
-        ("b/notes.pdf", "", "b/notes.pdf"), (" two ", "", "b/two.flac"),
-    ):  # fmt: skip
+        ("a/one.wav", "", "a/one.wav"),
+        ("one.wav", "a", "a/one.wav"),
+        ("one", "b", "b/one.wav"),
+        ("./one.wav", "b", "b/one.wav"),
+        ("a/one.wav", "tables", "a/one.wav"),
+        ("../a/one", "b", "a/one.wav"),
+        ("two", "", "b/two.flac"),
+        ("b\\two.flac", "", "b/two.flac"),
+        ("three.wav", "b", "b/Three.WAV"),
+        ("/root/a/one.wav", "b", "a/one.wav"),
+        ("v1.5", "", "v1.5.wav"),
+        ("c/four.flac", "", "c/four.flac"),
+        ("b/notes.pdf", "", "b/notes.pdf"),
+        (" two ", "", "b/two.flac"),
+    ):
         assert known.find(title, folder) == (name, ""), (title, folder)
     for title, folder, why in (
-        ("one.wav", "", "name of several sounds (a/one.wav, b/one.wav)"), ("four", "c", "name of several sounds"),
-        ("/root2/a/one.wav", "", "path outside"), ("../six.wav", "a", "caption without its sound"), ("", "", "caption"),
-        ("../../one.wav", "a", "path outside"), ("C:\\one.wav", "", "path outside"),
-        ("five.wav", "", "caption without"), ("z/one.wav", "", "caption without"),
-    ):  # fmt: skip
+        ("one.wav", "", "name of several sounds (a/one.wav, b/one.wav)"),
+        ("four", "c", "name of several sounds"),
+        ("/root2/a/one.wav", "", "path outside"),
+        ("../six.wav", "a", "caption without its sound"),
+        ("", "", "caption"),
+        ("../../one.wav", "a", "path outside"),
+        ("C:\\one.wav", "", "path outside"),
+        ("five.wav", "", "caption without"),
+        ("z/one.wav", "", "caption without"),
+    ):
         name, said = known.find(title, folder)
         assert name is None and said.startswith(why), (title, folder, said)
     assert known.find("two.flac", "a", anywhere=False)[0] is None and known.find("two", "b", anywhere=False)[0]
@@ -222,9 +236,11 @@ def test_texts_beside_sounds(tmp_path):
         zip(sounds, ("door", "bee", "yes", "dee", None), strict=True)
     )
     assert dict(skipped) == {
-        "second caption of a sound": ["c.txt"], "caption that is not UTF-8": ["e.wav"],
-        "text file without its sound": ["readme.txt"], "table beside the captions": ["other.csv"],
-    }  # fmt: skip
+        "second caption of a sound": ["c.txt"],
+        "caption that is not UTF-8": ["e.wav"],
+        "text file without its sound": ["readme.txt"],
+        "table beside the captions": ["other.csv"],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

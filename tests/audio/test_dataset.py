@@ -450,8 +450,11 @@ def test_synth_needs_modalities():
 
 def test_script(folder, text, capsys):
     """The figures agree with the shards. Red when seconds forget the codebooks."""
-    flags = [f"--{key}={value}" for key, value in dataclasses.asdict(settings_of(folder)).items()
-             if key in ("data", "modalities", "codebooks", "codec")]  # fmt: skip
+    flags = [
+        f"--{key}={value}"
+        for key, value in dataclasses.asdict(settings_of(folder)).items()
+        if key in ("data", "modalities", "codebooks", "codec")
+    ]
     data = audio_data.main([*flags, f"--text_data={text}", "--text_share=0.2"])
     out = capsys.readouterr().out
     train = [codes for _, _, codes, _ in clips_of(data, "train") if codes is not None]

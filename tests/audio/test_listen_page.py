@@ -86,10 +86,16 @@ def test_the_page_holds_everything_and_nothing_from_elsewhere(tmp_path):
     write_wav(tmp_path / "given.wav", TONE, RATE)
     nasty = 'a "rising" <script>alert(1)</script> & tune'
     items = [
-        {"caption": nasty, "sound": (TONE, RATE), "split": "seen", "measured": {"f0": 440.123, "bpm": None},
-         "hits": {"pitch": True, "tempo": False}, "reference": (TONE, RATE)},
+        {
+            "caption": nasty,
+            "sound": (TONE, RATE),
+            "split": "seen",
+            "measured": {"f0": 440.123, "bpm": None},
+            "hits": {"pitch": True, "tempo": False},
+            "reference": (TONE, RATE),
+        },
         {"caption": "plain", "sound": tmp_path / "given.wav", "split": "held out"},
-    ]  # fmt: skip
+    ]
     path = write_page(tmp_path / "tag" / "listen.html", "Sounds of <d4>", items, "pitch  0.9 < 1")
     page = Page(path)
     assert not page.values("script", "src") and "http" not in path.read_text(encoding="utf-8")

@@ -343,11 +343,20 @@ def spoilt(folder: Path) -> dict[str, int]:
     rows = [*captions.items(), ("good.wav", "another caption")]
     (folder / "captions.jsonl").write_text("".join(json.dumps({"file": a, "text": b}) + "\n" for a, b in rows))
     return {
-        "silent": 3, "samples that are no numbers": 2, "absurd sample rate": 2, "empty sound": 2, "truncated": 4,
-        "unreadable": 3, "caption of a file that is no sound": 2, "sound without a caption": 1, "empty caption": 1,
+        "silent": 3,
+        "samples that are no numbers": 2,
+        "absurd sample rate": 2,
+        "empty sound": 2,
+        "truncated": 4,
+        "unreadable": 3,
+        "caption of a file that is no sound": 2,
+        "sound without a caption": 1,
+        "empty caption": 1,
         "caption that is not UTF-8": 2,
-        "caption without its sound": 1, "path outside the folder": 2, "second caption of a sound": 2,
-    }  # fmt: skip
+        "caption without its sound": 1,
+        "path outside the folder": 2,
+        "second caption of a sound": 2,
+    }
 
 
 def test_bad_input_is_named_and_counted(tmp_path):
@@ -402,7 +411,7 @@ def test_a_file_that_vanishes_is_unreadable(tmp_path):
         ({"a.wav": None, "captions.csv": b"file,text\na.wav,\xe4rger\n"}, "text", "is not UTF-8 .*iso-8859-1 -t UTF-8"),
         ({"a.wav": None, "a.csv": "", "b.jsonl": ""}, "text", r"captions in which of a\.csv, b\.jsonl"),
     ],
-)  # fmt: skip
+)
 def test_bad_folders_are_one_line(tmp_path, files, column, words):
     folder = tmp_path / "in"
     folder.mkdir()
@@ -551,7 +560,7 @@ def test_hub_dataset_of_files(tmp_path, hub_cache, packed):
         ({"data_column": "caption", "data_audio_column": "caption"}, "no sounds in column 'caption'"),
         ({"data_split": "nonsense"}, "nonsense"),
     ],
-)  # fmt: skip
+)
 def test_bad_hub_options(tmp_path, hub_cache, options, words):
     raw = write_sound(tmp_path / "a.wav").read_bytes()
     write_parquet(tmp_path / "set" / "train.parquet", [{"sound": {"bytes": raw, "path": None}, "caption": "a"}])

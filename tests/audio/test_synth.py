@@ -23,7 +23,7 @@ from nanochat.audio.synth import (
     note_name,
     render,
     sound_key,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")

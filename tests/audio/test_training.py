@@ -29,9 +29,19 @@ from scripts import audio_eval, audio_generate, base_eval, base_train
 from tests.tiny_run import losses, metrics, rows_of, start, state_hashes, tag_dir
 
 SOUNDS = dict(
-    data="synth", data_limit=60, clip_seconds=0.3, modalities="audio:32", codebooks=2, codec="frame", max_seq_len=112,
-    total_batch_size=1344, vocab_size=300, num_iterations=6, log_rows=True, eval_tokens=None,
-)  # fmt: skip
+    data="synth",
+    data_limit=60,
+    clip_seconds=0.3,
+    modalities="audio:32",
+    codebooks=2,
+    codec="frame",
+    max_seq_len=112,
+    total_batch_size=1344,
+    vocab_size=300,
+    num_iterations=6,
+    log_rows=True,
+    eval_tokens=None,
+)
 
 
 @pytest.fixture(scope="module")

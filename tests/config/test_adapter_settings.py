@@ -21,9 +21,15 @@ from scripts import configure
 
 CPU = Hardware("cpu", "a processor", 1, 16 << 30, 1e11, torch.float32)
 COUNTS = {
-    "host": 1000, "experts": 200, "adapters": 60, "audio embedding": 30, "audio output": 20, "whole output": 500,
-    "trained": 110, "total": 1310,
-}  # fmt: skip
+    "host": 1000,
+    "experts": 200,
+    "adapters": 60,
+    "audio embedding": 30,
+    "audio output": 20,
+    "whole output": 500,
+    "trained": 110,
+    "total": 1310,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -214,16 +220,29 @@ def test_enter_keeps_everything_and_the_table_comes_before_the_consent():
 def test_the_questions_of_an_expert_follow_its_kind():
     """Red when the illegal width is offered again as the default, which Enter would take for ever."""
     answers = {
-        "host": ["nowhere/to/be/found", "meta:/nowhere", "unsloth/Llama-3.2-1B"], "expert [": ["frozen"],
-        "musicgen": ["None", "small"], "width of": ["128", ""], "layer_map": ["odd", "last"],
-        "train_output": ["whole", "none"], "data": ["stdlib", "synth"], "check_text": ["nowhere", "None"],
+        "host": ["nowhere/to/be/found", "meta:/nowhere", "unsloth/Llama-3.2-1B"],
+        "expert [": ["frozen"],
+        "musicgen": ["None", "small"],
+        "width of": ["128", ""],
+        "layer_map": ["odd", "last"],
+        "train_output": ["whole", "none"],
+        "data": ["stdlib", "synth"],
+        "check_text": ["nowhere", "None"],
         "further modalities": ["audio", ""],
-    }  # fmt: skip
+    }
     result, text = wizard(answers, "--preset=tiny")
     assert result == preset(
-        "tiny", AdapterSettings, host="unsloth/Llama-3.2-1B", expert="frozen", musicgen="small", expert_dim=None,
-        layer_map="last", modalities="audio:2048", train_output="none", check_text=None,
-    )  # fmt: skip
+        "tiny",
+        AdapterSettings,
+        host="unsloth/Llama-3.2-1B",
+        expert="frozen",
+        musicgen="small",
+        expert_dim=None,
+        layer_map="last",
+        modalities="audio:2048",
+        train_output="none",
+        check_text=None,
+    )
     for reason in (
         "host='nowhere/to/be/found' is neither a folder here nor a hub name",
         "host='meta:/nowhere' is neither a folder here",

@@ -126,9 +126,16 @@ def test_a_model_of_transformers_opens_here(kind, tmp_path):
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
     fields = dict(
-        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
-        intermediate_size=88, rms_norm_eps=1.1920929e-07, initializer_range=0.15, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        intermediate_size=88,
+        rms_norm_eps=1.1920929e-07,
+        initializer_range=0.15,
+        pad_token_id=None,
+    )
     if "grouped" in kind:
         fields |= dict(num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=500.0))
     else:
@@ -358,9 +365,16 @@ def test_bfloat16_halves_the_weights(tmp_path):
 
 
 NASTY = [
-    "", " ", "   the  cat\n\n\t it's IT'S ", "<|bos|>the<|user_start|> <|bos", "déjà 东京 \U0001f600 e\u0301 \x00",
-    "a" * 90 + " " * 300 + "\r\n", "１２３ 12345 ½", "\ufeff\ufffd", "\n" * 5,
-]  # fmt: skip
+    "",
+    " ",
+    "   the  cat\n\n\t it's IT'S ",
+    "<|bos|>the<|user_start|> <|bos",
+    "déjà 东京 \U0001f600 e\u0301 \x00",
+    "a" * 90 + " " * 300 + "\r\n",
+    "１２３ 12345 ½",
+    "\ufeff\ufffd",
+    "\n" * 5,
+]
 
 
 def test_the_tokenizer_gives_the_same_ids(tokenizer, tmp_path):

@@ -160,8 +160,13 @@ def test_packages_have_sources_and_docstrings(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "is_sane", lambda sizes: True)
     found = texts_of(prepare("packages", say=lambda line: None))
     assert sorted(found) == [
-        "os.py", "pkg/a.py", "pkg/a.py#docstrings", "pkg/b.py", "pkg/b.py#docstrings", "pkg/python2.py",
-    ]  # fmt: skip
+        "os.py",
+        "pkg/a.py",
+        "pkg/a.py#docstrings",
+        "pkg/b.py",
+        "pkg/b.py#docstrings",
+        "pkg/python2.py",
+    ]
     assert found["pkg/a.py#docstrings"] == long + "\n"  # once, though it is there twice
     assert found["pkg/b.py#docstrings"] == f"Other. {long}\n"
 
@@ -254,9 +259,10 @@ def test_folder_of_every_kind_of_file(tmp_path, lines):
 
 def test_a_folder_elsewhere_has_the_same_fingerprint(tmp_path, tiny_corpus):
     """Red when the fingerprint takes in the path, a time, or the parquet file's own bytes."""
-    copy = write_files(tmp_path / tiny_corpus.name, {
-        p.relative_to(tiny_corpus).as_posix(): p.read_bytes() for p in tiny_corpus.rglob("*.py")
-    })  # fmt: skip
+    copy = write_files(
+        tmp_path / tiny_corpus.name,
+        {p.relative_to(tiny_corpus).as_posix(): p.read_bytes() for p in tiny_corpus.rglob("*.py")},
+    )
     one, two = prepare(str(tiny_corpus), say=len), prepare(str(copy), say=len)
     assert one.directory != two.directory and one.fingerprint == two.fingerprint
 
@@ -829,8 +835,7 @@ def test_a_hub_dataset_has_a_limit_of_text(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
-    [({}, "no column 'text'.*body"), ({"column": "body", "split": "nonsense"}, "nonsense")],
+    ("options", "words"), [({}, "no column 'text'.*body"), ({"column": "body", "split": "nonsense"}, "nonsense")]
 )
 def test_bad_hub_options(tmp_path, monkeypatch, options, words):
     folder = tmp_path / "hubset"

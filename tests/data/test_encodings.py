@@ -9,9 +9,11 @@ import pytest
 from nanochat.data.encodings import Undecodable, check_encodable, decode_text, detect_encoding
 
 WIDE = {
-    "utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE,
-    "utf-32-le": codecs.BOM_UTF32_LE, "utf-32-be": codecs.BOM_UTF32_BE,
-}  # fmt: skip
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-32-le": codecs.BOM_UTF32_LE,
+    "utf-32-be": codecs.BOM_UTF32_BE,
+}
 TEXTS = {
     "English": "The quick brown fox\r\njumps over the lazy dog.\r\n",
     "German": "Größe, Straße, Ärger: „schön“ – 5 €\n",
@@ -51,8 +53,7 @@ def test_every_unicode_encoding_is_read(language):
 
 
 @hypothesis.given(
-    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff")),
-    st.sampled_from(["utf-8", *WIDE]),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff")), st.sampled_from(["utf-8", *WIDE])
 )
 def test_marked_text_is_what_codecs_read(text, encoding):
     """Any text under any mark, against codecs. Red when the text is normalised, stripped, or its line ends changed."""

@@ -204,9 +204,15 @@ def test_output_of_earlier_runs(tmp_path):
     found = find_files(root)
     assert [name for name, _ in found.files] == ["a.txt", "base_eval/mine.txt", "old/notes.txt"]
     assert sorted(found.skipped.pop(OWN_OUTPUT)) == [
-        "copied run", "export", "old/base_checkpoints", "old/base_eval", "old/compiled", "old/eval_bundle", "sounds",
+        "copied run",
+        "export",
+        "old/base_checkpoints",
+        "old/base_eval",
+        "old/compiled",
+        "old/eval_bundle",
+        "sounds",
         "tok",
-    ]  # fmt: skip
+    ]
     assert not found.skipped
 
 

@@ -186,9 +186,11 @@ def test_compressed_files_are_the_files(tmp_path, compression, suffix):
     """Red when the compression's suffix decides on the reader, or a stream is read on where its encoding was found."""
     rows = [f"row {i}: größer" for i in range(300)]
     content = {
-        ".txt": TEXT, ".jsonl": "".join(json.dumps({"text": row}) + "\n" for row in rows),
-        ".csv": "text\n" + "\n".join(rows), ".json": json.dumps(rows),
-    }[suffix].encode()  # fmt: skip
+        ".txt": TEXT,
+        ".jsonl": "".join(json.dumps({"text": row}) + "\n" for row in rows),
+        ".csv": "text\n" + "\n".join(rows),
+        ".json": json.dumps(rows),
+    }[suffix].encode()
     write_files(tmp_path, {f"a{suffix}": content, f"a{suffix}{compression}": PACK[compression](content)})
     assert documents_of(tmp_path / f"a{suffix}{compression}") == documents_of(tmp_path / f"a{suffix}")
 

@@ -154,10 +154,7 @@ def test_the_least_text_trains_and_is_measured(tmp_path, capsys):
         (["train/a.txt", "test/b.txt", "README.md"], ["train", "val", "train"]),
         (["training/x/a.txt", "dev/b.txt", "test/c.txt"], ["train", "val", None]),
         (["Train/a.wav", "Validation/b.wav"], ["train", "val"]),
-        (
-            ["data/train-00000-of-00002.parquet", "data/test-00000.parquet", "a.md"],
-            ["train", "val", "train"],
-        ),
+        (["data/train-00000-of-00002.parquet", "data/test-00000.parquet", "a.md"], ["train", "val", "train"]),
         (["wiki.train.txt", "wiki.valid.txt", "wiki.test.txt"], ["train", "val", None]),
         (["TinyStories-train.txt", "TinyStories-valid.txt"], ["train", "val"]),
         (["train.jsonl.gz", "val.jsonl.gz"], ["train", "val"]),

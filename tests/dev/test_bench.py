@@ -20,8 +20,17 @@ from nanochat.training.estimate import meta_model
 from scripts.bench import __main__ as bench
 from scripts.bench import growth, load, memory, optimizer, predictions, timing, train
 
-TINY = dict(vocab_size=300, depth=2, model_dim=32, head_dim=16, max_seq_len=64, total_batch_size=256,
-            device_batch_size=2, num_iterations=5, dtype="float32")  # fmt: skip
+TINY = dict(
+    vocab_size=300,
+    depth=2,
+    model_dim=32,
+    head_dim=16,
+    max_seq_len=64,
+    total_batch_size=256,
+    device_batch_size=2,
+    num_iterations=5,
+    dtype="float32",
+)
 FLAG = ",".join(f"{key}={value}" for key, value in TINY.items())
 
 
@@ -89,10 +98,14 @@ def test_against_counts_in_units_of_each_run_s_own_peak():
 
     Red when the peaks are left out, swapped, or float32's is taken for all.
     """
-    then = dict(contenders={"a": dict(seconds=1.0), "b": dict(seconds=1.0, dtype="bfloat16"), "gone": dict(seconds=1)},
-                peak_flops={"float32": 4e9, "bfloat16": 8e9})  # fmt: skip
-    now = dict(contenders={"a": dict(seconds=2.0), "b": dict(seconds=2.0, dtype="bfloat16"), "new": dict(seconds=1)},
-               peak_flops={"float32": 2e9, "bfloat16": 1e9})  # fmt: skip
+    then = dict(
+        contenders={"a": dict(seconds=1.0), "b": dict(seconds=1.0, dtype="bfloat16"), "gone": dict(seconds=1)},
+        peak_flops={"float32": 4e9, "bfloat16": 8e9},
+    )
+    now = dict(
+        contenders={"a": dict(seconds=2.0), "b": dict(seconds=2.0, dtype="bfloat16"), "new": dict(seconds=1)},
+        peak_flops={"float32": 2e9, "bfloat16": 1e9},
+    )
     assert timing.against(now, then) == {"a": 1.0, "b": 0.25}
 
 
@@ -151,11 +164,17 @@ def test_mfu_is_the_model_s_flops_over_the_peak(eager, clock, monkeypatch):
 
 @pytest.mark.parametrize(
     ("dtype", "bound", "more"),
-    [("float32", 1e-5, {}), ("bfloat16", 1e-2, {}),
-     ("float32", 1e-5, dict(smear=True, value_embeddings=True, residual_scalars=True, backout=True, n_kv_head=1,
-                              bigram_rows=64)),
-     ("float32", 1e-5, dict(window_pattern="SL", short_window=20, tie_weights=True, use_output_projection=True))],
-)  # fmt: skip
+    [
+        ("float32", 1e-5, {}),
+        ("bfloat16", 1e-2, {}),
+        (
+            "float32",
+            1e-5,
+            dict(smear=True, value_embeddings=True, residual_scalars=True, backout=True, n_kv_head=1, bigram_rows=64),
+        ),
+        ("float32", 1e-5, dict(window_pattern="SL", short_window=20, tie_weights=True, use_output_projection=True)),
+    ],
+)
 def test_gradients_of_the_fast_path_are_those_of_the_plain_one(eager, dtype, bound, more):
     """Within 1e-5 in float32; in bfloat16 within 1e-2 and not above (1.05 of) plain bfloat16's own error.
 
@@ -185,11 +204,19 @@ def test_errors_of_gradients_by_hand():
 
 @pytest.mark.parametrize(
     ("flags", "said"),
-    [(["--variant=a:smaer=True"], "did you mean 'smear'"), (["--variant=a:smear"], "not a setting=value"),
-     (["--variant=control:"], "taken"), (["--variant=a:", "--variant=a:"], "differ"), (["--rounds=0"], "at least 1"),
-     (["--variant=a:depth=0"], "too small"), (["--dtypes=float64"], "not one of"), (["--micro_batches=a"], "numbers"),
-     (["--against=nowhere.json"], "is not there"), (["--device_type=tpu"], "unknown")],
-)  # fmt: skip
+    [
+        (["--variant=a:smaer=True"], "did you mean 'smear'"),
+        (["--variant=a:smear"], "not a setting=value"),
+        (["--variant=control:"], "taken"),
+        (["--variant=a:", "--variant=a:"], "differ"),
+        (["--rounds=0"], "at least 1"),
+        (["--variant=a:depth=0"], "too small"),
+        (["--dtypes=float64"], "not one of"),
+        (["--micro_batches=a"], "numbers"),
+        (["--against=nowhere.json"], "is not there"),
+        (["--device_type=tpu"], "unknown"),
+    ],
+)
 def test_bad_input_is_refused(flags, said):
     with pytest.raises(UserError, match=said):
         bench.main(["train", *flags])

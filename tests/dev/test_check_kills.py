@@ -77,8 +77,13 @@ def test_kill9(bench):
     assert [tally.failure for tally in tallies] == ["", ""]
     assert [[plan for _, plan in tally.kills] for tally in tallies] == plans
     assert [phase for phase, _ in tallies[0].kills + tallies[1].kills] == [
-        "save", "save", "training", "save", "save", "prune"
-    ]  # fmt: skip
+        "save",
+        "save",
+        "training",
+        "save",
+        "save",
+        "prune",
+    ]
     assert [(tally.starts, tally.lost, tally.damaged, tally.equal) for tally in tallies] == [(4, 0, 0, True)] * 2
 
 
@@ -159,8 +164,12 @@ def test_an_end_that_differs_is_told(bench, finished):
 
 def test_plans_come_from_the_seed_and_most_strike_inside_a_save_or_prune():
     """Red when fewer than half of the kills are planned there, or a point is never visited."""
-    names = [f"{phase} write file{n} {spot}" for phase in ("save", "prune", "main") for n in range(9)
-             for spot in ("before", "middle")]  # fmt: skip
+    names = [
+        f"{phase} write file{n} {spot}"
+        for phase in ("save", "prune", "main")
+        for n in range(9)
+        for spot in ("before", "middle")
+    ]
     points = Counter(dict.fromkeys(names, 5))
     plans, again, other = (planned(random.Random(seed), 200, points, 3.0, 0.5) for seed in (7, 7, 8))
     assert plans == again != other

@@ -65,16 +65,27 @@ def test_every_kind_of_change_is_made_and_each_is_valid_python():
     return True if a.z else None
 """
     assert changes(source) >= {
-        ("statement removed", "a.x = g(a, b)", "pass"), ("statement removed", "h()", "pass"),
-        ("statement removed", "a.y += 1", "pass"), ("arithmetic", "a.y += 1", "a.y -= 1"),
-        ("arguments swapped", "g(a, b)", "g(b, a)"), ("condition negated", "a.on", "(not (a.on))"),
-        ("not", "not a < b <= -2", "(a < b <= -2)"), ("boundary", "a < b <= -2", "(a <= b <= -2)"),
-        ("boundary", "a < b <= -2", "(a < b < -2)"), ("comparison negated", "a == b", "(a != b)"),
-        ("comparison negated", "a is b", "(a is not b)"), ("comparison negated", "a in c", "(a not in c)"),
-        ("sign", "-2", "(2)"), ("constant", "2", "3"), ("constant", "2.5", "5.0"), ("constant", "True", "False"),
-        ("arithmetic", "b ** 2", "(b * 2)"), ("arithmetic", "a / b", "(a * b)"),
-        ("return None", "return True if a.z else None", "return None"), ("condition negated", "a.z", "(not (a.z))"),
-    }  # fmt: skip
+        ("statement removed", "a.x = g(a, b)", "pass"),
+        ("statement removed", "h()", "pass"),
+        ("statement removed", "a.y += 1", "pass"),
+        ("arithmetic", "a.y += 1", "a.y -= 1"),
+        ("arguments swapped", "g(a, b)", "g(b, a)"),
+        ("condition negated", "a.on", "(not (a.on))"),
+        ("not", "not a < b <= -2", "(a < b <= -2)"),
+        ("boundary", "a < b <= -2", "(a <= b <= -2)"),
+        ("boundary", "a < b <= -2", "(a < b < -2)"),
+        ("comparison negated", "a == b", "(a != b)"),
+        ("comparison negated", "a is b", "(a is not b)"),
+        ("comparison negated", "a in c", "(a not in c)"),
+        ("sign", "-2", "(2)"),
+        ("constant", "2", "3"),
+        ("constant", "2.5", "5.0"),
+        ("constant", "True", "False"),
+        ("arithmetic", "b ** 2", "(b * 2)"),
+        ("arithmetic", "a / b", "(a * b)"),
+        ("return None", "return True if a.z else None", "return None"),
+        ("condition negated", "a.z", "(not (a.z))"),
+    }
     kinds = {kind for kind, _, _ in changes(source)}
     assert "and / or" in kinds
     for mutant in mutants("toy.py", source):
@@ -84,13 +95,17 @@ def test_every_kind_of_change_is_made_and_each_is_valid_python():
 def test_what_readers_alone_see_is_never_changed():
     """Strings, annotations, __repr__, messages, printed lines, the guard. Red without visit_Raise or visit_Expr."""
     assert changes(TOY) == {
-        ("constant", "3", "4"), ("comparison negated", "value < 0", "(value >= 0)"),
-        ("boundary", "value < 0", "(value <= 0)"), ("constant", "0", "1"),
+        ("constant", "3", "4"),
+        ("comparison negated", "value < 0", "(value >= 0)"),
+        ("boundary", "value < 0", "(value <= 0)"),
+        ("constant", "0", "1"),
         ("statement removed", 'raise ValueError(f"negative: {value + 1}")', "pass"),
-        ("constant", "7", "8"), ("statement removed", "unseen[0] += 1", "pass"),
-        ("arithmetic", "unseen[0] += 1", "unseen[0] -= 1"), ("constant", "1", "2"),
+        ("constant", "7", "8"),
+        ("statement removed", "unseen[0] += 1", "pass"),
+        ("arithmetic", "unseen[0] += 1", "unseen[0] -= 1"),
+        ("constant", "1", "2"),
         ("return None", "return min(value, limit)", "return None"),
-    }  # fmt: skip
+    }
 
 
 def test_no_mutant_of_the_core_touches_a_string_and_the_draw_is_the_same_in_any_order():
@@ -145,9 +160,10 @@ def test_a_mutant_that_a_test_sees_is_killed_and_one_that_none_sees_survives(toy
     code, out, results = check(toy, apart)
     assert code == 1, out
     assert {(line["new"], line["outcome"], line["by"]) for line in results} == {
-        ("8", "survived", None), ("4", "killed", "tests/test_toy.py::test_clip"),
+        ("8", "survived", None),
+        ("4", "killed", "tests/test_toy.py::test_clip"),
         ("return None", "killed", "tests/test_toy.py::test_clip"),
-    }  # fmt: skip
+    }
     assert "| toy.py | 3 | 2 | 0 | 1 | 0 | 66.7% |" in out
     assert "toy.py:3 in clip, constant\n- unseen = [7]\n+ unseen = [8]" in out
     assert (toy / "toy.py").read_bytes() == SMALL

@@ -28,10 +28,18 @@ TINY = gpu_check.Plan(
     new_tokens=3,
     compiled=False,
     small=dict(
-        depth=2, model_dim=64, head_dim=32, max_seq_len=32, vocab_size=300, window_pattern="SL", short_window=10,
-        total_batch_size=64, device_batch_size=2, eval_tokens=256,
+        depth=2,
+        model_dim=64,
+        head_dim=32,
+        max_seq_len=32,
+        vocab_size=300,
+        window_pattern="SL",
+        short_window=10,
+        total_batch_size=64,
+        device_batch_size=2,
+        eval_tokens=256,
     ),
-)  # fmt: skip
+)
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +71,18 @@ def test_the_plan_on_a_gpu(monkeypatch, tmp_path):
     ]
     planned = [*plan.trainings(), *plan.memories()]
     assert [validate(settings).batch_plan() for _, settings in planned] == [
-        (32, 8), (16, 16), (32, 8), (4, 1), (4, 2), (4, 1), (16, 1), (4, 1), (4, 1), (4, 1), (4, 1),
-    ]  # fmt: skip
+        (32, 8),
+        (16, 16),
+        (32, 8),
+        (4, 1),
+        (4, 2),
+        (4, 1),
+        (16, 1),
+        (4, 1),
+        (4, 1),
+        (4, 1),
+        (4, 1),
+    ]
     assert (names, output, plan.settings(20).max_seq_len) == (list(gpu_check.CHECKS), tmp_path, 2048)
     assert list(gpu_check.main(["--quick", "--only=fp8"])[0].depths) == [12]
 

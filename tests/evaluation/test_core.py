@@ -432,10 +432,7 @@ def test_core_of_a_hand_made_bundle(tmp_path):
 def test_a_bundle_is_read_as_it_is(tmp_path):
     tasks = load_bundle(hand_made(tmp_path / "b"))
     facts = [(t.label, t.kind, t.num_fewshot, t.delimiter, t.chance, len(t.items)) for t in tasks]
-    assert facts == [
-        ("pick", "multiple_choice", 0, " ", 0.25, 4),
-        ("say", "language_modeling", 1, "\nAnswer:", 0.0, 2),
-    ]
+    assert facts == [("pick", "multiple_choice", 0, " ", 0.25, 4), ("say", "language_modeling", 1, "\nAnswer:", 0.0, 2)]
     write_bundle(tasks, tmp_path / "again")
     assert load_bundle(tmp_path / "again") == tasks
 
@@ -448,8 +445,11 @@ def test_a_bundle_is_read_as_it_is(tmp_path):
         ("core.yaml", "tasks: []", "damaged"),
         ("core.yaml", "icl_tasks: []", "lists no task"),
         ("core.yaml", "icl_tasks: [{label: pick, icl_task_type: guess, dataset_uri: a, num_fewshot: [0]}]", "guess"),
-        ("core.yaml", "icl_tasks: [{label: pick, icl_task_type: schema, dataset_uri: ../../x, num_fewshot: [0]}]",
-         "outside the bundle"),
+        (
+            "core.yaml",
+            "icl_tasks: [{label: pick, icl_task_type: schema, dataset_uri: ../../x, num_fewshot: [0]}]",
+            "outside the bundle",
+        ),
         ("eval_meta_data.csv", "Eval Task,Random baseline\npick,25\n", "no random baseline for say"),
         ("eval_meta_data.csv", "Eval Task,Random baseline\npick,100\nsay,0\n", "below 100"),
         ("eval_meta_data.csv", "Eval Task,Random baseline\npick,many\n", "damaged"),
@@ -461,7 +461,7 @@ def test_a_bundle_is_read_as_it_is(tmp_path):
         ("eval_data/world/pick.jsonl", '{"query": "a", "choices": "bc", "gold": 1}', "choices is 'bc'"),
         ("eval_data/world/pick.jsonl", "[1]", "not an object"),
     ],
-)  # fmt: skip
+)
 def test_damaged_bundles_are_named(tmp_path, file, text, message):
     folder = hand_made(tmp_path / "b")
     if text is None:

@@ -101,8 +101,14 @@ def test_signature_doc(corpus, tasks):
 
 def test_signature_doc_takes_the_closest():
     """Red when the other docstrings are the first ones of the module instead of those with most words in common."""
-    lines = ["Read one row of a table", "Paint every wall in green", "Read one column of a table",
-             "Read two rows of it", "Sing an old song tonight", "Read one cell of a table"]  # fmt: skip
+    lines = [
+        "Read one row of a table",
+        "Paint every wall in green",
+        "Read one column of a table",
+        "Read two rows of it",
+        "Sing an old song tonight",
+        "Read one cell of a table",
+    ]
     text = "\n".join(f'def f{i}(x):\n    """{line}."""\n' for i, line in enumerate(lines))
     items = offline_eval.signature_doc([text], random.Random(0))
     item = next(i for i in items if "def f0(" in i["query"])

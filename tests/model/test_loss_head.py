@@ -104,9 +104,14 @@ def test_bfloat16_where_products_hand_out_their_sums(monkeypatch):
 
 @pytest.mark.parametrize(
     ("gpu", "cuda", "dtype", "rounded"),
-    [(False, None, torch.bfloat16, True), (False, None, torch.float32, False), (True, "13.0", torch.bfloat16, False),
-     (True, "13.0", torch.float32, False), (True, None, torch.bfloat16, True)],  # the last is ROCm
-)  # fmt: skip
+    [
+        (False, None, torch.bfloat16, True),
+        (False, None, torch.float32, False),
+        (True, "13.0", torch.bfloat16, False),
+        (True, "13.0", torch.float32, False),
+        (True, None, torch.bfloat16, True),
+    ],  # the last is ROCm
+)
 def test_who_hands_out_float32_sums(monkeypatch, gpu, cuda, dtype, rounded):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     assert loss_head.rounds(types.SimpleNamespace(is_cuda=gpu, dtype=dtype)) is rounded

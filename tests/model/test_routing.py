@@ -25,9 +25,11 @@ PLAIN_MODERN = (12935.947427377105, 5.905224800109863, 327.41223472636193)
 
 def mixture(kind: str, rows: int = 3, length: int = 12) -> torch.Tensor:
     """Ids of a batch [rows, length], of one layout in all rows."""
-    text, audio, image = random_ids(rows, length, vocab=40), 50 + random_ids(rows, length, vocab=16), 67 + random_ids(
-        rows, length, vocab=512
-    )  # fmt: skip
+    text, audio, image = (
+        random_ids(rows, length, vocab=40),
+        50 + random_ids(rows, length, vocab=16),
+        67 + random_ids(rows, length, vocab=512),
+    )
     if kind == "text":
         return text
     if kind == "audio":

@@ -27,10 +27,26 @@ from tests.musicgen_fixtures import tiny_musicgen
 from tests.tiny_run import exit_code, flags, losses, metrics, rows_of, start, state_hashes, tag_dir
 
 SOUNDS = dict(
-    data="synth", data_limit=60, clip_seconds=0.3, modalities="audio:32", codebooks=2, codec="frame", max_seq_len=112,
-    total_batch_size=1344, device_batch_size=3, num_iterations=4, eval_every=2, eval_clips=4, check_text=None,
-    save_every=None, warmup_steps=0, learning_rate=0.01, log_rows=True, device_type="cpu", dtype="float32",
-)  # fmt: skip
+    data="synth",
+    data_limit=60,
+    clip_seconds=0.3,
+    modalities="audio:32",
+    codebooks=2,
+    codec="frame",
+    max_seq_len=112,
+    total_batch_size=1344,
+    device_batch_size=3,
+    num_iterations=4,
+    eval_every=2,
+    eval_clips=4,
+    check_text=None,
+    save_every=None,
+    warmup_steps=0,
+    learning_rate=0.01,
+    log_rows=True,
+    device_type="cpu",
+    dtype="float32",
+)
 STAGE = "adapter"
 
 
@@ -81,17 +97,26 @@ def test_from_folders_to_a_sound(teach, models, base, tmp_path):
     for name in ("tied", "untied"):
         hashed = state_hash(load_host(str(models / name), "cpu", torch.float32, say=print))
         teach(
-            name, host=models / name, codec=f"encodec:{models / 'encodec'}", modalities="audio:64", codebooks=4,
-            clip_seconds=0.4, num_iterations=20, max_seq_len=160, total_batch_size=480, vocabulary="expanded",
+            name,
+            host=models / name,
+            codec=f"encodec:{models / 'encodec'}",
+            modalities="audio:64",
+            codebooks=4,
+            clip_seconds=0.4,
+            num_iterations=20,
+            max_seq_len=160,
+            total_batch_size=480,
+            vocabulary="expanded",
             learning_rate=0.003,
-        )  # fmt: skip
+        )
         assert losses(name, STAGE)[-1] < losses(name, STAGE)[0] == pytest.approx(np.log(256), abs=1e-4)
         folder = cm.step_dir(tag_dir(name, STAGE), 20)
         state = load_file(folder / "model.safetensors")
         assert state.keys() == {
-            "audio_embedding.weight", "audio_output.weight",
+            "audio_embedding.weight",
+            "audio_output.weight",
             *(f"experts.{i}.{part}_proj.weight" for i in (0, 1) for part in ("down", "up")),
-        }  # fmt: skip
+        }
         size = sum(tensor.numel() * 4 for tensor in state.values())
         assert (folder / "model.safetensors").stat().st_size < size + 1000
         found = json.loads((folder / "state.json").read_text())["adapters"]

@@ -44,9 +44,17 @@ def home(tmp_path_factory, tiny_corpus):
         patch.setenv("NANOCHAT_BASE_DIR", str(folder))
         patch.setenv("NANOCHAT_EVAL_BUNDLE_URL", "http://127.0.0.1:9/eval_bundle.zip")
         settings = Settings(
-            data=str(tiny_corpus), vocab_size=300, depth=1, model_dim=32, head_dim=16, max_seq_len=128,
-            tie_weights=True, device_batch_size=8, dtype="float32", eval_tokens=1000,
-        )  # fmt: skip
+            data=str(tiny_corpus),
+            vocab_size=300,
+            depth=1,
+            model_dim=32,
+            head_dim=16,
+            max_seq_len=128,
+            tie_weights=True,
+            device_batch_size=8,
+            dtype="float32",
+            eval_tokens=1000,
+        )
         dataset = prepare_for(settings, say=lambda line: None)
         tokenizer = find_or_train(settings, dataset, say=lambda line: None)
         torch.manual_seed(0)
@@ -345,10 +353,15 @@ def test_a_disk_that_fails_later_costs_no_figure(fresh, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("out", "reason"),
-    [("FILE/below", "Not a directory"), ("/proc/nowhere", "cannot be written"), ("folder.json", "is a folder"),
-     ("x" * 240 + ".json", "File name too long"), ("/dev/null/x.json", "/dev/null is no folder"),
-     ("pipe.json", "a pipe")],
-)  # fmt: skip
+    [
+        ("FILE/below", "Not a directory"),
+        ("/proc/nowhere", "cannot be written"),
+        ("folder.json", "is a folder"),
+        ("x" * 240 + ".json", "File name too long"),
+        ("/dev/null/x.json", "/dev/null is no folder"),
+        ("pipe.json", "a pipe"),
+    ],
+)
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(out, reason, fresh, tmp_path, monkeypatch):
     """Red when main() does not call check_output(): minutes of work, and then the error alone."""
     (tmp_path / "FILE").touch()

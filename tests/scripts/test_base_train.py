@@ -36,30 +36,51 @@ def test_a_run_learns_and_leaves_what_the_contract_says(train, corpus, capsys):
     assert result["stopped"] == "done"
     assert (result["model_tag"], result["step"]) == ("one", 12)
     names = {path.name for path in tag_dir("one").iterdir()}
-    assert names == {
-        "config.py", "metrics.jsonl", "rows_rank0.jsonl", "evaluated.json", "step_000006", "step_000012"
-    }  # fmt: skip
+    assert names == {"config.py", "metrics.jsonl", "rows_rank0.jsonl", "evaluated.json", "step_000006", "step_000012"}
     lines = metrics("one")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))
     assert steps[0].keys() >= {
-        "step", "time", "tokens", "loss", "lr", "grad_norm", "tok_per_sec", "mfu", "mem_mb", "norm/grad_matrix"
-    }  # fmt: skip
+        "step",
+        "time",
+        "tokens",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tok_per_sec",
+        "mfu",
+        "mem_mb",
+        "norm/grad_matrix",
+    }
     assert steps[-1]["tokens"] == 12 * 768
     assert steps[0]["loss"] == pytest.approx(math.log(300), abs=0.05)
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
     assert [line["lr"] / steps[1]["lr"] for line in steps][:3] == [0.5, 1.0, 1.0]
     assert [(line["step"], line["event"]) for line in lines if "event" in line] == [
-        (0, "start"), (6, "eval"), (6, "save"), (12, "eval"), (12, "save"), (12, "done")
-    ]  # fmt: skip
+        (0, "start"),
+        (6, "eval"),
+        (6, "save"),
+        (12, "eval"),
+        (12, "save"),
+        (12, "done"),
+    ]
     assert metrics("one", "norm/weight_matrix")[0] > 0
     assert result["val_bpb"] == pytest.approx(lines[-1]["val_bpb"])
 
     _, tokenizer, metadata = cm.load_model("base", "cpu", "eval", "one")
     assert metadata.keys() == {
-        "step", "settings", "model_config", "derived", "tokenizer_hash", "data_fingerprint", "loader", "run", "rng",
-        "threads", "versions",
-    }  # fmt: skip
+        "step",
+        "settings",
+        "model_config",
+        "derived",
+        "tokenizer_hash",
+        "data_fingerprint",
+        "loader",
+        "run",
+        "rng",
+        "threads",
+        "versions",
+    }
     assert metadata["data_fingerprint"] == prepare(str(corpus)).fingerprint
     assert tokenizer.hash == metadata["tokenizer_hash"]
     assert read_config(tag_dir("one") / "config.py")["num_iterations"] == 12
@@ -363,9 +384,16 @@ def test_two_and_three_ranks_are_one(train, base, tiny_corpus):
     """
     # Text with some variety: on the small corpus gradients become so poor in rank that rounding alone grows to 2e-5.
     shape = dict(
-        data=tiny_corpus, num_iterations=20, device_batch_size=3, log_rows=True, muon_dtype="float32", **TIED,
-        value_embeddings=True, smear=True, batch_start=384,
-    )  # fmt: skip
+        data=tiny_corpus,
+        num_iterations=20,
+        device_batch_size=3,
+        log_rows=True,
+        muon_dtype="float32",
+        **TIED,
+        value_embeddings=True,
+        smear=True,
+        batch_start=384,
+    )
     train("ranks1", **shape)  # first: the ranks find data, tokenizer and tokens ready
     shared = flags({**TINY, **shape})
     running = {n: start(base, *shared, f"--model_tag=ranks{n}", ranks=n) for n in (2, 3)}
@@ -390,9 +418,18 @@ def test_a_resume_judges_flags_together_with_the_run_and_not_with_the_defaults(t
     Red when from_command_line validates despite --resume, or when `changed` takes the values of config.py too.
     """
     flags = [
-        f"--data={tiny_corpus}", "--vocab_size=300", "--depth=1", "--model_dim=32", "--head_dim=16", "--max_seq_len=32",
-        "--total_batch_size=384", "--device_batch_size=12", "--compile=False", "--eval_tokens=256", "--model_tag=judge",
-    ]  # fmt: skip
+        f"--data={tiny_corpus}",
+        "--vocab_size=300",
+        "--depth=1",
+        "--model_dim=32",
+        "--head_dim=16",
+        "--max_seq_len=32",
+        "--total_batch_size=384",
+        "--device_batch_size=12",
+        "--compile=False",
+        "--eval_tokens=256",
+        "--model_tag=judge",
+    ]
     base_train.main([*flags, "--num_iterations=2"])
     Path("other.py").write_text("depth = 3\nnum_iterations = 1\n", encoding="utf-8")
     line = ["other.py", "--model_tag=judge", "--resume", "--device_batch_size=6", "--num_iterations=3"]

@@ -267,17 +267,30 @@ def test_modalities_are_asked_for():
     """
     run = wizard(
         {
-            "data": ["synth"], "further modalities": ["None", "audio", "audio:256"], "codebooks": ["1"],
-            "codec": ["pitch", "frame"], "untie": ["all"], "width of": ["96"], "output_layers": ["masked"],
-            "modalities in the loss": ["sound", "audio"], "text-only documents": ["nowhere", "stdlib"],
+            "data": ["synth"],
+            "further modalities": ["None", "audio", "audio:256"],
+            "codebooks": ["1"],
+            "codec": ["pitch", "frame"],
+            "untie": ["all"],
+            "width of": ["96"],
+            "output_layers": ["masked"],
+            "modalities in the loss": ["sound", "audio"],
+            "text-only documents": ["nowhere", "stdlib"],
             "text_share": ["0.25"],
         },
         "--preset=cpu",
-    )  # fmt: skip
+    )
     assert run.result == preset(
-        "cpu", data="synth", modalities="audio:256", untie="all", expert_dim=96, output_layers="masked",
-        loss_modalities="audio", text_data="stdlib", text_share=0.25,
-    ), run.error  # fmt: skip
+        "cpu",
+        data="synth",
+        modalities="audio:256",
+        untie="all",
+        expert_dim=96,
+        output_layers="masked",
+        loss_modalities="audio",
+        text_data="stdlib",
+        text_share=0.25,
+    ), run.error
     said = ("data=synth is captioned sounds", "'audio' is not name:codes", "codebooks must be at least 2")
     assert all(words in " ".join(run.text.split()) for words in (*said, "no modality 'sound'", "text_data='nowhere'"))
     assert "modality experts" in run.text

@@ -43,10 +43,19 @@ def test_the_base_folder_may_be_anything_that_is_or_can_be_a_folder(monkeypatch,
 
 @pytest.mark.parametrize(
     ("given", "reason"),
-    [("FILE", "is a file"), ("FILE/below", "Not a directory"), ("~nosuch/x", "no such home folder"),
-     ("new ", "white space"), ("new\n", "white space"), (" ", "white space"), ("x" * 300, "File name too long"),
-     ("LOOP/x", "Too many levels"), ("a\udcffb", "is no UTF-8"), (None, "has no home folder")],
-)  # fmt: skip
+    [
+        ("FILE", "is a file"),
+        ("FILE/below", "Not a directory"),
+        ("~nosuch/x", "no such home folder"),
+        ("new ", "white space"),
+        ("new\n", "white space"),
+        (" ", "white space"),
+        ("x" * 300, "File name too long"),
+        ("LOOP/x", "Too many levels"),
+        ("a\udcffb", "is no UTF-8"),
+        (None, "has no home folder"),
+    ],
+)
 def test_a_base_folder_that_cannot_be_is_one_line_and_code_2(given, reason, monkeypatch, tmp_path, capsys):
     """Whatever asks for it. Red when base_dir() lets Path's own errors out, or takes a file."""
     (tmp_path / "FILE").touch()

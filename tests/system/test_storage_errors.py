@@ -95,10 +95,13 @@ def test_a_file_size_limit_is_seen_in_every_writer(tmp_path):
     found = {name: tuple(rest) for name, *rest in map(json.loads, process.communicate(60)[0].splitlines())}
     default = str(tmp_path / "default")
     assert found == {
-        "safetensors": (errno.EFBIG, default), "numpy": (errno.ENOSPC, default),
-        "pyarrow": (errno.EFBIG, default), "text": (errno.EFBIG, default),
-        "atomic": (errno.EFBIG, str(tmp_path / "atomic")), "metrics": (errno.EFBIG, str(tmp_path / "metrics")),
-    }  # fmt: skip
+        "safetensors": (errno.EFBIG, default),
+        "numpy": (errno.ENOSPC, default),
+        "pyarrow": (errno.EFBIG, default),
+        "text": (errno.EFBIG, default),
+        "atomic": (errno.EFBIG, str(tmp_path / "atomic")),
+        "metrics": (errno.EFBIG, str(tmp_path / "metrics")),
+    }
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, capsys):

@@ -59,9 +59,15 @@ argparse.ArgumentParser(description={ODD!a}).parse_args(["--help"])
 
 @pytest.mark.parametrize(
     ("redirect", "reason"),
-    [(">/dev/full", "No space left on device"), (">&-", "it is closed"), (">/dev/full 2>/dev/full", None),
-     (">&- 2>&-", None), ("2>&-", None), ("<&-", None)],
-)  # fmt: skip
+    [
+        (">/dev/full", "No space left on device"),
+        (">&-", "it is closed"),
+        (">/dev/full 2>/dev/full", None),
+        (">&- 2>&-", None),
+        ("2>&-", None),
+        ("<&-", None),
+    ],
+)
 def test_a_stream_that_cannot_be_written_ends_nothing(redirect, reason):
     """Exit code 0 and one line, whatever prints. Red when _Descriptor.write() raises what it caught."""
     program = """

@@ -327,9 +327,12 @@ def test_what_an_error_costs_is_said(monkeypatch, world_size, weights, words):
     model = torch.nn.Linear(1, 1)
     model.weight.data.fill_(weights)
     training = types.SimpleNamespace(
-        settings=None, compute=types.SimpleNamespace(world_size=world_size, rank=0), model=model, saver=Writer(),
+        settings=None,
+        compute=types.SimpleNamespace(world_size=world_size, rank=0),
+        model=model,
+        saver=Writer(),
         run=types.SimpleNamespace(step=4, evaluated=4),
-    )  # fmt: skip
+    )
     training.saver.copied_step = None
     due = DueWork(training, None, None, lambda: False)
     training.run.step = 5
@@ -343,9 +346,13 @@ def test_ranks_with_other_weights_do_not_begin(tmp_path, monkeypatch):
     monkeypatch.setattr(due_work, "tag_dir", lambda settings: tmp_path)
     for world_size in (1, 2):
         training = types.SimpleNamespace(
-            compute=types.SimpleNamespace(world_size=world_size, rank=0, gather=lambda value: [value]), settings=None,
-            trained=lambda: [("w", torch.ones(3))], facts={}, run=types.SimpleNamespace(step=0), steps=9,
-        )  # fmt: skip
+            compute=types.SimpleNamespace(world_size=world_size, rank=0, gather=lambda value: [value]),
+            settings=None,
+            trained=lambda: [("w", torch.ones(3))],
+            facts={},
+            run=types.SimpleNamespace(step=0),
+            steps=9,
+        )
         monkeypatch.setattr(due_work, "evaluated_after_save", lambda folder, run: {})
         assert due_work.agree_where_run_is(training) is False
     assert seen[0] is None and seen[1] == due_work.weights_checksum([("w", torch.ones(3))])

@@ -198,11 +198,23 @@ def saved_activations(dtype, depth, heads, kv, length, modern, pattern="L") -> t
     """The settings, and the bytes that torch keeps between forward and backward, the loss head's left out."""
     name = str(dtype).removeprefix("torch.")
     s = Settings(
-        depth=depth, head_dim=64, model_dim=64 * heads, n_kv_head=kv, max_seq_len=length, dtype=name, vocab_size=500,
-        total_batch_size=1024, device_batch_size=1024, tie_weights=True,
-        value_embeddings=modern, smear=modern, residual_scalars=modern, backout=modern, window_pattern=pattern,
+        depth=depth,
+        head_dim=64,
+        model_dim=64 * heads,
+        n_kv_head=kv,
+        max_seq_len=length,
+        dtype=name,
+        vocab_size=500,
+        total_batch_size=1024,
+        device_batch_size=1024,
+        tie_weights=True,
+        value_embeddings=modern,
+        smear=modern,
+        residual_scalars=modern,
+        backout=modern,
+        window_pattern=pattern,
         short_window=64,
-    )  # fmt: skip
+    )
     model = GPT(GPTConfig(**s.model_arguments()))
     model.init_weights()
     model.compute_dtype = dtype
@@ -241,9 +253,15 @@ def test_the_first_pass_that_is_measured_pays_for_the_others(monkeypatch):
 
 # GiB that two steps of each of gpu_check's settings took at most on an H200 (dev/LOG.md).
 MEASURED = {
-    "classic": 6.89, "two micro-batches": 7.605, "grouped queries": 6.417, "short context": 6.881,
-    "tied, small vocabulary": 3.846, "as the presets": 9.795, "float32": 10.63, "without compiling": 11.16,
-}  # fmt: skip
+    "classic": 6.89,
+    "two micro-batches": 7.605,
+    "grouped queries": 6.417,
+    "short context": 6.881,
+    "tied, small vocabulary": 3.846,
+    "as the presets": 9.795,
+    "float32": 10.63,
+    "without compiling": 11.16,
+}
 
 
 def test_memory_of_a_gpu_is_what_was_measured():

@@ -15,7 +15,7 @@ def settings(rows: int, device_rows: int) -> Settings:
 @pytest.mark.parametrize(
     ("rows", "start", "ranks", "sizes"),
     [(16, 16, 1, [8, 4, 2, 1]), (12, 12, 1, [6, 3, 1]), (15, 15, 1, [5, 1]), (32, 8, 2, [4, 2, 1]), (24, 99, 2, [6])],
-)  # fmt: skip
+)
 def test_at_most_half_and_always_a_divisor(rows, start, ranks, sizes):
     """Red when the half of an odd number is taken without looking for a divisor."""
     now = settings(rows, start)

@@ -29,12 +29,7 @@ def test_the_shape_by_hand():
     assert [lr_multiplier(Settings(warmdown_ratio=0.0), step, 5) for step in range(5)] == [1.0] * 5
 
 
-@given(
-    steps=st.integers(1, 300),
-    warmup=st.integers(0, 400),
-    ratio=st.floats(0, 1),
-    final=st.floats(0, 1),
-)
+@given(steps=st.integers(1, 300), warmup=st.integers(0, 400), ratio=st.floats(0, 1), final=st.floats(0, 1))
 def test_rates_are_bounded_continuous_and_end_low(steps, warmup, ratio, final):
     """Also where warmup and warmdown overlap. Red when the two meet with a jump."""
     settings = Settings(warmup_steps=warmup, warmdown_ratio=ratio, final_lr_frac=final)
@@ -85,9 +80,11 @@ def test_a_growing_batch_by_hand():
 
 
 @given(
-    steps=st.integers(1, 500), start=st.sampled_from([None, 8, 16, 64, 256]), doublings=st.integers(0, 5),
+    steps=st.integers(1, 500),
+    start=st.sampled_from([None, 8, 16, 64, 256]),
+    doublings=st.integers(0, 5),
     tokens=st.integers(1, 10**6),
-)  # fmt: skip
+)
 def test_growing_batches_add_up(steps, start, doublings, tokens):
     """No step is lost or counted twice, batches never shrink, and a horizon in tokens is kept to within a batch a size.
 

@@ -92,9 +92,7 @@ def test_the_metrics_log_appends_and_spells_what_json_lacks(tmp_path):
     log.write(2, loss=1.0)  # after the end: nothing happens
     (line,) = lines(path)
     assert line.pop("time") > 1.7e9
-    assert line == dict(
-        step=1, loss="nan", grad_norm="inf", event="skip", val_bpb=None, lr=0.1234568, data={"a": 1}
-    )  # fmt: skip
+    assert line == dict(step=1, loss="nan", grad_norm="inf", event="skip", val_bpb=None, lr=0.1234568, data={"a": 1})
     MetricsLog(None).write(1, loss=1.0)
 
 
@@ -170,8 +168,10 @@ def test_a_tracker_gets_the_numbers_of_every_line(fake, tmp_path, capsys):
     (_, _), (_, facts), *rest = calls()
     assert (facts["mode"], facts["name"], facts["config"]) == ("online", "my run", {"depth": 4})
     assert rest == [
-        ["log", {"step": 2, "loss": 2.0, "lr": float("inf")}], ["log", {"step": 3, "loss": 1.0}], ["finish", {}]
-    ]  # fmt: skip
+        ["log", {"step": 2, "loss": 2.0, "lr": float("inf")}],
+        ["log", {"step": 3, "loss": 1.0}],
+        ["finish", {}],
+    ]
     assert "warning" not in capsys.readouterr().out
 
 
@@ -260,8 +260,11 @@ def test_offline_runs_are_whole_and_can_be_sent_later(tmp_path, monkeypatch):
     for run in runs:
         found = list(records(run))
         ids |= {record.run.run_id for record in found if record.HasField("run")}
-        items = [{i.nested_key[0] if i.nested_key else i.key: json.loads(i.value_json) for i in r.history.item}
-                 for r in found if r.HasField("history")]  # fmt: skip
+        items = [
+            {i.nested_key[0] if i.nested_key else i.key: json.loads(i.value_json) for i in r.history.item}
+            for r in found
+            if r.HasField("history")
+        ]
         assert all(item["loss"] == pytest.approx(1 / item["_step"], abs=1e-6) for item in items)
         steps += [item["_step"] for item in items]
         assert found[-1].WhichOneof("record_type") in ("exit", "footer", "final", "request")
@@ -280,10 +283,23 @@ def test_tracker_failure(fake, tmp_path, monkeypatch, capsys):
     for number in range(20):
         (text / f"{number}.txt").write_text(f"the cat {number} sleeps under the tree and the dog runs\n" * 20)
     settings = dict(
-        data=text, vocab_size=300, depth=1, model_dim=32, head_dim=32, max_seq_len=32, total_batch_size=128,
-        device_batch_size=4, num_iterations=5, compile=False, device_type="cpu", dtype="float32", eval_every=None,
-        eval_tokens=128, model_tag="t", wandb_mode="online",
-    )  # fmt: skip
+        data=text,
+        vocab_size=300,
+        depth=1,
+        model_dim=32,
+        head_dim=32,
+        max_seq_len=32,
+        total_batch_size=128,
+        device_batch_size=4,
+        num_iterations=5,
+        compile=False,
+        device_type="cpu",
+        dtype="float32",
+        eval_every=None,
+        eval_tokens=128,
+        model_tag="t",
+        wandb_mode="online",
+    )
     result = base_train.main([f"--{name}={value}" for name, value in settings.items()])
     assert result["stopped"] == "done"
     log = lines(tmp_path / "base" / "base_checkpoints" / "t" / "metrics.jsonl")

@@ -381,7 +381,7 @@ UNFIT = {
     "ranks of two steps": (lambda state: other_step(parts(state, "one", 2)), "the ranks are 3 and 7 steps old"),
     "no moment": (lambda state: without(parts(state), 0, "state", 0, "exp_avg_sq"), "lm_head.weight .* 'exp_avg_sq'"),
     "no group": (lambda state: without(parts(state), 0, "param_groups", -1), r"nothing for transformer.h.0.mlp.c_fc"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", UNFIT)

@@ -20,9 +20,14 @@ from scripts.stress.inputs.cases import Case, failure_of
 from scripts.stress.inputs.processes import remove, run_case
 
 KINDS = dict(
-    texts=texts.cases, files=files.cases, rows=rows.cases, hub_folders=hub_folders.cases, sounds=sounds.cases,
-    environments=environments.cases, checkpoints=checkpoints.cases,
-)  # fmt: skip
+    texts=texts.cases,
+    files=files.cases,
+    rows=rows.cases,
+    hub_folders=hub_folders.cases,
+    sounds=sounds.cases,
+    environments=environments.cases,
+    checkpoints=checkpoints.cases,
+)
 
 
 def all_cases() -> list[tuple[str, Case]]:

@@ -49,18 +49,22 @@ def _damaged() -> list[Case]:
     again = ("scripts.base_train", "--data={in}/input.txt", *TRAIN[:-1], "--model_tag=more", "--init_from=try")
     found = []
     for label, change in {
-        "weights cut off": cut("model.safetensors"), "empty weights": empty("model.safetensors"),
-        "an empty manifest": empty("manifest.json"), "an empty state": empty("state.json"),
+        "weights cut off": cut("model.safetensors"),
+        "empty weights": empty("model.safetensors"),
+        "an empty manifest": empty("manifest.json"),
+        "an empty state": empty("state.json"),
         "an empty optimizer": empty("optimizer.safetensors"),
-    }.items():  # fmt: skip
+    }.items():
         expect = Used(says=["step_000004"], left=["base_checkpoints/try/step_000006/manifest.json"])
         found.append(Case(f"resume past {label}", build, [RUN, change, resume], expect))
         found.append(Case(f"evaluate a step with {label}", build, [RUN, change, named], Refused(["step_000004"])))
         inspect = ("scripts.inspect_checkpoint", f"{{folder}}/{STEP}")
         found.append(Case(f"inspect {label}", build, [RUN, change, inspect], Found(["step_000004"])))
     for label, words in {
-        "generate": generate, "generate at temperature 0": (*generate, "--temperature=0"), "start": again,
-    }.items():  # fmt: skip
+        "generate": generate,
+        "generate at temperature 0": (*generate, "--temperature=0"),
+        "start": again,
+    }.items():
         found.append(Case(f"{label} from NaN weights", build, [RUN, spoil, words], Refused(["lm_head"])))
     missing = lambda folder: shutil.rmtree(folder / "in")  # noqa: E731
     gone = Used(left=["base_checkpoints/try/step_000006/manifest.json"])
@@ -85,19 +89,29 @@ def _flags() -> list[Case]:
     return [
         Case(f"base_train {flag}", build, [("scripts.base_train", data, *TRAIN, flag)], Refused(says))
         for flag, says in {
-            "--eval_every=-1": ["None"], "--save_every=-1": ["None"], "--sample_every=0": ["None"],
-            "--core_metric_every=-1": ["None"], "--keep_last=-1": ["None"], "--grad_clip=-1": ["None"],
-            "--seed=99999999999999999999": ["seed"], "--mlp_ratio=0.001": ["mlp_ratio"],
-            "--max_seq_len=1": ["max_seq_len"], "--num_iterations=1e400": ["num_iterations"],
-            "--nosuch=1": ["nosuch"], "--depth=": ["depth"],
+            "--eval_every=-1": ["None"],
+            "--save_every=-1": ["None"],
+            "--sample_every=0": ["None"],
+            "--core_metric_every=-1": ["None"],
+            "--keep_last=-1": ["None"],
+            "--grad_clip=-1": ["None"],
+            "--seed=99999999999999999999": ["seed"],
+            "--mlp_ratio=0.001": ["mlp_ratio"],
+            "--max_seq_len=1": ["max_seq_len"],
+            "--num_iterations=1e400": ["num_iterations"],
+            "--nosuch=1": ["nosuch"],
+            "--depth=": ["depth"],
         }.items()
     ] + [
         Case(f"base_generate {flag}", build, [RUN, ("scripts.base_generate", "--max-tokens=4", flag)], Refused(says))
         for flag, says in {
-            "--top-k=0": ["top.k"], "--seed=99999999999999999999": ["seed"], "--temperature=nan": ["temperature"],
-            "--step=77": ["77"], "--model-tag=nosuch": ["nosuch"],
+            "--top-k=0": ["top.k"],
+            "--seed=99999999999999999999": ["seed"],
+            "--temperature=nan": ["temperature"],
+            "--step=77": ["77"],
+            "--model-tag=nosuch": ["nosuch"],
         }.items()
-    ]  # fmt: skip
+    ]
 
 
 def _configs() -> list[Case]:

@@ -38,10 +38,12 @@ def _encodings() -> list[Case]:
     found.append(case("a name that the C locale cannot spell", Refused(["LC_ALL"]), environment=plain))
     found.append(case("an umlaut in the base folder on latin-1", inside, environment=umlaut))
     for words in (
-        ("scripts.summary", "--model_tag=try"), ("scripts.inspect_checkpoint", "{base}/base_checkpoints/try"),
-        ("scripts.base_generate", "--prompt=é ☃", "--max-tokens=8"), ("scripts.base_eval", "--eval=bpb,sample"),
+        ("scripts.summary", "--model_tag=try"),
+        ("scripts.inspect_checkpoint", "{base}/base_checkpoints/try"),
+        ("scripts.base_generate", "--prompt=é ☃", "--max-tokens=8"),
+        ("scripts.base_eval", "--eval=bpb,sample"),
         ("scripts.export_hf", "--out={folder}/öut ☃"),
-    ):  # fmt: skip
+    ):
         found.append(
             Case(f"{words[0]} on ascii", build, [RUN, words], Used(), {"PYTHONIOENCODING": "ascii:strict"}, fresh=True)
         )
@@ -74,8 +76,12 @@ def _homes() -> list[Case]:
     refused = Refused(["NANOCHAT_BASE_DIR"])
     return [
         case("--help without a home", Used(says=["usage"]), ("scripts.base_train", "--help"), environment=none),
-        case("--help for a home of nobody", Used(says=["usage"]), ("scripts.base_train", "--help"),
-             environment=base("~nosuch/x")),
+        case(
+            "--help for a home of nobody",
+            Used(says=["usage"]),
+            ("scripts.base_train", "--help"),
+            environment=base("~nosuch/x"),
+        ),
         case("a base folder at the home of nobody", refused, data, environment=base("~nosuch/x")),
         case("a base folder that is a file", refused, data, environment=base("{in}/Größe 🙂.txt")),
         case("a base folder below a file", refused, data, environment=base("{in}/Größe 🙂.txt/base")),
@@ -85,7 +91,7 @@ def _homes() -> list[Case]:
         case("a name of 300 letters", refused, data, environment=base("{folder}/" + "x" * 300)),
         case("TMPDIR that is not there", environment={"TMPDIR": "{folder}/nosuch"}),
         case("no TERM, no columns", environment={"TERM": None, "COLUMNS": "0"}),
-    ]  # fmt: skip
+    ]
 
 
 def _launchers() -> list[Case]:

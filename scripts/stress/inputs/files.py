@@ -23,10 +23,16 @@ def _suffixes() -> list[Case]:
     files = plain_files()
     rows = b'{"text": "a row"}\n'
     others = {
-        "rows.jsonl.gz": gzip.compress(rows), "table.csv": b"text\na row\n", "all.json": b'[{"text": "a row"}]',
-        "page.html": b"<p>a page</p>", "notes.rst": b"notes", "run.log": b"a log", "paper.pdf": b"%PDF-1.7",
-        "letter.docx": b"PK\3\4", "README": b"read me",
-    }  # fmt: skip
+        "rows.jsonl.gz": gzip.compress(rows),
+        "table.csv": b"text\na row\n",
+        "all.json": b'[{"text": "a row"}]',
+        "page.html": b"<p>a page</p>",
+        "notes.rst": b"notes",
+        "run.log": b"a log",
+        "paper.pdf": b"%PDF-1.7",
+        "letter.docx": b"PK\3\4",
+        "README": b"read me",
+    }
     found = []
     for name, raw in others.items():
         suffix = name.partition(".")[2].rpartition(".")[2] or "suffix"
@@ -152,28 +158,36 @@ def _special() -> list[Case]:
 
     return [
         _linked(
-            "a pipe called .txt", lambda f: os.mkfifo(f / "texts/pipe.txt"),
-            Used(texts=files, skipped=["pipe.txt"]),
+            "a pipe called .txt", lambda f: os.mkfifo(f / "texts/pipe.txt"), Used(texts=files, skipped=["pipe.txt"])
         ),
         _linked("a socket called .txt", listening, Used(texts=files, skipped=["socket.txt"])),
         _linked(
-            "a link to /dev/zero", lambda f: (f / "texts/zero.txt").symlink_to("/dev/zero"),
+            "a link to /dev/zero",
+            lambda f: (f / "texts/zero.txt").symlink_to("/dev/zero"),
             Used(texts=files, skipped=["zero.txt"]),
         ),
         _linked("a folder called .txt", lambda f: (f / "texts/folder.txt").mkdir(), Used(texts=files)),
         Case("a pipe as data", lambda f: os.mkfifo(f / "pipe.txt"), [data_of("pipe.txt")], Refused([r"pipe\.txt"])),
-    ]  # fmt: skip
+    ]
 
 
 def _names() -> list[Case]:
     names = {
-        "an umlaut": "Übung {}.txt", "an emoji": "🙂 {}.txt", "a newline": "line\nbreak {}.txt",
-        "a quote": "it's \"{}\".txt",
-        "a leading dash": "--data={}.txt", "a hash": "part#{}.txt", "blanks": "  {}  .txt", "a backslash": "a\\{}.txt",
-        "a percent sign": "100%s{}.txt", "a bell": "\a{}.txt", "right to left": "\u202e{}.txt",
+        "an umlaut": "Übung {}.txt",
+        "an emoji": "🙂 {}.txt",
+        "a newline": "line\nbreak {}.txt",
+        "a quote": 'it\'s "{}".txt',
+        "a leading dash": "--data={}.txt",
+        "a hash": "part#{}.txt",
+        "blanks": "  {}  .txt",
+        "a backslash": "a\\{}.txt",
+        "a percent sign": "100%s{}.txt",
+        "a bell": "\a{}.txt",
+        "right to left": "\u202e{}.txt",
         "a zero-width blank": "{}\u200b.txt",
-        "250 letters": "x" * 240 + "{}.txt", "60 folders": "d/" * 60 + "{}.txt",
-    }  # fmt: skip
+        "250 letters": "x" * 240 + "{}.txt",
+        "60 folders": "d/" * 60 + "{}.txt",
+    }
     found = []
     for label, pattern in names.items():
         files = {pattern.replace("{}", str(i)): text_of(1500, i) for i in range(30)}
@@ -202,8 +216,13 @@ def _own_output() -> list[Case]:
     def train_inside(folder: Path) -> None:
         from scripts.stress.inputs.processes import run_case
 
-        run = Case("inside", lambda f: None, [("scripts.base_train", f"--data={folder / 'in' / 'texts'}", *TRAIN)],
-                   Used(), {"NANOCHAT_BASE_DIR": str(folder / "in" / "texts" / "out")})  # fmt: skip
+        run = Case(
+            "inside",
+            lambda f: None,
+            [("scripts.base_train", f"--data={folder / 'in' / 'texts'}", *TRAIN)],
+            Used(),
+            {"NANOCHAT_BASE_DIR": str(folder / "in" / "texts" / "out")},
+        )
         result = run_case(run, folder / "inner")
         if result.code:
             raise AssertionError(result.errors[-300:])
@@ -214,11 +233,20 @@ def _own_output() -> list[Case]:
     own = "nanochat's own output"
     expect = Used(texts=list(files.values()), count=1, says=[own])
     return [
-        Case("another base folder inside the data, after a training", build, [train_inside, data_of("texts")],
-             Used(texts=list(files.values()), count=3, says=[own])),
-        Case("the base folder inside the data, after a training", build, [train_inside, used, data_of("texts")],
-             expect, inside),
-    ]  # fmt: skip
+        Case(
+            "another base folder inside the data, after a training",
+            build,
+            [train_inside, data_of("texts")],
+            Used(texts=list(files.values()), count=3, says=[own]),
+        ),
+        Case(
+            "the base folder inside the data, after a training",
+            build,
+            [train_inside, used, data_of("texts")],
+            expect,
+            inside,
+        ),
+    ]
 
 
 def _splits() -> list[Case]:

@@ -73,16 +73,18 @@ def cases() -> list[Case]:
         case("jsonl", lambda f: _lines(f, [{"text": text} for text in texts]), Used(texts=texts)),
         case("save_to_disk", lambda folder: _to_disk(folder, texts), Used(texts=texts)),
         case(
-            "save_to_disk of two parts", lambda folder: _to_disk(folder, [], {"train": texts, "test": held}),
+            "save_to_disk of two parts",
+            lambda folder: _to_disk(folder, [], {"train": texts, "test": held}),
             Used(texts=[*texts, *held], says=["test"]),
         ),
         case("parquet in two parts", parts, Used(texts=[*texts, *held], says=["test"])),
         case("another column", one, Refused(["content", "data_column"]), "--data_column=content"),
         case("another split", one, Refused(["nosuch"]), "--data_split=nosuch"),
         case(
-            "types that do not agree", lambda f: _lines(f, [*({"text": t} for t in texts), {"text": {"a": 1}}]),
+            "types that do not agree",
+            lambda f: _lines(f, [*({"text": t} for t in texts), {"text": {"a": 1}}]),
             Refused(["hf:"]),
         ),
         case("an empty folder", lambda folder: (folder / "set").mkdir(), Refused(["hf:"])),
         Case("hf: no such folder", lambda folder: None, [HUB], Refused(["hf:"])),
-    ]  # fmt: skip
+    ]

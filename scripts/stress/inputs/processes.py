@@ -121,9 +121,15 @@ def _start_fresh(words, environment, where, files, plain_user, limit) -> int:
 
     try:
         return subprocess.run(
-            [sys.executable, "-m", *words], env=environment, cwd=where, stdin=subprocess.DEVNULL, stdout=handles[0],
-            stderr=handles[1], preexec_fn=prepare, timeout=SECONDS,
-        ).returncode  # fmt: skip
+            [sys.executable, "-m", *words],
+            env=environment,
+            cwd=where,
+            stdin=subprocess.DEVNULL,
+            stdout=handles[0],
+            stderr=handles[1],
+            preexec_fn=prepare,
+            timeout=SECONDS,
+        ).returncode
     except subprocess.TimeoutExpired as error:
         raise AssertionError(f"no end within {SECONDS} s") from error
     finally:

@@ -16,9 +16,7 @@ from scripts.stress.inputs.cases import Case, Refused, Used
 RATE = 8000
 CLIPS = 40
 LENGTH = 0.3  # seconds of each
-AUDIO = (
-    "scripts.audio_data", "--data={in}/sounds", "--modalities=audio:64", "--codec=frame",
-)  # fmt: skip
+AUDIO = ("scripts.audio_data", "--data={in}/sounds", "--modalities=audio:64", "--codec=frame")
 
 
 def samples(number: int, seconds: float = LENGTH) -> np.ndarray:
@@ -166,23 +164,28 @@ def _more_tables() -> list[Case]:
         case("ids without their subfolder", {"metadata.csv": _rows(known)}, Used(clips=deep), names=deep),
         case("ids of LJSpeech in wavs/", {"metadata.csv": _ljspeech(known)}, Used(clips=deep), names=deep),
         case(
-            "two sounds without a caption", {"metadata.csv": _rows(fewer)},
+            "two sounds without a caption",
+            {"metadata.csv": _rows(fewer)},
             Used(clips=fewer, skipped=["clip 3.wav", "clip 4.wav"]),
         ),
         case(
-            "two captions without a sound", {"metadata.csv": _rows(strangers)},
+            "two captions without a sound",
+            {"metadata.csv": _rows(strangers)},
             Used(clips=known, skipped=["clip 97.wav", "clip 98.wav"]),
         ),
         case("an empty caption", {"metadata.csv": _rows(empty)}, Used(clips=rest, skipped=["clip 3.wav"])),
         case(
-            "train/ and test/ with tables", {},
-            Used(clips=parts, says=["its own split: 6 of 40 sounds are held out"]), change=audio_folder,
+            "train/ and test/ with tables",
+            {},
+            Used(clips=parts, says=["its own split: 6 of 40 sounds are held out"]),
+            change=audio_folder,
         ),
         case(
-            "sounds that nothing decodes", {"metadata.csv": _rows(known), "voice.m4a": b"\0\0\0\x20ftypM4A "},
+            "sounds that nothing decodes",
+            {"metadata.csv": _rows(known), "voice.m4a": b"\0\0\0\x20ftypM4A "},
             Used(clips=known, count=1, says=["m4a"]),
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _headers() -> list[Case]:
@@ -211,11 +214,16 @@ def _headers() -> list[Case]:
         "six channels": wav(np.repeat(samples(3), 6).tobytes(), channels=6),
     }
     bad = {
-        "no RIFF": b"no wav at all" * 400, "an empty file": b"", "a header alone": wav(b""),
-        "half of the data": wav(pcm[: len(pcm) // 2], size=len(pcm)), "0 channels": wav(pcm, channels=0),
-        "a rate of 0": wav(pcm, rate=0), "NaN": wav(np.full(2000, np.nan, "<f4").tobytes(), kind=3, bits=32),
-        "zeros": wav(bytes(4000)), "an unknown format": wav(pcm, kind=0x1234),
-    }  # fmt: skip
+        "no RIFF": b"no wav at all" * 400,
+        "an empty file": b"",
+        "a header alone": wav(b""),
+        "half of the data": wav(pcm[: len(pcm) // 2], size=len(pcm)),
+        "0 channels": wav(pcm, channels=0),
+        "a rate of 0": wav(pcm, rate=0),
+        "NaN": wav(np.full(2000, np.nan, "<f4").tobytes(), kind=3, bits=32),
+        "zeros": wav(bytes(4000)),
+        "an unknown format": wav(pcm, kind=0x1234),
+    }
     known = captions()
     found = []
     for label, raw in good.items():

@@ -7,14 +7,24 @@ from scripts.stress.inputs.cases import Case, Refused, Used
 
 DATA = ("scripts.data", "--data={in}/{name}")
 UNICODE = {
-    "utf-8": "utf-8", "utf-8 with BOM": "utf-8-sig", "utf-16 with BOM": "utf-16", "utf-32 with BOM": "utf-32",
-    "utf-16-le": "utf-16-le", "utf-16-be": "utf-16-be", "utf-32-le": "utf-32-le", "utf-32-be": "utf-32-be",
-}  # fmt: skip
+    "utf-8": "utf-8",
+    "utf-8 with BOM": "utf-8-sig",
+    "utf-16 with BOM": "utf-16",
+    "utf-32 with BOM": "utf-32",
+    "utf-16-le": "utf-16-le",
+    "utf-16-be": "utf-16-be",
+    "utf-32-le": "utf-32-le",
+    "utf-32-be": "utf-32-be",
+}
 BOMS = {"utf-16-be with BOM": ("utf-16-be", b"\xfe\xff"), "utf-32-be with BOM": ("utf-32-be", b"\0\0\xfe\xff")}
 FOREIGN = {
-    "latin-1": "Größe, café, naïve, señor, übermäßig", "cp1252": "“quoted” – 5 € … Größe", "koi8-r": "Привет, мир",
-    "shift_jis": "日本語のテキスト", "gb18030": "简体中文文本", "cp437": "Zürich ist schön",
-}  # fmt: skip
+    "latin-1": "Größe, café, naïve, señor, übermäßig",
+    "cp1252": "“quoted” – 5 € … Größe",
+    "koi8-r": "Привет, мир",
+    "shift_jis": "日本語のテキスト",
+    "gb18030": "简体中文文本",
+    "cp437": "Zürich ist schön",
+}
 
 
 def text_of(size: int, number: int = 0, extra: str = "ä é ж 語") -> str:
@@ -99,9 +109,11 @@ def _foreign() -> list[Case]:
         expect = Used(texts=list(files.values()), skipped=sorted(bad), says=["UTF-8"])
         found.append(folder_case(f"a folder with two files in {codec}", encoded(files) | bad, expect))
     binary = {
-        "an ELF file": b"\x7fELF\x02\x01\x01" + bytes(range(256)) * 40, "a gzip file": b"\x1f\x8b\x08\0" + bytes(5000),
-        "zeros": bytes(20_000), "a png": b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40,
-    }  # fmt: skip
+        "an ELF file": b"\x7fELF\x02\x01\x01" + bytes(range(256)) * 40,
+        "a gzip file": b"\x1f\x8b\x08\0" + bytes(5000),
+        "zeros": bytes(20_000),
+        "a png": b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40,
+    }
     for label, raw in binary.items():
         found.append(file_case(f"{label} called .txt", raw, Refused(["input.txt"])))
         files = plain_files()
