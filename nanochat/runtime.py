@@ -291,14 +291,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# hardware
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# files
-
-
 def shown(value) -> str:
     """repr(), cut to what fits into one line of a message."""
     text = repr(value)

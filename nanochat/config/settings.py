@@ -778,9 +778,6 @@ def validate(settings: RunSettings, world_size: int = 1) -> RunSettings:
     return settings
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def preset(name: str, kind: type[RunSettings] = Settings, **changes) -> RunSettings:
     """The settings of a stage's preset, with some changed; UserError for an unknown name."""
     presets = kind.presets()

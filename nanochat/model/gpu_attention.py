@@ -1,4 +1,4 @@
-"""Kernels that train attention on a GPU: which one does is for attention_choice.py to say.
+"""Kernels that train attention on a GPU: training/kernel_selection.py chooses among them.
 
 All take q [B, T, H, D], k and v [B, T, H_kv, D] with H_kv dividing H, the window (None: all that came before) and the
 documents' mask (None: no boundaries), and return [B, T, H, D]. What one cannot do it raises. FlashAttention
