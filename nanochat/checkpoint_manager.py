@@ -8,6 +8,7 @@ Folders with nanochat's own files (model_000123.pt, ...) are found and loaded al
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -26,12 +27,14 @@ from nanochat.files import fsync, sha256_of
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.modality import Modality
 from nanochat.model.parameters import find_non_finite
-from nanochat.runtime import first_line, nearest_name, print0
+from nanochat.runtime import first_line, nearest_name
 from nanochat.system.environment import UserError, base_dir, expand_user
 from nanochat.system.storage_errors import naming_storage_errors
 from nanochat.system.temporary import owner_suffix, remove_abandoned
 from nanochat.upstream import checkpoints as upstream
 from nanochat.upstream.optimizer import load_optimizer as load_upstream_optimizer
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 2**24  # sequence_len: rotary tables are made before anything is computed
 STEP_NAME = re.compile(r"step_(\d{6,})")
@@ -167,7 +170,7 @@ def _move_aside(folder: Path) -> Path:
         aside = folder.with_name(f"{folder.name}.bad-{n}")
         if not aside.exists():
             os.rename(folder, aside)
-            print0(f"{folder} was there already: moved to {aside.name}")
+            logger.info(f"{folder} was there already: moved to {aside.name}")
             return aside
     raise UserError(f"{folder}: too many damaged copies beside it, remove some of {folder.name}.bad-*")
 
@@ -259,9 +262,9 @@ def newest_step(checkpoint_dir: Path) -> int | None:
         reason = upstream.damage(checkpoint_dir, step) if is_upstream(checkpoint_dir, step) else damage(path)
         if reason is None:
             if mixed:
-                print0(f"{checkpoint_dir} holds steps of ours and of nanochat's: taking {path.name}")
+                logger.info(f"{checkpoint_dir} holds steps of ours and of nanochat's: taking {path.name}")
             return step
-        print0(f"passing over {path}: {reason}")
+        logger.info(f"passing over {path}: {reason}")
     return None
 
 
@@ -365,7 +368,7 @@ _said: set[str] = set()
 def _say_once(line: str) -> None:
     if line not in _said:
         _said.add(line)
-        print0(line)
+        logger.info(line)
 
 
 def model_config(metadata: dict) -> GPTConfig:
@@ -503,7 +506,7 @@ def load_model(
     if source not in SOURCES:
         raise UserError(f"source={source!r} is unknown{nearest_name(source, SOURCES)}")
     checkpoint_dir, step = find_checkpoint(model_tag, step, base_dir() / SOURCES[source])
-    print0(f"loading {step_path(checkpoint_dir, step)}")
+    logger.info(f"loading {step_path(checkpoint_dir, step)}")
     model, tokenizer, metadata = build_model(checkpoint_dir, step, device, phase, era)
     check_finite(model.state_dict(), step_path(checkpoint_dir, step))
     return model, tokenizer, metadata

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import re
 import time
 from collections import Counter
@@ -30,9 +31,12 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.data.trained_data import LOOK, PLACE, check_same, describe, find_prepared, is_same
 from nanochat.evaluation.bpb import bits_per_byte, packed_losses
 from nanochat.modality import Vocabulary, modalities_of
-from nanochat.runtime import Compute, Say, first_line, print0, rank0_first
+from nanochat.runtime import Compute, first_line, rank0_first
+from nanochat.system import logs
 from nanochat.system.environment import UserError, base_dir
 from nanochat.upstream.named_tokenizer import find_folders, load_named
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_data(
@@ -50,9 +54,9 @@ def prepare_data(
             if own := tokenizer_of(*begun):
                 return dataset, named_or_own(settings, own)
         else:
-            dataset = prepare_for(settings, say=print0)
+            dataset = prepare_for(settings)
         if begun is None or settings.tokenizer:
-            return dataset, find_or_train(settings, dataset, say=print0)
+            return dataset, find_or_train(settings, dataset)
         own = tokenizer_of(*begun)
         if own is None:
             raise UserError(f"{step_path(*begun)} holds no tokenizer: name the one of its training with --tokenizer")
@@ -68,7 +72,7 @@ def named_or_own(settings: Settings, own: Tokenizer) -> Tokenizer:
     try:
         return load_named(settings.tokenizer)
     except UserError as error:
-        print0(f"{error} (taking the checkpoint's own, which is the same)")
+        logger.info(f"{error} (taking the checkpoint's own, which is the same)")
         return own
 
 
@@ -76,9 +80,7 @@ def resumed_data(settings: RunSettings, tag_dir: Path, step: int) -> Dataset:
     """The data of a run that resumes from this step; UserError when what is there is another."""
     where = step_path(tag_dir, step)
     metadata = read_metadata(where)
-    return open_resumed_data(
-        settings, metadata.get("data_fingerprint"), metadata.get("settings", {}), where, say=print0
-    )
+    return open_resumed_data(settings, metadata.get("data_fingerprint"), metadata.get("settings", {}), where)
 
 
 def vocabulary_of(settings: Settings, tokenizer: Tokenizer) -> Vocabulary:
@@ -97,15 +99,15 @@ def vocabulary_of(settings: Settings, tokenizer: Tokenizer) -> Vocabulary:
 def say_what_is_idle(settings: Settings, dataset: Dataset) -> None:
     """Modalities that the data holds nothing of have parameters all the same."""
     if idle := [name for name in settings.modality_codes() if name != "audio" or dataset.codec is None]:
-        print0(f"{dataset.name} holds nothing of {', '.join(idle)}: what is theirs in the model stays as it begins")
+        logger.warning(f"{dataset.name} has no {' or '.join(idle)} data; its parameters keep their initial values")
 
 
 def warn_repeated_rows(settings: RunSettings, loader: DataLoader) -> None:
     """Say so when a step takes more rows than an epoch has: the larger batch holds copies, not more text."""
     rows, name = loader.epoch_rows(), loader.store.dataset.name
     if rows is not None and rows < settings.rows:
-        print0(
-            f"warning: a step takes {settings.rows:,} rows and an epoch of {name} has {rows:,}: each row comes "
+        logger.warning(
+            f"a step takes {settings.rows:,} rows and an epoch of {name} has {rows:,}: each row comes "
             f"{settings.rows / rows:.1f} times in one step; total_batch_size={rows * settings.max_seq_len} or more "
             "data avoids it"
         )
@@ -132,36 +134,36 @@ def codec_files(dataset: Dataset) -> Path | None:
 
 def batches(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> DataLoader:
     """The training batches: a stream of text, or whole captioned sounds in rows."""
-    store = TokenStore(dataset, tokenizer, "train", vocabulary=vocabulary_of(settings, tokenizer), say=print0)
+    store = TokenStore(dataset, tokenizer, "train", vocabulary=vocabulary_of(settings, tokenizer))
     shape = (settings.rows, settings.max_seq_len, settings.seed, compute.rank, compute.world_size, compute.device)
     if dataset.codec is None:
         return DataLoader(store, *shape)
     sliced = settings.route == "slice" and settings.untie != "none"
-    rows = Rows(store, settings.max_seq_len, print0, one_layout=sliced)
+    rows = Rows(store, settings.max_seq_len, one_layout=sliced)
     return PackedLoader(rows, *shape, count=settings.counted_modalities)
 
 
 def held_out_measure(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> Callable:
     """measure(model, stop) of the held-out split, as bits_per_byte() or, with sounds, packed_losses() returns it."""
-    store = TokenStore(dataset, tokenizer, "val", vocabulary=vocabulary_of(settings, tokenizer), say=print0)
+    store = TokenStore(dataset, tokenizer, "val", vocabulary=vocabulary_of(settings, tokenizer))
     rows, _ = settings.batch_plan(compute.world_size)  # the training's shape, and no more than a step has
     how = dict(rows=rows, max_tokens=settings.eval_tokens, rank=compute.rank, world_size=compute.world_size)
     if dataset.codec is None:
         most = settings.eval_tokens and settings.eval_tokens + 1  # a target more than inputs
         measure, scored, how["seq_len"] = bits_per_byte, store.stream(most), settings.max_seq_len
     else:
-        rows = Rows(store, settings.max_seq_len, print0, max_tokens=settings.eval_tokens)
+        rows = Rows(store, settings.max_seq_len, max_tokens=settings.eval_tokens)
         measure, scored = packed_losses, rows
     return lambda model, stop: measure(model, scored, tokenizer.token_bytes, stop=stop, **how)
 
 
-def prepare_for(settings: Settings, *, say: Say = print) -> Dataset:
+def prepare_for(settings: Settings) -> Dataset:
     """The dataset that the data* settings name, prepared if need be; of captioned sounds when modalities has audio."""
     if "audio" in settings.modality_codes():
         from nanochat.audio.dataset import audio_source  # needs this module in turn
 
-        text = settings.text_data and prepare(settings.text_data, skip_corrupt=settings.skip_corrupt, say=say)
-        return materialise(audio_source(settings, text or None, say), settings.skip_corrupt, say)
+        text = settings.text_data and prepare(settings.text_data, skip_corrupt=settings.skip_corrupt)
+        return materialise(audio_source(settings, text or None), settings.skip_corrupt)
     return prepare(
         settings.data,
         column=settings.data_column,
@@ -169,11 +171,10 @@ def prepare_for(settings: Settings, *, say: Say = print) -> Dataset:
         config=settings.data_config,
         limit=settings.data_limit,
         skip_corrupt=settings.skip_corrupt,
-        say=say,
     )
 
 
-def source_of(settings: Settings, *, say: Say = print) -> Source | None:
+def source_of(settings: Settings) -> Source | None:
     """What prepare_for() would read, from a look at the files; None where the text to mix in is not prepared.
 
     UserError when it is not there. Of anything but climbmix.
@@ -186,21 +187,20 @@ def source_of(settings: Settings, *, say: Say = print) -> Source | None:
             settings.data_config,
             settings.data_limit,
             settings.skip_corrupt,
-            say,
         )
     from nanochat.audio.dataset import audio_source
 
     if settings.text_data is None:
-        return audio_source(settings, None, say)
+        return audio_source(settings, None)
     if settings.text_data == "climbmix":
-        text = open_climbmix(CLIMBMIX_SHARDS, settings.skip_corrupt, say)
+        text = open_climbmix(CLIMBMIX_SHARDS, settings.skip_corrupt)
     else:
-        plan = text_source(settings.text_data, "text", "train", None, None, settings.skip_corrupt, say)
-        text = find_version(plan, settings.skip_corrupt, say)
-    return text and audio_source(settings, text, say)
+        plan = text_source(settings.text_data, "text", "train", None, None, settings.skip_corrupt)
+        text = find_version(plan, settings.skip_corrupt)
+    return text and audio_source(settings, text)
 
 
-def find_or_train(settings: Settings, dataset, say: Say = print) -> Tokenizer:
+def find_or_train(settings: Settings, dataset) -> Tokenizer:
     """The tokenizer that the settings name (a folder, or a name under tokenizers/), else one trained on this data.
 
     A named folder may also hold nanochat's own tokenizer.pkl, which is read where there is no ranks.tiktoken.
@@ -215,27 +215,27 @@ def find_or_train(settings: Settings, dataset, say: Say = print) -> Tokenizer:
     name = f"{source}-{settings.vocab_size}-{dataset.fingerprint['sha256'][:8]}"
     for directory in find_folders(root, name):
         return Tokenizer.load(directory)
-    say(f"training a tokenizer of {settings.vocab_size} ids on {dataset.name}")
+    logger.info(f"training a tokenizer of {settings.vocab_size} ids on {dataset.name}")
     start = time.perf_counter()
-    tokenizer = Tokenizer.train((text for _, text in dataset.documents("train")), settings.vocab_size, say)
+    tokenizer = Tokenizer.train((text for _, text in dataset.documents("train")), settings.vocab_size)
     tokenizer.name = f"{name}-{tokenizer.hash[:8]}"
     directory = tokenizer.save(root / tokenizer.name)
-    say(f"tokenizer ready in {time.perf_counter() - start:.1f} s: {directory}")
+    logger.info(f"tokenizer ready in {time.perf_counter() - start:.1f} s: {directory}")
     return tokenizer
 
 
-def open_trained_data(settings: RunSettings, trained_on: dict | None, *, say: Say = print) -> Dataset:
+def open_trained_data(settings: RunSettings, trained_on: dict | None) -> Dataset:
     """The dataset with the fingerprint that a checkpoint has; where no prepared one has it, what the settings name.
 
     Says it when the source can no longer be found, or has changed since. The fingerprint of what is returned may be
     another one: that is for the caller to judge.
     """
-    dataset = find_prepared(trained_on, settings.skip_corrupt, say)
+    dataset = find_prepared(trained_on, settings.skip_corrupt)
     if dataset is None:
-        return prepare_for(settings, say=say)
+        return prepare_for(settings)
     if change := _change(settings, dataset):
         sha256 = dataset.fingerprint["sha256"][:8]
-        say(
+        logger.info(
             f"data: {settings.data} {change}: taking the shards that were prepared from it, {sha256} in "
             f"{dataset.directory}"
         )
@@ -247,7 +247,8 @@ def _change(settings: RunSettings, dataset: Dataset) -> str | None:
     if settings.data == "climbmix":
         return None
     try:
-        source = source_of(settings, say=lambda line: None)
+        with logs.muted():
+            source = source_of(settings)
     except (UserError, OSError) as error:
         return f"cannot be read now ({first_line(error).partition(';')[0]})"
     if source is None or state_of(source) != dataset.manifest.get("state"):
@@ -255,9 +256,7 @@ def _change(settings: RunSettings, dataset: Dataset) -> str | None:
     return None
 
 
-def open_resumed_data(
-    settings: RunSettings, trained_on: dict | None, trained_with: dict, where: Path, *, say: Say = print
-) -> Dataset:
+def open_resumed_data(settings: RunSettings, trained_on: dict | None, trained_with: dict, where: Path) -> Dataset:
     """The data of a run that resumes from the step folder `where`; UserError, in one line, where it is not that.
 
     trained_with: the checkpoint's settings. A run that now names another place of its data is to find the same there.
@@ -267,7 +266,7 @@ def open_resumed_data(
     moved = any(getattr(settings, name) != trained_with.get(name, defaults[name]) for name in PLACE)
     if not moved:
         try:
-            dataset = open_trained_data(settings, trained_on, say=say)
+            dataset = open_trained_data(settings, trained_on)
         except UserError as error:
             if not trained_on:
                 raise
@@ -276,13 +275,13 @@ def open_resumed_data(
                 f"{base_dir() / 'data'}: name where it lies now with --data=PATH)"
             ) from error
     else:
-        known = find_prepared(trained_on, settings.skip_corrupt, say)
+        known = find_prepared(trained_on, settings.skip_corrupt)
         if known and _begins_differently(settings, known):  # seen before hours of preparing
             raise UserError(
                 f"{where} was trained on {describe(trained_on)}, data={settings.data} begins with other documents: "
                 "name where the same data lies with --data=PATH, or start a new run with --model_tag=NAME"
             )
-        dataset = prepare_for(settings, say=say)
+        dataset = prepare_for(settings)
         if is_same(trained_on, dataset.fingerprint):  # its tokens are at hand under the earlier name
             dataset = known or dataset
     check_same(trained_on, dataset, where, settings.data)
@@ -300,7 +299,9 @@ def _begins_differently(settings: RunSettings, known: Dataset) -> bool:
     for split in SPLITS:
         prepared |= dict(itertools.islice(known.documents(split), LOOK))
     first = {}
-    for document in itertools.islice(source_of(settings, say=lambda line: None).read(Counter()), LOOK):
+    with logs.muted():
+        documents = list(itertools.islice(source_of(settings).read(Counter()), LOOK))
+    for document in documents:
         name, text = document[:2]
         try:
             first[name] = decode_text(text) if isinstance(text, bytes) else text

@@ -5,7 +5,7 @@ compiled once, and on a GPU is a CUDA graph. Here layers with a window keep no m
 """
 
 import copy
-import sys
+import logging
 from collections.abc import Callable
 
 import torch
@@ -13,8 +13,11 @@ import torch.nn.functional as F
 
 from nanochat.gpt import GPT, Block, Linear, wide
 from nanochat.hardware import compiler_problem
-from nanochat.runtime import first_line, print0
+from nanochat.runtime import first_line
+from nanochat.system import logs
 from nanochat.system.environment import import_compiler
+
+logger = logging.getLogger(__name__)
 
 ROOM = 64  # positions by which what a step looks at grows on a CPU; on a GPU it is all of the memory from the start
 
@@ -145,18 +148,14 @@ def stepper(model, cache, length: int, compiled: bool = False) -> Step:
     if compiled and isinstance(model, DecodingGPT):
         return CompiledStep(model, StaticCache(model, cache, length))
     if compiled:
-        say(f"generating without torch.compile ({type(model).__name__} has a cache of its own)")
+        message = f"generating without torch.compile ({type(model).__name__} has a cache of its own)"
+        logger.info(message, extra=logs.TO_STDERR)
     return lambda tokens: last_logits(model, tokens, cache)
 
 
 def last_logits(model, ids: torch.Tensor, cache) -> torch.Tensor:
     """ids int64 [B, T] behind what is in the cache -> logits [B, V] of what comes next, and no others."""
     return model.logits(model.features(ids, cache)[:, -1])
-
-
-def say(line: str) -> None:
-    """On standard error: the text may be going to standard output meanwhile."""
-    print0(line, file=sys.stderr)
 
 
 class CompiledStep:
@@ -202,7 +201,7 @@ class CompiledStep:
 
     def _without(self, problem: str) -> None:
         self.run = last_logits
-        say(f"generating without torch.compile ({problem})")
+        logger.info(f"generating without torch.compile ({problem})", extra=logs.TO_STDERR)
 
     def _record(self, tokens: torch.Tensor) -> None:
         """Record the step for the tokens to come. Recording runs nothing: the cache stays as it is."""
@@ -213,6 +212,6 @@ class CompiledStep:
             with outer, torch.cuda.graph(graph):
                 self.logits = self.run(self.model, self.tokens, self.cache)
         except RuntimeError as error:
-            say(f"generating without a CUDA graph ({first_line(error)})")
+            logger.info(f"generating without a CUDA graph ({first_line(error)})")
         else:
             self.graph = graph

@@ -101,12 +101,6 @@ def fail(message: str, own: bool = False) -> None:
 # ranks
 
 
-def print0(*args, **kwargs) -> None:
-    """Print on rank 0 only, at once. What the terminal's encoding lacks is escaped; no failing stream ends a run."""
-    if rank_from_env() == 0:
-        streams.emit(*args, **{"flush": True, **kwargs})
-
-
 @dataclass(frozen=True)
 class Compute:
     """Where a process computes: device, activation dtype, and its place among the ranks."""
@@ -304,9 +298,6 @@ def nearest_name(name: str, known) -> str:
     if close:
         return f", did you mean {close[0]!r}?"
     return f" (known: {', '.join(known)})" if len(known) <= 12 else " (--help lists all that there are)"
-
-
-Say = Callable[[str], None]
 
 
 def rank0_first(compute: Compute, make: Callable):

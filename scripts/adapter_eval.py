@@ -6,6 +6,7 @@ Writes base_dir()/adapter_eval/<tag>_<step>.json and base_dir()/adapter_audio/<t
 """
 
 import argparse
+import logging
 
 from nanochat.adapters.checkpoint import add_adapters, open_adapters
 from nanochat.adapters.model import HostAlone
@@ -18,7 +19,9 @@ from nanochat.config.command_line import Parser, number
 from nanochat.data_pipeline import open_trained_data
 from nanochat.evaluation.bpb import never
 from nanochat.evaluation.suite import warn_of_other_data
-from nanochat.runtime import init_compute, print0, run_script
+from nanochat.runtime import init_compute, run_script
+
+logger = logging.getLogger("nanochat")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -41,11 +44,11 @@ def main(argv: list[str] | None = None) -> dict:
     tokenizer = model.host.tokenizer
     result = dict(model_tag=folder.parent.name, step=metadata["step"], guidance=args.guidance)
     check_places(result, "adapter_eval", "adapter_audio")
-    dataset = open_trained_data(settings, metadata.get("data_fingerprint"), say=print0)
+    dataset = open_trained_data(settings, metadata.get("data_fingerprint"))
     check_codec(dataset, metadata, folder)
     warn_of_other_data(dataset, metadata.get("data_fingerprint"))
     loss = evaluate_audio(model, tokenizer, dataset, rows=settings.device_batch_size)
-    print0(
+    logger.info(
         f"held-out audio loss {loss['nats']:.4f} nats a code ({loss['bits_per_second']:.0f} bit/s) on {loss['clips']} "
         f"sounds; {', '.join(f'{name} {nats:.4f}' for name, nats in loss['baselines'].items())}"
     )
@@ -57,7 +60,7 @@ def main(argv: list[str] | None = None) -> dict:
         before = measure(HostAlone(model), never)
     if measure and before is not None:
         told = "the same to the last bit" if after == before else f"{after - before:+.4f}"
-        print0(f"the host's text loss {after:.6f} nats a token, {before:.6f} before the training: {told}")
+        logger.info(f"the host's text loss {after:.6f} nats a token, {before:.6f} before the training: {told}")
     result |= dict(loss=loss, text=dict(before=before, after=after))
     write_result(result, "adapter_eval")
     return listen(model, tokenizer, codec, dataset, args, result, "adapter_eval", "adapter_audio", args.guidance)

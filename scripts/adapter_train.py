@@ -4,6 +4,7 @@ Settings come from `python -m scripts.configure --stage adapters`; --resume and 
 loop this is. Trained are the adapters around the experts, the audio rows, and what else the settings ask for.
 """
 
+import logging
 import math
 from collections.abc import Callable
 
@@ -23,7 +24,7 @@ from nanochat.data_pipeline import codec_files, prepare_for, resumed_data, warn_
 from nanochat.evaluation.bpb import never
 from nanochat.hardware import device_name
 from nanochat.optim import MuonAdamW
-from nanochat.runtime import Compute, print0, rank0_first, run_script
+from nanochat.runtime import Compute, rank0_first, run_script
 from nanochat.training import schedule
 from nanochat.training.background_saver import BackgroundSaver
 from nanochat.training.launch import begin
@@ -31,6 +32,8 @@ from nanochat.training.rank_agreement import agree_before_first_step
 from nanochat.training.resume import restore_progress
 from nanochat.training.tracker import MetricsLog
 from scripts.base_train import Training, loop
+
+logger = logging.getLogger("nanochat")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -42,19 +45,19 @@ def main(argv: list[str] | None = None) -> dict:
 def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) -> dict:
     """The run itself; see main()."""
     # -- host, experts, data ------------------------------------------------------------------------------------------
-    print0(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
+    logger.info(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
     folder = checkpoints.tag_dir(settings)
     begins = resume_step is None
     model, adapters = rank0_first(compute, lambda: build(settings, compute.device, compute.dtype, begins))
     checkpoints.check_finite(model.state_dict(), f"host {settings.host}")
     if begins:
-        dataset = rank0_first(compute, lambda: prepare_for(settings, say=print0))
+        dataset = rank0_first(compute, lambda: prepare_for(settings))
     else:
         dataset = rank0_first(compute, lambda: resumed_data(settings, folder, resume_step))
     tokenizer = model.host.tokenizer
     agree_before_first_step(compute, dict(adapters=adapters, data_sha256=dataset.fingerprint["sha256"]))
-    store = TokenStore(dataset, tokenizer, "train", vocabulary=model.vocabulary, say=print0)
-    rows = Rows(store, settings.max_seq_len, print0)
+    store = TokenStore(dataset, tokenizer, "train", vocabulary=model.vocabulary)
+    rows = Rows(store, settings.max_seq_len)
     loader = PackedLoader(
         rows,
         settings.rows,
@@ -94,16 +97,16 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     if text_loss and begins and changes:
         run.text_begin = text_loss(model, never)
     counts = model.num_parameters()
-    print0(f"parameters: {', '.join(f'{name} {n:,}' for name, n in counts.items() if n)}")
+    logger.info(f"parameters: {', '.join(f'{name} {n:,}' for name, n in counts.items() if n)}")
     size = 4 * counts["trained"] / 1e6
-    print0(
+    logger.info(
         f"trained: {100 * counts['trained'] / counts['total']:.2f}% of all; a checkpoint has {size:,.1f} MB of it, and "
         f"{2 * size:,.1f} MB of the optimizer's state"
     )
     if model.config.trains_host:
-        print0("the host is trained, too: in float32")
+        logger.info("the host is trained, too: in float32")
     if settings.expert != "none" and resume_step is None and not settings.musicgen:
-        print0("experts: none of MusicGen's, drawn at random")
+        logger.info("experts: none of MusicGen's, drawn at random")
 
     # -- what the loop evaluates and saves ----------------------------------------------------------------------------
     counted: dict = {}
@@ -119,15 +122,15 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
         baselines = found["baselines"] | {"range": math.log(ids)}
         if not counted:
             told = ", ".join(f"{name} {baselines[name]:.4f}" for name in ("uniform", "unigram", "bigram"))
-            print0(f"nats a code that need no model: ln {ids} = {baselines['range']:.4f}, {told}")
+            logger.info(f"nats a code that need no model: ln {ids} = {baselines['range']:.4f}, {told}")
         counted["baselines"] = {name: nats for name, nats in found["baselines"].items() if name != "shuffled_captions"}
         text = text_loss(model, stop) if text_loss and (last or changes) else None
         run.note_val_loss(found["nats"], settings.stall_evals)
         if text is not None:
             run.note_text(text)
             if settings.train_output == "whole" and text != run.text_begin:
-                print0(
-                    f"warning: train_output=whole trains the rows of the host's words on sounds alone: its text loss "
+                logger.warning(
+                    f"train_output=whole trains the rows of the host's words on sounds alone: its text loss "
                     f"changed by {text - run.text_begin:+.4f} nats a token since the first step"
                 )
         baselines["text"] = run.text_before
@@ -166,7 +169,7 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     )
     if not model.config.trains_host:
         assert state_hash(model.host) == hashed, "a tensor of the frozen host has changed"
-        print0(f"the host's tensors are as they were: {hashed[:8]}")
+        logger.info(f"the host's tensors are as they were: {hashed[:8]}")
     return result
 
 

@@ -7,6 +7,7 @@ scripts.adapter_train.
 """
 
 import dataclasses
+import logging
 import math
 import sys
 
@@ -17,8 +18,10 @@ from nanochat.config.config_file import find_no_effect, from_command_line
 from nanochat.config.settings import Settings
 from nanochat.data.dataset import SPLITS, Dataset, describe
 from nanochat.data_pipeline import prepare_for
-from nanochat.runtime import print0, run_script
+from nanochat.runtime import run_script
 from nanochat.system.environment import UserError
+
+logger = logging.getLogger("nanochat")
 
 
 def main(argv: list[str] | None = None) -> Dataset:
@@ -35,10 +38,10 @@ def main(argv: list[str] | None = None) -> Dataset:
         raise UserError(f"modalities={settings.modalities!r} names no audio: set --modalities=audio:2048, say")
     if "caption_from_names" in line.switches:
         settings = dataclasses.replace(settings, data_column=FROM_NAMES)
-        print0(f"data: to train on these sounds as well, set data_column={FROM_NAMES!r}")
+        logger.info(f"data: to train on these sounds as well, set data_column={FROM_NAMES!r}")
     for note in find_no_effect(line):
-        print0(note)
-    dataset = prepare_for(settings, say=print0)
+        logger.info(note)
+    dataset = prepare_for(settings)
     describe(dataset)
     describe_sounds(dataset)
     return dataset
@@ -48,7 +51,7 @@ def describe_sounds(dataset: Dataset) -> None:
     """Print codec and rate, and for each split clips, seconds, codes and the share of text among the positions."""
     codec = dataset.codec
     bits = codec["frame_rate"] * codec["codebooks"] * math.log2(codec["codes"])
-    print0(
+    logger.info(
         f"codec        {codec['name']} {codec['codebooks']} x {codec['codes']} at {codec['sample_rate']} Hz, "
         f"{codec['frame_rate']:g} frames/s, {bits:.0f} bit/s: {codec['directory']}"
     )
@@ -59,13 +62,13 @@ def describe_sounds(dataset: Dataset) -> None:
         }
         seconds = total["codes"] / codec["codebooks"] / codec["frame_rate"]
         unseen = f" ({total['unseen']} of unseen pairs)" if total["unseen"] else ""
-        print0(f"{split:<12} {total['clips']:>9,} clips{unseen} {seconds:>10.1f} s {total['codes']:>12,} codes")
+        logger.info(f"{split:<12} {total['clips']:>9,} clips{unseen} {seconds:>10.1f} s {total['codes']:>12,} codes")
         text = total["text_bytes"] - total["caption_bytes"]
         share = text / (total["text_bytes"] + BYTES_PER_POSITION * total["codes"])
         taken = f"{BYTES_PER_POSITION} bytes taken for one, as one code is"
-        print0(f"{'':<12} {text:>9,} bytes of text alone, {share:.3f} of the positions ({taken})")
+        logger.info(f"{'':<12} {text:>9,} bytes of text alone, {share:.3f} of the positions ({taken})")
     for kind, count in dataset.manifest["altered"].items():
-        print0(f"altered      {count:>9,} {kind}")
+        logger.info(f"altered      {count:>9,} {kind}")
 
 
 if __name__ == "__main__":

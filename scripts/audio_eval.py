@@ -15,7 +15,7 @@ from nanochat.checkpoint_manager import check_codec
 from nanochat.config.command_line import Parser, number
 from nanochat.data_pipeline import open_trained_data
 from nanochat.evaluation.suite import settings_of, warn_of_other_data
-from nanochat.runtime import init_compute, print0, run_script
+from nanochat.runtime import init_compute, run_script
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict:
     model, tokenizer, codec, metadata, folder = open_audio_model(args.model_tag, args.step, compute.device)
     result = {"model_tag": folder.parent.name, "step": metadata["step"]}
     check_places(result, "audio_eval", "audio")
-    dataset = open_trained_data(settings_of(metadata), metadata.get("data_fingerprint"), say=print0)
+    dataset = open_trained_data(settings_of(metadata), metadata.get("data_fingerprint"))
     check_codec(dataset, metadata, folder)
     warn_of_other_data(dataset, metadata.get("data_fingerprint"))
     return listen(model, tokenizer, codec, dataset, args, result)

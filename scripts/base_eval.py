@@ -10,6 +10,7 @@ first digits of that fingerprint.
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,11 +49,12 @@ from nanochat.runtime import (
     nearest_name,
     pick_device_type,
     pick_dtype,
-    print0,
     rank0_first,
     run_script,
 )
 from nanochat.system.environment import UserError, base_dir
+
+logger = logging.getLogger("nanochat")
 
 PARTS = ("core", "bpb", "audio", "offline", "sample")
 DATA_FLAGS = ("data_limit", "data_column", "data_split", "data_config", "data_audio_column")
@@ -181,7 +183,7 @@ def main(argv: list[str] | None = None) -> dict:
     else:
         check_output(results_path(args, checkpoint_dir.name, step, None), "--out")
     compute = init_compute(args.device_type, None, seed=42)
-    print0(f"evaluating {step_path(checkpoint_dir, step)} on {device_name(compute)}: {', '.join(parts)}")
+    logger.info(f"evaluating {step_path(checkpoint_dir, step)} on {device_name(compute)}: {', '.join(parts)}")
     results = Results(compute.rank)
     try:
         evaluate(args, parts, checkpoint_dir, step, compute, results)
@@ -224,8 +226,8 @@ def evaluate(
 
     def open_data() -> Dataset:
         if args.data:
-            return prepare_for(settings, say=print0)
-        return open_trained_data(settings, trained_on, say=print0)
+            return prepare_for(settings)
+        return open_trained_data(settings, trained_on)
 
     dataset = None
     if tokenizer is None or set(parts) - {"core"}:
@@ -233,14 +235,14 @@ def evaluate(
         check_codec(dataset, metadata, where)
         warn_of_other_data(dataset, trained_on)
     if tokenizer is None:
-        print0("the checkpoint holds no tokenizer: taking the one that its settings name")
-        tokenizer = rank0_first(compute, lambda: find_or_train(settings, dataset, say=print0))
+        logger.info("the checkpoint holds no tokenizer: taking the one that its settings name")
+        tokenizer = rank0_first(compute, lambda: find_or_train(settings, dataset))
         check_tokenizer(tokenizer, metadata, where)
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model {model.config.vocab_size}")
 
     if (found := find_non_finite(model.state_dict())) is not None:
-        print0(f"warning: {found}: no figure of this model means anything")
+        logger.warning(f"{found}: no figure of this model means anything")
     facts = {
         "model_tag": checkpoint_dir.name,
         "step": step,
@@ -272,7 +274,6 @@ def measure(
         batch_tokens=rows * model.config.sequence_len,
         rank=compute.rank,
         world_size=compute.world_size,
-        say=print0,
     )
     if "bpb" in parts:
         results.add(bpb=evaluate_bpb(model, tokenizer, dataset, settings, rows, compute))
@@ -281,9 +282,9 @@ def measure(
         try:
             results.add(audio=evaluate_audio(model, tokenizer, dataset, max_clips=args.max_per_task, **shape))
         except UserError as error:  # too few sounds, on all ranks alike: the other parts have their results
-            print0(f"audio left out: {error}")
+            logger.info(f"audio left out: {error}")
     elif "audio" in (args.eval or ()):
-        print0(f"audio left out: {dataset.name} holds no sounds")
+        logger.info(f"audio left out: {dataset.name} holds no sounds")
     if bundle is not None:
         results.add(core=evaluate_core(model, tokenizer, bundle, **options))
     if "offline" in parts:
@@ -291,12 +292,12 @@ def measure(
     # From here on nothing is shared: only rank 0 works.
     if compute.rank == 0:
         if "bpb" in parts:
-            results.add(bpb=results.found["bpb"] | compressor_baselines(dataset, say=print0))
+            results.add(bpb=results.found["bpb"] | compressor_baselines(dataset))
         if "sample" in parts:
             try:
                 results.add(samples=draw_samples(model, tokenizer, dataset, settings.seed))
             except UserError as error:  # the figures above are worth more than the samples
-                print0(f"no samples: {error}")
+                logger.info(f"no samples: {error}")
 
 
 if __name__ == "__main__":

@@ -7,18 +7,20 @@ text. --compile makes tokens come faster (a single row on a CPU: three times), a
 import argparse
 import codecs
 import contextlib
+import logging
 import sys
 
 import torch
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.config.command_line import Parser, number, prompt, seed, temperature
-from nanochat.decoding import say
 from nanochat.engine import decode, generate
 from nanochat.evaluation.report import printable
 from nanochat.runtime import init_compute, pick_dtype, run_script
 from nanochat.system.environment import UserError
 from nanochat.system.streams import require_output
+
+logger = logging.getLogger("nanochat")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> list[str]:
             f"positions of the rotary table: {room} or fewer"
         )
     if len(ids) + args.max_tokens > model.config.sequence_len:
-        say(f"longer than the {model.config.sequence_len} tokens that the model has ever seen together")
+        logger.info(f"longer than the {model.config.sequence_len} tokens that the model has ever seen together")
     stop = (tokenizer.bos_id, *(m.start for m in model.config.modalities))
     how = dict(temperature=args.temperature, top_k=args.top_k, seed=args.seed, compiled=args.compile)
     if args.num > 1:

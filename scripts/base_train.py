@@ -5,6 +5,7 @@ scripts.adapter_train too.
 """
 
 import dataclasses
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -32,7 +33,7 @@ from nanochat.files import write_atomically
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import device_name, memory_mb, peak_flops
 from nanochat.optim import MuonAdamW, build_optimizer, weight_norms
-from nanochat.runtime import Compute, print0, run_script
+from nanochat.runtime import Compute, run_script
 from nanochat.system.environment import launched
 from nanochat.training import schedule
 from nanochat.training.background_saver import BackgroundSaver
@@ -47,6 +48,8 @@ from nanochat.training.resume import RunState, begin_from, begun_config, first_w
 from nanochat.training.stop_signals import StopSignals
 from nanochat.training.tracker import MetricsLog, open_tracker
 
+logger = logging.getLogger("nanochat")
+
 EXIT_CODES = {"done": 0, "nonfinite": 3, "preempted": 85}
 
 
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict:
 def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict:
     """The run itself; see main()."""
     # -- data and tokenizer -------------------------------------------------------------------------------------------
-    print0(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
+    logger.info(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
     folder = tag_dir(settings)
     found = first_weights(settings, folder, resume_step)
     dataset, tokenizer = prepare_data(settings, compute, found, resumed=resume_step is not None)
@@ -94,7 +97,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     compile_seconds = compile_model(model, micro_rows) if settings.compile else 0.0
 
     # -- what the loop evaluates and saves ----------------------------------------------------------------------------
-    print0(f"parameters: {', '.join(f'{name} {n:,}' for name, n in model.num_parameters().items())}")
+    logger.info(f"parameters: {', '.join(f'{name} {n:,}' for name, n in model.num_parameters().items())}")
 
     def evaluate(last: bool, log: MetricsLog, stop: Callable[[], bool]) -> None:
         ranks = dict(rank=compute.rank, world_size=compute.world_size, stop=stop)
@@ -107,7 +110,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
             # CORE where its bundle is at hand, else the offline suite; empty without any item
             scores = evaluate_suite(model, tokenizer, dataset, settings.core_metric_max_per_task, **ranks)
             log.write(run.step, event="eval", **scores)
-            print0(f"step {run.step}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
+            logger.info(f"step {run.step}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
 
     def split() -> None:
         """The tied tables go on as two, each with its part of the optimizer's state."""
@@ -185,7 +188,7 @@ def loop(training: Training) -> dict:
     # -- logs ---------------------------------------------------------------------------------------------------------
     peak = peak_flops(compute) * compute.world_size
     micro_rows, accumulation = settings.batch_plan(compute.world_size)
-    print0(
+    logger.info(
         f"{steps} steps of {schedule.batch_words(settings)} tokens ({micro_rows} rows x {accumulation} micro-batches"
         f"{' at most' * bool(settings.batch_start)} x {compute.world_size} ranks), {model.flops_per_token():,} FLOPs "
         f"a token, peak {peak / 1e12:.3f} TFLOP/s"
@@ -193,7 +196,9 @@ def loop(training: Training) -> dict:
     log = rows_log = MetricsLog(None)
     ended = agree_where_run_is(training)
     if run.step >= steps and (ended or run.evaluated == run.step):
-        print0(f"{settings.tag} is finished: step {run.step} of {steps}; a larger --num_iterations goes on from there")
+        logger.info(
+            f"{settings.tag} is finished: step {run.step} of {steps}; a larger --num_iterations goes on from there"
+        )
         if compute.rank == 0 and not ended:  # a kill hid it
             log = MetricsLog(folder / "metrics.jsonl", keep_below=run.step)
             log.write(run.step, event="done", train_seconds=run.train_seconds, **run.figures())
@@ -241,7 +246,7 @@ def loop(training: Training) -> dict:
             except NonFiniteWeights:  # the last update was too large
                 stopped = "nonfinite"
                 guard.leave_out(loader.last_rows(whole=True))
-                print0(f"stopped: the update of step {run.step} left weights that are not finite; not saved")
+                logger.info(f"stopped: the update of step {run.step} left weights that are not finite; not saved")
                 break
             if last or stopping:
                 stopped = "done" if last and run.evaluated == run.step else "preempted"
@@ -251,7 +256,7 @@ def loop(training: Training) -> dict:
                 training.split()
                 optimizer, training.split_at = training.optimizer, None
                 log.write(run.step, event="untie", parameters=training.facts["derived"]["parameters"]["total"])
-                print0(f"step {run.step}: the tied tables are two from now on")
+                logger.info(f"step {run.step}: the tied tables are two from now on")
 
             # -- one step: loss and gradients of the global batch, their sum over the ranks, the update
             start = time.perf_counter()
@@ -270,7 +275,7 @@ def loop(training: Training) -> dict:
                 settings = due.settings = smaller(settings, compute.world_size)
                 micro_rows, accumulation = settings.batch_plan(compute.world_size)
                 log.write(run.step, event="oom", device_batch_size=micro_rows)
-                print0(f"out of memory: going on with {micro_rows} rows x {accumulation} micro-batches")
+                logger.info(f"out of memory: going on with {micro_rows} rows x {accumulation} micro-batches")
                 loss = accumulate(model, inputs, targets, micro_rows, valid, optimizer)
             if compute.world_size > 1:
                 dist.all_reduce(loss)
@@ -306,10 +311,12 @@ def loop(training: Training) -> dict:
             else:
                 run.skipped, run.bad_in_a_row = run.skipped + 1, run.bad_in_a_row + 1
                 log.write(run.step, event="skip", loss=loss_value, grad_norm=grad_norm, skipped=run.skipped)
-                print0(f"step {run.step}: loss {loss_value}, gradient norm {grad_norm}: step left out")
+                logger.info(f"step {run.step}: loss {loss_value}, gradient norm {grad_norm}: step left out")
                 if guard.leave_out(loader.last_rows(whole=True)):
                     stopped = "nonfinite"
-                    print0(f"stopped: {MAX_BAD_STEPS} non-finite steps in a row; earlier checkpoints are as they were")
+                    logger.info(
+                        f"stopped: {MAX_BAD_STEPS} non-finite steps in a row; earlier checkpoints are as they were"
+                    )
             if run.step > started + 1:  # the first step compiles
                 step_times.append((seconds, batch_tokens))
             pace = median_rate(step_times[-50:] or [(seconds, batch_tokens)])
@@ -347,9 +354,11 @@ def loop(training: Training) -> dict:
             pace = median_rate(step_times)
             first = run.train_seconds - before - sum(seconds for seconds, _ in step_times)
             mfu = f"MFU {100 * pace * model.flops_per_token() / peak:.1f}% of {peak / 1e12:.3f} TFLOP/s"
-            print0(f"median step: {pace:,.0f} tok/s, {mfu}; first {first:.1f} s")
+            logger.info(f"median step: {pace:,.0f} tok/s, {mfu}; first {first:.1f} s")
         if stopped == "preempted":
-            print0(f"stopped by {signals.requested or 'a signal to another rank'} at step {run.step}: --resume goes on")
+            logger.info(
+                f"stopped by {signals.requested or 'a signal to another rank'} at step {run.step}: --resume goes on"
+            )
         if stopped == "nonfinite" and compute.rank == 0:
             guard.write_report(folder / "bad_batch.json")
         log.write(
@@ -369,7 +378,7 @@ def print_samples(model: GPT, tokenizer: Tokenizer) -> None:
     stop = (tokenizer.bos_id, *(m.start for m in model.config.modalities))
     length = min(48, model.rotary_length - 1)  # of which a context of 4 tokens has 40
     new = generate(model, [tokenizer.bos_id], length, temperature=0.8, top_k=50, stop=stop)[0]
-    print0(f"sample: {tokenizer.decode(new)!r}")
+    logger.info(f"sample: {tokenizer.decode(new)!r}")
 
 
 def finish(settings: RunSettings, run: RunState, log: MetricsLog, rows_log: MetricsLog, stopped: str = "done") -> dict:
@@ -378,7 +387,7 @@ def finish(settings: RunSettings, run: RunState, log: MetricsLog, rows_log: Metr
     rows_log.close()
     if EXIT_CODES[stopped] and not launched():
         sys.exit(EXIT_CODES[stopped])  # under torchrun any code but 0 would start the same step again
-    print0(f"{settings.tag}: {duration(run.train_seconds)} of training, {tag_dir(settings)}")
+    logger.info(f"{settings.tag}: {duration(run.train_seconds)} of training, {tag_dir(settings)}")
     told = dict(model_tag=settings.tag, step=run.step, train_seconds=run.train_seconds, stopped=stopped)
     return {**told, **run.figures()}
 

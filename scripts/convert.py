@@ -12,6 +12,7 @@ starts at step 0, a rewritten one keeps its step, and its optimizer state where 
 
 import argparse
 import dataclasses
+import logging
 
 from nanochat.checkpoint_manager import checkpoints_dir
 from nanochat.config.command_line import Parser, number, seed
@@ -22,9 +23,11 @@ from nanochat.conversion.convert import Source
 from nanochat.conversion.growth import grow, grown_config
 from nanochat.conversion.tying import KEEP, State
 from nanochat.modality import modalities_of
-from nanochat.runtime import print0, run_script
+from nanochat.runtime import run_script
 from nanochat.system.environment import UserError
 from nanochat.upstream.foreign_weights import describe_nonfinite
+
+logger = logging.getLogger("nanochat")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -91,7 +94,7 @@ def rewrite(args: argparse.Namespace, source: Source, settings: Settings) -> str
     state = "with its optimizer state" if source.optimizer_state else "without optimizer state: training begins it anew"
     tokenizer = "" if source.tokenizer else ", and without a tokenizer"
     exact = "bit for bit, NaN and infinite values too" if describe_nonfinite(source.state) else "bit for bit"
-    print0(f"{folder}: {count(source.state)}, {exact}, {state}{tokenizer}")
+    logger.info(f"{folder}: {count(source.state)}, {exact}, {state}{tokenizer}")
     say_how_to_train(tag)
     return tag
 
@@ -107,7 +110,9 @@ def retie(args: argparse.Namespace, source: Source, before: Settings) -> str:
         config, state = conversion.untied_source(source, loss)
     after = conversion.settings_for(config, as_dict(before))
     tag = args.output_tag or f"{source.name}-{'tied' if args.tie else 'untied'}"
-    print0(f"{conversion.write(source, tag, 0, config, state, after)}: {count(state)}, {count(source.state)} before")
+    logger.info(
+        f"{conversion.write(source, tag, 0, config, state, after)}: {count(state)}, {count(source.state)} before"
+    )
     say_how_to_train(tag)
     return tag
 
@@ -146,11 +151,11 @@ def add_modality(args: argparse.Namespace, source: Source, before: Settings) -> 
     if not before.modalities and "audio" in after.modality_codes():  # its text goes on beside the sounds
         after = dataclasses.replace(after, data="synth", text_data=before.data, data_limit=None)
     written = conversion.write(source, tag, 0, config, state, after)
-    print0(f"{written}: {count(state)}, {', '.join(m.name for m in new)} added")
+    logger.info(f"{written}: {count(state)}, {', '.join(m.name for m in new)} added")
     told = "it has no sounds to learn from: give audio too, or bring data of your own"
     if "audio" in after.modality_codes():
         told = f"train it on {after.data} ({after.text_data or 'no'} text beside it), or on --data=FOLDER of your own"
-    print0(told)
+    logger.info(told)
     say_how_to_train(tag)
     return tag
 
@@ -160,7 +165,7 @@ def count(state: State) -> str:
 
 
 def say_how_to_train(tag: str) -> None:
-    print0(f"  python -m scripts.base_train {checkpoints_dir() / tag / 'config.py'} --model_tag={tag}-trained")
+    logger.info(f"  python -m scripts.base_train {checkpoints_dir() / tag / 'config.py'} --model_tag={tag}-trained")
 
 
 if __name__ == "__main__":

@@ -4,20 +4,24 @@ Makes base_dir()/data/<source>/ (parquet shards and a manifest) unless it is the
 --verify reads every shard again and compares its sha256 with the manifest.
 """
 
+import logging
+
 from nanochat.config.config_file import find_no_effect, from_command_line
 from nanochat.data.dataset import Dataset, describe
 from nanochat.data_pipeline import prepare_for
-from nanochat.runtime import print0, run_script
+from nanochat.runtime import run_script
+
+logger = logging.getLogger("nanochat")
 
 
 def main(argv: list[str] | None = None) -> Dataset:
     """Prepare and describe the dataset of the settings on the command line; returns it."""
     line = from_command_line(argv, switches=("verify",), usage="python -m scripts.data [config.py]")
     for note in find_no_effect(line):
-        print0(note)
-    dataset = prepare_for(line.settings, say=print0)
+        logger.info(note)
+    dataset = prepare_for(line.settings)
     if "verify" in line.switches:
-        print0(f"data: sha256 of {dataset.verify()} shards compared with the manifest")
+        logger.info(f"data: sha256 of {dataset.verify()} shards compared with the manifest")
     describe(dataset)
     return dataset
 

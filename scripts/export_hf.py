@@ -6,6 +6,7 @@ runs only with trust_remote_code=True. --refresh puts the newest code into a fol
 """
 
 import argparse
+import logging
 from pathlib import Path
 
 import torch
@@ -14,9 +15,11 @@ from nanochat.checkpoint_manager import build_model, find_checkpoint, step_path
 from nanochat.config.command_line import Parser, number
 from nanochat.conversion.hf_refresh import refresh
 from nanochat.conversion.huggingface import write_hf
-from nanochat.runtime import print0, run_script
+from nanochat.runtime import run_script
 from nanochat.system.environment import UserError
 from nanochat.upstream.hf_model_types import MODELING
+
+logger = logging.getLogger("nanochat")
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -42,22 +45,22 @@ def main(argv: list[str] | None = None) -> dict:
     facts = write_hf(
         args.out, model.config, model.state_dict(), tokenizer, fold=args.fold_projection, dtype=getattr(torch, dtype)
     )
-    print0(f"{step_path(checkpoint_dir, step)} -> {args.out}")
+    logger.info(f"{step_path(checkpoint_dir, step)} -> {args.out}")
     if facts["nonfinite"]:
-        print0(f"warning: the weights hold NaN or infinite values: {facts['nonfinite']}; the export has them too")
-    print0(
+        logger.warning(f"the weights hold NaN or infinite values: {facts['nonfinite']}; the export has them too")
+    logger.info(
         f"{facts['architecture']}, {facts['parameters']:,} parameters, {facts['bytes'] / 1e6:,.1f} MB of {dtype}, "
         f"weights hash {facts['weights_hash']}, read back bit for bit"
     )
     if tokenizer is None:
-        print0("the checkpoint holds no tokenizer: none was written")
+        logger.info("the checkpoint holds no tokenizer: none was written")
     if facts["newer"]:
-        print0(
+        logger.info(
             f"transformers' NanoChat has no {', '.join(facts['newer'])}: the folder brings {MODELING}, which runs for "
             "those who load it with trust_remote_code=True"
         )
         if model.config.use_output_projection and not args.fold_projection:
-            print0("--fold-projection would write the output projection as an untied output matrix")
+            logger.info("--fold-projection would write the output projection as an untied output matrix")
     return facts
 
 
@@ -67,7 +70,7 @@ def refreshed(args: argparse.Namespace) -> dict:
         raise UserError(f"--refresh changes a folder that is there: it goes without --{others[0].replace('_', '-')}")
     changes = refresh(args.refresh)
     for line in changes or [f"its {MODELING} and config.json are up to date"]:
-        print0(f"{args.refresh}: {line}")
+        logger.info(f"{args.refresh}: {line}")
     return dict(changes=changes)
 
 

@@ -1,6 +1,7 @@
 """Bytes per token on held-out and on mixed text, beside GPT-2's and GPT-4's tokenizers where their files are to be had:
 python -m scripts.tok_eval [config.py] [--key=value ...]"""
 
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -8,8 +9,10 @@ from collections.abc import Callable
 from nanochat.config.config_file import find_no_effect, from_command_line
 from nanochat.data.tokenizer import bytes_per_token, held_out_text
 from nanochat.data_pipeline import find_or_train, prepare_for
-from nanochat.runtime import print0, run_script
+from nanochat.runtime import run_script
 from nanochat.system.environment import base_dir
+
+logger = logging.getLogger("nanochat")
 
 FETCH_SECONDS = 20  # for both of OpenAI's files together; tiktoken itself sets no limit
 RIVALS = {"gpt2": "GPT-2", "cl100k_base": "cl100k"}
@@ -42,9 +45,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     line = from_command_line(argv, switches=(), usage=usage)
     settings = line.settings
     for note in find_no_effect(line):
-        print0(note)
-    dataset = prepare_for(settings, say=print0)
-    tokenizer = find_or_train(settings, dataset, say=print0)
+        logger.info(note)
+    dataset = prepare_for(settings)
+    tokenizer = find_or_train(settings, dataset)
     encoders = {tokenizer.name: tokenizer.encode_batch, **fetch_rivals()}
     texts = {"held out": held_out_text(dataset), **{name: [text] for name, text in MIX.items()}}
     table = {
@@ -52,10 +55,10 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
         for name, text in texts.items()
     }
     widths = [max(8, len(column)) for column in encoders]
-    print0("bytes per token (more is denser)")
-    print0(f"{'text':<10}", *(f"{column:>{width}}" for column, width in zip(encoders, widths, strict=True)))
+    logger.info("bytes per token (more is denser)")
+    logger.info(f"{'text':<10}", *(f"{column:>{width}}" for column, width in zip(encoders, widths, strict=True)))
     for name, row in table.items():
-        print0(f"{name:<10}", *(f"{rate:>{width}.3f}" for rate, width in zip(row.values(), widths, strict=True)))
+        logger.info(f"{name:<10}", *(f"{rate:>{width}.3f}" for rate, width in zip(row.values(), widths, strict=True)))
     return table
 
 
@@ -84,7 +87,7 @@ def fetch_rivals(seconds: float = FETCH_SECONDS) -> dict[str, Callable[[list[str
     rivals = dict(found)
     if missing := [title for title in RIVALS.values() if title not in rivals]:
         why = ", ".join(sorted(set(problems))) or f"no answer within {seconds:g} s"
-        print0(f"{' and '.join(missing)} left out: tiktoken cannot get the files ({why})")
+        logger.info(f"{' and '.join(missing)} left out: tiktoken cannot get the files ({why})")
     return rivals
 
 

@@ -1,9 +1,13 @@
 """Train the tokenizer that a configuration asks for: python -m scripts.tok_train [config.py] [--key=value ...]"""
 
+import logging
+
 from nanochat.config.config_file import find_no_effect, from_command_line
 from nanochat.data.tokenizer import Tokenizer, bytes_per_token, held_out_text
 from nanochat.data_pipeline import find_or_train, prepare_for
-from nanochat.runtime import print0, run_script
+from nanochat.runtime import run_script
+
+logger = logging.getLogger("nanochat")
 
 
 def main(argv: list[str] | None = None) -> Tokenizer:
@@ -12,12 +16,12 @@ def main(argv: list[str] | None = None) -> Tokenizer:
     line = from_command_line(argv, switches=(), usage=usage)
     settings = line.settings
     for note in find_no_effect(line):
-        print0(note)
-    dataset = prepare_for(settings, say=print0)
-    tokenizer = find_or_train(settings, dataset, say=print0)
+        logger.info(note)
+    dataset = prepare_for(settings)
+    tokenizer = find_or_train(settings, dataset)
     rate = bytes_per_token(tokenizer.encode_batch, held_out_text(dataset))
-    print0(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size} ids, hash {tokenizer.hash}")
-    print0(f"{rate:.3f} bytes per token on held-out text of {dataset.name}")
+    logger.info(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size} ids, hash {tokenizer.hash}")
+    logger.info(f"{rate:.3f} bytes per token on held-out text of {dataset.name}")
     return tokenizer
 
 

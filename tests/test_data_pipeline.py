@@ -42,9 +42,9 @@ def test_validation_tokenises_no_more_than_it_measures(small_shards, tiny_corpus
     Red when held_out_measure() calls store.stream() without eval_tokens.
     """
     settings = Settings(data=str(tiny_corpus), eval_tokens=1000, **TINY)
-    dataset, model = prepare_for(settings, say=len), model_of(settings)
+    dataset, model = prepare_for(settings), model_of(settings)
     measured = training_data.held_out_measure(settings, dataset, BYTES, CPU)(model, never)
-    store = TokenStore(dataset, BYTES, "val", say=len)
+    store = TokenStore(dataset, BYTES, "val")
     assert [path.stem for path in store.directory.glob("val*.json")] == ["val_00000"] and len(store.paths) > 4
     ids = np.concatenate([store.shard(shard)[0] for shard in range(len(store.paths))])
     how = dict(rows=4, seq_len=64, max_tokens=1000)
@@ -61,15 +61,15 @@ def test_validation_of_sounds_looks_at_the_first_shards(monkeypatch, base):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     shape = dict(TINY, max_seq_len=240, modalities="audio:64", codebooks=2, codec="pitch")
     settings = Settings(data="synth", data_limit=60, clip_seconds=0.3, **shape)
-    one = prepare_for(settings, say=len)
+    one = prepare_for(settings)
     monkeypatch.setattr(prepare_module, "SHARD_BYTES", 500)
-    many = prepare_for(Settings(**{**vars(settings), "data_limit": 61}), say=len)
+    many = prepare_for(Settings(**{**vars(settings), "data_limit": 61}))
     vocabulary = training_data.vocabulary_of(settings, BYTES)
-    store = TokenStore(many, BYTES, "val", vocabulary=vocabulary, say=len)
+    store = TokenStore(many, BYTES, "val", vocabulary=vocabulary)
     assert len(Rows(store, 240, len, max_tokens=700)) >= 3
     made = len(list(store.directory.glob("val*.json")))
     assert sum(map(store.tokens, range(made))) >= 700 and made < len(store.paths)
-    store = TokenStore(one, BYTES, "val", vocabulary=vocabulary, say=len)
+    store = TokenStore(one, BYTES, "val", vocabulary=vocabulary)
     whole, model = Rows(store, 240, len), model_of(settings)
     how = dict(rows=4, max_tokens=700)
     bounded = Rows(store, 240, len, max_tokens=700)
@@ -82,7 +82,7 @@ def test_samples_are_prompted_from_at_most_four_shards(small_shards, tiny_corpus
 
     Red when documents_at() reads every shard, or counts the documents of one wrongly.
     """
-    dataset = prepare(str(tiny_corpus), say=len)
+    dataset = prepare(str(tiny_corpus))
     texts = [text for _, text in dataset.documents("val")]
     read, opened = datasets.read_shard, []
     monkeypatch.setattr(datasets, "read_shard", lambda shard: (opened.append(shard.name), read(shard))[1])

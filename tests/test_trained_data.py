@@ -17,6 +17,7 @@ from nanochat.data.trained_data import find_prepared, is_same, with_other_data
 from nanochat.data_pipeline import open_trained_data, prepare_for
 from nanochat.system.environment import UserError
 from scripts import base_eval, base_train
+from tests.messages import record_messages
 from tests.tiny_run import TINY, exit_code, flags, losses, tag_dir
 
 FIRST, ALL = dict(num_iterations=2, warmdown_ratio=0), dict(num_iterations=4, warmdown_ratio=0)
@@ -91,7 +92,7 @@ def test_moved_data_is_the_same_and_other_data_is_refused(train, source, capsys,
     words = flags({**TINY, "warmdown_ratio": 0, "model_tag": "moved", "data": other, "num_iterations": 6})
     assert exit_code(lambda: base_train.main([*words, "--resume"])) == 2
     said = capsys.readouterr().err
-    now = prepare(str(other), say=len).fingerprint["sha256"]
+    now = prepare(str(other)).fingerprint["sha256"]
     assert said.count("\n") == 1 and "{" not in said
     for part in (state["data_fingerprint"]["sha256"][:8], now[:8], str(other), "--data=PATH", "--model_tag=NAME"):
         assert part in said
@@ -107,8 +108,8 @@ def test_without_shards_changed_data_is_refused_before_tokenising(train, source,
     Red when the comparison is left to restore_progress(), behind the token store.
     """
     train("shardless", data=source, **FIRST)
-    where = prepare(str(source), say=len).directory
-    sha256 = prepare(str(source), say=len).fingerprint["sha256"][:8]
+    where = prepare(str(source)).directory
+    sha256 = prepare(str(source)).fingerprint["sha256"][:8]
     shutil.rmtree(where)
     add_file(source)
     monkeypatch.setattr("nanochat.data_pipeline.TokenStore", None)
@@ -125,7 +126,7 @@ def test_equal_texts_under_another_version_are_the_same(train, source):
     Red when is_same() compares the whole fingerprint.
     """
     train("version", data=source, **FIRST)
-    manifest = prepare(str(source), say=len).directory / "manifest.json"
+    manifest = prepare(str(source)).directory / "manifest.json"
     renamed = json.loads(manifest.read_text())
     renamed["fingerprint"] |= {"version": "9.9.9", "files": 1}
     manifest.write_text(json.dumps(renamed))
@@ -159,11 +160,12 @@ def test_sounds_are_found_though_the_text_beside_them_is_gone(source, base, monk
     sounds = Settings(
         data="synth", data_limit=40, clip_seconds=0.2, modalities="audio:16", codebooks=2, text_data=str(source)
     )
-    dataset, lines = prepare_for(sounds, say=len), []
+    dataset, lines = prepare_for(sounds), []
     for spoil, word in ((None, None), (add_file, "has changed since"), (shutil.rmtree, "cannot be read now")):
         if spoil:
             spoil(source)
-        found = open_trained_data(sounds, dataset.fingerprint, say=lines.append)
+        with record_messages(lines):
+            found = open_trained_data(sounds, dataset.fingerprint)
         assert found.directory == dataset.directory
         assert lines == [] if spoil is None else word in lines[-1]
 
@@ -181,7 +183,7 @@ def test_climbmix_is_found_by_the_fingerprint_of_its_limit(base, monkeypatch, tm
     whole = prepare_module._fingerprint("climbmix", "repo", 4, entries)
     manifest = dict(name="climbmix", source="climbmix", licence="", left_out={}, files=entries, fingerprint=whole)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    two = prepare("climbmix", limit=2, say=len)
+    two = prepare("climbmix", limit=2)
     assert two.fingerprint["sha256"] != whole["sha256"]
     found = find_prepared(two.fingerprint)
     assert found.num_documents("train") == 2 and found.fingerprint == two.fingerprint
@@ -221,11 +223,11 @@ def test_evaluation_on_other_data_says_how_that_is_read(train, source, tmp_path,
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--model-tag=limited", "--eval=bpb", f"--data=hf:{folder}"]
     whole = base_eval.main(words)
-    expected = prepare(f"hf:{folder}", say=len)
+    expected = prepare(f"hf:{folder}")
     assert whole["bpb"]["val_bytes"] == expected.text_bytes("val") and whole["data_settings"]["data_limit"] is None
     capsys.readouterr()
     part = base_eval.main([*words, "--data-limit=100", "--data_column=other"])
-    assert part["bpb"]["val_bytes"] == prepare(f"hf:{folder}", column="other", limit=100, say=len).text_bytes("val")
+    assert part["bpb"]["val_bytes"] == prepare(f"hf:{folder}", column="other", limit=100).text_bytes("val")
     assert part["data_settings"] == dict(
         data=f"hf:{folder}", data_limit=100, data_column="other", data_split="train", data_config=None
     )

@@ -5,6 +5,7 @@ others than those of the training.
 """
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import torch
@@ -27,9 +28,11 @@ from nanochat.config.adapter_settings import AdapterSettings
 from nanochat.config.command_line import Parser, number
 from nanochat.config.settings import checked
 from nanochat.modality import Modality
-from nanochat.runtime import pick_dtype, print0
+from nanochat.runtime import pick_dtype
 from nanochat.system.environment import UserError, base_dir
 from nanochat.training.resume import RunState
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -57,8 +60,8 @@ class AdapterRun(RunState):
         self.evals_since_best += 1
         if self.evals_since_best >= stall_evals and not self.stall_warned:
             self.stall_warned = True
-            print0(
-                f"warning: the held-out audio loss has not been below {self.best_loss:.4f} for {stall_evals} "
+            logger.warning(
+                f"the held-out audio loss has not been below {self.best_loss:.4f} for {stall_evals} "
                 "evaluations: it stalls"
             )
 
@@ -68,7 +71,7 @@ class AdapterRun(RunState):
         told = "unchanged" if after == before else f"changed by {after - before:+.4f}"
         if self.text_begin not in (None, before):
             told += f", of which {self.text_begin - before:+.4f} by the shared softmax before the first step"
-        print0(f"step {self.step}: the host's text loss {after:.4f} nats a token, {before:.4f} before: {told}")
+        logger.info(f"step {self.step}: the host's text loss {after:.4f} nats a token, {before:.4f} before: {told}")
 
 
 def audio_of(settings: AdapterSettings, vocab_size: int) -> Modality:
@@ -123,7 +126,7 @@ def build(settings: AdapterSettings, device, dtype: torch.dtype, begin: bool = T
         else:
             experts = random_experts(shape, host.n_layer, settings.seed)
             if layers:
-                say_licence(print0)
+                say_licence()
     config = config_of(settings, host.vocab_size, host.width, host.n_layer, shape)
     model = AdapterModel(host, config, experts, settings.seed)
     facts = dict(

@@ -14,6 +14,7 @@ A host is a model in eval mode without a trainable parameter, and what adapters 
 """
 
 import inspect
+import logging
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +29,12 @@ from nanochat.data.hub import place_caches
 from nanochat.data.local_sources import looking_up
 from nanochat.gpt import GPT
 from nanochat.model.kv_cache import KVCache
-from nanochat.runtime import Say, first_line, print0
+from nanochat.runtime import first_line
 from nanochat.system.environment import UserError
 from nanochat.upstream.foreign_weights import describe_nonfinite, strip_wrappers
 from nanochat.upstream.hf_model_types import format_of
+
+logger = logging.getLogger(__name__)
 
 FITTING = "take a decoder with gated MLPs: Llama, Mistral, SmolLM, Qwen2 or Qwen3"
 # What transformers raises, by what is wrong. safetensors' own error is none of them, but those files are read before.
@@ -137,7 +140,7 @@ class NanochatHost:
 Host = TransformersHost | NanochatHost
 
 
-def load_host(name: str, device: torch.device | str, dtype: torch.dtype, *, say: Say = print0) -> Host:
+def load_host(name: str, device: torch.device | str, dtype: torch.dtype) -> Host:
     """The frozen model that `name` names, computing in `dtype`.
 
     name: a hub name or a local folder of transformers, meta:FOLDER with Meta's own files, or a checkpoint of ours:
@@ -153,14 +156,14 @@ def load_host(name: str, device: torch.device | str, dtype: torch.dtype, *, say:
             import transformers  # noqa: F401
         except ImportError as error:
             raise UserError(f"host={name!r} needs transformers: pip install -e '.[hf]'") from error
-        host = _meta(name, place, device, dtype, say) if kind == "meta" else _transformers(name, device, dtype, say)
+        host = _meta(name, place, device, dtype) if kind == "meta" else _transformers(name, device, dtype)
     if host.tokenizer.vocab_size > host.vocab_size:
         raise UserError(
             f"host={name!r}: the tokenizer has {host.tokenizer.vocab_size} ids, the embedding {host.vocab_size} rows: "
             "they do not belong together, fetch both again"
         )
     count = sum(parameter.numel() for parameter in host.model.parameters())
-    say(
+    logger.info(
         f"host {name}: {type(host.model).__name__}, {host.n_layer} layers of width {host.width}, "
         f"{host.vocab_size:,} ids, {'tied' if host.tied else 'untied'}, {count:,} parameters, all frozen; "
         f"weights {host.hash[:8]}"
@@ -210,11 +213,11 @@ def _frozen(model: nn.Module) -> nn.Module:
 # transformers' format
 
 
-def _transformers(name: str, device, dtype: torch.dtype, say: Say) -> TransformersHost:
+def _transformers(name: str, device, dtype: torch.dtype) -> TransformersHost:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    folder = model_folder(name, say)
+    folder = model_folder(name)
     described = read_json(name, folder / "config.json")
     if described.get("quantization_config") is not None:
         raise UserError(f"host={name!r} is quantized: take the weights that it was made from, in bfloat16 or float32")
@@ -238,17 +241,17 @@ def _transformers(name: str, device, dtype: torch.dtype, say: Say) -> Transforme
     tokenizer = HostTokenizer(name, folder)
     if wrappers:  # whose names transformers does not know
         for phrase in wrappers:
-            say(f"host {name}: {phrase}")
-        model = _loaded(name, say, type(empty), None, config=config, state_dict=state, dtype=dtype)
+            logger.info(f"host {name}: {phrase}")
+        model = _loaded(name, type(empty), None, config=config, state_dict=state, dtype=dtype)
         if (folder / "generation_config.json").is_file():
             with _quiet(), _told(name):
                 model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     else:
-        model = _loaded(name, say, AutoModelForCausalLM, folder, config=config, use_safetensors=True, dtype=dtype)
+        model = _loaded(name, AutoModelForCausalLM, folder, config=config, use_safetensors=True, dtype=dtype)
     return TransformersHost(name, model.to(device), tokenizer, weights)
 
 
-def _loaded(name: str, say: Say, kind, place: Path | None, **options) -> nn.Module:
+def _loaded(name: str, kind, place: Path | None, **options) -> nn.Module:
     """kind.from_pretrained(place, ...); a missing tensor, which transformers would draw at random, is a UserError."""
     with _quiet(), _told(name):
         model, told = kind.from_pretrained(
@@ -268,7 +271,7 @@ def _loaded(name: str, say: Say, kind, place: Path | None, **options) -> nn.Modu
         )
     if unknown := sorted(told["unexpected_keys"]):
         kind = type(model).__name__
-        say(f"host {name}: {len(unknown)} tensors are no part of a {kind} and not used, {unknown[0]} first")
+        logger.info(f"host {name}: {len(unknown)} tensors are no part of a {kind} and not used, {unknown[0]} first")
     return model
 
 
@@ -306,7 +309,7 @@ def _quiet():
 # Meta's format and our own
 
 
-def _meta(name: str, place: str, device, dtype: torch.dtype, say: Say) -> TransformersHost:
+def _meta(name: str, place: str, device, dtype: torch.dtype) -> TransformersHost:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with looking_up("host", name):
@@ -321,7 +324,7 @@ def _meta(name: str, place: str, device, dtype: torch.dtype, say: Say) -> Transf
         raise UserError(f"host={name!r}: {error}") from error
     with _told(name):
         config = LlamaConfig(**fields, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids)
-    model = _loaded(name, say, LlamaForCausalLM, None, config=config, state_dict=state, dtype=dtype)
+    model = _loaded(name, LlamaForCausalLM, None, config=config, state_dict=state, dtype=dtype)
     return TransformersHost(name, model.to(device), tokenizer, weights)
 
 

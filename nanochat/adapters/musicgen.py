@@ -7,6 +7,7 @@ bias and eps 1e-5. An expert is a dict of those four tensors: norm.weight and no
 
 import hashlib
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from nanochat.checkpoint_manager import weights_hash
 from nanochat.data.hub import hub_errors, place_caches, probe
 from nanochat.data.local_sources import looking_up
-from nanochat.runtime import Say, first_line, nearest_name, print0, shown
+from nanochat.runtime import first_line, nearest_name, shown
 from nanochat.system.environment import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def hub_name(source: str) -> str:
     return f"facebook/musicgen-{source}" if source in SIZES else source
 
 
-def read_shape(source: str, say: Say = print0, known_ok: bool = False) -> Shape:
+def read_shape(source: str, known_ok: bool = False) -> Shape:
     """The Shape that config.json of a folder, or of a model in the hub's cache or on the hub, tells.
 
     known_ok: the published sizes are known by name, without a file or the network.
@@ -63,7 +66,7 @@ def read_shape(source: str, say: Say = print0, known_ok: bool = False) -> Shape:
     size = source.removeprefix("facebook/musicgen-")
     if known_ok and size in SIZES and not _folder(source):
         return SIZES[size]
-    path = _find(source, ("config.json",), say)
+    path = _find(source, ("config.json",))
     if not path:
         raise UserError(f"musicgen={shown(source)} has no config.json{_unread(source)}; {WAY_OUT}")
     config = _read_json(path)
@@ -87,19 +90,19 @@ def read_shape(source: str, say: Say = print0, known_ok: bool = False) -> Shape:
 
 
 def read_experts(
-    source: str, layers: tuple[int, ...], dtype: torch.dtype = torch.float32, say: Say = print0
+    source: str, layers: tuple[int, ...], dtype: torch.dtype = torch.float32
 ) -> list[dict[str, torch.Tensor]]:
     """The experts of these decoder layers, in this order, on the CPU; of a hub model only the files that hold them.
 
     A layer that is named twice gives two experts that share no memory. Prints the licence note once per process.
     UserError: as read_shape; weights missing, damaged, with a bias, of other shapes than config.json says, not finite.
     """
-    shape = read_shape(source, say)
+    shape = read_shape(source)
     if outside := [layer for layer in layers if not 0 <= layer < shape.layers]:
         raise UserError(
             f"layer_map: musicgen={shown(source)} has no layer {outside[0]}: name layers 0 to {shape.layers - 1}"
         )
-    files = _tensor_files(source, say)
+    files = _tensor_files(source)
     prefix = next((p for p in PREFIXES if any(key.startswith(f"{p}layers.") for key in files)), PREFIXES[0])
     experts = []
     for layer in layers:
@@ -112,12 +115,12 @@ def read_experts(
                 )
             if key not in files:
                 raise UserError(f"musicgen={shown(source)} lacks the tensor {key}: fetch its weights again; {WAY_OUT}")
-            path = _find(source, (files[key],), say)
+            path = _find(source, (files[key],))
             if not path:
                 raise UserError(f"musicgen={shown(source)}: {INDEX} names {files[key]}, which is missing: fetch it too")
             expert[name] = _read_tensor(path, key, size, dtype)
         experts.append(expert)
-    say_licence(say)
+    say_licence()
     return experts
 
 
@@ -155,12 +158,12 @@ def experts_hash(experts: list[dict[str, torch.Tensor]]) -> str:
     )
 
 
-def say_licence(say: Say) -> None:
+def say_licence() -> None:
     """Print once per process what MusicGen's licence allows."""
     global _licence_said
     if not _licence_said:
         _licence_said = True
-        say(LICENCE)
+        logger.info(LICENCE)
 
 
 def layer_map(text: str, have: int, want: int) -> tuple[int, ...]:
@@ -216,7 +219,7 @@ def _folder(source: str) -> Path | None:
     return None
 
 
-def _find(source: str, names: tuple[str, ...], say: Say) -> Path | None:
+def _find(source: str, names: tuple[str, ...]) -> Path | None:
     """The first of these files that is there: in the folder, or in the hub's cache, else on the hub. None: none is."""
     if folder := _folder(source):
         return next((folder / name for name in names if (folder / name).is_file()), None)
@@ -232,7 +235,7 @@ def _find(source: str, names: tuple[str, ...], say: Say) -> Path | None:
         probe(f"musicgen={shown(source)} ({names[0]})")
         for name in names:
             try:
-                say(f"musicgen: looking for {name} of {repo} on the hub")
+                logger.info(f"musicgen: looking for {name} of {repo} on the hub")
                 return Path(hf_hub_download(repo, name))
             except LocalEntryNotFoundError:  # the connection, not the file
                 raise
@@ -271,9 +274,9 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _tensor_files(source: str, say: Say) -> dict[str, str]:
+def _tensor_files(source: str) -> dict[str, str]:
     """The name of the file that holds it, for every tensor of the model."""
-    path = _find(source, (WEIGHTS, INDEX), say)
+    path = _find(source, (WEIGHTS, INDEX))
     if not path:
         raise UserError(f"musicgen={shown(source)} has no {WEIGHTS}{_unread(source)}; {WAY_OUT}")
     if path.name == WEIGHTS:

@@ -1,5 +1,6 @@
 """The frozen host's loss on held-out text: the same before and after, or something is wrong."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,9 @@ from nanochat.data.prepare import prepare
 from nanochat.data.token_store import TokenStore
 from nanochat.data.trained_data import describe, find_prepared, is_same
 from nanochat.evaluation.bpb import bits_per_byte
-from nanochat.runtime import Compute, print0, rank0_first
+from nanochat.runtime import Compute, rank0_first
+
+logger = logging.getLogger(__name__)
 
 
 def text_measure(
@@ -25,17 +28,17 @@ def text_measure(
         return None, None
 
     def open_text() -> Dataset:
-        options = dict(skip_corrupt=settings.skip_corrupt, say=print0)
+        options = dict(skip_corrupt=settings.skip_corrupt)
         return find_prepared(known, **options) or prepare(settings.check_text, **options)
 
     dataset = rank0_first(compute, open_text)
     if not is_same(known, dataset.fingerprint):
-        print0(
-            f"warning: check_text={settings.check_text} is {describe(dataset.fingerprint)} now, {describe(known)} when "
+        logger.warning(
+            f"check_text={settings.check_text} is {describe(dataset.fingerprint)} now, {describe(known)} when "
             "the training began: the text's losses before and after do not compare"
         )
     tokenizer = model.host.tokenizer
-    stream = TokenStore(dataset, tokenizer, "val", say=print0).stream(settings.check_tokens + 1)
+    stream = TokenStore(dataset, tokenizer, "val").stream(settings.check_tokens + 1)
     counts = torch.ones(model.config.vocab_size, dtype=torch.int64).numpy()
     counts[tokenizer.bos_id] = 0  # the beginning of a document is nobody's to predict
 

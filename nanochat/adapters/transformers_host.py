@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,13 +12,15 @@ import torch
 from nanochat.checkpoint_manager import read_tensors
 from nanochat.data.hub import hub_errors, probe
 from nanochat.data.local_sources import looking_up
-from nanochat.runtime import Say, first_line
+from nanochat.runtime import first_line
 from nanochat.system.environment import UserError
+
+logger = logging.getLogger(__name__)
 
 FILES = "a folder with its config.json, *.safetensors, tokenizer.json and tokenizer_config.json"
 
 
-def model_folder(name: str, say: Say) -> Path:
+def model_folder(name: str) -> Path:
     """The folder of a host: the one named, or the hub's files in the local cache, fetched if they are not there."""
     with looking_up("host", name):
         folder = Path(name).expanduser()
@@ -35,7 +38,7 @@ def model_folder(name: str, say: Say) -> Path:
             return folder
     except (UserError, *hub_errors()):
         pass  # nothing of it is here, or not all: said in the next line
-    say(f"host {name}: not in the local cache, or only in part; looking on the hub")
+    logger.info(f"host {name}: not in the local cache, or only in part; looking on the hub")
     try:
         probe(f"host={name!r}")
         return Path(snapshot_download(name, **wanted))

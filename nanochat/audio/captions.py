@@ -8,6 +8,7 @@ have too few or too many cells, are named and counted.
 import csv
 import io
 import json
+import logging
 import posixpath
 import re
 import unicodedata
@@ -17,8 +18,10 @@ from pathlib import Path
 
 from nanochat.data.encodings import Corrupt, Undecodable, decode_text
 from nanochat.data.text_files import reading, text_of
-from nanochat.runtime import Say, first_line, nearest_name
+from nanochat.runtime import first_line, nearest_name
 from nanochat.system.environment import UserError
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 TABLES = tuple(f"{stem}{suffix}" for stem in ("metadata", "captions") for suffix in SUFFIXES)
@@ -106,7 +109,7 @@ class Caption:
 
 
 def find_captions(
-    data: str, files: dict[str, Path], sounds: list[str], column: str, skip: Skip, say: Say, root: Path | None = None
+    data: str, files: dict[str, Path], sounds: list[str], column: str, skip: Skip, root: Path | None = None
 ) -> dict[str, Caption | None]:
     """name of a sound -> its caption (None: skipped by name already); files: relative name -> path, of a folder `data`.
 
@@ -127,7 +130,7 @@ def find_captions(
     found: dict[str, Caption | None] = {}
     for table in tables:
         find = _Finder(names, posixpath.dirname(table), anywhere=len(tables) == 1)
-        for given, caption in _table_captions(files[table], table, column, find, skip, say):
+        for given, caption in _table_captions(files[table], table, column, find, skip):
             name, why = find(given)
             if name is None:
                 skip(why, given)
@@ -218,9 +221,7 @@ class _Reading:
         return self.found, self.headless or column in self.columns, -len(self.uneven), self.likely
 
 
-def _table_captions(
-    path: Path, table: str, column: str, find: _Finder, skip: Skip, say: Say
-) -> Iterator[tuple[str, Caption]]:
+def _table_captions(path: Path, table: str, column: str, find: _Finder, skip: Skip) -> Iterator[tuple[str, Caption]]:
     """(what a row calls its sound, its caption) of every row that has both."""
     read = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_csv
     with reading(path):
@@ -230,7 +231,7 @@ def _table_captions(
     except Undecodable as error:
         raise UserError(f"{path} is {error}" if str(error).startswith("not UTF-8") else f"{path}: {error}") from error
     found = read(path, text, column, find)
-    column = _caption_column(found, path, table, column, say)
+    column = _caption_column(found, path, table, column)
     for line, cells in found.uneven:
         skip("row with too few or too many cells", f"{table} line {line}", f"{len(cells)}, not {len(found.columns)}")
     for line, row in found.rows:
@@ -252,7 +253,7 @@ def _split_of(row: dict) -> str | None:
     return value.strip().lower() if isinstance(value, str) else None
 
 
-def _caption_column(found: _Reading, path: Path, table: str, column: str, say: Say) -> str:
+def _caption_column(found: _Reading, path: Path, table: str, column: str) -> str:
     """The column of the captions; UserError where the table has none of that name."""
     if not found.headless:
         if found.columns.count(column) > 1:
@@ -272,7 +273,7 @@ def _caption_column(found: _Reading, path: Path, table: str, column: str, say: S
         )
     lengths = {name: sum(len(str(row.get(name, ""))) for _, row in found.rows) for name in others}
     chosen = max(others, key=lengths.__getitem__)
-    say(
+    logger.info(
         f"data: {table} has no header: names in column {found.name_column}, captions in column {chosen}"
         f"{' (--data_column takes another)' if len(others) > 1 else ''}"
     )

@@ -7,6 +7,7 @@ pass, so that memory holds a batch of them and no more.
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -22,8 +23,10 @@ from nanochat.data import local_sources as sources
 from nanochat.data.dataset import SPLITS, Dataset, Document
 from nanochat.data.local_sources import Source, digest, slug_of
 from nanochat.data.splits import SHARE, held_out, is_sane
-from nanochat.runtime import Say
+from nanochat.system import logs
 from nanochat.system.environment import UserError, base_dir, expand_user
+
+logger = logging.getLogger(__name__)
 
 FIT_SECONDS = 600  # of sound that a codec is fitted on
 FIT_PIECE = 30  # seconds taken of one sound, so that a long one is not the whole sample
@@ -33,13 +36,13 @@ COPY = "held-out sound with the codes of a training sound"
 FORMAT = 1  # part of the state: raise it when the same sounds would give other codes
 
 
-def audio_source(settings: Settings, text: Dataset | None, say: Say) -> Source:
+def audio_source(settings: Settings, text: Dataset | None) -> Source:
     """The documents of the sounds that `data` names, each with its codes, and of text-only documents among them.
 
     text: what text_data names, so much of it that it takes `text_share` of the positions of each split; a code counts
     as one position, and so do BYTES_PER_POSITION bytes of a caption or text.
     """
-    sounds = sound_source(settings, say)
+    sounds = sound_source(settings)
     codes = settings.modality_codes()["audio"]
     plan = {
         "codec": [_codec_state(settings, codes), settings.codebooks, codes],
@@ -59,7 +62,7 @@ def audio_source(settings: Settings, text: Dataset | None, say: Say) -> Source:
         f"{sounds.version}, codec {settings.codec} {settings.codebooks} x {codes}",
         sounds.licence if text is None else f"{sounds.licence}; text: {text.manifest['licence']}",
         plan,
-        lambda counts: _documents(settings, sounds, codes, text, manifest, counts, say),
+        lambda counts: _documents(settings, sounds, codes, text, manifest, counts),
         least_bytes=0,
         manifest=manifest,
     )
@@ -77,14 +80,14 @@ def _codec_state(settings: Settings, codes: int) -> object:
 
 
 def _documents(
-    settings: Settings, sounds: SoundSource, codes: int, text: Dataset | None, manifest: dict, counts: Counter, say: Say
+    settings: Settings, sounds: SoundSource, codes: int, text: Dataset | None, manifest: dict, counts: Counter
 ) -> Iterator[Document]:
     """Every captioned sound as a document, in the source's order within its split, and text where it is due.
 
     A held-out sound whose codes equal those of a training sound (a copy, or one that the codec cannot tell from it) is
     skipped: the model would be scored on what it was trained on. Completes the manifest.
     """
-    log = Log(say, counts)
+    log = Log(counts)
     items = _assign_splits(sounds.fetch(log), sounds.source, manifest)
     counts["files"] = len(items)
     opened = audio.open_codec(settings.codec, settings.codebooks, codes)
@@ -97,7 +100,7 @@ def _documents(
         splits = {split: [item for item in items if item.split == split] for split in SPLITS}
         for split, chosen in splits.items():
             loaded = (item.load(codec.sample_rate, log) for item in chosen)
-            for sound, coded in _encoded(codec, loaded, f"{len(chosen):,} {split}", say):
+            for sound, coded in _encoded(codec, loaded, f"{len(chosen):,} {split}"):
                 key = hashlib.sha256(repr(coded.shape).encode() + coded.tobytes()).hexdigest()
                 if split == "train":
                     trained.add(key)
@@ -107,7 +110,7 @@ def _documents(
                 clips[split] += 1
                 yield Document(sound.name, sound.caption, coded, sound.attributes, split)
 
-    yield from documents() if text is None else _mixed(documents(), text, settings.text_share, say)
+    yield from documents() if text is None else _mixed(documents(), text, settings.text_share)
     log.close()
     manifest["altered"] = dict(sorted(log.altered.items()))
     _check(settings, sounds, clips, counts)
@@ -141,7 +144,7 @@ def _assign_splits(items: list[Item], sounds: str, manifest: dict) -> list[Item]
     return [dataclasses.replace(item, split=split) for item, split in zip(items, splits, strict=True)]
 
 
-def _mixed(sounds: Iterable[Document], text: Dataset, share: float, say: Say) -> Iterator[Document]:
+def _mixed(sounds: Iterable[Document], text: Dataset, share: float) -> Iterator[Document]:
     """The sounds' documents, and after each the text-only ones that are due in its split, whole."""
     texts = {split: _shuffled(text, split) for split in SPLITS}
     due = dict.fromkeys(SPLITS, 0.0)  # positions of text owed to a split
@@ -152,7 +155,7 @@ def _mixed(sounds: Iterable[Document], text: Dataset, share: float, say: Say) ->
         while due[split] > 0:
             name, words = next(texts[split], (None, ""))
             if name is None:
-                say(f"data: {text.name} has no more {split} text: its share will be below text_share={share}")
+                logger.info(f"data: {text.name} has no more {split} text: its share will be below text_share={share}")
                 due[split] = -math.inf
             else:
                 due[split] -= len(words.encode()) / BYTES_PER_POSITION
@@ -165,7 +168,7 @@ def _shuffled(text: Dataset, split: str) -> Iterator[tuple[str, str]]:
         yield from sorted(text.read(shard), key=lambda document: digest(document[0]))
 
 
-def _encoded(codec, sounds: Iterable[Sound | None], total: str, say: Say) -> Iterator[tuple[Sound, np.ndarray]]:
+def _encoded(codec, sounds: Iterable[Sound | None], total: str) -> Iterator[tuple[Sound, np.ndarray]]:
     """Each sound with its codes [T, Q]; neighbours of equal length are encoded together."""
     batch: list[Sound] = []
     done = 0
@@ -176,7 +179,7 @@ def _encoded(codec, sounds: Iterable[Sound | None], total: str, say: Say) -> Ite
             wavs = np.stack([sound.wav for sound in batch])
             yield from ((sound, codes.T) for sound, codes in zip(batch, codec.encode_batch(wavs), strict=True))
             if done // 1000 != (done := done + len(batch)) // 1000:
-                say(f"data: encoded {done:,} of {total} sounds")
+                logger.info(f"data: encoded {done:,} of {total} sounds")
             batch.clear()
 
     for sound in sounds:
@@ -191,10 +194,14 @@ def _encoded(codec, sounds: Iterable[Sound | None], total: str, say: Say) -> Ite
 def _fitted(settings: Settings, sounds: SoundSource, items: list[Item], codes: int, log: Log):
     """A codec fitted on FIT_SECONDS of the training split, drawn over the whole source by the hash of the names."""
     rate, room = SAMPLE_RATE, FIT_SECONDS * SAMPLE_RATE
-    quiet = Log(lambda line: None)  # the pass that encodes tells
+    unused = Log()
     pieces = []
     for item in sorted(items, key=lambda item: digest(item.name)):
-        if item.split == "train" and (sound := item.load(rate, quiet)) is not None:
+        if item.split != "train":
+            continue
+        with logs.muted():  # the pass that encodes logs what it skips
+            sound = item.load(rate, unused)
+        if sound is not None:
             pieces.append(sound.wav[: min(room, FIT_PIECE * rate)])
             room -= len(pieces[-1])
             if not room:
@@ -203,8 +210,8 @@ def _fitted(settings: Settings, sounds: SoundSource, items: list[Item], codes: i
         loaded = Counter(item.split for item in items if item.load(rate, log) is not None)
         _check(settings, sounds, loaded, log.left_out)
     seconds = sum(map(len, pieces)) / rate
-    log.say(f"data: fitting a codec {settings.codec} on {seconds:.0f} s of {len(pieces)} sounds")
-    return fitted_codec.fit_codec(settings.codec, pieces, settings.codebooks, codes, say=log.say)
+    logger.info(f"data: fitting a codec {settings.codec} on {seconds:.0f} s of {len(pieces)} sounds")
+    return fitted_codec.fit_codec(settings.codec, pieces, settings.codebooks, codes)
 
 
 def _kept(codec) -> dict:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from nanochat.audio.generation import generate_codes, to_sound
 from nanochat.audio.listen_page import write_page
 from nanochat.audio.loss import clips
 from nanochat.files import check_output, write_atomically
-from nanochat.runtime import print0
 from nanochat.system.environment import UserError, base_dir
+
+logger = logging.getLogger(__name__)
 
 REFERENCES = 200  # real training clips that the judge learns the instruments from
 
@@ -40,7 +42,7 @@ def write_result(result: dict, kind: str) -> None:
     """base_dir()/<kind>/<tag>_<step>.json."""
     path = result_path(result, kind)
     write_atomically(path, json.dumps(result, indent=1) + "\n")
-    print0(f"written: {path}")
+    logger.info(f"written: {path}")
 
 
 def listen(
@@ -62,7 +64,7 @@ def listen(
     room = model.config.sequence_len - codec.codebooks
     fitting = [clip for clip in found if len(tokenizer.encode(clip[0], bos=True)) < room]
     if len(fitting) < len(found):
-        print0(f"{len(found) - len(fitting)} of {len(found)} captions leave no room for sound: left out")
+        logger.info(f"{len(found) - len(fitting)} of {len(found)} captions leave no room for sound: left out")
     held_out = chosen(fitting, args.num)
     begun = time.perf_counter()
     captions = [caption for caption, _, _ in held_out]
@@ -70,7 +72,7 @@ def listen(
     codes = generate_codes(model, tokenizer, captions, **how)
     generated = to_sound(codec, codes)
     seconds = time.perf_counter() - begun
-    print0(f"{len(generated)} sounds of {sum(map(len, generated)) / codec.sample_rate:.0f} s in {seconds:.1f} s")
+    logger.info(f"{len(generated)} sounds of {sum(map(len, generated)) / codec.sample_rate:.0f} s in {seconds:.1f} s")
     real = to_sound(codec, [codes.T for _, codes, _ in held_out])
     result |= {"seed": args.seed, "temperature": args.temperature, "clips": len(codes)}
     if all("pitch_hz" in attributes for _, _, attributes in held_out):
@@ -84,10 +86,10 @@ def listen(
             for c, g, r in zip(captions, generated, real, strict=True)
         ][:SHOWN]
         result["distances"] = table
-    print0(text)
+    logger.info(text)
     write_result(result, kind)
     page = write_page(page_path(result, place), f"{result['model_tag']}, step {result['step']}", items, text)
-    print0(f"listen: {page}")
+    logger.info(f"listen: {page}")
     return result
 
 

@@ -1,5 +1,6 @@
 """Residual vector quantisers fitted by k-means: the frame, pitch and mdct codecs."""
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -13,8 +14,9 @@ from nanochat.audio.codec_files import KINDS, check_codes, save_codec
 from nanochat.audio.pitch import OCTAVES, harmonics, sound, track
 from nanochat.audio.spectra import HOP, SAMPLE_RATE, from_log_spectra, from_mdct, log_spectra, mdct
 from nanochat.checkpoint_manager import weights_hash
-from nanochat.runtime import Say
 from nanochat.system.environment import UserError
+
+logger = logging.getLogger(__name__)
 
 COMPONENTS = 96  # principal components of a log spectrum
 
@@ -122,9 +124,7 @@ def _group(frames: float) -> int:
 
 
 @one_core()
-def fit_codec(
-    kind: str, sounds: Iterable[np.ndarray], codebooks: int, codes: int, seed: int = 0, say: Say = print
-) -> FittedCodec:
+def fit_codec(kind: str, sounds: Iterable[np.ndarray], codebooks: int, codes: int, seed: int = 0) -> FittedCodec:
     """Fit a codec of this kind on sounds (float32 [samples], 16 kHz mono), read until FIT_FRAMES frames are seen.
 
     The same sounds and seed give the same codec. UserError: no such kind, too few codebooks, nothing but silence, or
@@ -169,7 +169,9 @@ def fit_codec(
         rows = rows - stages[-1][0][nearest(rows, seen, *stages[-1])]
     tensors["codebooks"], tensors["prices"] = map(torch.stack, zip(*stages, strict=True))
     codec = FittedCodec(kind, tensors)
-    say(f"codec {kind}: {codebooks} x {codes} codes from {len(rows):,} frames in {time.perf_counter() - start:.1f} s")
+    logger.info(
+        f"codec {kind}: {codebooks} x {codes} codes from {len(rows):,} frames in {time.perf_counter() - start:.1f} s"
+    )
     return codec
 
 

@@ -1,5 +1,6 @@
 """From captions to sound: the model's codes, decoded by the codec that came with the checkpoint."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,10 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.engine import decode
 from nanochat.files import check_output
 from nanochat.gpt import GPT
-from nanochat.runtime import pick_dtype, print0
+from nanochat.runtime import pick_dtype
 from nanochat.system.environment import UserError
+
+logger = logging.getLogger(__name__)
 
 STREAM_FRAMES, STREAM_CONTEXT = 25, 50  # frames decoded at a time when streaming, and those before them as a run-up
 
@@ -26,7 +29,7 @@ def open_audio_model(model_tag: str | None, step: int | None, device) -> tuple[G
     """(model, tokenizer, codec, metadata, step folder) of a checkpoint with audio; UserError where a part is amiss."""
     checkpoint_dir, step = find_checkpoint(model_tag, step)
     folder = step_dir(checkpoint_dir, step)
-    print0(f"loading {folder}")
+    logger.info(f"loading {folder}")
     model, tokenizer, metadata = build_model(checkpoint_dir, step, device, "eval")
     if "audio" not in model.vocabulary.names:
         raise UserError(f"{folder} is a model of {', '.join(model.vocabulary.names)}: train one with modalities=audio")
@@ -94,7 +97,9 @@ def generate_codes(
     for number, caption in enumerate(captions):
         ids, room = prompt_ids(model, tokenizer, caption, frames)
         if frames is not None and room < frames:
-            print0(f"{frames} frames were asked for, behind this caption the context holds {room}: {caption[:60]!r}")
+            logger.info(
+                f"{frames} frames were asked for, behind this caption the context holds {room}: {caption[:60]!r}"
+            )
         lengths[len(ids), room].append((number, ids))
     found: list[np.ndarray] = [np.zeros((audio.codebooks, 0), np.int64)] * len(captions)
     for (_, room), members in sorted(lengths.items()):

@@ -8,6 +8,7 @@ named, all are counted.
 import functools
 import io
 import json
+import logging
 import os
 import re
 import tempfile
@@ -29,8 +30,10 @@ from nanochat.data.folders import Found, find_files
 from nanochat.data.local_sources import digest, looking_up, slug_of
 from nanochat.data.splits import own_split
 from nanochat.data.text_files import text_of
-from nanochat.runtime import Say, first_line, nearest_name, shown
+from nanochat.runtime import first_line, nearest_name, shown
 from nanochat.system.environment import UserError, base_dir, expand_user
+
+logger = logging.getLogger(__name__)
 
 SOUND_SUFFIXES = (
     ".wav",
@@ -98,8 +101,7 @@ class Sound:
 class Log:
     """Counts what is left out or altered, by kind, and names the first few of each."""
 
-    def __init__(self, say: Say, left_out: Counter | None = None):
-        self.say = say
+    def __init__(self, left_out: Counter | None = None):
         self.left_out = Counter() if left_out is None else left_out
         self.altered: Counter = Counter()
         self.reported: set[str] = {"files"}  # kinds whose numbers were said as a whole
@@ -113,13 +115,13 @@ class Log:
     def _note(self, counts: Counter, kind: str, name: str, line: str) -> None:
         counts[kind] += 1
         if counts[kind] <= NAMED:
-            self.say(f"data: {shown(name)}: {line}")
+            logger.info(f"data: {shown(name)}: {line}")
 
     def close(self) -> None:
         """Say how many of each kind were not named."""
         for kind, number in (*self.left_out.items(), *self.altered.items()):
             if number > NAMED and kind not in self.reported:
-                self.say(f"data: ... and {number - NAMED} more: {kind}")
+                logger.info(f"data: ... and {number - NAMED} more: {kind}")
 
 
 @dataclass(frozen=True)
@@ -162,13 +164,13 @@ def holds_sounds(data: str) -> bool:
     return any(name.lower().endswith(SOUND_SUFFIXES + OTHER_SOUNDS) for name, _ in files)
 
 
-def sound_source(settings: Settings, say: Say) -> SoundSource:
+def sound_source(settings: Settings) -> SoundSource:
     """The captioned sounds that `data` names: synth, hf:<dataset> or a folder; UserError for anything else."""
     data, seconds = settings.data, settings.clip_seconds
     if data == "synth":
         return _synth(settings.data_limit or SYNTH_CLIPS, seconds or SYNTH_SECONDS)
     if data.startswith("hf:"):
-        return _hub(settings, say)
+        return _hub(settings)
     ways = "one of synth, hf:<dataset>, or the path of a folder of sounds"
     if data in ("stdlib", "packages", "climbmix"):
         raise UserError(f"data={data} holds no sounds: {ways}; text to mix in goes to --text_data={data}")
@@ -244,7 +246,7 @@ def _folder(root: Path, settings: Settings, seconds: float | None) -> SoundSourc
 
 def _folder_items(data: str, root: Path, found: Found, column: str, seconds: float | None, log: Log) -> list[Item]:
     """The sounds of a folder that have captions; what the folder holds besides is named and counted."""
-    found.report(log.say, counts := {})
+    found.report(counts := {})
     log.left_out.update(counts)
     log.reported |= counts.keys()
     files = dict(found.files)
@@ -252,7 +254,7 @@ def _folder_items(data: str, root: Path, found: Found, column: str, seconds: flo
     if column == FROM_NAMES:
         texts = {name: captions.Caption(re.sub("[_-]+", " ", Path(name).stem)) for name in names}
     else:
-        texts = captions.find_captions(data, files, names, column, log.leave_out, log.say, root.resolve())
+        texts = captions.find_captions(data, files, names, column, log.leave_out, root.resolve())
     splits = _splits(names, texts)
     items = []
     for name in names:
@@ -296,7 +298,7 @@ def usable(caption: str, name: str, log: Log) -> bool:
 # the hub
 
 
-def _hub(settings: Settings, say: Say) -> SoundSource:
+def _hub(settings: Settings) -> SoundSource:
     name = settings.data.removeprefix("hf:")
     if not name:
         raise UserError("data=hf: lacks the dataset's name, as in hf:ashraq/esc50")
@@ -314,12 +316,12 @@ def _hub(settings: Settings, say: Say) -> SoundSource:
         ", ".join(f"{key} {value}" for key, value in options.items() if value is not None),
         f"see the dataset card of {name} on the hub",
         [name, options, settings.clip_seconds, *([] if files is None else [files])],
-        lambda log: _hub_items(name, options, settings.clip_seconds, log, say),
+        lambda log: _hub_items(name, options, settings.clip_seconds, log),
         "raise --data_limit or choose another dataset",
     )
 
 
-def _hub_items(name: str, options: dict, seconds: float | None, log: Log, say: Say) -> list[Item]:
+def _hub_items(name: str, options: dict, seconds: float | None, log: Log) -> list[Item]:
     """Stream the rows once, their encoded sounds into a nameless file: they are read in two orders afterwards.
 
     Beside a training split the dataset's own validation or test split is held out, at most a tenth of the limit.
@@ -327,7 +329,7 @@ def _hub_items(name: str, options: dict, seconds: float | None, log: Log, say: S
     items: list[Item] = []
     done = [0]
     with hub.hub_errors_as_user_errors(name, done, "sounds"):
-        say(f"data: streaming hf:{name}, at most {options['limit']} sounds")
+        logger.info(f"data: streaming hf:{name}, at most {options['limit']} sounds")
         streams = hub.open_splits(name, options)
         spool = tempfile.TemporaryFile(dir=base_dir() / "data")  # noqa: SIM115 (the items read it, and it goes with them)
         for part, (split, stream) in enumerate(streams.items()):
@@ -336,7 +338,7 @@ def _hub_items(name: str, options: dict, seconds: float | None, log: Log, say: S
             held = ("val" if part else "train") if len(streams) > 1 else None
             for row, (caption, raw) in enumerate(_hub_rows(name, stream, options)):
                 if row >= most:
-                    say(f"data: stopped after {most} sounds of hf:{name} {split} (--data_limit takes more)")
+                    logger.info(f"data: stopped after {most} sounds of hf:{name} {split} (--data_limit takes more)")
                     break
                 done[0] += 1
                 if raw is None:

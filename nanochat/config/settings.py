@@ -26,6 +26,7 @@ from nanochat.config.declaration import (
 from nanochat.config.presets import PRESETS
 from nanochat.modality import RESERVED, modalities_of
 from nanochat.runtime import nearest_name, shown
+from nanochat.system import logs
 from nanochat.system.environment import UserError
 
 HUB = Like(r"hf:.*", "hf:<dataset>")
@@ -83,6 +84,9 @@ class RunSettings:
         "Weights & Biases tracking; metrics.jsonl is always written",
         "run",
         choices=("disabled", "offline", "online"),
+    )
+    log_level: str = setting(
+        "info", "least severe messages on the terminal; run.log holds them from info on", "run", choices=logs.LEVELS
     )
 
     data: str = setting(

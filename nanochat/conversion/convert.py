@@ -1,6 +1,7 @@
 """From one checkpoint to another: where a model comes from, settings to train it on, what a change costs in loss."""
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +32,11 @@ from nanochat.data_pipeline import held_out_measure, open_trained_data
 from nanochat.evaluation.bpb import never
 from nanochat.files import write_atomically
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import Compute, print0
+from nanochat.runtime import Compute
 from nanochat.system.environment import UserError, expand_user
 from nanochat.upstream.foreign_weights import describe_nonfinite
+
+logger = logging.getLogger(__name__)
 
 MEASURED_TOKENS = 16_384  # held-out tokens of a comparison: a few batches
 
@@ -131,8 +134,8 @@ def write(
         **{name: source.metadata.get(name) for name in ("codec", "data_fingerprint")},
     )
     if nonfinite := describe_nonfinite(state):
-        print0(
-            f"warning: the weights of {source.name} hold NaN or infinite values: {nonfinite}; the new model has them "
+        logger.warning(
+            f"the weights of {source.name} hold NaN or infinite values: {nonfinite}; the new model has them "
             "too, and can neither generate nor train"
         )
     is_new = not folder.exists()
@@ -164,18 +167,18 @@ def held_out_loss(source: Source, settings: Settings, data: str | None) -> Loss 
         if source.tokenizer is None:
             raise UserError("the model has no tokenizer")
         trained_on = None if data else source.metadata.get("data_fingerprint")
-        here = find_prepared(trained_on, settings.skip_corrupt, print0) is not None
+        here = find_prepared(trained_on, settings.skip_corrupt) is not None
         remote = settings.data == "climbmix" and not climbmix_is_here(settings.data_limit)
         if not data and not here and (remote or settings.data.startswith("hf:")):
             raise UserError(f"data={settings.data} may need a download: name a text with --data, such as --data=stdlib")
-        dataset = open_trained_data(settings, trained_on, say=print0)
+        dataset = open_trained_data(settings, trained_on)
         check_codec(dataset, source.metadata, source.name)
         few = dataclasses.replace(settings, device_batch_size=1, eval_tokens=MEASURED_TOKENS)
         measure = held_out_measure(few, dataset, source.tokenizer, Compute(torch.device("cpu"), torch.float32))
     except UserError as error:
         if data:
             raise
-        print0(f"the change in loss was not measured: {error}")
+        logger.info(f"the change in loss was not measured: {error}")
         return None
 
     def loss(config: GPTConfig, state: State) -> float:
@@ -183,7 +186,7 @@ def held_out_loss(source: Source, settings: Settings, data: str | None) -> Loss 
         parts = found.get("losses", {"text": dict(nats=found["nats"] / found["tokens"], tokens=found["tokens"])})
         return sum(p["nats"] * p["tokens"] for p in parts.values()) / sum(p["tokens"] for p in parts.values())
 
-    print0(f"loss in nats a token over up to {MEASURED_TOKENS:,} held-out tokens of {dataset.name}:")
+    logger.info(f"loss in nats a token over up to {MEASURED_TOKENS:,} held-out tokens of {dataset.name}:")
     return loss
 
 
@@ -205,9 +208,9 @@ def tied_source(source: Source, loss: Loss | None, keep: str | None) -> tuple[GP
             compare(f"keeping {way:<10}", before, losses[way])
         keep = min(losses, key=losses.get)
     keep = keep or "output"
-    print0(f"tied, keeping {keep}: {KEEP[keep]}")
+    logger.info(f"tied, keeping {keep}: {KEEP[keep]}")
     return tied(source.config, source.state, keep)
 
 
 def compare(name: str, before: float, after: float) -> None:
-    print0(f"  {name} {before:.4f} -> {after:.4f} ({after - before:+.4f})")
+    logger.info(f"  {name} {before:.4f} -> {after:.4f} ({after - before:+.4f})")

@@ -8,6 +8,7 @@ keeps transformers from building its own NanoChat of it.
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -21,13 +22,15 @@ from nanochat.conversion.tying import untied
 from nanochat.data.tokenizer import BOS, Tokenizer, byte_characters
 from nanochat.files import fsync
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import first_line, print0
+from nanochat.runtime import first_line
 from nanochat.system.environment import UserError, base_dir
 from nanochat.system.storage_errors import describe as describe_storage_error
 from nanochat.system.storage_errors import find_storage_error
 from nanochat.system.temporary import glob_escape, owner_suffix, remove_abandoned
 from nanochat.upstream.foreign_weights import describe_nonfinite, strip_wrappers
 from nanochat.upstream.hf_model_types import ARCHITECTURE, CLASSIC, MODELING, MODERN, NEEDS_CODE, format_of
+
+logger = logging.getLogger(__name__)
 
 EPSILON = 1.1920929e-07  # of float32; transformers' default is 1e-6
 # GPTConfig's fields in NanoChat's configuration: the key, and what transformers takes where it is absent.
@@ -302,7 +305,7 @@ def read_hf(folder: Path | str) -> tuple[GPTConfig, dict[str, torch.Tensor], Tok
         raise UserError(f"{folder}: tokenizer.json has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
     found, wrappers = strip_wrappers(read_weights(folder), str(folder))
     for phrase in wrappers:
-        print0(f"{folder}: {phrase}")
+        logger.info(f"{folder}: {phrase}")
     blocks = {name.split(".")[2] for name in found if name.startswith(("model.layers.", "transformer.h."))}
     if len(blocks) != config.n_layer:  # and none builds a model of a billion layers
         raise UserError(f"{folder}: config.json says {config.n_layer} layers, the weights hold {len(blocks)}")

@@ -13,6 +13,7 @@ a dataset with a validation or test part that part. Where names hold out too muc
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +24,9 @@ import numpy as np
 from nanochat.data.encodings import Corrupt
 from nanochat.data.text_files import open_parquet, reading
 from nanochat.files import sha256_of
-from nanochat.runtime import Say, print0
 from nanochat.system.environment import UserError, base_dir
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 
@@ -59,7 +61,6 @@ class Dataset:
     directory: Path
     manifest: dict
     skip_corrupt: bool = False
-    say: Say = print
     skipped: dict[str, str] = field(default_factory=dict)  # shard name -> why it is left out
 
     @property
@@ -151,7 +152,7 @@ class Dataset:
             raise Corrupt(f"{path} {why}: {remedy}, or leave the shard out with --skip_corrupt=True")
         if path.name not in self.skipped:
             self.skipped[path.name] = why
-            self.say(f"data: {path.name} {why}: left out ({len(self.skipped)} so far)")
+            logger.info(f"data: {path.name} {why}: left out ({len(self.skipped)} so far)")
 
 
 def read_shard(shard: Path) -> Iterator[tuple[str, str]]:
@@ -213,13 +214,15 @@ def read_manifest(directory: Path) -> dict | None:
 def describe(dataset: Dataset) -> None:
     """Print source, sizes by split, fingerprint and folder."""
     fingerprint = dataset.fingerprint
-    print0(f"source       {fingerprint['source']} ({fingerprint['version']}), {fingerprint['files']} files")
-    print0(f"licence      {dataset.manifest['licence']}")
+    logger.info(f"source       {fingerprint['source']} ({fingerprint['version']}), {fingerprint['files']} files")
+    logger.info(f"licence      {dataset.manifest['licence']}")
     for split in SPLITS:
         shards, documents, size = len(dataset.shards(split)), dataset.num_documents(split), dataset.text_bytes(split)
-        print0(f"{split:<12} {documents:>9,} documents {size / 1e6:>10.2f} MB in {shards} shard{'s' * (shards != 1)}")
+        logger.info(
+            f"{split:<12} {documents:>9,} documents {size / 1e6:>10.2f} MB in {shards} shard{'s' * (shards != 1)}"
+        )
     for reason, count in (dataset.manifest["left_out"] | {"corrupt shards": len(dataset.skipped)}).items():
         if count:
-            print0(f"left out     {count:>9,} {reason}")
-    print0(f"fingerprint  sha256 {fingerprint['sha256']}")
-    print0(f"folder       {dataset.directory}")
+            logger.info(f"left out     {count:>9,} {reason}")
+    logger.info(f"fingerprint  sha256 {fingerprint['sha256']}")
+    logger.info(f"folder       {dataset.directory}")

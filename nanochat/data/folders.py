@@ -6,6 +6,7 @@ files is never read back: a run would train on its own shards, and on its held-o
 
 import errno
 import json
+import logging
 import os
 import posixpath
 import re
@@ -15,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.data.encodings import Corrupt
-from nanochat.runtime import Say
 from nanochat.system.environment import UserError, base_dir
+
+logger = logging.getLogger(__name__)
 
 NAMED = 5  # files named of each kind that is not read
 LARGEST_MANIFEST = 256 << 20  # bytes of a manifest.json that is opened to see whose it is
@@ -79,16 +81,16 @@ class Found:
                 lines.append(f"{len(names)} skipped, {reason}: {first_names(names, NAMED)}")
         return lines
 
-    def report_own_output(self, say: Say) -> None:
+    def report_own_output(self) -> None:
         """Say that output of this program lies in the folder, and which: it is not read."""
         if names := self.skipped.get(OWN_OUTPUT):
-            say(f"data: {len(names)} skipped, {OWN_OUTPUT}: {first_names(names, NAMED)}")
+            logger.info(f"data: {len(names)} skipped, {OWN_OUTPUT}: {first_names(names, NAMED)}")
 
-    def report(self, say: Say, counts: dict) -> None:
+    def report(self, counts: dict) -> None:
         """Say what was skipped, and add the numbers to counts: files of other kinds together."""
         for line in self.describe():
             if OWN_OUTPUT not in line:  # said whenever the folder is looked at
-                say(f"data: {line}")
+                logger.info(f"data: {line}")
         for reason, names in self.skipped.items():
             key = "of other kinds" if reason.startswith((".", "no suffix")) else reason
             counts[key] = counts.get(key, 0) + len(names)

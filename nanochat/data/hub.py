@@ -1,6 +1,7 @@
 """Sources on the Hugging Face hub: any dataset, streamed, and the shards of climbmix, downloaded."""
 
 import json
+import logging
 import math
 import os
 import re
@@ -17,10 +18,12 @@ from nanochat.data.folders import find_files
 from nanochat.data.local_sources import Source, digest, looking_up, slug_of, stat_all
 from nanochat.data.text_files import text_of
 from nanochat.files import sha256_of
-from nanochat.runtime import Say, first_line
+from nanochat.runtime import first_line
 from nanochat.system.environment import UserError, base_dir
 from nanochat.system.storage_errors import NEEDS_PATH, find_storage_error
 from nanochat.system.temporary import file_lock
+
+logger = logging.getLogger(__name__)
 
 HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is given
 LARGEST_MEAN = 1_000_000  # characters that a hub dataset may have per document of its limit
@@ -83,7 +86,7 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, RuntimeError, HTTPException, HfHubHTTPError.__bases__[0])
 
 
-def hub_dataset(name: str, column: str, split: str, config: str | None, limit: int | None, say: Say) -> Source:
+def hub_dataset(name: str, column: str, split: str, config: str | None, limit: int | None) -> Source:
     """Rows of a dataset of the hub, or of a local folder that `datasets` reads; at most `limit`, by default 100,000.
 
     Beside a training split, the dataset's own validation split is held out, or its test split; at most a tenth of the
@@ -100,7 +103,7 @@ def hub_dataset(name: str, column: str, split: str, config: str | None, limit: i
         ", ".join(f"{key} {value}" for key, value in options.items() if value is not None),
         f"see the dataset card of {name} on the hub",
         [name, options] if files is None else [name, options, files],
-        lambda counts: _hub_documents(name, options, manifest, counts, say),
+        lambda counts: _hub_documents(name, options, manifest, counts),
         advice="raise --data_limit or choose another dataset",
         manifest=manifest,
     )
@@ -115,13 +118,13 @@ def local_state(name: str) -> list | None:
     return stat_all(find_files(folder, skip_corrupt=True).files)
 
 
-def _hub_documents(name: str, options: dict, manifest: dict, counts: Counter, say: Say) -> Iterator[tuple]:
+def _hub_documents(name: str, options: dict, manifest: dict, counts: Counter) -> Iterator[tuple]:
     """Rows of a streamed hub dataset (or of a local folder that `datasets` reads), called <name>#<row>.
 
     Those of the split that is held out are called <name>/<split>#<row>.
     """
     column, limit, done = options["column"], options["limit"], [0]
-    say(f"data: streaming hf:{name}, at most {limit} documents")
+    logger.info(f"data: streaming hf:{name}, at most {limit} documents")
     with hub_errors_as_user_errors(name, done):
         streams = open_splits(name, options)
         room = limit * LARGEST_MEAN
@@ -131,7 +134,7 @@ def _hub_documents(name: str, options: dict, manifest: dict, counts: Counter, sa
             most = max(1, limit // 10) if part else limit
             for row, record in enumerate(stream):
                 if row >= most:
-                    say(f"data: stopped after {most} documents of hf:{name} {split} (--data_limit takes more)")
+                    logger.info(f"data: stopped after {most} documents of hf:{name} {split} (--data_limit takes more)")
                     break
                 counts["files"] += 1
                 done[0] += 1
@@ -193,9 +196,7 @@ def hub_errors_as_user_errors(name: str, done: list[int], unit: str = "documents
         raise kind(f"data=hf:{name}: {first_line(error)} (after {done[0]} {unit}){advice}") from error
 
 
-def download_climbmix(
-    names: list[str], directory: Path, workers: int, recorded: dict[str, str], say: Say
-) -> Iterator[Path]:
+def download_climbmix(names: list[str], directory: Path, workers: int, recorded: dict[str, str]) -> Iterator[Path]:
     """Fetch shards into a folder, in parallel, and yield their paths as they arrive; a cut download goes on later.
 
     recorded: shard name -> sha256 of its first download; new shards are compared with what the hub announces.
@@ -206,7 +207,7 @@ def download_climbmix(
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     directory.mkdir(parents=True, exist_ok=True)
-    say(f"data: downloading {len(names)} climbmix shards from {endpoint()} to {directory}")
+    logger.info(f"data: downloading {len(names)} climbmix shards from {endpoint()} to {directory}")
     stop = threading.Event()
 
     def fetch(name: str) -> Path:
@@ -239,7 +240,7 @@ def download_climbmix(
         try:
             for count, done in enumerate(as_completed([pool.submit(fetch, name) for name in names]), 1):
                 yield (path := done.result())
-                say(f"data: {count}/{len(names)} {path.name} {path.stat().st_size / 1e6:.1f} MB")
+                logger.info(f"data: {count}/{len(names)} {path.name} {path.stat().st_size / 1e6:.1f} MB")
         except UserError:
             raise
         except hub_errors() as error:

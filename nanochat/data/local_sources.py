@@ -5,6 +5,7 @@ A source is a plan, cheap to make, and a reader that yields (name, text) of ever
 
 import ast
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -29,8 +30,11 @@ from nanochat.data.text_files import (
     file_documents,
     is_read,
 )
-from nanochat.runtime import Say, first_line, nearest_name, shown
+from nanochat.runtime import first_line, nearest_name, shown
+from nanochat.system import logs
 from nanochat.system.environment import UserError
+
+logger = logging.getLogger(__name__)
 
 KINDS = (
     f"{' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}, and where there are none of them {' '.join(TABLE_SUFFIXES)} and "
@@ -185,7 +189,7 @@ def _docstrings(source: bytes) -> list[str]:
     return [text for text in found if text and len(text) > 200]
 
 
-def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
+def path(source: str, column: str, skip_corrupt: bool) -> Source:
     """The documents of a file or of all files below a folder; what a folder holds besides is named and counted."""
     with looking_up("data", source):
         path = Path(source).expanduser()
@@ -193,12 +197,12 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
     found = Found()
     if is_folder:
         found = find_files(path, skip_corrupt=skip_corrupt)
-        found.report_own_output(say)
+        found.report_own_output()
         further = not any(is_read(name, further=False) for name, _ in found.files)
         alone = [] if further else [name for name, _ in found.files if is_read(name, True) and not is_read(name, False)]
         files = found.choose(lambda name: is_read(name, further))
         if alone:
-            say(
+            logger.info(
                 f"data: {len(alone)} tables and compressed files ({first_names(alone)}) are not read beside "
                 f"{' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}: pass one alone, or move the others away"
             )
@@ -219,7 +223,7 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
     parts = own_split(name for name, _ in files) if is_folder else None
     if not parts and is_folder and (mixed := mixed_parts(name for name, _ in files)):
         named, others = mixed
-        say(
+        logger.info(
             f"data: note: {first_names(named)} are called as parts of a split, {first_names(others)} "
             "not: all are read, and what is held out is drawn anew (move the others away to keep it)"
         )
@@ -231,40 +235,41 @@ def path(source: str, column: str, skip_corrupt: bool, say: Say) -> Source:
     absolute = path.resolve()
     columns = any(content_suffix(name)[0] not in TEXT_SUFFIXES for name, _ in files)
     if is_folder and not columns and column != "text":
-        say(f"data: note: data_column={column!r} has no effect: none of the {len(files)} files has columns")
+        logger.info(f"data: note: data_column={column!r} has no effect: none of the {len(files)} files has columns")
     return Source(
         f"{slug_of(absolute.name)}-{digest(str(absolute))[:8]}",
         printable(absolute.name),
         f"column {column}" if columns else "text",
         "not known: your own files",
         [column, skip_corrupt, is_folder, READING, stat_all(files)],
-        lambda counts: _read_files(files, found, parts or {}, column, is_file, skip_corrupt, say, counts),
+        lambda counts: _read_files(files, found, parts or {}, column, is_file, skip_corrupt, counts),
         manifest={"split_rule": "its own validation or test part is held out"} if parts else {},
     )
 
 
 def _read_files(
-    files, found: Found, parts: dict, column: str, single: bool, skip_corrupt: bool, say: Say, counts: Counter
+    files, found: Found, parts: dict, column: str, single: bool, skip_corrupt: bool, counts: Counter
 ) -> Iterator[tuple]:
     """Documents of the user's files; an unreadable file is an error, or under skip_corrupt named and left out whole.
 
     parts: file -> split, where the folder has a split of its own.
     """
-    found.report(say, counts)
-    rows = Rows(skip_corrupt, say, counts)
+    found.report(counts)
+    rows = Rows(skip_corrupt, counts)
     for name, path in files:
         counts["files"] += 1
         try:
             if skip_corrupt:
-                for _ in file_documents(name, path, column, single, Rows(True, lambda line: None, Counter())):
-                    pass
+                with logs.muted():  # the second pass logs what it skips
+                    for _ in file_documents(name, path, column, single, Rows(True, Counter())):
+                        pass
             for document, text in file_documents(name, path, column, single, rows):
                 yield document, text, None, None, parts.get(name)
         except Corrupt as error:
             if not skip_corrupt:
                 raise
             counts["corrupt"] += 1
-            say(f"data: {error}: left out")
+            logger.info(f"data: {error}: left out")
     rows.close()
 
 

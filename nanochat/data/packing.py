@@ -5,6 +5,7 @@ once, best fit first (longest first, each into the fullest row that has room), a
 What stays empty at the end of a row is ignored. Text that is longer than a row is cut into rows.
 """
 
+import logging
 import math
 from bisect import bisect_left
 from collections import Counter
@@ -16,8 +17,9 @@ import torch
 from nanochat.data.dataloader import BLOCK, DataLoader
 from nanochat.data.token_store import TokenStore
 from nanochat.modality import IGNORED
-from nanochat.runtime import Say
 from nanochat.system.environment import UserError
+
+logger = logging.getLogger(__name__)
 
 EMPTY = -1
 CAPTIONS = 3  # what a draw is for, beside the loader's orders
@@ -26,9 +28,7 @@ CAPTIONS = 3  # what a draw is for, beside the loader's orders
 class Rows:
     """The rows of one split: row i is ids [seq_len + 1], EMPTY behind its documents."""
 
-    def __init__(
-        self, store: TokenStore, seq_len: int, say: Say = print, one_layout: bool = False, max_tokens: int | None = None
-    ):
+    def __init__(self, store: TokenStore, seq_len: int, one_layout: bool = False, max_tokens: int | None = None):
         """Waits until the split is tokenised. UserError: no document fits a row.
 
         one_layout: keep only rows whose modalities change at the same places, the most frequent ones.
@@ -37,7 +37,7 @@ class Rows:
         self.store, self.capacity = store, seq_len + 1
         pieces = self._first_pieces(math.inf if max_tokens is None else -(-max_tokens // seq_len) * self.capacity)
         too_long = self._too_long(pieces)
-        self._say_too_long(pieces, too_long, seq_len, say)
+        self._say_too_long(pieces, too_long, seq_len)
         pieces = pieces[~too_long]
         if not len(pieces):
             raise UserError(
@@ -49,10 +49,10 @@ class Rows:
         # The packing sorted the rows by length: a part of them should be like the whole.
         self._order = np.argsort(np.random.PCG64(0).random_raw(len(self.ends) - 1), kind="stable")
         if one_layout:
-            self._keep_one_layout(say)
+            self._keep_one_layout()
         self.tokens = sum(count for row in range(len(self)) for *_, count, _ in self._of(row))
         filled = self.tokens / (len(self) * self.capacity)
-        say(f"{store.split}: {len(pieces)} documents, {len(self)} rows of {seq_len}, {filled:.0%} full")
+        logger.info(f"{store.split}: {len(pieces)} documents, {len(self)} rows of {seq_len}, {filled:.0%} full")
 
     def __len__(self) -> int:
         return len(self._order)
@@ -123,7 +123,7 @@ class Rows:
         columns = (np.full(len(document), shard), document, start, count, sound[document])
         return np.stack([column.astype(np.int64) for column in columns], axis=1)
 
-    def _keep_one_layout(self, say: Say) -> None:
+    def _keep_one_layout(self) -> None:
         """A sound's `start` counts as its modality, as it does for the experts."""
         table = self.store.vocabulary.table(by_expert=True).numpy()
         ids, layouts = np.empty(self.capacity, np.int64), []
@@ -132,15 +132,15 @@ class Rows:
             layouts.append(np.where(ids == EMPTY, 0, table[ids])[:-1].tobytes())
         usual, count = Counter(layouts).most_common(1)[0]
         self._order = self._order[[layout == usual for layout in layouts]]
-        say(
+        logger.info(
             f"{self.store.split}: {count} of {len(layouts)} rows have one layout, the others are left out (route=slice)"
         )
 
-    def _say_too_long(self, pieces: np.ndarray, too_long: np.ndarray, seq_len: int, say: Say) -> None:
+    def _say_too_long(self, pieces: np.ndarray, too_long: np.ndarray, seq_len: int) -> None:
         if not too_long.any():
             return
         shard, document, *_ = pieces[too_long][0].tolist()
-        say(
+        logger.info(
             f"{self.store.split}: {too_long.sum()} of {(pieces[:, 4] == 1).sum()} sounds are longer than "
             f"max_seq_len={seq_len} (the longest takes {pieces[too_long][:, 3].max() - 1}) and left out, the first is "
             f"document {document} of {self.store.paths[shard].name}: raise max_seq_len or cut them with --clip_seconds"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -23,9 +24,10 @@ from nanochat.data.folders import NAMED, one_line
 from nanochat.data.local_sources import Source, digest
 from nanochat.data.splits import held_out, is_sane, split_by_bytes
 from nanochat.files import fsync, sha256_of, write_atomically
-from nanochat.runtime import Say
 from nanochat.system.environment import UserError, base_dir
 from nanochat.system.temporary import file_lock, remove_abandoned, scratch_folder
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 16_000_000  # text of one shard: enough to compress and to shuffle in, small enough to hold in memory
 
@@ -51,7 +53,6 @@ def prepare(
     limit: int | None = None,
     skip_corrupt: bool = False,
     workers: int = 4,
-    say: Say = print,
 ) -> Dataset:
     """Make base_dir()/data/<source>/ when it is missing or the source changed; otherwise only open it.
 
@@ -62,23 +63,23 @@ def prepare(
     Raises UserError for a missing, empty or too small source, Corrupt for an unreadable one, Unreachable for the hub.
     """
     if source == "climbmix":
-        return _climbmix(limit or CLIMBMIX_SHARDS, workers, skip_corrupt, say)
-    return materialise(text_source(source, column, split, config, limit, skip_corrupt, say), skip_corrupt, say)
+        return _climbmix(limit or CLIMBMIX_SHARDS, workers, skip_corrupt)
+    return materialise(text_source(source, column, split, config, limit, skip_corrupt), skip_corrupt)
 
 
 def text_source(
-    source: str, column: str, split: str, config: str | None, limit: int | None, skip_corrupt: bool, say: Say
+    source: str, column: str, split: str, config: str | None, limit: int | None, skip_corrupt: bool
 ) -> Source:
     """What prepare() would read; of anything but climbmix."""
     if source == "synth":
         raise UserError("data=synth is captioned sounds: set modalities too, as in --modalities=audio:2048")
     if source.startswith("hf:"):
-        return hub.hub_dataset(source.removeprefix("hf:"), column, split, config, limit, say)
+        return hub.hub_dataset(source.removeprefix("hf:"), column, split, config, limit)
     if source == "stdlib":
         return sources.stdlib()
     if source == "packages":
         return sources.packages()
-    return sources.path(source, column, skip_corrupt, say)
+    return sources.path(source, column, skip_corrupt)
 
 
 def state_of(source: Source) -> str:
@@ -86,26 +87,26 @@ def state_of(source: Source) -> str:
     return digest(json.dumps([FORMAT, source.state]))
 
 
-def find_version(source: Source, skip_corrupt: bool, say: Say) -> Dataset | None:
+def find_version(source: Source, skip_corrupt: bool) -> Dataset | None:
     """The version of a source that was prepared from its present state."""
     for directory, manifest in _versions(base_dir() / "data", source.name):
         if manifest["state"] == state_of(source) and codec_is_here(manifest):
-            return Dataset(directory, manifest, skip_corrupt, say)
+            return Dataset(directory, manifest, skip_corrupt)
     return None
 
 
-def materialise(source: Source, skip_corrupt: bool, say: Say) -> Dataset:
+def materialise(source: Source, skip_corrupt: bool) -> Dataset:
     """Open the version of this source that was prepared from this state, or make it."""
     data = base_dir() / "data"
-    if found := find_version(source, skip_corrupt, say):
-        _say_split(found.manifest, say)
+    if found := find_version(source, skip_corrupt):
+        _say_split(found.manifest)
         return found
     known = _versions(data, source.name)
     why = f"{source.name} changed since it was prepared" if known else f"preparing {source.name}"
-    say(f"data: {why}, writing shards")
+    logger.info(f"data: {why}, writing shards")
     with _scratch(data, source.name) as scratch:
         counts: Counter = Counter()
-        entries = _write_shards(source, scratch, counts, say)
+        entries = _write_shards(source, scratch, counts)
         _check_enough(source, entries, counts)
         manifest = {
             "name": source.name,
@@ -131,25 +132,25 @@ def materialise(source: Source, skip_corrupt: bool, say: Say) -> Dataset:
             _commit(scratch, target)
     manifest = read_manifest(target)
     left = ", ".join(f"{n} {reason}" for reason, n in manifest["left_out"].items())
-    say(
+    logger.info(
         f"data: {manifest['fingerprint']['files']} files, {manifest['fingerprint']['bytes'] / 1e6:.2f} MB of text"
         f"{f' (left out: {left})' if left else ''} -> {target}"
     )
-    _say_split(manifest, say)
-    return Dataset(target, manifest, skip_corrupt, say)
+    _say_split(manifest)
+    return Dataset(target, manifest, skip_corrupt)
 
 
-def _say_split(manifest: dict, say: Say) -> None:
+def _say_split(manifest: dict) -> None:
     """Say it when the split is not the usual one, by the hash of the documents' names."""
     if rule := manifest.get("split_rule"):
-        say(f"data: {manifest['name']}: {rule}")
+        logger.info(f"data: {manifest['name']}: {rule}")
 
 
 def codec_is_here(manifest: dict) -> bool:
     return "codec" not in manifest or (base_dir() / manifest["codec"]["directory"]).is_dir()
 
 
-def _write_shards(source: Source, directory: Path, counts: Counter, say: Say) -> list[dict]:
+def _write_shards(source: Source, directory: Path, counts: Counter) -> list[dict]:
     """Write a source's documents as shards in both splits; returns the manifest's entries, train first.
 
     Text of which names hold out too much or too little is split by bytes instead, which source.manifest then says.
@@ -160,7 +161,7 @@ def _write_shards(source: Source, directory: Path, counts: Counter, say: Say) ->
     rules = set()
 
     def documents() -> Iterator[Document]:
-        for document in _decoded(source, counts, say):
+        for document in _decoded(source, counts):
             rules.add("own" if document.split else "name")
             split = document.split or ("val" if held_out(document.name) else "train")
             order.append(split == "val")
@@ -186,14 +187,14 @@ def _write_shards(source: Source, directory: Path, counts: Counter, say: Say) ->
         )
     if copies.any():
         source.manifest["held_out_copies"] = int(copies.sum())
-        say(
+        logger.info(
             f"data: warning: {copies.sum()} of {len(copies)} held-out documents are equal to a training document: "
             "held-out figures are slightly optimistic"
         )
     return entries
 
 
-def _decoded(source: Source, counts: Counter, say: Say) -> Iterator[Document]:
+def _decoded(source: Source, counts: Counter) -> Iterator[Document]:
     """The source's documents as text; those that are no text are named and counted, empty ones counted."""
     for document in source.read(counts):
         document = Document(*document)
@@ -206,14 +207,14 @@ def _decoded(source: Source, counts: Counter, say: Say) -> Iterator[Document]:
             where = one_line(f"{row[1]} line {int(row[2]) + 1}" if row else document.name)
             if counts["undecodable"] <= NAMED:
                 source.undecodable.append(f"{where} is {error}")
-                say(f"data: {source.undecodable[-1]}: skipped")
+                logger.info(f"data: {source.undecodable[-1]}: skipped")
             continue
         if text.strip():
             yield document._replace(text=text)
         else:
             counts["empty"] += 1
     if counts["undecodable"] > NAMED:
-        say(f"data: ... and {counts['undecodable'] - NAMED} more documents that are not UTF-8")
+        logger.info(f"data: ... and {counts['undecodable'] - NAMED} more documents that are not UTF-8")
 
 
 def _write(documents: Iterable[Document], directory: Path, codec: dict | None = None) -> list[dict]:
@@ -361,9 +362,9 @@ def _shard_name(number: int) -> str:
     return f"shard_{number:05d}.parquet"
 
 
-def open_climbmix(limit: int, skip_corrupt: bool = False, say: Say = print) -> Dataset | None:
+def open_climbmix(limit: int, skip_corrupt: bool = False) -> Dataset | None:
     """The first `limit` training shards and the held-out one where all are here, without a look at the hub."""
-    return _climbmix(limit, 1, skip_corrupt, say) if climbmix_is_here(limit) else None
+    return _climbmix(limit, 1, skip_corrupt) if climbmix_is_here(limit) else None
 
 
 def climbmix_is_here(limit: int | None) -> bool:
@@ -377,7 +378,7 @@ def _climbmix_names(limit: int) -> list[str]:
     return [_shard_name(number) for number in (*range(limit), CLIMBMIX_LAST)]
 
 
-def _climbmix(limit: int, workers: int, skip_corrupt: bool, say: Say) -> Dataset:
+def _climbmix(limit: int, workers: int, skip_corrupt: bool) -> Dataset:
     """The first `limit` training shards and the held-out last one, downloaded where missing.
 
     One folder serves every limit: its manifest records size and sha256 of all shards at their first download, the
@@ -401,7 +402,7 @@ def _climbmix(limit: int, workers: int, skip_corrupt: bool, say: Say) -> Dataset
     known = {entry["name"]: entry for entry in manifest["files"]}
     if missing := [name for name in names if name not in known or not (directory / name).exists()]:
         recorded = {name: entry["sha256"] for name, entry in known.items()}
-        for path in hub.download_climbmix(missing, directory, workers, recorded, say):
+        for path in hub.download_climbmix(missing, directory, workers, recorded):
             known[path.name] = _describe(path, "val" if path.name == _shard_name(CLIMBMIX_LAST) else "train")
             with file_lock(directory / ".manifest.lock"):  # another process may have added shards meanwhile
                 there = (read_manifest(directory) or manifest)["files"]
@@ -409,7 +410,7 @@ def _climbmix(limit: int, workers: int, skip_corrupt: bool, say: Say) -> Dataset
                 entries = [known[name] for name in sorted(known)]
                 _write_manifest(directory, manifest | {"files": entries, "fingerprint": fingerprint(entries)})
     entries = [known[name] for name in names]
-    return Dataset(directory, manifest | {"files": entries, "fingerprint": fingerprint(entries)}, skip_corrupt, say)
+    return Dataset(directory, manifest | {"files": entries, "fingerprint": fingerprint(entries)}, skip_corrupt)
 
 
 def _write_manifest(directory: Path, manifest: dict) -> None:

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import lzma
 import os
 import sys
@@ -23,8 +24,10 @@ import pyarrow.parquet as pq
 
 from nanochat.data.encodings import SAMPLE, Corrupt, Undecodable, check_encodable, decode_text, detect_encoding
 from nanochat.data.folders import NAMED, one_line, suffix_of
-from nanochat.runtime import Say, first_line
+from nanochat.runtime import first_line
 from nanochat.system.environment import UserError
+
+logger = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 ROW_SUFFIXES = (".jsonl", ".parquet")
@@ -38,8 +41,8 @@ LARGEST_FILE = 1_000_000_000  # a file is one document, and one string of arrow 
 class Rows:
     """What to do with a row that cannot be used: an error, or with skip_corrupt named, counted and skipped."""
 
-    def __init__(self, skip_corrupt: bool, say: Say, counts: Counter):
-        self.skip_corrupt, self.say, self.counts = skip_corrupt, say, counts
+    def __init__(self, skip_corrupt: bool, counts: Counter):
+        self.skip_corrupt, self.counts = skip_corrupt, counts
 
     def refuse(self, message: str) -> None:
         """Raise Corrupt, unless rows may be skipped."""
@@ -47,12 +50,12 @@ class Rows:
             raise Corrupt(f"{message}; or skip such rows with --skip_corrupt=True")
         self.counts["corrupt rows"] += 1
         if self.counts["corrupt rows"] <= NAMED:
-            self.say(f"data: {message}: skipped")
+            logger.info(f"data: {message}: skipped")
 
     def close(self) -> None:
         """Say how many were not named."""
         if (number := self.counts["corrupt rows"]) > NAMED:
-            self.say(f"data: ... and {number - NAMED} more rows that cannot be used")
+            logger.info(f"data: ... and {number - NAMED} more rows that cannot be used")
 
 
 def content_suffix(name: str) -> tuple[str, str]:

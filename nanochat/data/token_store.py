@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import logging
 import os
 import threading
 import time
@@ -17,9 +18,10 @@ from nanochat.data.dataset import Dataset
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.files import replacing, write_atomically
 from nanochat.modality import Vocabulary
-from nanochat.runtime import Say
 from nanochat.system.environment import UserError
 from nanochat.system.temporary import file_lock, remove_abandoned
+
+logger = logging.getLogger(__name__)
 
 CHUNK_CHARACTERS = 1_000_000  # text tokenised between two looks at whether to stop
 
@@ -44,12 +46,11 @@ class TokenStore:
         maker: bool | None = None,
         workers: int | None = None,
         patience_s: float = 1800,
-        say: Say = print,
     ):
         """vocabulary: the model's, None for text alone. maker: whether this process tokenises (None: local rank 0
         does). workers: its threads (None: one a core, at most 8). patience_s: how long the others wait for one shard.
         UserError: the split has no shards, or its sounds are not in the vocabulary."""
-        self.dataset, self.tokenizer, self.split, self.say = dataset, tokenizer, split, say
+        self.dataset, self.tokenizer, self.split = dataset, tokenizer, split
         self.paths = dataset.shards(split)
         if not self.paths:
             raise UserError(f"data {dataset.name} has no {split} shards: give more documents")
@@ -195,7 +196,7 @@ class TokenStore:
         if self._index(shard) is not None:
             return
         if not self._seconds:
-            self.say(f"tokenising {self.dataset.name} ({self.split}) into {self.directory}")
+            logger.info(f"tokenising {self.dataset.name} ({self.split}) into {self.directory}")
         start = time.perf_counter()
         self._make(shard)
         self._seconds += time.perf_counter() - start
@@ -217,7 +218,7 @@ class TokenStore:
         if all(indices):
             tokens = sum(index["tokens"] for index in indices)
             name = f"{self.dataset.name} ({self.split})"
-            self.say(f"tokenised {name}: {tokens:,} tokens in {self._seconds:.1f} s")
+            logger.info(f"tokenised {name}: {tokens:,} tokens in {self._seconds:.1f} s")
 
     def _remove_leftovers(self) -> None:
         """Delete what dead processes left half-written."""

@@ -20,7 +20,6 @@ import tiktoken
 
 from nanochat.data.dataset import Dataset
 from nanochat.data.tokenizer_sample import TrainingSample, reporting
-from nanochat.runtime import Say
 from nanochat.system.environment import UserError
 from nanochat.system.temporary import scratch_folder
 
@@ -123,12 +122,10 @@ class Tokenizer:
     # -- training -----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str], vocab_size: int, say: Say | None = None, pattern: str = SPLIT_PATTERN
-    ) -> "Tokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> "Tokenizer":
         """Learn vocab_size - 256 - 16 merges from the texts; the same texts give the same tokenizer.
 
-        It learns from what TrainingSample takes of the texts. say: gets a line on the progress every few seconds.
+        It learns from what TrainingSample takes of the texts, and logs its progress every few seconds.
         UserError when vocab_size cannot hold the bytes and specials, or asks for more merges than the texts have.
         """
         from tokenizers import Regex, models, pre_tokenizers, trainers  # only training needs it
@@ -142,8 +139,8 @@ class Tokenizer:
         trainee.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-        sample = TrainingSample(texts, say)
-        with reporting(sample.progress, say):
+        sample = TrainingSample(texts)
+        with reporting(sample.progress):
             trainee.train_from_iterator(sample.chunks(), trainer)
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         vocabulary = sorted(trainee.get_vocab().items(), key=lambda item: item[1])

@@ -1,5 +1,6 @@
 """What a tokenizer is trained on: chunks of the texts within limits of time and memory, and word of how far it is."""
 
+import logging
 import re
 import threading
 import time
@@ -7,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from nanochat.runtime import Say
+logger = logging.getLogger(__name__)
 
 TRAINING_CHARACTERS = 2_000_000_000  # enough for any vocabulary, and a bound on time for web-sized sources
 # The trainer keeps about 130 bytes for each byte of each distinct piece: at most 2.1 GB. Web text has so many distinct
@@ -25,8 +26,8 @@ _PIECE = re.compile(r" ?(?:[^\W\d_]{1,128}|(?:[^\w\s]|_){1,128})")  # nearly SPL
 class TrainingSample:
     """What the trainer reads of the texts: chunks that bound its memory, and counts for the progress line."""
 
-    def __init__(self, texts: Iterable[str], say: Say | None):
-        self.texts, self.say = texts, say or (lambda line: None)
+    def __init__(self, texts: Iterable[str]):
+        self.texts = texts
         self.documents = self.characters = 0
         self.merging_since: float | None = None
         self._distinct = 0  # bytes of distinct pieces, estimated from a sixteenth of them
@@ -48,7 +49,7 @@ class TrainingSample:
     def _finish(self, stopped: bool) -> None:
         self.merging_since = time.monotonic()
         if stopped:
-            self.say(
+            logger.info(
                 f"the tokenizer learns from the first {self.characters:,} characters, which hold "
                 f"{self._distinct / 1e6:.1f} MB of distinct pieces"
             )
@@ -92,16 +93,13 @@ def cut_at_boundaries(text: str, longest: int) -> Iterator[str]:
 
 
 @contextmanager
-def reporting(line: Callable[[], str], say: Say | None) -> Iterator[None]:
-    """Pass line() to say every REPORT_SECONDS, from a thread of its own."""
-    if say is None:
-        yield
-        return
+def reporting(line: Callable[[], str]) -> Iterator[None]:
+    """Log line() every REPORT_SECONDS, from a thread of its own."""
     done = threading.Event()
 
     def report() -> None:
         while not done.wait(REPORT_SECONDS):
-            say(line())
+            logger.info(line())
 
     thread = threading.Thread(target=report, name="tokenizer progress", daemon=True)
     thread.start()

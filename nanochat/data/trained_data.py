@@ -5,14 +5,16 @@ source; a source that was moved, or is read by another release of Python, is the
 """
 
 import dataclasses
+import logging
 from pathlib import Path
 
 from nanochat.config.declaration import fields_of
 from nanochat.config.settings import Settings
 from nanochat.data.dataset import Dataset, read_manifest
 from nanochat.data.prepare import CLIMBMIX_LAST, codec_is_here, open_climbmix
-from nanochat.runtime import Say
 from nanochat.system.environment import UserError, base_dir
+
+logger = logging.getLogger(__name__)
 
 LOOK = 50  # documents of a look at other data
 
@@ -25,7 +27,7 @@ PLACE = ("data", "data_column", "data_split", "data_config", "data_limit")
 OWN = (*PLACE, "data_audio_column", "skip_corrupt", "text_data", "text_share")
 
 
-def find_prepared(fingerprint: dict | None, skip_corrupt: bool = False, say: Say = print) -> Dataset | None:
+def find_prepared(fingerprint: dict | None, skip_corrupt: bool = False) -> Dataset | None:
     """The prepared dataset with this fingerprint's sha256, one that is tokenised first; None where there is none."""
     sha256 = (fingerprint or {}).get("sha256")
     if not sha256:
@@ -35,18 +37,18 @@ def find_prepared(fingerprint: dict | None, skip_corrupt: bool = False, say: Say
         try:
             manifest = read_manifest(path.parent)
         except UserError as error:  # of another source, perhaps: whoever needs it is told when it is prepared
-            say(f"data: passing over {error}")
+            logger.info(f"data: passing over {error}")
             continue
         if (manifest or {}).get("fingerprint", {}).get("sha256") == sha256 and codec_is_here(manifest):
-            found.append(Dataset(path.parent, manifest, skip_corrupt, say))
+            found.append(Dataset(path.parent, manifest, skip_corrupt))
     found.sort(key=lambda dataset: not any(dataset.directory.glob("tokens-*")))
-    return found[0] if found else _find_climbmix(fingerprint, skip_corrupt, say)
+    return found[0] if found else _find_climbmix(fingerprint, skip_corrupt)
 
 
-def _find_climbmix(fingerprint: dict, skip_corrupt: bool, say: Say) -> Dataset | None:
+def _find_climbmix(fingerprint: dict, skip_corrupt: bool) -> Dataset | None:
     """Its manifest counts all shards that are here, a run's fingerprint those of its limit."""
     limit = fingerprint.get("files", 0) - 1 if fingerprint.get("source") == "climbmix" else 0
-    dataset = open_climbmix(limit, skip_corrupt, say) if 0 < limit <= CLIMBMIX_LAST else None
+    dataset = open_climbmix(limit, skip_corrupt) if 0 < limit <= CLIMBMIX_LAST else None
     return dataset if dataset and dataset.fingerprint["sha256"] == fingerprint["sha256"] else None
 
 

@@ -4,6 +4,7 @@ Bits per byte (bpb) does not depend on the tokenizer: nats over the bytes that t
 """
 
 import json
+import logging
 import lzma
 import math
 from collections.abc import Callable, Iterable
@@ -17,9 +18,10 @@ import torch.distributed as dist
 from nanochat.data.packing import inputs_and_targets
 from nanochat.files import write_atomically
 from nanochat.modality import IGNORED
-from nanochat.runtime import Say
 from nanochat.system.environment import UserError
 from nanochat.training.stop_signals import CutShort
+
+logger = logging.getLogger(__name__)
 
 LARGEST_COMPRESSED = 200_000_000  # bytes; xz -9e takes about a second for each megabyte
 
@@ -152,7 +154,7 @@ def sum_over_ranks(values: Iterable[float], device, world_size: int, cut: bool =
 # what a compressor makes of the same bytes
 
 
-def compressor_baselines(dataset, say: Say = print) -> dict[str, float | None]:
+def compressor_baselines(dataset) -> dict[str, float | None]:
     """Bits per byte of `xz -9e` on the held-out documents in path order, alone and primed with the training split.
 
     primed: len(xz(train + val)) - len(xz(train)). Splits of more than 200 MB are not compressed: None, and said.
@@ -180,11 +182,11 @@ def compressor_baselines(dataset, say: Say = print) -> dict[str, float | None]:
         result["xz_primed"] = 8 * (sizes["both"] - sizes["train"]) / held_out
     if absent := [name for name, value in result.items() if value is None]:
         limit = f"{LARGEST_COMPRESSED // 10**6} MB"
-        say(f"compressor baseline not computed ({', '.join(absent)}): the text is empty or more than {limit}")
+        logger.info(f"compressor baseline not computed ({', '.join(absent)}): the text is empty or more than {limit}")
     try:
         write_atomically(cache, json.dumps({"fingerprint": fingerprint, **result}))
     except OSError as error:  # they save the next evaluation a minute; this one has them
-        say(f"compressor baselines are not kept for the next evaluation ({error.strerror}: {cache})")
+        logger.info(f"compressor baselines are not kept for the next evaluation ({error.strerror}: {cache})")
     return result
 
 

@@ -6,6 +6,7 @@ continuation has to be right.
 """
 
 import itertools
+import logging
 import math
 import os
 import random
@@ -24,7 +25,8 @@ from nanochat.gpt import GPT
 from nanochat.model.attention import kernels_for, sdpa
 from nanochat.model.document_mask import document_begins
 from nanochat.model.gpu_attention import visible
-from nanochat.runtime import Say
+
+logger = logging.getLogger(__name__)
 
 CORE_TASKS = 22
 
@@ -292,7 +294,6 @@ def evaluate_task(
     batch_tokens: int = 8192,
     rank: int = 0,
     world_size: int = 1,
-    say: Say = print,
     stop: Callable[[], bool] = never,
 ) -> dict:
     """Score one task; the ranks share its items and all get the same result.
@@ -307,7 +308,7 @@ def evaluate_task(
     begun = time.perf_counter()
     items = select_items(task.items, max_items)
     if task.num_fewshot > len(items) - 1:
-        say(f"{task.label}: {task.num_fewshot}-shot with {len(items)} items: using {len(items) - 1} examples")
+        logger.info(f"{task.label}: {task.num_fewshot}-shot with {len(items)} items: using {len(items) - 1} examples")
     max_len = max_len or model.config.sequence_len
     mine = range(rank, len(items), world_size)
     rows = all_rows(tokenizer, task, items, mine, max_len)
@@ -337,18 +338,18 @@ def evaluate_task(
     )
 
 
-def evaluate_tasks(model, tokenizer, tasks: list[Task], *, say: Say = print, **options) -> dict:
+def evaluate_tasks(model, tokenizer, tasks: list[Task], **options) -> dict:
     """{"score": plain mean of the centered accuracies, "tasks": {label: evaluate_task's result without `correct`}}."""
     results = {}
     for task in tasks:
-        results[task.label] = evaluate_task(model, tokenizer, task, say=say, **options)
+        results[task.label] = evaluate_task(model, tokenizer, task, **options)
         del results[task.label]["correct"]
     return dict(score=sum(r["centered"] for r in results.values()) / len(results), tasks=results)
 
 
-def evaluate_core(model, tokenizer, bundle: Path, *, max_per_task: int | None = None, say: Say = print, **options):
+def evaluate_core(model, tokenizer, bundle: Path, *, max_per_task: int | None = None, **options):
     """CORE from a bundle folder: see evaluate_tasks for the result and evaluate_task for the options."""
     tasks = load_bundle(bundle)
     if len(tasks) != CORE_TASKS:
-        say(f"{bundle} holds {len(tasks)} tasks, the official CORE {CORE_TASKS}: the scores are not comparable")
-    return evaluate_tasks(model, tokenizer, tasks, max_items=max_per_task, say=say, **options)
+        logger.info(f"{bundle} holds {len(tasks)} tasks, the official CORE {CORE_TASKS}: the scores are not comparable")
+    return evaluate_tasks(model, tokenizer, tasks, max_items=max_per_task, **options)

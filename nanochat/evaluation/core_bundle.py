@@ -7,6 +7,7 @@ eval_meta_data.csv ("Eval Task", "Random baseline" in percent) and eval_data/<da
 import csv
 import http.client
 import json
+import logging
 import os
 import ssl
 import stat
@@ -20,9 +21,11 @@ from pathlib import Path
 
 from nanochat.data.local_sources import looking_up
 from nanochat.files import sha256_of, write_atomically
-from nanochat.runtime import Say, shown
+from nanochat.runtime import shown
 from nanochat.system.environment import UserError, base_dir
 from nanochat.system.temporary import scratch_folder
+
+logger = logging.getLogger(__name__)
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 DOWNLOAD_SECONDS = 30
@@ -155,7 +158,7 @@ class _NotAvailable(Exception):
     """Why there is no bundle, in one line."""
 
 
-def find_bundle(path: str | Path | None = None, say: Say = print, download: bool = True) -> Path | None:
+def find_bundle(path: str | Path | None = None, download: bool = True) -> Path | None:
     """The folder of the CORE bundle: the named one, else base_dir()/eval_bundle, else downloaded into it if allowed.
 
     The download is tried once, for at most DOWNLOAD_SECONDS; the sizes and hashes of the zip and of its files are
@@ -177,9 +180,11 @@ def find_bundle(path: str | Path | None = None, say: Say = print, download: bool
     if not download:
         return None
     try:
-        _download(os.environ.get("NANOCHAT_EVAL_BUNDLE_URL") or BUNDLE_URL, folder, record, say)
+        _download(os.environ.get("NANOCHAT_EVAL_BUNDLE_URL") or BUNDLE_URL, folder, record)
     except _NotAvailable as reason:
-        say(f"CORE bundle not available ({reason}); scoring the OFFLINE suite instead (not comparable with CORE)")
+        logger.info(
+            f"CORE bundle not available ({reason}); scoring the OFFLINE suite instead (not comparable with CORE)"
+        )
         return None
     return folder
 
@@ -204,11 +209,11 @@ def _recorded(record: Path) -> dict:
         raise UserError(f"{record} is damaged ({error}): delete it together with eval_bundle to start over") from error
 
 
-def _download(url: str, folder: Path, record: Path, say: Say) -> None:
+def _download(url: str, folder: Path, record: Path) -> None:
     """Fetch, verify and unpack the zip, then rename it into place; _NotAvailable with the reason otherwise."""
     if folder.exists():
         raise _NotAvailable(f"{folder} exists but holds no core.yaml")
-    say(f"downloading the CORE bundle from {url}")
+    logger.info(f"downloading the CORE bundle from {url}")
     base_dir().mkdir(parents=True, exist_ok=True)
     with scratch_folder(base_dir() / "eval_bundle") as temporary:
         archive = temporary / "eval_bundle.zip"

@@ -7,6 +7,7 @@ between chance and overlap has learned the topic of a text, not its order.
 """
 
 import keyword
+import logging
 import random
 import re
 from collections import Counter
@@ -16,7 +17,8 @@ import numpy as np
 
 from nanochat.evaluation.core import evaluate_tasks, select_items
 from nanochat.evaluation.core_bundle import Task, write_bundle
-from nanochat.runtime import Say
+
+logger = logging.getLogger(__name__)
 
 ITEMS = 400  # of a task: the 95% band at chance is +-4.2 points for 4 options, +-4.9 for 2
 FEWEST = 20  # a task with fewer items is left out
@@ -137,7 +139,7 @@ TASKS: dict[str, tuple[Callable, str, str, float]] = {
 }
 
 
-def build_tasks(dataset, say: Say = print) -> list[Task]:
+def build_tasks(dataset) -> list[Task]:
     """The tasks that the held-out documents yield, up to ITEMS items each: the same ones in every process.
 
     A task with fewer than FEWEST items is left out, and that is said with the count.
@@ -158,7 +160,7 @@ def build_tasks(dataset, say: Say = print) -> list[Task]:
             if len(distinct) == ITEMS:
                 break
         if len(distinct) < FEWEST:
-            say(f"OFFLINE: {label} left out, {len(distinct)} items in the held-out text: at least {FEWEST}")
+            logger.info(f"OFFLINE: {label} left out, {len(distinct)} items in the held-out text: at least {FEWEST}")
         else:
             tasks.append(Task(label, kind, list(distinct.values()), 0, delimiter, chance))
     return tasks
@@ -299,7 +301,6 @@ def evaluate_offline(
     baselines: bool = True,
     tasks: list[Task] | None = None,
     rank: int = 0,
-    say: Say = print,
     **options,
 ) -> dict:
     """Score the suite: evaluate_tasks' result, each task with char_5gram and word_overlap beside it (rank 0 only).
@@ -307,10 +308,10 @@ def evaluate_offline(
     tasks: those of build_tasks when they are at hand. The items are written to <dataset>/offline_eval in the format of
     a CORE bundle. options: see evaluate_task. The score is None when the corpus yields no task.
     """
-    tasks = build_tasks(dataset, say) if tasks is None else tasks
+    tasks = build_tasks(dataset) if tasks is None else tasks
     if not tasks:
         return dict(score=None, tasks={})
-    result = evaluate_tasks(model, tokenizer, tasks, max_items=max_per_task, rank=rank, say=say, **options)
+    result = evaluate_tasks(model, tokenizer, tasks, max_items=max_per_task, rank=rank, **options)
     if baselines and rank == 0:
         write_bundle(tasks, dataset.directory / "offline_eval")
         chars = train_char_model(dataset)

@@ -3,13 +3,15 @@
 import csv
 import io
 import json
+import logging
 import math
 import sys
 from pathlib import Path
 
 from nanochat.evaluation.suite import _name
 from nanochat.files import write_atomically
-from nanochat.runtime import print0
+
+logger = logging.getLogger(__name__)
 
 BARS = {"chance": "chance", "char_5gram": "5-gram", "word_overlap": "overlap"}
 
@@ -167,7 +169,7 @@ def save(result: dict, path: Path) -> dict:
             if isinstance(earlier, dict):
                 earlier = replace_figures(earlier, earlier.pop("non_finite", []), math.nan)
         except ValueError as error:
-            print0(f"{path} is not readable ({error}): written anew")
+            logger.info(f"{path} is not readable ({error}): written anew")
     same = ("model_file_sha256", "data_fingerprint")
     if isinstance(earlier, dict):
         earlier.setdefault("model_file_sha256", earlier.pop("weights_sha256", None))  # its earlier name

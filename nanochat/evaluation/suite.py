@@ -1,5 +1,6 @@
 """The parts of an evaluation that training and base_eval share: bits per byte, CORE or OFFLINE, samples."""
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -13,7 +14,9 @@ from nanochat.evaluation.bpb import bits_per_byte, never, packed_losses
 from nanochat.evaluation.core import evaluate_core
 from nanochat.evaluation.core_bundle import find_bundle, load_bundle
 from nanochat.evaluation.offline import build_tasks, evaluate_offline, kept_tasks
-from nanochat.runtime import Compute, from_rank0, print0
+from nanochat.runtime import Compute, from_rank0
+
+logger = logging.getLogger(__name__)
 
 SAMPLE_TOKENS = 64
 
@@ -22,7 +25,7 @@ def settings_of(metadata: dict) -> Settings:
     """The settings of the training; names that this version does not know and absent ones mean the default."""
     saved = metadata.get("settings")
     if not isinstance(saved, dict):
-        print0(f"the checkpoint does not say its settings: assuming the defaults, data={Settings().data}")
+        logger.info(f"the checkpoint does not say its settings: assuming the defaults, data={Settings().data}")
         saved = {}
     return Settings(**{name: checked(name, value) for name, value in saved.items() if name in FIELDS})
 
@@ -31,10 +34,10 @@ def warn_of_other_data(dataset: Dataset, trained: dict | None) -> None:
     """Say so when the documents are not those of the training: bits per byte do not compare then."""
     now = dataset.fingerprint
     if not trained:
-        print0("the checkpoint has no data fingerprint: whether this is the data it was trained on is unknown")
+        logger.info("the checkpoint has no data fingerprint: whether this is the data it was trained on is unknown")
     elif trained.get("sha256") != now["sha256"]:
-        print0(
-            f"warning: trained on {_name(trained)}, evaluated on {_name(now)}: the numbers do not compare, "
+        logger.warning(
+            f"trained on {_name(trained)}, evaluated on {_name(now)}: the numbers do not compare, "
             "and documents held out here may have been trained on"
         )
 
@@ -61,7 +64,7 @@ def evaluate_bpb(
             found = bits_per_byte(model, stream, tokenizer.token_bytes, rows=rows, seq_len=seq_len, **ranks)
         else:
             most = None if split == "val" else limit
-            packed = Rows(store, seq_len, print0, max_tokens=most)
+            packed = Rows(store, seq_len, max_tokens=most)
             limit = limit or len(packed) * seq_len
             found = packed_losses(model, packed, tokenizer.token_bytes, rows=rows, max_tokens=most, **ranks)
         store.close()
@@ -70,7 +73,7 @@ def evaluate_bpb(
         if "losses" in found:
             result[f"{split}_losses"] = found["losses"]
     if result["val_bytes"] != dataset.text_bytes("val"):
-        print0(f"warning: scored {result['val_bytes']} of {dataset.text_bytes('val')} held-out bytes")
+        logger.warning(f"scored {result['val_bytes']} of {dataset.text_bytes('val')} held-out bytes")
     return result
 
 
@@ -100,13 +103,11 @@ def evaluate_suite(
     by rank 0. All ranks call it together.
     stop: asked before every forward; when it says yes on any rank, CutShort is raised on all.
     """
-    options = dict(max_per_task=max_per_task, rank=rank, world_size=world_size, stop=stop, say=print0)
+    options = dict(max_per_task=max_per_task, rank=rank, world_size=world_size, stop=stop)
     bundle = from_rank0(lambda: find_bundle(download=False), rank, world_size, model.device)
     if bundle is not None:
         return {"core": evaluate_core(model, tokenizer, bundle, **options)["score"]}
-    tasks = kept_tasks(
-        dataset, lambda: from_rank0(lambda: build_tasks(dataset, print0), rank, world_size, model.device)
-    )
+    tasks = kept_tasks(dataset, lambda: from_rank0(lambda: build_tasks(dataset), rank, world_size, model.device))
     score = evaluate_offline(model, tokenizer, dataset, baselines=False, tasks=tasks, **options)["score"]
     return {} if score is None else {"offline": score}
 

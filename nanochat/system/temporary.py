@@ -10,14 +10,17 @@ import fcntl
 import functools
 import hashlib
 import itertools
+import logging
 import os
 import platform
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 BEAT = 30.0  # seconds between two heartbeats of a scratch folder
 SILENCE = 3600.0  # seconds without one after which an owner on another machine counts as dead
@@ -113,11 +116,11 @@ def _beat(path: Path, done: threading.Event) -> None:
             os.utime(path)
 
 
-def open_locked(path: Path, wait: bool = False, say: Callable[[str], None] | None = None) -> int | None:
+def open_locked(path: Path, wait: bool = False, log_unlocked: bool = False) -> int | None:
     """A descriptor that holds the lock of the file of this name, made when missing; None when another process does.
 
     The lock is the operating system's (flock): it ends with its process, whatever kills that. wait: until it is free.
-    say: receives a note where the file system knows no locks, in which case everybody gets in.
+    log_unlocked: log where the file system knows no locks, in which case everybody gets in.
     """
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -127,9 +130,9 @@ def open_locked(path: Path, wait: bool = False, say: Callable[[str], None] | Non
             os.close(handle)
             return None
         except OSError as error:
-            if say is not None:
-                say(
-                    f"note: {path.parent} knows no locks ({error.strerror}); two starts in one moment would both get in"
+            if log_unlocked:
+                logger.warning(
+                    f"{path.parent} knows no locks ({error.strerror}): two starts in one moment would both get in"
                 )
         if names_file(path, handle):
             return handle

@@ -3,6 +3,7 @@
 At most one save is in flight; what went wrong in it is raised in the loop, by the next call.
 """
 
+import logging
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.runtime import print0
+
+logger = logging.getLogger(__name__)
 
 Named = Iterable[tuple[str, torch.Tensor]]
 
@@ -42,7 +44,7 @@ class BackgroundSaver:
         if self._thread is not None:
             self._thread.join()
             if self._error is not None:
-                print0(f"the save that was under way failed too: {self._error}")
+                logger.info(f"the save that was under way failed too: {self._error}")
 
     def save(self, step: int, model_items: Named, optimizer_items: Named, metadata: dict) -> Path | None:
         """Copy, and begin to write; first waits for the save before, whose result is returned as by wait()."""

@@ -1,5 +1,6 @@
 """What a model's steps run on: kernels chosen, and compiled before the first step, so that failures come early."""
 
+import logging
 import re
 import time
 
@@ -9,12 +10,14 @@ from nanochat.config.settings import Settings
 from nanochat.gpt import GPT, Block
 from nanochat.hardware import compiler_problem
 from nanochat.optim import compile_muon
-from nanochat.runtime import first_line, print0
+from nanochat.runtime import first_line
 from nanochat.system.environment import import_compiler
 from nanochat.training.fp8 import enable_fp8
 from nanochat.training.grad_accumulation import is_out_of_memory
 from nanochat.training.kernel_selection import choose_attention
 from nanochat.training.progress import duration
+
+logger = logging.getLogger(__name__)
 
 
 def choose_kernels(model: GPT, settings: Settings) -> None:
@@ -22,9 +25,9 @@ def choose_kernels(model: GPT, settings: Settings) -> None:
     if settings.fp8:
         grouped = model.route == "grouped" and model.config.has_experts
         without = "; those of experts stay in the activations' dtype: route=grouped multiplies by itself"
-        print0(f"FP8: {len(enable_fp8(model))} matrices{without if grouped else ''}")
+        logger.info(f"FP8: {len(enable_fp8(model))} matrices{without if grouped else ''}")
     for choice in choose_attention(model.config, model.device, model.compute_dtype, compiled=settings.compile):
-        print0(choice)
+        logger.info(choice)
 
 
 def compile_model(model: GPT, rows: int) -> float:
@@ -43,12 +46,12 @@ def compile_model(model: GPT, rows: int) -> float:
             if not is_out_of_memory(error):  # eager would need more, not less; the first step takes smaller parts
                 problem = compiler_message(error)
         else:
-            print0(f"compiled in {duration(time.perf_counter() - start)}")
+            logger.info(f"compiled in {duration(time.perf_counter() - start)}")
         model.zero_grad(set_to_none=True)
     if problem is not None:
         model.uncompile()
         compile_muon(False)
-        print0(f"running without torch.compile ({problem})")
+        logger.info(f"running without torch.compile ({problem})")
     return time.perf_counter() - start
 
 

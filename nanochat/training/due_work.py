@@ -5,12 +5,13 @@ evaluated.json when all that was due is measured, and into the next checkpoint. 
 evaluation did not end makes it up.
 """
 
+import logging
 from collections.abc import Callable
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.checkpoint_manager import tag_dir
 from nanochat.config.config_file import as_dict
-from nanochat.runtime import first_line, print0
+from nanochat.runtime import first_line
 from nanochat.system.environment import SharedError, UserError
 from nanochat.training import schedule
 from nanochat.training.grad_accumulation import naming_the_batch_that_fits
@@ -19,6 +20,8 @@ from nanochat.training.rank_agreement import agree_before_first_step, weights_ch
 from nanochat.training.resume import evaluated_after_save, note_evaluated, progress_of
 from nanochat.training.stop_signals import CutShort
 from nanochat.training.tracker import MetricsLog, last_event
+
+logger = logging.getLogger(__name__)
 
 CADENCES = ("eval_every", "core_metric_every", "sample_every")
 
@@ -80,7 +83,9 @@ class DueWork:
             return False
         busy = self.compute.agreed(self.saver.is_writing(0 if self.put_off else self.settings.rank_timeout / 4))
         if busy and not self.put_off:
-            print0(f"step {self.run.step}: the save before is still being written: this one follows when it is done")
+            logger.info(
+                f"step {self.run.step}: the save before is still being written: this one follows when it is done"
+            )
         self.put_off = busy
         return busy
 
@@ -136,7 +141,9 @@ class DueWork:
             if isinstance(error, UserError):
                 kind = SharedError if isinstance(error, SharedError) else UserError
                 raise kind(f"{str(error).rstrip('.')}; {told}") from error
-            print0(f"the evaluation of step {run.step} failed ({type(error).__name__}: {first_line(error)}); {told}")
+            logger.info(
+                f"the evaluation of step {run.step} failed ({type(error).__name__}: {first_line(error)}); {told}"
+            )
             raise
         if self.compute.rank == 0:
             self._sample()
@@ -172,7 +179,7 @@ class DueWork:
         try:
             sample()
         except Exception as error:
-            print0(f"warning: no sample at step {run.step} ({type(error).__name__}: {first_line(error)})")
+            logger.warning(f"no sample at step {run.step} ({type(error).__name__}: {first_line(error)})")
 
 
 def evaluation_is_due(training) -> bool:

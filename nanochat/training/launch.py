@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -11,11 +12,14 @@ from nanochat import checkpoint_manager as checkpoints
 from nanochat.checkpoint_manager import tag_dir
 from nanochat.config.config_file import CommandLine, as_dict, differences
 from nanochat.config.settings import RunSettings, checked
-from nanochat.runtime import PATIENCE, Compute, first_line, init_compute, print0
+from nanochat.runtime import PATIENCE, Compute, first_line, init_compute
+from nanochat.system import logs
 from nanochat.system.environment import UserError, launched, restarts_from_env
 from nanochat.training.rank_agreement import Meeting, refuse_differences, source_hashes
 from nanochat.training.resume import as_begun, begun_by_this_launcher, settle
 from nanochat.training.run_lock import run_lock
+
+logger = logging.getLogger(__name__)
 
 
 def begin(read: Callable[[], CommandLine], train: Callable[[RunSettings, int | None, Compute], dict]) -> dict:
@@ -28,6 +32,7 @@ def begin(read: Callable[[], CommandLine], train: Callable[[RunSettings, int | N
 
     def read_command() -> CommandLine:
         command = read()
+        logs.set_log_level(command.settings.log_level)
         # torchrun starts every rank and ends all when one fails; by hand nobody does.
         least = RunSettings.rank_timeout if launched() else 0
         meeting.timeout = timedelta(seconds=max(command.settings.rank_timeout, least))
@@ -40,6 +45,7 @@ def begin(read: Callable[[], CommandLine], train: Callable[[RunSettings, int | N
             lambda: decide(command, held) if meeting.rank == 0 else None, decision_facts, PATIENCE
         )
         settings, resume_step = decided or follow(command, reports[0]["facts"])
+        logs.set_log_level(settings.log_level)  # of a resumed run: the checkpoint's, unless given anew
         meeting.share(lambda: check_step(settings, reports[0]["facts"], meeting.rank), timeout=PATIENCE)
         # Meant this once, not for who copies the config.
         settings = dataclasses.replace(settings, overwrite=False, ignore_lock=False)
@@ -65,8 +71,9 @@ def decide(command: CommandLine, held: contextlib.ExitStack) -> tuple[RunSetting
     resume = "resume" in command.switches or (restarts_from_env() > 0 and begun_by_this_launcher(folder))
     held.enter_context(run_lock(folder, command.settings.ignore_lock))
     settings, resume_step = settle(command, resume)
+    held.enter_context(logs.run_log(folder / "run.log", settings.log_level))
     for line in differences(settings, command.origins):
-        print0(f"  {line}")
+        logger.info(f"  {line}")
     return settings, resume_step
 
 

@@ -1,11 +1,13 @@
 """What a person sees while training: one line that lives on a terminal, plain lines everywhere else."""
 
+import logging
 import statistics
 import time
 
-from nanochat.runtime import print0
 from nanochat.system import streams
 from nanochat.system.environment import rank_from_env
+
+logger = logging.getLogger(__name__)
 
 
 def duration(seconds: float) -> str:
@@ -36,7 +38,7 @@ class Progress:
             try:
                 from rich.console import Console
             except ImportError:
-                print0("rich is not installed: progress in plain lines")
+                logger.info("rich is not installed: progress in plain lines")
             else:
                 self.status = Console().status("first step (compiling) ...", spinner="line")
                 self.status.start()
@@ -61,4 +63,4 @@ class Progress:
             self.status.update(line)
         elif step in (1, self.steps) or time.monotonic() - self.said > self.plain_every:
             self.said = time.monotonic()
-            print0(line)
+            logger.info(line)

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import logging
 import math
 import os
 import platform
@@ -18,8 +19,10 @@ from nanochat.config.settings import RunSettings, Settings, checked, validate
 from nanochat.data.trained_data import PLACE, check_same, is_local
 from nanochat.files import write_atomically
 from nanochat.gpt import GPTConfig
-from nanochat.runtime import print0, process_state
+from nanochat.runtime import process_state
 from nanochat.system.environment import UserError, launched, rank_from_env, world_size_from_env
+
+logger = logging.getLogger(__name__)
 
 # What a resumed run may change; everything else would make it another run.
 CHANGEABLE = {
@@ -80,11 +83,11 @@ class RunState:
         self.val_bpb = bpb
 
     def _note(self, name: str, before: float | None, now: float) -> None:
-        print0(f"step {self.step}: {name} {now:.4f}")
+        logger.info(f"step {self.step}: {name} {now:.4f}")
         falling = self.smooth_loss_at_eval is not None and self.smooth_loss < self.smooth_loss_at_eval
         if before is not None and now > before and falling and not self.overfit_warned:
             self.overfit_warned = True
-            print0(f"warning: {name} rises ({before:.4f} -> {now:.4f}) while the training loss falls: over-fitting")
+            logger.warning(f"{name} rises ({before:.4f} -> {now:.4f}) while the training loss falls: over-fitting")
         self.smooth_loss_at_eval = self.smooth_loss
 
 
@@ -104,11 +107,11 @@ def settle(command: CommandLine, resume: bool) -> tuple[RunSettings, int | None]
         metadata = checkpoints.read_metadata(checkpoints.step_dir(tag_dir, step))
         return resumed_settings(command, tag_dir, metadata.get("settings", {}), step), step
     if resume and (tag_dir / "config.py").is_file():
-        print0(f"{tag_dir} holds no step yet: starting its run again")
+        logger.info(f"{tag_dir} holds no step yet: starting its run again")
         return resumed_settings(command, tag_dir, read_config(tag_dir / "config.py", type(settings)), 0), None
     if resume:
         validate(settings, world_size_from_env())
-        print0(f"nothing to resume in {tag_dir}: starting a new run")
+        logger.info(f"nothing to resume in {tag_dir}: starting a new run")
     elif (rank_from_env() == 0 or not settings.overwrite) and tag_dir.is_dir() and any(tag_dir.iterdir()):
         if not settings.overwrite:
             raise UserError(
@@ -117,7 +120,7 @@ def settle(command: CommandLine, resume: bool) -> tuple[RunSettings, int | None]
             )
         aside = next(p for n in range(1, 10**6) if not (p := tag_dir.with_name(f".{tag_dir.name}.old-{n}")).exists())
         os.rename(tag_dir, aside)
-        print0(f"the earlier run was moved to {aside}")
+        logger.info(f"the earlier run was moved to {aside}")
     return settings, None
 
 
@@ -168,7 +171,7 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
     changed = {name: value for name, value in differing.items() if command.origins[name] == "command line"}
     for name in sorted(differing.keys() - changed.keys() - {"model_tag"}):
         told = f"{name}={getattr(merged, name)!r} counts, not {differing[name]!r} of {command.origins[name]}"
-        print0(f"resuming: {told}" + (f"; change it with --{name}=..." if name in CHANGEABLE else ""))
+        logger.info(f"resuming: {told}" + (f"; change it with --{name}=..." if name in CHANGEABLE else ""))
     changeable = CHANGEABLE | (set(PLACE) if is_local(changed.get("data")) else set())
     if refused := sorted(changed.keys() - changeable - {"model_tag"}):
         told = ", ".join(f"{n}={changed[n]!r} (the run has {getattr(merged, n)!r})" for n in refused)
@@ -176,7 +179,7 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
     horizon = [name for name in ("num_iterations", "target_flops", "target_param_data_ratio") if name in changed]
     if horizon and (changed.get("num_iterations") or math.inf) > step:
         told = "the warmdown, and when the batch grows, are" if merged.batch_start else "the warmdown is"
-        print0(f"new horizon ({', '.join(horizon)}): {told} recomputed for it")
+        logger.info(f"new horizon ({', '.join(horizon)}): {told} recomputed for it")
     merged = dataclasses.replace(merged, **{name: changed[name] for name in changed.keys() & changeable})
     return validate(merged, world_size_from_env())
 
@@ -241,7 +244,7 @@ def begin_from(tag_dir: Path, step: int, era: str | None, model, optimizer, toke
     model.load_state_dict(state)
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
-    print0(f"beginning with the weights of {where}" + " and its optimizer's state" * (optimizer_state is not None))
+    logger.info(f"beginning with the weights of {where}" + " and its optimizer's state" * (optimizer_state is not None))
 
 
 def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, dataset) -> RunState:
@@ -324,9 +327,9 @@ def restore_progress(
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{where} cannot be resumed: {what}") from error
     if metadata.get("threads") != torch.get_num_threads():
-        print0(
+        logger.info(
             f"note: {metadata.get('threads')} threads then, {torch.get_num_threads()} now: sums may round differently"
         )
-    print0(f"resuming from {where}")
+    logger.info(f"resuming from {where}")
     step = metadata["step"]
     return dataclasses.replace(run, **{"evaluated": step} | numbers | {"step": step})

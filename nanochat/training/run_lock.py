@@ -7,6 +7,7 @@ somebody is still at work.
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import threading
@@ -14,9 +15,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat.runtime import print0
 from nanochat.system.environment import UserError, restarts_from_env
 from nanochat.system.temporary import names_file, open_locked, process_state
+
+logger = logging.getLogger(__name__)
 
 BEAT = 30.0  # seconds between two touches of the file by its owner
 STALE = 600.0  # seconds without one after which the owner on another host counts as gone
@@ -30,11 +32,11 @@ def run_lock(folder: Path, ignore: bool = False) -> Iterator[None]:
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = open_locked(path, say=print0)
+    handle = open_locked(path, log_unlocked=True)
     try:
         owner = _owner(path)
         if handle is not None and owner is not None and (reason := _gone(owner, path)):
-            print0(f"{_spelled(owner)} left its lock on {folder.name} behind ({reason}): taken over")
+            logger.info(f"{_spelled(owner)} left its lock on {folder.name} behind ({reason}): taken over")
         elif (handle is None or owner is not None) and not ignore:
             raise UserError(
                 f"model_tag={folder.name!r} is being trained by {_spelled(owner)}: stop it, or take another name with "
@@ -42,7 +44,7 @@ def run_lock(folder: Path, ignore: bool = False) -> Iterator[None]:
             )
         if handle is None:  # the user knows better: a file of our own
             path.unlink(missing_ok=True)
-            if (handle := open_locked(path, say=print0)) is None:
+            if (handle := open_locked(path, log_unlocked=True)) is None:
                 raise UserError(f"model_tag={folder.name!r} is just being taken by another process ({path}): try again")
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(_myself()).encode(), 0)

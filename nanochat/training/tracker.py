@@ -5,6 +5,7 @@ thread inside the training process could be rid of it. A process can be killed.
 """
 
 import json
+import logging
 import math
 import os
 import re
@@ -16,10 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from nanochat.files import write_atomically
-from nanochat.runtime import print0
 from nanochat.system import streams
 from nanochat.system.environment import rank_from_env
 from nanochat.system.storage_errors import naming_storage_errors
+
+logger = logging.getLogger(__name__)
 
 FINISH_SECONDS = 30  # how long the end of a run waits for the tracker
 HURRIED_SECONDS = 5  # and that of a preempted one, whose scheduler gives it about half a minute in all
@@ -163,12 +165,12 @@ class Tracker:
             if line.startswith("error: "):
                 self._give_up(line.removeprefix("error: "))
                 break
-            print0(f"wandb: {line}")
+            logger.info(f"wandb: {line}")
         return words
 
     def _give_up(self, reason: str) -> None:
-        print0(
-            f"warning: wandb stopped ({reason}): the run goes on without it and metrics.jsonl is complete; "
+        logger.warning(
+            f"wandb stopped ({reason}): the run goes on without it and metrics.jsonl is complete; "
             f"see {self.directory / 'tracker.log'}"
         )
         self._let_go()
@@ -212,7 +214,7 @@ def open_tracker(mode: str, run: str, config: dict, directory: Path) -> Tracker 
         directory.mkdir(parents=True, exist_ok=True)
         run_id = _run_id(directory)
     except OSError as error:
-        print0(f"warning: no tracker ({error}); metrics.jsonl is written as always")
+        logger.warning(f"no tracker ({error}); metrics.jsonl is written as always")
         return None
     where = dict(mode=mode, dir=str(directory), id=run_id, resume="allow")
     return Tracker(directory, dict(project="nanochat", name=run, config=config, **where))

@@ -6,6 +6,7 @@ history (github.com/karpathy/nanochat).
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,10 +17,12 @@ import torch
 
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import nearest_name, print0, shown
+from nanochat.runtime import nearest_name, shown
 from nanochat.system.environment import UserError, base_dir
 from nanochat.upstream.foreign_weights import strip_wrappers
 from nanochat.upstream.pickles import broken_part, read_pt, read_tokenizer_pickle
+
+logger = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the eras
@@ -260,6 +263,6 @@ def find_tokenizer(folder: Path, vocab_size: int) -> Tokenizer | None:
             tokenizer = read_tokenizer_pickle(path)
             if place in own or tokenizer.vocab_size == vocab_size:
                 return tokenizer
-            print0(f"{path} has {tokenizer.vocab_size} ids, the model {vocab_size}: not its tokenizer")
-    print0(f"{folder} has no tokenizer: put nanochat's tokenizer.pkl into it to read and write text")
+            logger.info(f"{path} has {tokenizer.vocab_size} ids, the model {vocab_size}: not its tokenizer")
+    logger.info(f"{folder} has no tokenizer: put nanochat's tokenizer.pkl into it to read and write text")
     return None

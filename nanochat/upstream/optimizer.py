@@ -5,6 +5,7 @@ a rank, optim_000123_rank0.pt and so on; and from January 2026 one optimizer of 
 from one a matrix, on the rank that owns it, to stacks of a shape, kept with the first matrix, a chunk of it a rank.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.model.parameters import is_scalar
-from nanochat.runtime import first_line, print0, shown
+from nanochat.runtime import first_line, shown
 from nanochat.system.environment import UserError
 from nanochat.upstream.pickles import read_pt_tree
+
+logger = logging.getLogger(__name__)
 
 ADAMW = {"exp_avg", "exp_avg_sq"}
 MUON = {"momentum_buffer": "momentum", "second_momentum_buffer": "neuron_sq"}  # theirs: ours
@@ -32,7 +35,7 @@ class _UnfitError(ValueError):
 def load_optimizer(folder: Path, step: int, config: GPTConfig) -> dict[str, torch.Tensor] | None:
     """read_optimizer(), its words printed."""
     state, told = read_optimizer(folder, step, config)
-    print0(
+    logger.info(
         f"{folder}: optimizer state {told}" + (", so training would begin with a fresh one" if state is None else "")
     )
     return state

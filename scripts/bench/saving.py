@@ -7,16 +7,19 @@ round, whose order turns from round to round.
 """
 
 import argparse
+import logging
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 from nanochat.config.settings import preset
-from nanochat.runtime import print0, run_script
+from nanochat.runtime import run_script
 from nanochat.system.environment import UserError, base_dir
 from nanochat.training.background_saver import BackgroundSaver
 from scripts.bench.train import Contender
+
+logger = logging.getLogger("nanochat")
 
 ARMS = ("none", "control", "background")
 KEEP_LAST = 2  # so that a save also verifies and prunes
@@ -66,18 +69,20 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
             for arm in ARMS[turn:] + ARMS[:turn]:
                 busy = saver if arm == "background" else None
                 seconds[arm].append(segment(variant, busy, 4 + number, arguments.steps))
-            print0(f"round {number + 1}: " + ", ".join(f"{arm} {times[-1]:.2f} s" for arm, times in seconds.items()))
+            logger.info(
+                f"round {number + 1}: " + ", ".join(f"{arm} {times[-1]:.2f} s" for arm, times in seconds.items())
+            )
     ratios = {
         arm: [a / b for a, b in zip(seconds[arm], seconds["none"], strict=True)] for arm in ("control", "background")
     }
-    print0(f"{arguments.rounds} rounds of {arguments.steps} steps; ratio to none of the same round")
-    print0(f"{'arm':<12}{'s, median':>10}{'min':>8}{'max':>8}{'ratio':>9}{'min':>8}{'max':>8}")
+    logger.info(f"{arguments.rounds} rounds of {arguments.steps} steps; ratio to none of the same round")
+    logger.info(f"{'arm':<12}{'s, median':>10}{'min':>8}{'max':>8}{'ratio':>9}{'min':>8}{'max':>8}")
     for arm in ARMS:
         row = f"{arm:<12}{statistics.median(seconds[arm]):>10.2f}{min(seconds[arm]):>8.2f}{max(seconds[arm]):>8.2f}"
         if arm in ratios:
             row += f"{statistics.median(ratios[arm]):>9.4f}{min(ratios[arm]):>8.4f}{max(ratios[arm]):>8.4f}"
-        print0(row)
-    print0(f"a save that is waited for: {statistics.median(waited):.3f} s")
+        logger.info(row)
+    logger.info(f"a save that is waited for: {statistics.median(waited):.3f} s")
     return ratios
 
 

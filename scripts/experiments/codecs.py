@@ -40,6 +40,7 @@ from nanochat.config.settings import preset
 from nanochat.data.dataset import SPLITS
 from nanochat.data_pipeline import prepare_for
 from nanochat.runtime import run_script
+from nanochat.system import logs
 from nanochat.system.environment import UserError
 
 CODECS = ("frame,1,512", "frame,1,2048", "pitch,2,256", "mdct,4,1024")
@@ -101,7 +102,7 @@ def numbers(held_out: bool, count: int) -> list[int]:
 
 def check_split(clips: int) -> dict[str, dict[str, int]]:
     """For "seen" and "unseen": the held-out clips, and those whose waveform, codes or caption a training clip has."""
-    data = prepare_for(preset("audio", data_limit=clips), say=print)
+    data = prepare_for(preset("audio", data_limit=clips))
     known: dict[str, set] = {"waveform": set(), "codes": set(), "caption": set()}
     found = {split: Counter() for split in ("seen", "unseen")}
     for split in SPLITS:  # training first
@@ -127,7 +128,8 @@ def measure(kind: str, books: int, codes: int, fit: int, count: int) -> dict:
     begun = time.perf_counter()
     training = [clip(index, seconds=SECONDS).wav for index in numbers(held_out=False, count=fit)]
     made = time.perf_counter()
-    codec = fit_codec(kind, training, books, codes, say=lambda line: None)
+    with logs.muted():
+        codec = fit_codec(kind, training, books, codes)
     fitted = time.perf_counter()
     wavs = np.stack([clip(index, seconds=SECONDS).wav for index in numbers(held_out=True, count=count)])
     coded = codec.encode_batch(wavs)

@@ -8,6 +8,7 @@ The environments are made in a temporary folder and deleted at the end, or kept 
 """
 
 import argparse
+import logging
 import os
 import re
 import subprocess
@@ -17,8 +18,10 @@ import xml.etree.ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.runtime import print0, run_script
+from nanochat.runtime import run_script
 from nanochat.system.environment import UserError
+
+logger = logging.getLogger("nanochat")
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASES = ("5.0.0", "5.12.1", "5.23.0", "5.24.0", "newest")
@@ -140,10 +143,10 @@ def main(argv: list[str] | None = None) -> list[Outcome]:
         folder = (args.folder or Path(temporary)).resolve()
         outcomes = []
         for release in args.releases:
-            print0(f"transformers {release} ...")
+            logger.info(f"transformers {release} ...")
             outcomes.append(check_release(release, folder, tuple(args.tests)))
     for line in table(outcomes):
-        print0(line)
+        logger.info(line)
     if not all(outcome.right for outcome in outcomes):
         sys.exit(1)
     return outcomes

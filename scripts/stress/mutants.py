@@ -34,7 +34,7 @@ ARITHMETIC = {
 }
 COMMUTATIVE = ("min", "max", "gcd", "transpose", "swapaxes")  # the order of their arguments means nothing
 # Calls whose only effect is a line for a reader.
-PRINTERS = ("print", "print0", "say", "self.say", "progress.update")
+PRINTERS = ("print", "say", "logger.info", "logger.warning", "progress.update")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from nanochat.modality import Modality
 from nanochat.system.environment import UserError
 from tests import upstream_fixtures
 from tests.hosts_fixtures import tiny_llama
+from tests.messages import record_messages
 from tests.test_gpt import MODERN, build
 
 KINDS = [("llama", True), ("llama", False), ("mistral", False), ("qwen2", True), ("qwen3", True), ("qwen3", False)]
@@ -26,8 +27,8 @@ OURS = {"untied": {}, "modern": {**MODERN, "tie_weights": True, "use_output_proj
 TOKENIZER = Tokenizer.train(["the cat sat on the mat, some other words below it"], 290)
 
 
-def load(name, dtype=torch.float32, say=lambda line: None):
-    return load_host(str(name), "cpu", dtype, say=say)
+def load(name, dtype=torch.float32):
+    return load_host(str(name), "cpu", dtype)
 
 
 def ids_of(*shape: int, below: int = 264) -> torch.Tensor:
@@ -241,7 +242,8 @@ def test_a_checkpoint_of_ours_is_a_host(base, variant):
     cache takes position 0."""
     model = save_ours("small", **OURS[variant])
     said = []
-    host, ids = load("nanochat:small", say=said.append), ids_of(2, 11, below=290)
+    with record_messages(said):
+        host, ids = load("nanochat:small"), ids_of(2, 11, below=290)
     assert "GPT" in said[0] and host.hash[:8] in said[0] and len(said) == 1
     with torch.no_grad():
         wanted = model(ids)
@@ -359,7 +361,8 @@ def test_a_host_that_was_saved_wrapped(prefix, llama, tmp_path):
     save_file({prefix + name: t for name, t in state.items()}, tmp_path / "host" / "model.safetensors")
     (tmp_path / "host" / "generation_config.json").write_text(json.dumps(dict(eos_token_id=[5, 6])))
     said = []
-    host, ids = load(tmp_path / "host", say=said.append), ids_of(2, 11)
+    with record_messages(said):
+        host, ids = load(tmp_path / "host"), ids_of(2, 11)
     with torch.no_grad():
         assert torch.equal(host.logits(ids), model(ids).logits)
     assert host.hash == load(folder).hash and host.tied and host.stop == (5, 6)
@@ -424,7 +427,8 @@ def test_tensors_that_do_not_fit_the_configuration(tmp_path):
             load(tmp_path)
         assert "fetch" in str(caught.value) and "\n" not in str(caught.value)
     write(novelty=torch.ones(2))
-    load(tmp_path, say=said.append)
+    with record_messages(said):
+        load(tmp_path)
     assert "1 tensors are no part of a LlamaForCausalLM and not used, novelty" in said[0]
 
 

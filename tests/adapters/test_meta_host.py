@@ -78,7 +78,7 @@ def llama(folder, tied=True, **config):
 
 
 def load(folder):
-    return load_host(f"meta:{folder}", "cpu", torch.float32, say=lambda line: None)
+    return load_host(f"meta:{folder}", "cpu", torch.float32)
 
 
 def check_logits(host, model, length=20):
@@ -250,7 +250,7 @@ def test_the_hash_is_of_the_tensors_as_the_file_has_them(tmp_path):
     from nanochat.checkpoint_manager import weights_hash
 
     state = write_meta(tmp_path / "meta", llama(tmp_path), True)
-    host = load_host(f"meta:{tmp_path / 'meta'}", "cpu", torch.bfloat16, say=lambda line: None)
+    host = load_host(f"meta:{tmp_path / 'meta'}", "cpu", torch.bfloat16)
     assert host.hash == weights_hash(state) == read_weights(tmp_path / "meta")[2]
     assert {p.dtype for p in host.model.parameters()} == {torch.bfloat16} and not host.model.training
 
@@ -296,7 +296,7 @@ def test_texts_that_tiktoken_cannot_take_whole(tmp_path):
 
 def refusal(name) -> str:
     with pytest.raises(UserError) as caught:
-        load_host(str(name), "cpu", torch.float32, say=lambda line: None)
+        load_host(str(name), "cpu", torch.float32)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("host='meta:")
     return str(caught.value)
 

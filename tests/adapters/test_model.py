@@ -29,13 +29,9 @@ def folders(tmp_path_factory):
     return root
 
 
-def quiet(*_):
-    pass
-
-
 def adapters(folder, markers: bool = True, books: int = Q, dtype=torch.float32, **options) -> AdapterModel:
     """A model around the host in the folder, experts of width 16 drawn."""
-    host = load_host(str(folder), "cpu", dtype, say=quiet)
+    host = load_host(str(folder), "cpu", dtype)
     V = host.vocab_size
     audio = Modality("audio", books, K, V + books * K + 1 if markers else None)
     shape = dict(vocab_size=V, width=host.width, n_layer=host.n_layer, sequence_len=64, modalities=(audio,))
@@ -78,7 +74,7 @@ def fit(model: AdapterModel, steps: int = 20, rate: float = 1e-2) -> float:
 def test_text_is_the_hosts(folders, name, dtype, monkeypatch):
     """Logits of text, its tensors, its words: equal before and after 20 steps. Red when text takes the routed path, or
     when a tensor of the host is trained."""
-    alone = load_host(str(folders / name), "cpu", dtype, say=quiet)
+    alone = load_host(str(folders / name), "cpu", dtype)
     text = torch.randint(0, alone.vocab_size, (3, 11), generator=torch.Generator().manual_seed(5))
     wanted, hashed = alone.logits(text), state_hash(alone)
     model = adapters(folders / name, dtype=dtype)
@@ -125,7 +121,7 @@ def test_the_expert_between_identities_is_musicgens_layer(tmp_path):
     )
     expert, layer = Expert(config), theirs.decoder.model.decoder.layers[2]
     with torch.no_grad():
-        for name, tensor in read_experts(str(tmp_path / "musicgen"), (2,), say=quiet)[0].items():
+        for name, tensor in read_experts(str(tmp_path / "musicgen"), (2,))[0].items():
             expert.get_parameter(name).copy_(tensor)
         expert.down_proj.weight.copy_(torch.eye(32))
         expert.up_proj.weight.copy_(torch.eye(32))

@@ -23,15 +23,12 @@ from nanochat.adapters.musicgen import (
     say_licence,
 )
 from nanochat.system.environment import UserError
+from tests.messages import record_messages
 from tests.musicgen_fixtures import tiny_musicgen
 
 KEY = "decoder.model.decoder.layers.2.fc1.weight"
 # Weights ten times as large as usual: else GELU is all but linear, and 1e-6 not small beside what a layer adds.
 LARGE = dict(initializer_factor=0.3)
-
-
-def silent(line: str) -> None:
-    pass
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +84,7 @@ def test_an_expert_computes_what_transformers_layer_computes(models, name):
         layer.final_layer_norm.register_forward_hook(lambda module, inputs, output: seen.append([inputs[0]]))
         layer.register_forward_hook(lambda module, inputs, output: seen[-1].append(output))
     decoder(input_ids=torch.randint(64, (decoder.num_codebooks, 9), generator=torch.Generator().manual_seed(1)))
-    experts = read_experts(folder, tuple(range(count)), say=silent)
+    experts = read_experts(folder, tuple(range(count)))
     assert len(seen) == len(experts) == count
     for expert, (before, after) in zip(experts, seen, strict=True):
         after = after[0] if isinstance(after, tuple) else after  # the melody model's layers
@@ -100,7 +97,7 @@ def test_layers_come_in_the_order_asked_for_and_twice_if_asked_twice(models):
     """Red when layers are sorted or made unique, or come in the file's dtype."""
     folder, model = models["one"]
     layers = model.decoder.model.decoder.layers
-    experts = read_experts(folder, (4, 1, 1), torch.bfloat16, say=silent)
+    experts = read_experts(folder, (4, 1, 1), torch.bfloat16)
     for expert, number in zip(experts, (4, 1, 1), strict=True):
         assert list(expert) == ["norm.weight", "norm.bias", "fc1.weight", "fc2.weight"]
         assert torch.equal(expert["fc2.weight"], layers[number].fc2.weight.bfloat16())
@@ -112,7 +109,7 @@ def test_layers_come_in_the_order_asked_for_and_twice_if_asked_twice(models):
 def test_what_happens_to_the_file_later_does_not_reach_the_experts(tiny):
     """Red when a tensor is the file itself, mapped (copy=True left out)."""
     folder, _, _ = tiny
-    experts = read_experts(str(folder), (0, 2), say=silent)
+    experts = read_experts(str(folder), (0, 2))
     before = experts_hash(experts)
     with open(folder / "model.safetensors", "r+b") as file:
         file.write(bytes(file.seek(0, 2) - file.seek(0)))
@@ -127,17 +124,15 @@ def test_only_what_is_needed_is_opened(models, tmp_path):
     assert len(needed) < len(set(places.values()))
     for name in (*needed, "config.json", musicgen.INDEX):
         (tmp_path / name).symlink_to(f"{folder}/{name}")
-    assert experts_hash(read_experts(str(tmp_path), (2,), say=silent)) == experts_hash(
-        read_experts(folder, (2,), say=silent)
-    )
+    assert experts_hash(read_experts(str(tmp_path), (2,))) == experts_hash(read_experts(folder, (2,)))
     (tmp_path / places[KEY]).unlink()
     with pytest.raises(UserError, match=f"index.json names {places[KEY]}, which is missing"):
-        read_experts(str(tmp_path), (2,), say=silent)
+        read_experts(str(tmp_path), (2,))
 
 
 def test_the_hash_is_that_of_the_tensors_not_of_the_files(models, tmp_path):
     """Red when the order of the experts, a tensor's name, shape or dtype, or its values do not enter the hash."""
-    read = [read_experts(models[name][0], (0, 2), say=silent) for name in ("one", "shards")]
+    read = [read_experts(models[name][0], (0, 2)) for name in ("one", "shards")]
     assert experts_hash(read[0]) == experts_hash(read[1])
     first, second = read[0]
     others = [
@@ -233,18 +228,20 @@ def test_the_licence_is_told_once_and_only_when_weights_are_read(models, monkeyp
     lines = []
     read_shape(models["one"][0], lines.append)
     random_experts(Shape(8, 2, 8), 1, 0)
-    with pytest.raises(UserError):
-        read_experts(models["one"][0], (6,), say=lines.append)
+    with pytest.raises(UserError), record_messages(lines):
+        read_experts(models["one"][0], (6,))
     assert lines == []
-    read_experts(models["one"][0], (0,), say=lines.append)
-    read_experts(models["decoder"][0], (0,), say=lines.append)
+    with record_messages(lines):
+        read_experts(models["one"][0], (0,))
+    with record_messages(lines):
+        read_experts(models["decoder"][0], (0,))
     say_licence(lines.append)
     assert len(lines) == 1 and "CC-BY-NC 4.0" in lines[0] and lines[0].count("\n") <= 1
 
 
 def refused(folder, message, layers=(2,)):
     with pytest.raises(UserError, match=message) as caught:
-        read_experts(str(folder), layers, say=silent)
+        read_experts(str(folder), layers)
     assert "\n" not in str(caught.value)
 
 
@@ -301,7 +298,7 @@ def test_spoiled_weights_are_refused(tiny):
         changed = {**tensors, **{KEY.replace("fc1.weight", key.replace("__", ".")): t for key, t in changes.items()}}
         write({key: tensor for key, tensor in changed.items() if tensor is not None})
         with pytest.raises(UserError, match=message):
-            read_experts(str(folder), (2,), dtype, say=silent)
+            read_experts(str(folder), (2,), dtype)
 
     with_tensors("lacks the tensor .*layers.2.fc2.weight", fc2__weight=None)
     with_tensors("lacks the tensor .*layers.2.final_layer_norm.bias", final_layer_norm__bias=None)
@@ -315,7 +312,7 @@ def test_spoiled_weights_are_refused(tiny):
         with_tensors("layers.2.fc1.weight holds values that are no finite numbers", fc1__weight=spoiled)
     with_tensors(r"no finite numbers \(as torch.float16", torch.float16, fc1__weight=torch.full((64, 16), 1e5))
     write(tensors)
-    read_experts(str(folder), (2,), say=silent)
+    read_experts(str(folder), (2,))
     path = folder / "model.safetensors"
     for content in (
         path.read_bytes()[:-100],
@@ -397,13 +394,13 @@ def test_of_a_hub_model_the_needed_files_are_fetched_once(models, tmp_path, monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     try:
-        read = read_experts("tests/musicgen", (2,), say=silent)
-        assert experts_hash(read) == experts_hash(read_experts(str(folder), (2,), say=silent))
+        read = read_experts("tests/musicgen", (2,))
+        assert experts_hash(read) == experts_hash(read_experts(str(folder), (2,)))
         assert sorted(hub.fetched) == sorted([*needed, "config.json", musicgen.INDEX])
         refused("tests/other", "no config.json|404|a folder with")
     finally:
         hub.shutdown()
         hub.server_close()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert experts_hash(read_experts("tests/musicgen", (2,), say=silent)) == experts_hash(read)
+    assert experts_hash(read_experts("tests/musicgen", (2,))) == experts_hash(read)
     refused("tests/musicgen", r"HF_HUB_OFFLINE forbids the network", layers=(0, 5))

@@ -14,6 +14,7 @@ from nanochat.adapters.hosts import load_host
 from nanochat.adapters.transformers_host import HostTokenizer
 from nanochat.system.environment import UserError
 from tests.hosts_fixtures import BOS, EOS, tiny_llama, tiny_tokenizer
+from tests.messages import record_messages
 
 TEXT = f"the king\n  on a {BOS} thing{EOS}, être 東 \U0001f600"
 
@@ -34,7 +35,7 @@ def folder(made, tmp_path):
 
 def refusal(name) -> str:
     with pytest.raises(UserError) as caught:
-        load_host(str(name), "cpu", torch.float32, say=lambda line: None)
+        load_host(str(name), "cpu", torch.float32)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("host=")
     return str(caught.value)
 
@@ -127,7 +128,7 @@ def test_a_hub_name_in_the_local_cache_needs_no_network(made, tmp_path, monkeypa
     shutil.copytree(made, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    host = load_host("some/model", "cpu", torch.float32, say=lambda line: None)
+    host = load_host("some/model", "cpu", torch.float32)
     assert host.name == "some/model" and host.hash == load_host(str(made), "cpu", torch.float32).hash
     next((repository / "snapshots" / commit).glob("model-*")).unlink()
     assert "forbids the network" in refusal("some/model")
@@ -195,16 +196,19 @@ def hub(made, tmp_path, monkeypatch):
 def test_a_hub_name_is_fetched_once(hub, made, tmp_path):
     """Only the files that are read, and on the second time none. Red when all of the repository is fetched, the cache
     is not looked at, or a part that is missing from it is not fetched."""
-    wanted, said = load_host(str(made), "cpu", torch.float32, say=lambda line: None).hash, []
-    assert load_host("some/model", "cpu", torch.float32, say=said.append).hash == wanted
+    wanted, said = load_host(str(made), "cpu", torch.float32).hash, []
+    with record_messages(said):
+        assert load_host("some/model", "cpu", torch.float32).hash == wanted
     assert "looking on the hub" in said[0]
     fetched = {path.rsplit("/", 1)[1] for method, path in hub if method == "GET" and "/resolve/" in path}
     assert fetched == {path.name for path in made.iterdir()}
     hub.clear()
-    assert load_host("some/model", "cpu", torch.float32, say=said.append).hash == wanted and not hub
+    with record_messages(said):
+        assert load_host("some/model", "cpu", torch.float32).hash == wanted and not hub
     for pattern in ("model-00002*", "tokenizer.json"):
         next((tmp_path / "cache").glob(f"*/snapshots/*/{pattern}")).unlink()
-        assert load_host("some/model", "cpu", torch.float32, say=said.append).hash == wanted and hub
+        with record_messages(said):
+            assert load_host("some/model", "cpu", torch.float32).hash == wanted and hub
     assert "404" in refusal("some/other")
 
 

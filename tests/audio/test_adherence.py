@@ -59,7 +59,7 @@ def test_clean_melodies_are_heard_as_their_captions_say(clips, references):
 
 def test_melodies_through_a_codec_with_guessed_phases_are_heard(clips, references):
     """Red when peaks need to be higher than 2 frames around them instead of 8 (`pre_max`, `post_max`)."""
-    codec = fit_codec("frame", [clip.wav for clip in clips], codebooks=2, codes=256, say=lambda _: None)
+    codec = fit_codec("frame", [clip.wav for clip in clips], codebooks=2, codes=256)
     wavs = codec.decode_batch(codec.encode_batch(np.stack([clip.wav for clip in clips[130:]])))
     shares = shares_of_hits(wavs, clips[130:], references)
     assert shares["pitch"] >= 0.95 and shares["tempo"] >= 0.95

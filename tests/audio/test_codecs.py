@@ -18,10 +18,6 @@ from nanochat.system.environment import UserError
 KINDS = {"frame": (1, 512), "pitch": (2, 256), "mdct": (4, 256)}  # codebooks and codes
 
 
-def quiet(line):
-    pass
-
-
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with one_core():  # as quick on a busy machine
@@ -35,13 +31,13 @@ def sounds():
 
 @pytest.fixture(scope="module")
 def codecs(sounds):
-    return {kind: fit_codec(kind, sounds, *shape, say=quiet) for kind, shape in KINDS.items()}
+    return {kind: fit_codec(kind, sounds, *shape) for kind, shape in KINDS.items()}
 
 
 @pytest.fixture(scope="module")
 def small(sounds):
     """Codecs of 3 codebooks of 64 codes, fitted in no time."""
-    return {kind: fit_codec(kind, sounds[:8], 3, 64, say=quiet) for kind in KINDS}
+    return {kind: fit_codec(kind, sounds[:8], 3, 64) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +90,15 @@ def conditional_entropy(codes, given):
 def test_the_same_sounds_and_seed_give_the_same_codec(small, sounds, kind):
     """Red when the k-means draws from the global generator, or the seed does not reach it."""
     torch.rand(3)
-    assert fit_codec(kind, sounds[:8], 3, 64, say=quiet).hash == small[kind].hash
-    assert fit_codec(kind, sounds[:8], 3, 64, seed=1, say=quiet).hash != small[kind].hash
+    assert fit_codec(kind, sounds[:8], 3, 64).hash == small[kind].hash
+    assert fit_codec(kind, sounds[:8], 3, 64, seed=1).hash != small[kind].hash
 
 
 def test_an_endless_source_is_read_to_a_bound(sounds, monkeypatch):
     """Red when fit_codec takes all that it is given."""
     monkeypatch.setattr(fitted_codec, "FIT_FRAMES", 300)
     read = []
-    fit_codec("frame", (read.append(wav) or wav for wav in itertools.cycle(sounds)), 1, 64, say=quiet)
+    fit_codec("frame", (read.append(wav) or wav for wav in itertools.cycle(sounds)), 1, 64)
     assert len(read) == 3
 
 
@@ -140,7 +136,7 @@ def test_pitch_survives(codecs, held_out, kind, share):
 def test_mdct_keeps_the_waveform(sounds, held_out):
     """10 dB SI-SDR at 2000 bit/s (4 x 1024 at 50 frames a second) on unseen clips. Red when a stage codes the sound
     again instead of what the stages before left over."""
-    codec = fit_codec("mdct", sounds[:50], 4, 1024, say=quiet)
+    codec = fit_codec("mdct", sounds[:50], 4, 1024)
     assert codec.frame_rate * codec.codebooks * math.log2(codec.codes) == 2000
     wavs = held_out[0].astype(np.float64)
     decoded = codec.decode_batch(codec.encode_batch(wavs))
@@ -155,7 +151,7 @@ def test_silence_is_silence_and_loudness_stays(codecs, sounds, kind):
     from silence, or the frame's level is dropped."""
     codes = codecs[kind].encode(np.zeros(4000, np.float32))
     assert not codes.any() and not codecs[kind].decode(codes).any()
-    both = fit_codec(kind, [gain * wav for wav in sounds[:40] for gain in (1.0, 0.03)], *KINDS[kind], say=quiet)
+    both = fit_codec(kind, [gain * wav for wav in sounds[:40] for gain in (1.0, 0.03)], *KINDS[kind])
     for wav in (clip(90_100).wav, clip(90_105).wav):
         for gain in (1.0, 0.03):
             decoded = both.decode(both.encode(gain * wav))
@@ -192,7 +188,7 @@ def test_noise_comes_back_as_noise_of_the_same_colour(sounds):
     random = np.random.default_rng(0)
     spectra = np.fft.rfft(random.normal(0, 1, (6, 32000)), axis=1) / np.sqrt(1 + np.arange(16001) / 500)
     noise = (np.fft.irfft(spectra, axis=1) * 0.1).astype(np.float32)
-    codec = fit_codec("pitch", [*sounds[:10], *noise[:5]], 2, 256, say=quiet)
+    codec = fit_codec("pitch", [*sounds[:10], *noise[:5]], 2, 256)
     codes = codec.encode(noise[5])
     assert (codes[0] == 0).mean() > 0.9
     decoded = codec.decode(codes)
@@ -202,7 +198,7 @@ def test_noise_comes_back_as_noise_of_the_same_colour(sounds):
     for low in (125, 250, 500, 1000, 2000):
         octave = slice(2 * low, 4 * low)
         assert abs(10 * np.log10(after[octave].sum() / before[octave].sum())) < 3, low
-    tone = fit_codec("pitch", sounds[:10], 2, 64, say=quiet).encode(held_note(60, "organ"))
+    tone = fit_codec("pitch", sounds[:10], 2, 64).encode(held_note(60, "organ"))
     assert (tone[0] > 0).mean() > 0.9
 
 

@@ -31,6 +31,7 @@ from nanochat.system.environment import UserError, base_dir
 from scripts import audio_data
 from scripts import data as data_script
 from tests.forked import Forked
+from tests.messages import no_messages, record_messages
 
 RATE = 16000
 ROOT = Path(dataset.__file__).parents[2]
@@ -78,7 +79,7 @@ def test_codes_are_the_codecs_own(folder):
 
     Red when batches mix up their sounds, codes are flattened codebook by codebook, or the split is not held_out.
     """
-    data = prepare_for(settings_of(folder), say=len)
+    data = prepare_for(settings_of(folder))
     codec = audio.load_codec(data.codec["directory"])
     assert (codec.name, codec.hash, codec.codebooks, codec.codes) == ("mdct", data.codec["hash"], 2, 16)
     assert (data.codec["name"], data.codec["frame_rate"], data.codec["sample_rate"]) == ("mdct", 50.0, RATE)
@@ -100,7 +101,7 @@ def test_codes_are_the_codecs_own(folder):
 
 def test_shards_hold_frames_in_order_and_read_as_text_too(folder):
     """The documented columns, read by pyarrow alone. Red when the codes are widened, or read() needs them."""
-    data = prepare_for(settings_of(folder), say=len)
+    data = prepare_for(settings_of(folder))
     table = pq.read_table(data.shards("train")[0])
     assert table.schema.names == ["name", "text", "codes", "attributes"]
     assert table.schema.field("codes").type == pa.list_(pa.int16())
@@ -131,7 +132,7 @@ def test_synth_keeps_attributes_and_its_split(monkeypatch):
     monkeypatch.setattr(
         fitted_codec, "fit_codec", lambda kind, wavs, *rest, **more: heard.append(wavs) or fit(kind, wavs, *rest)
     )
-    data = prepare_for(settings_of("synth", data_limit=40, clip_seconds=0.2), say=len)
+    data = prepare_for(settings_of("synth", data_limit=40, clip_seconds=0.2))
     assert data.name.startswith("synth-mdct-2x16-")
     for split in ("train", "val"):
         for name, text, codes, attributes in clips_of(data, split):
@@ -151,7 +152,7 @@ def test_nothing_held_out_was_trained_on(codec):
     from nanochat.audio.synth import clip
 
     shape = {"modalities": "audio:128"} if codec == "pitch" else {"codebooks": 1}
-    data = prepare_for(settings_of("synth", data_limit=200, clip_seconds=0.1, codec=codec, **shape), say=len)
+    data = prepare_for(settings_of("synth", data_limit=200, clip_seconds=0.1, codec=codec, **shape))
     found = {split: clips_of(data, split) for split in ("train", "val")}
     codes = [{clip[2].tobytes() for clip in found[split]} for split in found]
     waves = [{clip(int(item[0][6:]), seconds=0.1).wav.tobytes() for item in found[split]} for split in found]
@@ -168,13 +169,14 @@ def test_a_copy_of_a_training_sound_is_not_held_out(folder):
     assert not held_out("29.wav") and copy < "29.wav"
     soundfile.write(folder / copy, a_sound(29), RATE)
     lines = []
-    data = prepare_for(settings_of(folder), say=lines.append)
+    with record_messages(lines):
+        data = prepare_for(settings_of(folder))
     assert [name for name, *_ in clips_of(data, "val")] == [kept]
     assert data.manifest["left_out"] == {"held-out sound with the codes of a training sound": 1}
     assert f"data: {copy!r}: held-out sound with the codes of a training sound: left out" in lines
     soundfile.write(folder / kept, a_sound(28), RATE)
     with pytest.raises(UserError, match=r"no sound is held out .*2 held-out sound with.* a finer codec"):
-        prepare_for(settings_of(folder), say=len)
+        prepare_for(settings_of(folder))
 
 
 def test_the_codec_learns_from_a_bounded_part_of_the_training_sounds(folder, monkeypatch):
@@ -188,7 +190,7 @@ def test_the_codec_learns_from_a_bounded_part_of_the_training_sounds(folder, mon
 
     monkeypatch.setattr(fitted_codec, "fit_codec", fitted)
     monkeypatch.setattr(audio_dataset, "FIT_SECONDS", 1)
-    prepare_for(settings_of(folder), say=len)
+    prepare_for(settings_of(folder))
     train = [number for number in range(30) if not held_out(f"{number:02d}.wav")]
     train.sort(key=lambda number: digest(f"{number:02d}.wav"))
     expected, room = [], RATE
@@ -204,14 +206,14 @@ def test_the_codec_learns_from_a_bounded_part_of_the_training_sounds(folder, mon
 
 def test_a_fitted_codec_can_be_named(folder, monkeypatch):
     """Opened, not fitted. Red when open_codec's codec is replaced by a new fit."""
-    first = prepare_for(settings_of(folder), say=len)
+    first = prepare_for(settings_of(folder))
     monkeypatch.setattr(fitted_codec, "fit_codec", None)
     for named in (Path(first.codec["directory"]).name, first.codec["directory"]):
-        again = prepare_for(settings_of(folder, codec=named), say=len)
+        again = prepare_for(settings_of(folder, codec=named))
         assert again.codec == first.codec and again.directory != first.directory
         assert again.fingerprint["sha256"] == first.fingerprint["sha256"]
     with pytest.raises(UserError, match="2"):
-        prepare_for(settings_of(folder, codec=named, codebooks=1), say=len)
+        prepare_for(settings_of(folder, codec=named, codebooks=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,9 +222,10 @@ def test_a_fitted_codec_can_be_named(folder, monkeypatch):
 
 def test_an_unchanged_source_is_only_opened(folder, monkeypatch):
     """Red when the state holds anything that differs between two calls."""
-    first = prepare_for(settings_of(folder), say=len)
+    first = prepare_for(settings_of(folder))
     monkeypatch.setattr("nanochat.audio.sources.decode", None)
-    again = prepare_for(settings_of(folder, depth=9), say=pytest.fail)
+    with no_messages():
+        again = prepare_for(settings_of(folder, depth=9))
     assert again.directory == first.directory and again.manifest == first.manifest
 
 
@@ -242,18 +245,20 @@ def test_other_settings_give_another_folder(folder, corpus, change):
     """Red when a setting is left out of both the folder's name and its state."""
     change = {key: str(corpus) if value == "TEXT" else value for key, value in change.items()}
     before = {"text_data": str(corpus)} if "text_share" in change else {}
-    first = prepare_for(settings_of(folder, **before), say=len)
-    other = prepare_for(settings_of(folder, **change), say=len)
+    first = prepare_for(settings_of(folder, **before))
+    other = prepare_for(settings_of(folder, **change))
     assert other.directory != first.directory and other.fingerprint["sha256"] != first.fingerprint["sha256"]
-    assert prepare_for(settings_of(folder, **change), say=pytest.fail).directory == other.directory
+    with no_messages():
+        assert prepare_for(settings_of(folder, **change)).directory == other.directory
 
 
 def test_the_fingerprint_covers_codes_and_a_changed_sound_is_met(folder):
     """Same names, same captions, one other sound. Red when _fingerprint takes texts alone, or the state no sounds."""
-    first = prepare_for(settings_of(folder), say=len)
+    first = prepare_for(settings_of(folder))
     soundfile.write(folder / "03.wav", a_sound(77), RATE)
     lines = []
-    other = prepare_for(settings_of(folder), say=lines.append)
+    with record_messages(lines):
+        other = prepare_for(settings_of(folder))
     assert "changed since it was prepared" in lines[0]
     assert other.fingerprint["sha256"] != first.fingerprint["sha256"] and other.directory != first.directory
     assert [e["text_sha256"] for e in other.entries("train")] == [e["text_sha256"] for e in first.entries("train")]
@@ -261,11 +266,11 @@ def test_the_fingerprint_covers_codes_and_a_changed_sound_is_met(folder):
 
 def test_a_lost_codec_is_fitted_again(folder):
     """Red without codec_is_here: the dataset would open and nobody could listen."""
-    first = prepare_for(settings_of(folder), say=len)
+    first = prepare_for(settings_of(folder))
     for path in Path(first.codec["directory"]).iterdir():
         path.unlink()
     Path(first.codec["directory"]).rmdir()
-    again = prepare_for(settings_of(folder), say=len)
+    again = prepare_for(settings_of(folder))
     assert again.directory == first.directory and audio.load_codec(again.codec["directory"]).hash == first.codec["hash"]
 
 
@@ -280,7 +285,7 @@ def test_a_kill_leaves_nothing_that_counts(folder, base):
     process = Forked([sys.executable, "-c", code])
     assert process.wait(timeout=60) == 9, process.output()
     assert [path.name[0] for path in (base / "data").iterdir()] == ["."]
-    assert len(clips_of(prepare_for(settings_of(folder), say=len), "train")) > 20
+    assert len(clips_of(prepare_for(settings_of(folder)), "train")) > 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,8 +306,8 @@ def test_text_takes_its_share_of_both_splits(folder, text, share):
 
     Red when the share is taken as a ratio to the sounds, or captions do not count, or val text is trained on.
     """
-    data = prepare_for(settings_of(folder, text_data=str(text), text_share=share, data_column="text"), say=len)
-    known = dict(prepare(str(text), say=len).documents("train")), dict(prepare(str(text), say=len).documents("val"))
+    data = prepare_for(settings_of(folder, text_data=str(text), text_share=share, data_column="text"))
+    known = dict(prepare(str(text)).documents("train")), dict(prepare(str(text)).documents("val"))
     for split, documents in zip(("train", "val"), known, strict=True):
         clips = clips_of(data, split)
         alone = [(name, words) for name, words, codes, _ in clips if codes is None]
@@ -321,7 +326,8 @@ def test_text_that_runs_out_is_said(folder, text):
     """Red when the end of the text ends the sounds, or is silent."""
     text.write_text("".join(json.dumps({"text": "short " * 60}) + "\n" for _ in range(40)))
     lines = []
-    data = prepare_for(settings_of(folder, text_data=str(text), text_share=0.9), say=lines.append)
+    with record_messages(lines):
+        data = prepare_for(settings_of(folder, text_data=str(text), text_share=0.9))
     assert sum("has no more train text" in line for line in lines) == 1
     assert sum(codes is not None for _, _, codes, _ in clips_of(data, "train")) == sum(
         not held_out(f"{number:02d}.wav") for number in range(30)
@@ -334,7 +340,7 @@ def test_text_that_runs_out_is_said(folder, text):
 
 def test_codes_outside_the_codebook_are_corrupt(folder):
     """Named with shard and document; left out when asked. Red without the comparison in read_clips."""
-    data = prepare_for(settings_of(folder), say=len)
+    data = prepare_for(settings_of(folder))
     shard = data.shards("train")[0]
     table = pq.read_table(shard).to_pylist()
     name = table[4]["name"]
@@ -350,7 +356,8 @@ def test_codes_outside_the_codebook_are_corrupt(folder):
         with pytest.raises(Corrupt, match=rf"{shard.name} document {name}: .*{re.escape(words)}"):
             clips_of(data, "train")
     lines = []
-    lenient = Dataset(data.directory, data.manifest, skip_corrupt=True, say=lines.append)
+    with record_messages(lines):
+        lenient = Dataset(data.directory, data.manifest, skip_corrupt=True)
     assert clips_of(lenient, "train") == [] and list(lenient.skipped) == [shard.name] and len(lines) == 1
 
 
@@ -363,7 +370,8 @@ def test_single_bad_sounds_are_counted_in_the_manifest(folder):
     """Red when the counts of the log do not reach left_out, or sounds of the fit are counted twice."""
     spoil(folder, 4, b"no sound")
     lines = []
-    data = prepare_for(settings_of(folder, clip_seconds=0.25), say=lines.append)
+    with record_messages(lines):
+        data = prepare_for(settings_of(folder, clip_seconds=0.25))
     assert data.manifest["left_out"] == {"unreadable": 4} and data.manifest["altered"] == {"cut to 0.25 s": 5}
     assert sum("unreadable" in line and ".wav" in line for line in lines) == 4
 
@@ -379,7 +387,7 @@ def test_a_source_that_is_mostly_unreadable_is_an_error(folder, count, words):
     """Red when the shares of bad sounds are not compared."""
     spoil(folder, count, b"no sound")
     with pytest.raises(UserError, match=words):
-        prepare_for(settings_of(folder), say=len)
+        prepare_for(settings_of(folder))
     assert list((base_dir() / "data").iterdir()) == []
 
 
@@ -388,13 +396,13 @@ def test_nothing_left_is_one_line_with_all_counts(folder):
     for path in folder.glob("*.wav"):
         soundfile.write(path, np.zeros(1600), RATE)
     with pytest.raises(UserError, match=r"no sound to train on among 30 captioned sounds \(left out: 30 silent\)"):
-        prepare_for(settings_of(folder), say=len)
+        prepare_for(settings_of(folder))
     (folder / "captions.jsonl").write_text('{"file_name": "x.wav", "text": "x"}\n')
     words = (
         r"among 0 captioned sounds \(left out: 1 caption without its sound, 30 sound without a caption\): each sound"
     )
     with pytest.raises(UserError, match=words) as caught:
-        prepare_for(settings_of(folder), say=len)
+        prepare_for(settings_of(folder))
     assert "\n" not in str(caught.value)
 
 
@@ -408,7 +416,8 @@ def test_names_that_hold_out_too_little_or_too_much_do_not_decide(folder, kind):
         for path in out if kind == "none" else [p for p in folder.glob("*.wav") if p.name > "03.wav"]:
             path.unlink()
     lines = []
-    data = prepare_for(settings_of(folder), say=lines.append)
+    with record_messages(lines):
+        data = prepare_for(settings_of(folder))
     codes = {split: sum(len(clip[2]) for clip in clips_of(data, split)) for split in ("train", "val")}
     assert 0.02 < codes["val"] / sum(codes.values()) < (0.5 if kind == "few" else 0.15)
     assert kind != "most" or out[0].name in [name for name, *_ in clips_of(data, "train")]
@@ -421,7 +430,8 @@ def test_a_split_of_its_own_is_said(folder):
     rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
     rows = [row | {"split": "test" if 10 <= number < 15 else "train"} for number, row in enumerate(rows)]
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = prepare_for(settings_of(folder), say=(lines := []).append)
+    with record_messages(lines := []):
+        data = prepare_for(settings_of(folder))
     assert [name for name, *_ in clips_of(data, "val")] == [f"{number}.wav" for number in range(10, 15)]
     assert any("its own split: 5 of 30 sounds are held out" in line for line in lines)
 
@@ -430,12 +440,12 @@ def test_one_sound_cannot_be_split(folder):
     for path in sorted(folder.glob("*.wav"))[1:]:
         path.unlink()
     with pytest.raises(UserError, match="no sound is held out among 1 captioned sounds"):
-        prepare_for(settings_of(folder, modalities="audio:8"), say=len)
+        prepare_for(settings_of(folder, modalities="audio:8"))
 
 
 def test_too_little_sound_for_the_codec(folder):
     with pytest.raises(UserError, match="cannot fill 4096 codes"):
-        prepare_for(settings_of(folder, modalities="audio:4096"), say=len)
+        prepare_for(settings_of(folder, modalities="audio:4096"))
     assert list((base_dir() / "data").iterdir()) == []
 
 

@@ -21,6 +21,7 @@ from nanochat.audio.sources import Log, Sound, decode, holds_sounds, sound_sourc
 from nanochat.config.settings import Settings
 from nanochat.data.hub import Unreachable
 from nanochat.system.environment import UserError, base_dir
+from tests.messages import no_messages, record_messages
 
 RATE = 16000
 
@@ -43,10 +44,11 @@ def write_sound(path: Path, wav: np.ndarray | None = None, rate: int = RATE, **o
 
 def read_all(lines: list | None = None, **settings) -> tuple[dict[str, Sound], Log]:
     """Every sound of a source at 16 kHz by name, and what was noted."""
-    say = (lambda line: None) if lines is None else lines.append
-    source, log = sound_source(Settings(modalities="audio:64", **settings), say), Log(say)
-    sounds = [sound for item in source.fetch(log) if (sound := item.load(RATE, log)) is not None]
-    log.close()
+    log = Log()
+    with record_messages(lines):
+        source = sound_source(Settings(modalities="audio:64", **settings))
+        sounds = [sound for item in source.fetch(log) if (sound := item.load(RATE, log)) is not None]
+        log.close()
     assert len({sound.name for sound in sounds}) == len(sounds)
     return {sound.name: sound for sound in sounds}, log
 
@@ -133,8 +135,8 @@ def test_synth(tmp_path):
 
 
 def splits_of(folder: Path) -> tuple[dict, Log]:
-    log = Log(lambda line: None)
-    items = sound_source(Settings(modalities="audio:64", data=str(folder)), log.say).fetch(log)
+    log = Log()
+    items = sound_source(Settings(modalities="audio:64", data=str(folder))).fetch(log)
     return {item.name: item.split for item in items}, log
 
 
@@ -229,7 +231,7 @@ def test_a_split_of_the_folders_own_is_kept(tmp_path, parts, expected, column):
 def test_any_format_gives_the_same_wave(tmp_path, suffix, rate, options):
     """Compared with the sine computed at 16 kHz. Red without the resampling, or with its rates exchanged."""
     path = write_sound(tmp_path / f"a.{suffix}", tone(0.5, rate), rate, **options)
-    log = Log(pytest.fail)
+    log = Log()
     wav = decode(path, "a", RATE, None, log)
     assert wav.dtype == np.float32 and wav.ndim == 1 and abs(len(wav) - RATE / 2) <= 1
     middle = slice(2000, 6000)
@@ -245,7 +247,7 @@ def test_an_ogg_that_was_cut_is_named(tmp_path, codec):
     assert 0 < last < len(raw)
     for size, expected in ((len(raw), {}), (len(raw) - 1, {"truncated": 1}), (last, {"truncated": 1})):
         path.write_bytes(raw[:size])
-        log = Log(lambda line: None)
+        log = Log()
         wav = decode(path, "a", 48000, None, log)
         assert (wav is None, log.left_out) == (bool(expected), expected)
 
@@ -254,7 +256,8 @@ def test_eight_bit_by_the_standard_library(tmp_path):
     with wave.open(str(tmp_path / "a.wav"), "wb") as file:
         file.setnchannels(1), file.setsampwidth(1), file.setframerate(RATE)
         file.writeframes(bytes([128, 192, 64, 0] * 100))
-    wav = decode(tmp_path / "a.wav", "a", RATE, None, Log(pytest.fail))
+    with no_messages():
+        wav = decode(tmp_path / "a.wav", "a", RATE, None, Log())
     assert wav[:4].tolist() == [0.0, 0.5, -0.5, -1.0]
 
 
@@ -262,11 +265,11 @@ def test_channels_are_mixed_and_long_sounds_cut(tmp_path):
     """Red when one channel is taken for all, or when the cut is at the wrong rate."""
     left, right = tone(1, 8000, 300), tone(1, 8000, 500)
     path = write_sound(tmp_path / "a.wav", np.stack([left, right], 1), 8000)
-    log = Log(lambda line: None)
+    log = Log()
     wav = decode(path, "a", 8000, 0.25, log)
     assert np.allclose(wav, (left + right)[:2000] / 2, atol=1e-4)
     assert log.altered == {"several channels mixed to one": 1, "cut to 0.25 s": 1}
-    log = Log(lambda line: None)
+    log = Log()
     assert len(decode(path, "a", 8000, 1.0, log)) == 8000 and "cut to 1 s" not in log.altered
 
 
@@ -278,7 +281,7 @@ def test_a_long_file_costs_no_more_than_its_part(tmp_path):
         file.write(head + b"data" + struct.pack("<I", size))
         file.truncate(44 + size)
     tracemalloc.start()
-    wav = decode(tmp_path / "long.wav", "long", 8000, 2.0, log := Log(lambda line: None))
+    wav = decode(tmp_path / "long.wav", "long", 8000, 2.0, log := Log())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(wav) == 16000 and log.altered == {"cut to 2 s": 1} and peak < 32e6
@@ -289,7 +292,8 @@ def test_a_sound_written_into_a_pipe_is_whole(tmp_path):
     raw = bytearray(write_sound(tmp_path / "a.wav").read_bytes())
     raw[40:44] = b"\xff" * 4
     (tmp_path / "a.wav").write_bytes(raw)
-    assert len(decode(tmp_path / "a.wav", "a", RATE, None, Log(pytest.fail))) == 1600
+    with no_messages():
+        assert len(decode(tmp_path / "a.wav", "a", RATE, None, Log())) == 1600
 
 
 def test_flac_from_a_pipe_is_whole(tmp_path):
@@ -298,8 +302,9 @@ def test_flac_from_a_pipe_is_whole(tmp_path):
     raw[21] &= 0xF0
     raw[22:26] = bytes(4)  # the 36 bits of the total in STREAMINFO
     (tmp_path / "a.flac").write_bytes(raw)
-    assert len(decode(tmp_path / "a.flac", "a", RATE, None, Log(pytest.fail))) == RATE
-    assert len(decode(tmp_path / "a.flac", "a", RATE, 0.25, Log(lambda line: None))) == RATE // 4
+    with no_messages():
+        assert len(decode(tmp_path / "a.flac", "a", RATE, None, Log())) == RATE
+    assert len(decode(tmp_path / "a.flac", "a", RATE, 0.25, Log())) == RATE // 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,7 +399,7 @@ def test_the_first_of_a_kind_are_named_the_rest_counted(tmp_path):
 
 def test_a_file_that_vanishes_is_unreadable(tmp_path):
     """Red when decode() looks at the file's size outside its try."""
-    log = Log(lambda line: None)
+    log = Log()
     assert decode(tmp_path / "gone.wav", "gone", RATE, None, log) is None and log.left_out == {"unreadable": 1}
 
 
@@ -526,7 +531,7 @@ def test_a_datasets_own_split_is_held_out(tmp_path, hub_cache, saved):
             parts[split] = datasets.Dataset(datasets.table.InMemoryTable(table))
         folder = tmp_path / "saved"
         datasets.DatasetDict(parts).save_to_disk(str(folder))
-    log = Log(lambda line: None)
+    log = Log()
     columns = dict(data_column="caption", data_audio_column="sound") if saved else {}
     settings = Settings(modalities="audio:64", data=f"hf:{folder}", data_limit=30, **columns)
     items = sound_source(settings, len).fetch(log)

@@ -77,7 +77,7 @@ def test_every_sample_of_a_wav_is_read(drawn):
     """Their number and values, without a word in the log. Red when mend_header() returns the file, takes 0 for no
     sound, does not know ds64, or leaves a tag in front."""
     raw, exact = drawn
-    wav = decode(io.BytesIO(raw), "a", RATE, None, log := Log(lambda line: None))
+    wav = decode(io.BytesIO(raw), "a", RATE, None, log := Log())
     assert not log.left_out and len(wav) == len(exact)
     np.testing.assert_allclose(wav, exact, atol=2e-7 if len(exact) else 0)
 
@@ -94,7 +94,7 @@ def test_the_standard_library_counts_the_same(tmp_path, width):
     raw = path.read_bytes()
     for size in (len(raw) - 44, *BLIND):
         path.write_bytes(raw[:40] + struct.pack("<I", size) + raw[44:])
-        assert len(decode(path, "a", RATE, None, Log(lambda line: None))) == frames == 240
+        assert len(decode(path, "a", RATE, None, Log())) == frames == 240
 
 
 @pytest.mark.parametrize(("kind", "mark", "behind"), [("AIFF", b"SSND", 4), ("AU", b".snd", 8)])
@@ -107,7 +107,7 @@ def test_other_formats_of_a_pipe(kind, mark, behind, size):
     raw = bytearray(file.getvalue())
     place = raw.index(mark) + behind
     raw[place : place + 4] = struct.pack(">I", size)
-    wav = decode(io.BytesIO(bytes(raw)), "a", RATE, None, log := Log(lambda line: None))
+    wav = decode(io.BytesIO(bytes(raw)), "a", RATE, None, log := Log())
     assert len(wav) == 1000 and not log.left_out
 
 
@@ -123,7 +123,7 @@ def test_what_is_cut_or_empty_is_named(tmp_path):
         (chunk(b"data", b"") + chunk(b"LIST", b"INFOIART\x02\x00\x00\x00me"), {"empty sound": 1}, {}),
         (b"", {"unreadable": 1}, {}),
     ):
-        log = Log(lambda line: None)
+        log = Log()
         wav = decode(io.BytesIO(b"RIFF" + struct.pack("<I", 2036) + body + content), "a", RATE, None, log)
         assert (wav is None) == bool(left_out) and (log.left_out, log.altered) == (left_out, altered)
 
@@ -149,7 +149,7 @@ def test_more_than_four_gigabytes(tmp_path):
         file.truncate(44 + 5_000_000_000)
     with open(tmp_path / "a.wav", "rb") as file, soundfile.SoundFile(mend_header(file)) as sound:
         assert sound.frames == 2_500_000_000
-    assert len(decode(tmp_path / "a.wav", "a", RATE, 1.0, Log(lambda line: None))) == RATE
+    assert len(decode(tmp_path / "a.wav", "a", RATE, 1.0, Log())) == RATE
 
 
 def test_a_header_that_says_too_little_is_said():
@@ -161,7 +161,7 @@ def test_a_header_that_says_too_little_is_said():
     form = chunk(b"fmt ", header(1, 16, False, False))
 
     def altered(*parts: bytes) -> dict:
-        wav = decode(io.BytesIO(b"RIFF\0\0\0\0WAVE" + b"".join(parts)), "a", RATE, None, log := Log(lambda line: None))
+        wav = decode(io.BytesIO(b"RIFF\0\0\0\0WAVE" + b"".join(parts)), "a", RATE, None, log := Log())
         assert wav is not None and not log.left_out
         return log.altered
 

@@ -30,6 +30,7 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.system.environment import UserError
 from nanochat.system.temporary import file_lock
 from tests.forked import Forked
+from tests.messages import record_messages
 
 TOKENIZER = Tokenizer.train(["the cat sat on the mat. " * 20, "some other words, 12 of them"], 290)
 SHARDS = [
@@ -53,11 +54,11 @@ def make_dataset(folder: Path, train=SHARDS, val=(["held out", "twice"],), skip_
             files.append({"name": path.name, "split": split, "size": size, "sha256": sha256, "text_bytes": 0})
     fingerprint = {"sha256": hashlib.sha256(repr((train, val)).encode()).hexdigest()}
     manifest = {"name": "words", "source": "words", "fingerprint": fingerprint, "files": files}
-    return Dataset(folder, manifest, skip_corrupt, say=lambda line: None)
+    return Dataset(folder, manifest, skip_corrupt)
 
 
 def make_store(dataset: Dataset, split: str = "train", **options) -> TokenStore:
-    return TokenStore(dataset, options.pop("tokenizer", TOKENIZER), split, **{"say": lambda line: None} | options)
+    return TokenStore(dataset, options.pop("tokenizer", TOKENIZER), split, **options)
 
 
 @pytest.fixture(scope="module")
@@ -336,8 +337,10 @@ def test_made_ahead_in_the_order_of_the_reader(tmp_path):
 def test_made_once(tmp_path):
     dataset = make_dataset(tmp_path)
     lines: list[str] = []
-    make_store(dataset, say=lines.append).stream()
-    again = make_store(dataset, say=lines.append)
+    with record_messages(lines):
+        make_store(dataset).stream()
+    with record_messages(lines):
+        again = make_store(dataset)
     again._make = None
     assert again.stream().tolist() == flat(SHARDS)
     assert sum(line.startswith("tokenising words (train)") for line in lines) == 1
@@ -419,7 +422,7 @@ from nanochat.data.dataset import Dataset
 sys.path.insert(0, sys.argv[2])
 from tests.data.test_dataloader import TOKENIZER
 manifest = json.loads(Path(sys.argv[1], "words.json").read_text())
-store = TokenStore(Dataset(Path(sys.argv[1]), manifest, False, say=len), TOKENIZER, maker=True, say=len)
+store = TokenStore(Dataset(Path(sys.argv[1]), manifest, False), TOKENIZER, maker=True)
 make = store._make
 store._make = lambda shard: (print("made", shard, flush=True), time.sleep(0.2), make(shard))
 print("ready", flush=True)
@@ -577,7 +580,7 @@ def test_an_ended_process_leaves_no_counted_file(tiny_corpus, tmp_path, ending):
     assert printed.count("encoding") < 40
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-        dataset = prepare(str(tiny_corpus), say=lambda line: None)
+        dataset = prepare(str(tiny_corpus))
     tokenizer = Tokenizer([bytes([i]) for i in range(256)])
     store = make_store(dataset, tokenizer=tokenizer)
     left = sorted(path.suffix for path in store.directory.iterdir())

@@ -28,6 +28,7 @@ from nanochat.data.splits import held_out
 from nanochat.system.environment import UserError, base_dir
 from scripts import data as data_script
 from tests.forked import Forked
+from tests.messages import no_messages, record_messages
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +88,8 @@ def test_stdlib_follows_its_rules(lines):
 
     Red when a name leaves STDLIB_EXCLUDED, when at_least=200 goes, or when _walk does not sort.
     """
-    data = prepare("stdlib", say=lines.append)
+    with record_messages(lines):
+        data = prepare("stdlib")
     root = Path(sysconfig.get_path("stdlib"))
     expected = {}
     for path in root.rglob("*.py"):
@@ -113,9 +115,11 @@ def test_stdlib_follows_its_rules(lines):
 
 def test_prepared_once(lines, base):
     """Red when materialise does not look for the state: the second call would write again and say so."""
-    first = prepare("stdlib", say=lines.append)
+    with record_messages(lines):
+        first = prepare("stdlib")
     said, written = len(lines), (first.directory / "manifest.json").stat().st_mtime_ns
-    again = prepare("stdlib", say=lines.append)
+    with record_messages(lines):
+        again = prepare("stdlib")
     assert again.directory == first.directory == base / "data" / "stdlib" and again.manifest == first.manifest
     assert len(lines) == said and (first.directory / "manifest.json").stat().st_mtime_ns == written
 
@@ -158,7 +162,7 @@ def test_packages_have_sources_and_docstrings(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LEAST_STDLIB_BYTES", 1000)
     monkeypatch.setattr(prepare_module, "held_out", lambda name: name == "os.py")
     monkeypatch.setattr(prepare_module, "is_sane", lambda sizes: True)
-    found = texts_of(prepare("packages", say=lambda line: None))
+    found = texts_of(prepare("packages"))
     assert sorted(found) == [
         "os.py",
         "pkg/a.py",
@@ -185,7 +189,8 @@ def test_packages_drop_held_out_copies(tmp_path, monkeypatch, lines):
     monkeypatch.setattr(sources, "_closure", lambda own: [distribution])
     monkeypatch.setattr(sources, "_stdlib_files", lambda: [])
     monkeypatch.setattr(sources, "LEAST_STDLIB_BYTES", 1000)
-    data = prepare("packages", say=lines.append)
+    with record_messages(lines):
+        data = prepare("packages")
     assert [name for name, _ in data.documents("val")] == sorted(outside[1:]) and len(outside) > 1
     assert data.num_documents("train") == 40 - len(outside)
     assert data.manifest["left_out"] == {"held-out equal to a training document": 1}
@@ -248,7 +253,8 @@ def test_folder_of_every_kind_of_file(tmp_path, lines):
     Red when a file is opened in text mode, when rows are split by their file's name, or when hidden ones are read.
     """
     folder, expected = mixed_folder(tmp_path / "my texts!")
-    data = prepare(str(folder), say=lines.append)
+    with record_messages(lines):
+        data = prepare(str(folder))
     assert texts_of(data) == expected
     assert data.name.startswith("my-texts-") and data.directory.name == data.name
     assert {name for name, _ in data.documents("val")} == {name for name in expected if held_out(name)}
@@ -263,7 +269,7 @@ def test_a_folder_elsewhere_has_the_same_fingerprint(tmp_path, tiny_corpus):
         tmp_path / tiny_corpus.name,
         {p.relative_to(tiny_corpus).as_posix(): p.read_bytes() for p in tiny_corpus.rglob("*.py")},
     )
-    one, two = prepare(str(tiny_corpus), say=len), prepare(str(copy), say=len)
+    one, two = prepare(str(tiny_corpus)), prepare(str(copy))
     assert one.directory != two.directory and one.fingerprint == two.fingerprint
 
 
@@ -274,7 +280,7 @@ def test_datasets_of_text_stay_what_they_were(tmp_path):
     """
     files = {f"doc_{i}.txt": f"line {i} of a document\n" * 40 for i in range(40)}
     rows = "".join(json.dumps({"text": f"row {i} " * 30}) + "\n" for i in range(60))
-    data = prepare(str(write_files(tmp_path / "pinned", {**files, "sub/rows.jsonl": rows, "empty.txt": " "})), say=len)
+    data = prepare(str(write_files(tmp_path / "pinned", {**files, "sub/rows.jsonl": rows, "empty.txt": " "})))
     assert data.fingerprint["sha256"] == "58e9c48fd124661434390659edc08e02dc392b6ebe650c84f40de084e14dcd55"
     assert list(data.manifest) == ["name", "source", "licence", "fingerprint", "state", "left_out", "files"]
     for entry in data.manifest["files"]:
@@ -290,26 +296,30 @@ def test_a_changed_folder_is_prepared_again(tmp_path, lines):
     Red when _stat_all leaves out size and time (never noticed), or when `same` is dropped (a version for a touch).
     """
     folder, _ = mixed_folder(tmp_path / "texts")
-    first = prepare(str(folder), say=lines.append)
+    with record_messages(lines):
+        first = prepare(str(folder))
     changed = folder / "part0" / "text000.txt"
     old = changed.read_bytes()
     changed.write_text("something else\n" * 20)
-    second = prepare(str(folder), say=lines.append)
+    with record_messages(lines):
+        second = prepare(str(folder))
     assert any("changed since it was prepared" in line for line in lines)
     assert second.directory != first.directory and second.fingerprint["sha256"] != first.fingerprint["sha256"]
     assert texts_of(second)["part0/text000.txt"] == "something else\n" * 20
     assert texts_of(first)["part0/text000.txt"] == old.decode()
     changed.write_bytes(old)
-    third = prepare(str(folder), say=lines.append)
+    with record_messages(lines):
+        third = prepare(str(folder))
     assert third.directory == first.directory and third.fingerprint == first.fingerprint
-    assert prepare(str(folder), say=lambda line: pytest.fail(line)).directory == first.directory
+    with no_messages():
+        assert prepare(str(folder)).directory == first.directory
 
 
 def test_single_text_file_is_read_in_blocks(tmp_path):
     """Blocks are the file, end at a blank line, and have about 4 KB. Red when _blocks drops its last block."""
     paragraphs = [f"Paragraph {i}.\n" + "It goes on and on. " * (i % 40) + "\n\n" for i in range(400)]
     path = write_files(tmp_path, {"book.txt": "".join(paragraphs)}) / "book.txt"
-    data = prepare(str(path), say=len)
+    data = prepare(str(path))
     documents = sorted(texts_of(data).items(), key=lambda pair: int(pair[0].split("#")[1]))
     assert [name for name, _ in documents] == [f"book.txt#{i}" for i in range(len(documents))]
     assert "".join(text for _, text in documents) == path.read_text()
@@ -328,7 +338,7 @@ def test_blocks_lose_nothing(tmp_path_factory, pieces):
 def test_shards_are_cut_and_numbered(tmp_path, monkeypatch, tiny_corpus):
     """More text than one shard: several, in path order. Red when _write_shards never flushes before the end."""
     monkeypatch.setattr(prepare_module, "SHARD_BYTES", 50_000)
-    data = prepare(str(tiny_corpus), say=len)
+    data = prepare(str(tiny_corpus))
     names = [path.name for path in data.shards("train")]
     assert names == [f"shard_{i:05d}.parquet" for i in range(len(names))] and len(names) > 2
     order = [name for name, _ in data.documents("train")]
@@ -343,7 +353,8 @@ def row_file(path: Path, rows: list) -> str:
 def test_a_column_of_files_without_columns_is_said(tiny_corpus):
     """Red without the note in sources.path()."""
     lines: list[str] = []
-    data = prepare(str(tiny_corpus), column="body", say=lines.append)
+    with record_messages(lines):
+        data = prepare(str(tiny_corpus), column="body")
     assert "data: note: data_column='body' has no effect: none of the 60 files has columns" in lines
     assert data.num_documents("train") + data.num_documents("val") == 60
 
@@ -352,7 +363,7 @@ def test_jsonl_rows(tmp_path):
     """Another column; null and blank lines keep their row numbers; a lone surrogate is counted, not fatal."""
     rows = [{"body": f"document {i} " * 30, "text": 1} for i in range(60)]
     rows[3]["body"], rows[7]["body"] = None, "\ud800 broken"
-    data = prepare(row_file(tmp_path / "a.jsonl", rows), column="body", say=len)
+    data = prepare(row_file(tmp_path / "a.jsonl", rows), column="body")
     assert texts_of(data) == {f"a.jsonl#{i}": row["body"] for i, row in enumerate(rows) if i not in (3, 7)}
     assert data.manifest["left_out"] == {"empty": 1, "undecodable": 1}
 
@@ -371,17 +382,17 @@ def test_jsonl_rows(tmp_path):
 )
 def test_bad_jsonl(tmp_path, content, words):
     with pytest.raises(UserError, match=words):
-        prepare(str(write_files(tmp_path, {"bad.jsonl": content}) / "bad.jsonl"), say=len)
+        prepare(str(write_files(tmp_path, {"bad.jsonl": content}) / "bad.jsonl"))
     assert list((base_dir() / "data").iterdir()) == []
 
 
 def test_bad_parquet(tmp_path):
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"no column 'text'.*body"):
-        prepare(str(tmp_path / "a.parquet"), say=len)
+        prepare(str(tmp_path / "a.parquet"))
     write_files(tmp_path, {"b.parquet": b"PAR1 but not really"})
     with pytest.raises(Corrupt, match=r"b\.parquet cannot be read"):
-        prepare(str(tmp_path / "b.parquet"), say=len)
+        prepare(str(tmp_path / "b.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -401,7 +412,7 @@ def test_folders_without_enough_text(tmp_path, files, words):
     folder = tmp_path / "few"
     folder.mkdir()
     with pytest.raises(UserError, match=words) as caught:
-        prepare(str(write_files(folder, files)), say=len)
+        prepare(str(write_files(folder, files)))
     assert "\n" not in str(caught.value)
     assert not (base_dir() / "data").exists() or list((base_dir() / "data").iterdir()) == []
 
@@ -430,15 +441,16 @@ def test_unreadable_file_is_skipped_only_when_asked(tmp_path, lines):
     whole = (folder / "part0" / "rows.parquet").read_bytes()
     (folder / "part0" / "rows.parquet").write_bytes(whole[: len(whole) // 2])
     write_files(folder, {"bad.jsonl": '{"text": "good row"}\n{"text": \n'})
-    with pytest.raises(Corrupt, match=r"bad\.jsonl line 2"):
-        prepare(str(folder), say=lines.append)
-    data = prepare(str(folder), skip_corrupt=True, say=lines.append)
+    with pytest.raises(Corrupt, match=r"bad\.jsonl line 2"), record_messages(lines):
+        prepare(str(folder))
+    with record_messages(lines):
+        data = prepare(str(folder), skip_corrupt=True)
     usable = {name: text for name, text in expected.items() if "rows.parquet" not in name}
     assert texts_of(data) == usable | {"bad.jsonl#0": "good row"}
     assert data.manifest["left_out"]["corrupt"] == data.manifest["left_out"]["corrupt rows"] == 1
     assert any("bad.jsonl line 2" in line for line in lines) and any("rows.parquet cannot" in line for line in lines)
-    with pytest.raises(Corrupt):
-        prepare(str(folder), say=lines.append)
+    with pytest.raises(Corrupt), record_messages(lines):
+        prepare(str(folder))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,7 +460,7 @@ def test_unreadable_file_is_skipped_only_when_asked(tmp_path, lines):
 @pytest.fixture
 def many_shards(monkeypatch, tiny_corpus) -> Dataset:
     monkeypatch.setattr(prepare_module, "SHARD_BYTES", 50_000)
-    return prepare(str(tiny_corpus), say=len)
+    return prepare(str(tiny_corpus))
 
 
 @pytest.mark.parametrize("harm", ["cut", "gone", "flipped"])
@@ -468,7 +480,8 @@ def test_corrupt_shard(many_shards, lines, harm):
         victim.unlink()
     with pytest.raises(Corrupt, match=r"shard_00001\.parquet.*--skip_corrupt"):
         texts_of(many_shards) if harm == "flipped" else many_shards.shards("train")
-    tolerant = Dataset(many_shards.directory, many_shards.manifest, skip_corrupt=True, say=lines.append)
+    with record_messages(lines):
+        tolerant = Dataset(many_shards.directory, many_shards.manifest, skip_corrupt=True)
     assert texts_of(tolerant) == {name: text for name, text in everything.items() if name not in lost}
     assert list(tolerant.skipped) == ["shard_00001.parquet"] and len(lines) == 1 and "left out" in lines[0]
     assert victim not in tolerant.shards("train")
@@ -503,7 +516,7 @@ def test_a_kill_leaves_nothing_that_counts(tmp_path, tiny_corpus, moment, base):
     assert process.wait(timeout=60) == 9, process.output()
     left = list((base / "data").iterdir())
     assert len(left) == 1 and left[0].name.startswith(".") and left[0].name.endswith(".tmp")
-    assert len(texts_of(prepare(str(tiny_corpus), say=len))) == 60
+    assert len(texts_of(prepare(str(tiny_corpus)))) == 60
     assert not left[0].exists()  # its owner is dead: it goes, however young it is
 
 
@@ -515,11 +528,11 @@ def test_two_processes_make_one_dataset(tiny_corpus, monkeypatch, base):
         entries = write(*args)
         if not others:
             others.append("now running")
-            others.append(prepare(str(tiny_corpus), say=len))
+            others.append(prepare(str(tiny_corpus)))
         return entries
 
     monkeypatch.setattr(prepare_module, "_write_shards", overtaken)
-    mine = prepare(str(tiny_corpus), say=len)
+    mine = prepare(str(tiny_corpus))
     assert mine.directory == others[1].directory and mine.fingerprint == others[1].fingerprint
     assert len(list((base / "data").iterdir())) == 1
 
@@ -527,7 +540,7 @@ def test_two_processes_make_one_dataset(tiny_corpus, monkeypatch, base):
 def test_unusable_base_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(write_files(tmp_path, {"file": "x"}) / "file"))
     with pytest.raises(UserError, match=r"NANOCHAT_BASE_DIR=.* is a file: name a folder"):
-        prepare("stdlib", say=len)
+        prepare("stdlib")
 
 
 def test_full_disk_leaves_nothing(tiny_corpus, monkeypatch, base):
@@ -536,7 +549,7 @@ def test_full_disk_leaves_nothing(tiny_corpus, monkeypatch, base):
 
     monkeypatch.setattr(prepare_module.pq, "write_table", full)
     with pytest.raises(OSError, match="No space left"):
-        prepare(str(tiny_corpus), say=len)
+        prepare(str(tiny_corpus))
     assert list((base / "data").iterdir()) == []
 
 
@@ -635,7 +648,8 @@ def test_climbmix(hub, lines):
     Red when _climbmix holds out by name, when the fingerprint covers all downloaded shards, or fetches known ones;
     or when climbmix_is_here does not look for the files.
     """
-    two = prepare("climbmix", limit=2, workers=2, say=lines.append)
+    with record_messages(lines):
+        two = prepare("climbmix", limit=2, workers=2)
     assert [path.name for path in two.shards("train")] == ["shard_00000.parquet", "shard_00001.parquet"]
     assert [path.name for path in two.shards("val")] == [LAST]
     assert two.num_documents("train") == 600 and next(two.documents("val"))[0] == f"{LAST}#0"
@@ -645,11 +659,11 @@ def test_climbmix(hub, lines):
     assert hub.fetched() == ["shard_00000.parquet", "shard_00001.parquet", LAST]
     assert sum(line.startswith("data: 3/3") for line in lines) == 1
 
-    three = prepare("climbmix", limit=3, say=len)
+    three = prepare("climbmix", limit=3)
     assert hub.fetched() == ["shard_00000.parquet", "shard_00001.parquet", "shard_00002.parquet", LAST]
     assert three.fingerprint["files"] == 4 and three.fingerprint != two.fingerprint
     requests = len(hub.requests)
-    again = prepare("climbmix", limit=2, say=len)
+    again = prepare("climbmix", limit=2)
     assert again.fingerprint == two.fingerprint and again.verify() == 3 and len(hub.requests) == requests
     assert climbmix_is_here(3) and not climbmix_is_here(4)
     (three.directory / "shard_00001.parquet").unlink()
@@ -662,14 +676,15 @@ def test_climbmix_goes_on_after_a_cut(hub, lines):
     Red when _fetch opens the partial file with "wb", or when the manifest is written only at the end.
     """
     hub.cut["shard_00001.parquet"] = half = 5000
-    with pytest.raises(Unreachable, match=r"the download stopped .* run again to go on"):
-        prepare("climbmix", limit=2, workers=1, say=lines.append)
+    with pytest.raises(Unreachable, match=r"the download stopped .* run again to go on"), record_messages(lines):
+        prepare("climbmix", limit=2, workers=1)
     done = {entry["name"] for entry in dataset.read_manifest(base_dir() / "data" / "climbmix")["files"]}
     assert "shard_00000.parquet" in done and "shard_00001.parquet" not in done
     assert not climbmix_is_here(2)
     hub.cut.clear()
     hub.requests.clear()
-    data = prepare("climbmix", limit=2, workers=1, say=lines.append)
+    with record_messages(lines):
+        data = prepare("climbmix", limit=2, workers=1)
     assert data.verify() == 3 and "shard_00000.parquet" not in hub.fetched()
     ranges = [wanted for method, name, wanted in hub.requests if (method, name) == ("GET", "shard_00001.parquet")]
     assert ranges == [f"bytes={half}-"]
@@ -679,16 +694,16 @@ def test_climbmix_with_other_bytes_than_announced(hub):
     """Red when fetch() does not compare sha256 with the hub's, or with the record for a shard fetched again."""
     hub.altered.add(LAST)
     with pytest.raises(Corrupt, match=rf"{LAST}: downloaded sha256 \w+, the hub says"):
-        prepare("climbmix", limit=1, workers=1, say=len)
+        prepare("climbmix", limit=1, workers=1)
     assert not (base_dir() / "data" / "climbmix" / LAST).exists()
     hub.altered.clear()
-    data = prepare("climbmix", limit=1, say=len)
+    data = prepare("climbmix", limit=1)
     assert data.verify() == 2
 
     data.shards("val")[0].unlink()
     hub.files[LAST] = hub.content("shard_00009.parquet")  # the hub's file changed since
     with pytest.raises(Corrupt, match="its first download says"):
-        prepare("climbmix", limit=1, say=len)
+        prepare("climbmix", limit=1)
 
 
 def test_climbmix_sends_more_than_it_may(hub, monkeypatch):
@@ -698,19 +713,19 @@ def test_climbmix_sends_more_than_it_may(hub, monkeypatch):
     """
     hub.longer[LAST] = 300
     with pytest.raises(Corrupt, match=rf"{LAST}: the hub sends more than the [\d,]+ bytes allowed"):
-        prepare("climbmix", limit=1, workers=1, say=len)
+        prepare("climbmix", limit=1, workers=1)
     assert hub.surplus < 100 and LAST not in {path.name for path in (base_dir() / "data" / "climbmix").iterdir()}
     assert not (base_dir() / "data" / "climbmix" / f".{LAST}.partial").exists()
     hub.longer.clear()  # else trying the second breakage fills the disk
     hub.requests.clear()
     hub.announced[LAST] = 10**12
     with pytest.raises(Corrupt, match=r"announces 1,000,000,000,000 bytes"):
-        prepare("climbmix", limit=1, workers=1, say=len)
+        prepare("climbmix", limit=1, workers=1)
     assert LAST not in hub.fetched()
     hub.announced.clear()
     monkeypatch.setattr("nanochat.data.hub.LARGEST_SHARD", 10)
     with pytest.raises(Corrupt, match="more than any shard"):
-        prepare("climbmix", limit=1, workers=1, say=len)
+        prepare("climbmix", limit=1, workers=1)
 
 
 def test_the_hubs_caches_lie_in_the_base_folder(monkeypatch, tmp_path):
@@ -742,16 +757,16 @@ def no_hub(monkeypatch):
 def test_no_network_is_one_line(no_hub, source):
     """Red when _probe is not called: the clients' own retries take minutes."""
     with pytest.raises(Unreachable, match=r"not here and http://127\.0\.0\.1:9 cannot be reached") as caught:
-        prepare(source, say=len)
+        prepare(source)
     assert "\n" not in str(caught.value)
     assert not list((base_dir() / "data").glob("[!.]*")) if (base_dir() / "data").exists() else True
 
 
 @pytest.mark.parametrize("source", ["~nosuchuser/x", "x" * 300, "hf:~nosuchuser/x", "hf:" + "x" * 300])
-def test_a_path_that_cannot_be_looked_up_is_one_line(source, lines):
+def test_a_path_that_cannot_be_looked_up_is_one_line(source):
     """Red when looking_up catches no RuntimeError (no such home) or no OSError (a name too long)."""
     with pytest.raises(UserError, match=r"^data='.* cannot be looked up \(.*\): name one that exists$"):
-        prepare(source, say=lines.append)
+        prepare(source)
 
 
 def test_hub_dataset_through_datasets(tmp_path, lines, monkeypatch):
@@ -764,15 +779,17 @@ def test_hub_dataset_through_datasets(tmp_path, lines, monkeypatch):
     row_file(folder / "train.jsonl", [{"body": f"document {i} " * 50} for i in range(80)])
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     source = f"hf:{folder}"
-    data = prepare(source, column="body", limit=50, say=lines.append)
+    with record_messages(lines):
+        data = prepare(source, column="body", limit=50)
     found = texts_of(data)
     assert {name.rpartition("#")[2] for name in found} == {str(i) for i in range(50)}
     assert all(text == f"document {name.rpartition('#')[2]} " * 50 for name, text in found.items())
     assert {name for name, _ in data.documents("val")} == {name for name in found if held_out(name)}
     assert any("stopped after 50 documents" in line for line in lines)
-    assert prepare(source, column="body", limit=50, say=pytest.fail).fingerprint == data.fingerprint
+    with no_messages():
+        assert prepare(source, column="body", limit=50).fingerprint == data.fingerprint
     row_file(folder / "train.jsonl", [{"body": f"another {i} " * 50} for i in range(80)])
-    changed = texts_of(prepare(source, column="body", limit=50, say=len))
+    changed = texts_of(prepare(source, column="body", limit=50))
     assert len(changed) == 50 and all(text.startswith("another") for text in changed.values())
 
 
@@ -785,7 +802,7 @@ def test_a_dataset_saved_to_disk(tmp_path, monkeypatch, kind):
     parts = {part: [f"{part} {i} " * 50 for i in range(60)] for part in ("train", "test")}
     saved = datasets.DatasetDict({part: datasets.Dataset.from_dict({"text": texts}) for part, texts in parts.items()})
     (saved if kind == "DatasetDict" else saved["train"]).save_to_disk(tmp_path / "saved")
-    data = prepare(f"hf:{tmp_path / 'saved'}", say=len)
+    data = prepare(f"hf:{tmp_path / 'saved'}")
     if kind == "DatasetDict":
         assert [text for _, text in data.documents("train")] == parts["train"]
         assert [text for _, text in data.documents("val")] == parts["test"]
@@ -803,12 +820,13 @@ def test_a_hub_datasets_own_split(tmp_path, lines, monkeypatch):
     folder.mkdir()
     for part, number in (("train", 100), ("validation", 30), ("test", 50)):
         row_file(folder / f"{part}.jsonl", [{"text": f"{part} {i} " * 40} for i in range(number)])
-    data = prepare(f"hf:{folder}", limit=200, say=lines.append)
+    with record_messages(lines):
+        data = prepare(f"hf:{folder}", limit=200)
     assert [text for _, text in data.documents("train")] == [f"train {i} " * 40 for i in range(100)]
     assert [text for _, text in data.documents("val")] == [f"validation {i} " * 40 for i in range(20)]
     assert any("its own split 'validation' is held out: 23.3% of the bytes" in line for line in lines)
     with pytest.raises(UserError, match=r"no split 'valid': choose one with --data_split \(.*validation.*\)"):
-        prepare(f"hf:{folder}", split="valid", say=len)
+        prepare(f"hf:{folder}", split="valid")
 
 
 def test_unlike_files_of_a_hub_dataset(tmp_path, monkeypatch):
@@ -819,8 +837,8 @@ def test_unlike_files_of_a_hub_dataset(tmp_path, monkeypatch):
     row_file(folder / "a.jsonl", [{"text": f"document {i} " * 40} for i in range(40)])
     row_file(folder / "b.jsonl", [{"text": f"document {i} " * 40, "n": i} for i in range(40, 80)])
     with pytest.raises(UserError, match=r"after 40 documents.*unlike columns.*: pass --data=.* without hf:"):
-        prepare(f"hf:{folder}", say=len)
-    assert len(texts_of(prepare(str(folder), say=len))) == 80
+        prepare(f"hf:{folder}")
+    assert len(texts_of(prepare(str(folder)))) == 80
 
 
 def test_a_hub_dataset_has_a_limit_of_text(tmp_path, monkeypatch):
@@ -831,7 +849,7 @@ def test_a_hub_dataset_has_a_limit_of_text(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr("nanochat.data.hub.LARGEST_MEAN", 1000)
     with pytest.raises(UserError, match=r"over 30,000 characters in 7 documents: lower --data_limit"):
-        prepare(f"hf:{folder}", limit=30, say=len)
+        prepare(f"hf:{folder}", limit=30)
 
 
 @pytest.mark.parametrize(
@@ -843,7 +861,7 @@ def test_bad_hub_options(tmp_path, monkeypatch, options, words):
     row_file(folder / "train.jsonl", [{"body": "text"}])
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     with pytest.raises(UserError, match=words) as caught:
-        prepare(f"hf:{folder}", say=len, **options)
+        prepare(f"hf:{folder}", **options)
     assert "\n" not in str(caught.value)
 
 

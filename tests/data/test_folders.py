@@ -15,6 +15,7 @@ from nanochat.data.encodings import Corrupt
 from nanochat.data.folders import OWN_OUTPUT, find_files, own_output, suffix_of
 from nanochat.data.prepare import prepare
 from nanochat.system.environment import UserError
+from tests.messages import record_messages
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +177,8 @@ def test_the_base_folder_inside_the_source(tmp_path, monkeypatch):
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(place))
         if place.is_symlink():
             write(root / "new", "scratch.txt")
-        fingerprints += [prepare(str(root), say=lines.append).fingerprint for _ in range(2)]
+        with record_messages(lines):
+            fingerprints += [prepare(str(root)).fingerprint for _ in range(2)]
     assert fingerprints == fingerprints[:1] * 6 and fingerprints[0]["files"] == 40
     assert any(f"3 skipped, {OWN_OUTPUT}: deep/er/out/data/proj-" in line for line in lines), lines
 
@@ -230,12 +232,12 @@ def test_a_source_that_is_our_output_is_refused(tmp_path, base):
     Red when find_files does not look at root itself.
     """
     own = write(base / "my texts", *(f"{i}.txt" for i in range(40)))
-    data = prepare(str(own), say=len)
+    data = prepare(str(own))
     write(base, "base_eval/d4_000004.csv")
     run_folder(base / "base_checkpoints" / "d4")
     for folder in (data.directory, base / "base_eval", base / "base_checkpoints" / "d4"):
         assert own_output(folder)
         with pytest.raises(UserError, match=r"is nanochat's own output \(.*\): pass the text that it was made from"):
-            prepare(str(folder), say=len)
+            prepare(str(folder))
     write(base, "top.txt", "data/of mine.txt")
     assert names(base) == sorted(["top.txt", "data/of mine.txt", *(f"my texts/{i}.txt" for i in range(40))])

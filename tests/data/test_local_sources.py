@@ -21,6 +21,7 @@ from nanochat.data.text_files import Rows, blocks, file_documents
 from nanochat.system.environment import UserError
 from tests.data.test_dataset import texts_of, write_files
 from tests.data.test_encodings import WIDE
+from tests.messages import record_messages
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +54,7 @@ def test_a_text_file_of_any_unicode_encoding(tmp_path, encoding, marked):
     write_files(tmp_path, {"plain.txt": TEXT, "f/coded.txt": mark + TEXT.encode(encoding), "f/x.txt": "more " * 2000})
     expected = list(blocks(tmp_path / "plain.txt"))
     assert list(blocks(tmp_path / "f" / "coded.txt")) == expected and len(expected) > 5
-    data = prepare(str(tmp_path / "f" / "coded.txt"), say=len)
+    data = prepare(str(tmp_path / "f" / "coded.txt"))
     found = sorted(texts_of(data).items(), key=lambda pair: [int(part) for part in pair[0].split("#")[1:]])
     assert "".join(text for _, text in found) == TEXT
     rows = Rows(False, len, Counter())
@@ -84,13 +85,14 @@ def test_what_is_not_unicode_is_named(tmp_path):
     """
     latin = {f"latin{i}.txt": f"Straße {i}\n".encode("latin-1") * 80 for i in range(6)}
     folder, lines = write_files(tmp_path / "some", latin | {f"{i}.txt": f"text {i}\n" * 80 for i in range(30)}), []
-    data = prepare(str(folder), say=lines.append)
+    with record_messages(lines):
+        data = prepare(str(folder))
     assert data.manifest["left_out"] == {"undecodable": 6} and len(texts_of(data)) == 30
     named = [line for line in lines if "is not UTF-8 at byte 4, looks like latin-1: iconv -f iso-8859-1" in line]
     assert len(named) == 5 and named[0].startswith("data: latin0.txt is")
     assert "data: ... and 1 more documents that are not UTF-8" in lines
     with pytest.raises(UserError, match=r"6 undecodable.*6 documents are not UTF-8 text; latin0\.txt is .* iconv -f"):
-        prepare(str(write_files(tmp_path / "all", latin)), say=len)
+        prepare(str(write_files(tmp_path / "all", latin)))
 
 
 def test_a_surrogate_in_json_names_its_line(tmp_path):
@@ -98,7 +100,8 @@ def test_a_surrogate_in_json_names_its_line(tmp_path):
     rows[7]["text"] = "\ud800 broken"
     lines: list[str] = []
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prepare(str(tmp_path / "a.jsonl"), say=lines.append)
+    with record_messages(lines):
+        prepare(str(tmp_path / "a.jsonl"))
     assert any("a.jsonl line 8 is a lone surrogate, \\ud800" in line for line in lines)
 
 
@@ -128,7 +131,7 @@ def test_damaged_files_are_one_line(tmp_path, name, content, words):
     """Red when reading() lets EOFError or LZMAError through, csv is read without strict, the header is not looked at
     (the last of two columns would be taken), or _check_escapes() passes."""
     with pytest.raises(UserError, match=words) as caught:
-        prepare(str(write_files(tmp_path, {name: content}) / name), say=len)
+        prepare(str(write_files(tmp_path, {name: content}) / name))
     assert "\n" not in str(caught.value)
 
 
@@ -204,10 +207,12 @@ def test_what_a_folder_reads(tmp_path):
         "b.jsonl.gz": gzip.compress(b'{"text": "a"}\n')
     }
     folder, lines = write_files(tmp_path / "folder", files), []
-    data = prepare(str(folder), say=lines.append)
+    with record_messages(lines):
+        data = prepare(str(folder))
     assert len(texts_of(data)) == 40 * 30 + 1 and "left_out" in data.manifest and not data.manifest["left_out"]
     write_files(folder, {f"{i}.TXT": f"text {i}\n" * 60 for i in range(40)})
-    data = prepare(str(folder), say=lines.append)
+    with record_messages(lines):
+        data = prepare(str(folder))
     assert sorted(texts_of(data)) == sorted(f"{i}.TXT" for i in range(40))
     assert data.manifest["left_out"] == {"of other kinds": 41}
     assert "data: 41 files not read: 40 .csv (0.csv, 1.csv, ...), 1 .jsonl.gz (b.jsonl.gz)" in lines
@@ -217,7 +222,7 @@ def test_what_a_folder_reads(tmp_path):
 def test_marks_between_rows(tmp_path):
     """Files with marks put behind each other: every row counts. Red without removeprefix in _json_lines."""
     part = b"\xef\xbb\xbf" + b"".join(b'{"text": "row %d of the text"}\n' % i for i in range(300))
-    data = prepare(str(write_files(tmp_path, {"rows.jsonl": part * 2}) / "rows.jsonl"), say=len)
+    data = prepare(str(write_files(tmp_path, {"rows.jsonl": part * 2}) / "rows.jsonl"))
     assert len(texts_of(data)) == 600
 
 
@@ -225,12 +230,12 @@ def test_text_in_bytes_of_a_parquet_column(tmp_path):
     """Binary columns hold text in many a table; what is not UTF-8 names the column."""
     table = pa.table({"text": pa.array([f"größe {i} ".encode() * 40 for i in range(60)], pa.binary())})
     pq.write_table(table, tmp_path / "a.parquet")
-    assert sorted(texts_of(prepare(str(tmp_path / "a.parquet"), say=len)).values()) == sorted(
+    assert sorted(texts_of(prepare(str(tmp_path / "a.parquet"))).values()) == sorted(
         f"größe {i} " * 40 for i in range(60)
     )
     pq.write_table(pa.table({"text": pa.array([b"\xff\xfe\xff"], pa.binary())}), tmp_path / "b.parquet")
     with pytest.raises(Corrupt, match=r"b\.parquet: column 'text' is utf-16-le by its byte-order mark, but damaged"):
-        prepare(str(tmp_path / "b.parquet"), say=len)
+        prepare(str(tmp_path / "b.parquet"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,9 +253,10 @@ def test_bad_rows_are_skipped_one_by_one(tmp_path):
         rows[10 * place] = row
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(rows))
     with pytest.raises(Corrupt, match=r"a\.jsonl line 1 has no column 'text'.*--data_column.*--skip_corrupt=True"):
-        prepare(str(tmp_path / "a.jsonl"), say=len)
+        prepare(str(tmp_path / "a.jsonl"))
     lines: list[str] = []
-    data = prepare(str(tmp_path / "a.jsonl"), skip_corrupt=True, say=lines.append)
+    with record_messages(lines):
+        data = prepare(str(tmp_path / "a.jsonl"), skip_corrupt=True)
     assert texts_of(data) == {f"a.jsonl#{i}": f"document {i} " * 30 for i in range(60) if i % 10}
     assert data.manifest["left_out"] == {"corrupt rows": 6}
     said = "\n".join(lines)
@@ -263,8 +269,8 @@ def test_a_log_among_texts_is_named(tmp_path):
     folder = write_files(tmp_path / "texts", {f"{i}.txt": f"text {i}\n" * 60 for i in range(40)})
     write_files(folder, {"log.jsonl": '{"step": 1, "loss": 2.5}\n' * 3})
     with pytest.raises(Corrupt, match=r"log\.jsonl line 1 has no column 'text'.*skip such rows with --skip_corrupt"):
-        prepare(str(folder), say=len)
-    data = prepare(str(folder), skip_corrupt=True, say=len)
+        prepare(str(folder))
+    data = prepare(str(folder), skip_corrupt=True)
     assert len(texts_of(data)) == 40 and data.manifest["left_out"] == {"corrupt rows": 3}
 
 
@@ -272,8 +278,8 @@ def test_a_parquet_file_without_the_column(tmp_path):
     folder = write_files(tmp_path / "texts", {f"{i}.txt": f"text {i}\n" * 60 for i in range(40)})
     pq.write_table(pa.table({"body": ["x"]}), folder / "a.parquet")
     with pytest.raises(Corrupt, match=r"a\.parquet has no column 'text'.*body"):
-        prepare(str(folder), say=len)
-    data = prepare(str(folder), skip_corrupt=True, say=len)
+        prepare(str(folder))
+    data = prepare(str(folder), skip_corrupt=True)
     assert len(texts_of(data)) == 40 and data.manifest["left_out"] == {"corrupt": 1}
 
 
@@ -299,6 +305,6 @@ def test_one_line_of_many_megabytes(tmp_path):
     """A file in one line is read in pieces, not at once. Red when LONGEST_LINE has no effect."""
     path = write_files(tmp_path, {"text8.txt": "anarchism originated as a term " * 100_000}) / "text8.txt"
     assert max(map(len, blocks(path))) <= text_files.LONGEST_LINE + 4 * text_files.BLOCK_BYTES
-    data = prepare(str(path), say=len)
+    data = prepare(str(path))
     assert 0.02 < data.text_bytes("val") / 3_100_000 < 0.3
     assert data.text_bytes("val") + data.text_bytes("train") == 3_100_000

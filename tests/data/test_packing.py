@@ -15,6 +15,7 @@ from nanochat.evaluation import bpb as loss_eval
 from nanochat.evaluation.bpb import packed_losses
 from nanochat.modality import Modality, Vocabulary
 from nanochat.system.environment import UserError
+from tests.messages import record_messages
 
 AUDIO = Modality("audio", codebooks=2, codes=5, start=13)
 VOCABULARY = Vocabulary(20, (AUDIO,))  # audio 20..29, end 30
@@ -68,7 +69,8 @@ def test_rows_hold_whole_sounds_and_every_text_target_once():
     """Red when a cut text loses the id at the cut, a sound is cut like a text, or a piece behind another document does
     not begin with BOS."""
     said: list[str] = []
-    rows = Rows(STORE, 15, say=said.append)
+    with record_messages(said):
+        rows = Rows(STORE, 15)
     found = np.full((len(rows), 16), 99)
     for row in range(len(rows)):
         rows.read(row, found[row])
@@ -92,26 +94,30 @@ def test_rows_hold_whole_sounds_and_every_text_target_once():
 def test_sounds_longer_than_a_row_are_left_out_and_said():
     said: list[str] = []
     store = Store([sound(1, 2, 3), sound(2, 2, 9), sound(3, 2, 20), text(0, 50)])
-    rows = Rows(store, 12, say=said.append)
+    with record_messages(said):
+        rows = Rows(store, 12)
     assert "2 of 3 sounds are longer than max_seq_len=12 (the longest takes 44)" in said[0]
     assert "document 1 of shard_0.parquet" in said[0] and "--clip_seconds" in said[0]
     assert {name for row in range(len(rows)) for name in rows.documents(row)} == {"shard_0:0", "shard_0:3"}
     assert len(sound(1, 1, 3)) == 10  # one that fills a row, and one that is too long by one
-    Rows(Store([sound(1, 1, 3)]), 9, say=said.append)
-    with pytest.raises(UserError, match="none of its 1"):
-        Rows(Store([sound(1, 1, 3)]), 8, say=said.append)
+    with record_messages(said):
+        Rows(Store([sound(1, 1, 3)]), 9)
+    with pytest.raises(UserError, match="none of its 1"), record_messages(said):
+        Rows(Store([sound(1, 1, 3)]), 8)
     with pytest.raises(UserError, match=r"none of its 1 train documents fits a row of max_seq_len=12"):
-        Rows(Store([sound(2, 2, 9)]), 12, say=lambda line: None)
+        Rows(Store([sound(2, 2, 9)]), 12)
 
 
 def test_rows_of_one_layout():
     """Red when the layout is told by lengths alone: a text of the same length has another."""
     said: list[str] = []
     store = Store([*(sound(i, 2, 4) for i in range(6)), sound(1, 4, 3), text(0, 13), text(1, 13)])
-    rows = Rows(store, 15, say=said.append, one_layout=True)
+    with record_messages(said):
+        rows = Rows(store, 15, one_layout=True)
     assert len(rows) == 6 and "6 of 9 rows have one layout" in said[0]
     assert {name for row in range(6) for name in rows.documents(row)} == {f"shard_0:{i}" for i in range(6)}
-    whole = PackedLoader(Rows(store, 15, say=said.append), 2, 15, seed=3)
+    with record_messages(said):
+        whole = PackedLoader(Rows(store, 15), 2, 15, seed=3)
     whole.next()
     sliced = PackedLoader(rows, 2, 15, seed=3)
     sliced.load_state_dict(whole.state_dict())
@@ -120,7 +126,7 @@ def test_rows_of_one_layout():
 
 
 def loader(rank: int = 0, world_size: int = 1, count=None, rows: int = 4) -> PackedLoader:
-    packed = Rows(STORE, 15, say=lambda line: None)
+    packed = Rows(STORE, 15)
     return PackedLoader(packed, rows, 15, seed=3, rank=rank, world_size=world_size, count=count)
 
 
@@ -178,7 +184,7 @@ class Guess:
 @pytest.mark.parametrize("rows", [1, 3, 50])
 def test_held_out_losses_by_hand(rows):
     """Red when `end` is not counted as audio, or ids of no bytes as text."""
-    packed = Rows(STORE, 15, say=lambda line: None)
+    packed = Rows(STORE, 15)
     token_bytes = np.array([1, 2, 0, 3] + [0] * 16)
     found = packed_losses(Guess(), packed, token_bytes, rows=rows)
     ids = np.full((len(packed), 16), EMPTY)

@@ -13,6 +13,7 @@ from nanochat.data.splits import cut, held_out, is_sane, own_split, split_by_byt
 from nanochat.system.environment import UserError
 from scripts import base_train
 from tests.data.test_dataset import write_files
+from tests.messages import record_messages
 from tests.tiny_run import TINY, flags, metrics
 
 
@@ -91,7 +92,7 @@ def test_a_small_text_does_not_depend_on_its_name(tmp_path, form):
         files = {f"{name}.txt": text, f"{name}.jsonl": json.dumps({"text": text}) + "\n", f"{name}/x.md": text}
         write_files(tmp_path, files)
         for source in (f"{name}.txt", f"{name}.jsonl", name):
-            data = prepare(str(tmp_path / source), say=len)
+            data = prepare(str(tmp_path / source))
             assert 0.02 <= share(data) <= 0.30, source
             assert data.text_bytes("train") + data.text_bytes("val") == len(text)
             assert len(re.sub(r"\s", "", "".join(t for _, t in data.documents("val")))) > 100
@@ -105,7 +106,8 @@ def test_one_large_file_that_is_held_out(tmp_path):
     large = next(f"big{i}.txt" for i in range(99) if held_out(f"big{i}.txt"))
     files = {f"{i}.txt": f"small {i}\n" * 50 for i in range(30)} | {large: "a large text, paragraph.\n\n" * 40_000}
     folder, lines = write_files(tmp_path / "texts", files), []
-    data = prepare(str(folder), say=lines.append)
+    with record_messages(lines):
+        data = prepare(str(folder))
     assert 0.09 < share(data) < 0.11
     assert {name.partition("#")[0] for name, _ in data.documents("train")} == set(files) - {
         name for name, _ in data.documents("val") if "#" not in name
@@ -115,7 +117,8 @@ def test_one_large_file_that_is_held_out(tmp_path):
     )
     assert re.search(message, lines[-1]) and re.search(message, f"texts-0: {data.manifest['split_rule']}")
     lines.clear()
-    prepare(str(folder), say=lines.append)
+    with record_messages(lines):
+        prepare(str(folder))
     assert len(lines) == 1 and re.search(message, lines[0])
     parts = [pair for split in ("train", "val") for pair in data.documents(split) if pair[0].startswith(f"{large}#")]
     parts.sort(key=lambda pair: int(pair[0].partition("#")[2]))
@@ -125,14 +128,14 @@ def test_one_large_file_that_is_held_out(tmp_path):
 def test_a_sane_share_keeps_the_names_rule(tmp_path):
     """Red when documents are split by bytes although names do well: every old dataset would change."""
     folder = write_files(tmp_path / "texts", {f"{i}.txt": f"text {i}\n" * 60 for i in range(100)})
-    data = prepare(str(folder), say=len)
+    data = prepare(str(folder))
     assert {name for name, _ in data.documents("val")} == {f"{i}.txt" for i in range(100) if held_out(f"{i}.txt")}
     assert "split_rule" not in data.manifest and "held_out_copies" not in data.manifest
 
 
 def test_too_little_is_still_refused(tmp_path):
     with pytest.raises(UserError, match="too little text: 1 files with 9000 bytes"):
-        prepare(str(write_files(tmp_path, {"a.txt": "nine char" * 1000}) / "a.txt"), say=len)
+        prepare(str(write_files(tmp_path, {"a.txt": "nine char" * 1000}) / "a.txt"))
 
 
 def test_the_least_text_trains_and_is_measured(tmp_path, capsys):
@@ -187,12 +190,14 @@ def test_files_called_as_parts_beside_others_are_said(tmp_path):
     """Red when train.txt, test.txt and vocab.txt are mixed without a word."""
     files = {name: f"{name}\n" * 900 for name in ("train.txt", "test.txt", "vocab.txt")}
     lines: list[str] = []
-    data = prepare(str(write_files(tmp_path / "own", files)), say=lines.append)
+    with record_messages(lines):
+        data = prepare(str(write_files(tmp_path / "own", files)))
     assert any("test.txt, train.txt are called as parts of a split, vocab.txt not: all are read" in li for li in lines)
     assert {name.partition("#")[0] for name, _ in data.documents("train")} == set(files)
     lines.clear()
     (tmp_path / "own" / "vocab.txt").unlink()
-    prepare(str(tmp_path / "own"), say=lines.append)
+    with record_messages(lines):
+        prepare(str(tmp_path / "own"))
     assert not any("called as parts" in line for line in lines)
 
 
@@ -200,12 +205,14 @@ def test_a_folders_own_split_is_kept(tmp_path):
     """Nothing of test/ is trained on and nothing of train/ is held out, and it is said. Red without own_split."""
     files = {f"{part}/{i}.txt": f"{part} {i}\n" * 60 for part in ("train", "test") for i in range(20)}
     lines: list[str] = []
-    data = prepare(str(write_files(tmp_path / "own", files)), say=lines.append)
+    with record_messages(lines):
+        data = prepare(str(write_files(tmp_path / "own", files)))
     assert {name for name, _ in data.documents("train")} == {name for name in files if name.startswith("train/")}
     assert {name for name, _ in data.documents("val")} == {name for name in files if name.startswith("test/")}
     assert "its own validation or test part is held out: 4" in lines[-1]
     write_files(tmp_path / "own", {"validation/v.txt": "validation\n" * 60})
-    data = prepare(str(tmp_path / "own"), say=lines.append)
+    with record_messages(lines):
+        data = prepare(str(tmp_path / "own"))
     assert [name for name, _ in data.documents("val")] == ["validation/v.txt"]
     assert any("20 skipped, a test part beside the validation part" in line for line in lines)
 
@@ -223,7 +230,8 @@ def test_copies_across_the_split_are_counted(tmp_path):
         outside: "the same\n" * 60,
     }
     lines: list[str] = []
-    data = prepare(str(write_files(tmp_path / "texts", files)), say=lines.append)
+    with record_messages(lines):
+        data = prepare(str(write_files(tmp_path / "texts", files)))
     assert data.manifest["held_out_copies"] == 1 and outside in {name for name, _ in data.documents("val")}
     number = data.num_documents("val")
     assert any(f"warning: 1 of {number} held-out documents are equal to a training document" in line for line in lines)

@@ -29,6 +29,7 @@ from nanochat.data.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 from nanochat.data_pipeline import find_or_train
 from nanochat.system.environment import UserError
 from scripts import tok_eval, tok_train
+from tests.messages import record_messages
 
 TEXTS = [
     Path(tokenize.__file__).read_text(encoding="utf-8"),
@@ -410,7 +411,8 @@ def test_training_reports_its_progress(base, monkeypatch):
     """While merging too, for which the trainer gives up Python's lock. Red without `with reporting(...)`."""
     monkeypatch.setattr("nanochat.data.tokenizer_sample.REPORT_SECONDS", 0.002)
     lines = []
-    find_or_train(Settings(vocab_size=2000), fake_dataset(), say=lines.append)
+    with record_messages(lines):
+        find_or_train(Settings(vocab_size=2000), fake_dataset())
     merging = re.compile(r"training the tokenizer: 2 documents, 0\.\d M characters read, merging for \d+ s")
     assert any(map(merging.fullmatch, lines)), lines
     assert not any(thread.name == "tokenizer progress" for thread in threading.enumerate())

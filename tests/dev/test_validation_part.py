@@ -24,7 +24,7 @@ SYNTH = dict(data="synth", data_limit=200, clip_seconds=0.5)
 
 
 def texts(source, split: str) -> set[str]:
-    return {text for _, text in prepare(str(source), say=lambda line: None).documents(split)}
+    return {text for _, text in prepare(str(source)).documents(split)}
 
 
 def test_texts_that_choose_are_not_reported(tiny_corpus, tmp_path, monkeypatch):
@@ -49,13 +49,13 @@ def test_sounds_that_choose_are_not_reported(tmp_path, monkeypatch):
     files = {line["file_name"]: read_wav(part / line["file_name"])[0] for line in lines}
     chooses = waves(wav for name, wav in files.items() if held_out(name))
     learns = waves(wav for name, wav in files.items() if not held_out(name))
-    dataset = prepare_for(Settings(modalities="audio:16", codec="frame", **SYNTH), say=lambda line: None)
+    dataset = prepare_for(Settings(modalities="audio:16", codec="frame", **SYNTH))
     numbers = {split: [int(name.split("/")[1]) for name, _ in dataset.documents(split)] for split in ("train", "val")}
     reported = waves(clip(number, seconds=0.5).wav for number in numbers["val"])
     assert len(files) == len(numbers["train"])
     assert len(chooses) > 5 and len(learns) > 50 and len(reported) > 20
     assert not chooses & learns and not chooses & reported and not learns & reported
-    again = prepare_for(Settings(modalities="audio:16", codec="frame", data=str(part)), say=lambda line: None)
+    again = prepare_for(Settings(modalities="audio:16", codec="frame", data=str(part)))
     kept = {name for name, _ in again.documents("val")}  # without those of the same codes as a training sound
     assert kept and kept <= {name for name in files if held_out(name)}
     assert {name for name, _ in again.documents("train")} == {name for name in files if not held_out(name)}

@@ -24,6 +24,7 @@ from nanochat.evaluation.bpb import bits_per_byte, compressor_baselines
 from nanochat.system.environment import UserError
 from nanochat.training.stop_signals import CutShort
 from tests.forked import spawn
+from tests.messages import record_messages
 
 VOCAB = 7
 BYTES = np.array([1, 2, 3, 1, 4, 2, 0], dtype=np.int32)  # the last id is a special
@@ -183,7 +184,8 @@ def test_compressors_are_kept_by_fingerprint(tmp_path, monkeypatch):
 def test_large_splits_are_not_compressed(tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(loss_eval, "LARGEST_COMPRESSED", 500)
-    found = compressor_baselines(Corpus(tmp_path, TRAIN, VAL), say=said.append)
+    with record_messages(said):
+        found = compressor_baselines(Corpus(tmp_path, TRAIN, VAL))
     assert found["xz"] is not None and found["xz_primed"] is None
     assert "xz_primed" in said[0]
 

@@ -27,6 +27,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.system.environment import UserError
 from nanochat.training.stop_signals import CutShort
 from tests.forked import spawn
+from tests.messages import record_messages
 
 BOS = 256
 
@@ -337,7 +338,8 @@ def test_an_option_without_a_finite_loss_loses():
 def test_shots_are_clamped_with_a_warning():
     said: list[str] = []
     task = make_task("multiple_choice", 4, 10)
-    assert evaluate_task(Table(), Bytes(), task, say=said.append)["correct"] == reference(Table(), task)
+    with record_messages(said):
+        assert evaluate_task(Table(), Bytes(), task)["correct"] == reference(Table(), task)
     assert said == ["multiple_choice: 10-shot with 4 items: using 3 examples"]
 
 
@@ -421,7 +423,8 @@ class LovesA(Table):
 def test_core_of_a_hand_made_bundle(tmp_path):
     """pick: 3 of 4 with chance 0.25 -> 2/3; say: 1 of 2 with chance 0 -> 1/2; CORE is their plain mean."""
     said: list[str] = []
-    found = evaluate_core(LovesA(), Bytes(), hand_made(tmp_path / "b"), say=said.append)
+    with record_messages(said):
+        found = evaluate_core(LovesA(), Bytes(), hand_made(tmp_path / "b"))
     assert found["tasks"]["pick"]["accuracy"] == 0.75
     assert found["tasks"]["pick"]["centered"] == pytest.approx(2 / 3)
     assert found["tasks"]["say"]["accuracy"] == 0.5
@@ -526,7 +529,8 @@ def zipped(folder: Path, inside: str = "eval_bundle/") -> bytes:
 def refusal(base: Path) -> str:
     """The reason in the one line that find_bundle says; nothing may be left on the disk."""
     said: list[str] = []
-    assert find_bundle(say=said.append) is None
+    with record_messages(said):
+        assert find_bundle() is None
     assert [path.name for path in base.glob("**/*") if path.name != "eval_bundle.json"] == []
     head, tail = "CORE bundle not available (", "); scoring the OFFLINE suite instead (not comparable with CORE)"
     assert said[-1].startswith(head) and said[-1].endswith(tail) and "\n" not in said[-1]
@@ -536,7 +540,7 @@ def refusal(base: Path) -> str:
 def test_download_records_and_verifies(base, server, tmp_path):
     """Downloaded once, then found; a changed file is refused. Red without the call of _verify."""
     server.body = zipped(hand_made(tmp_path / "b"))
-    folder = find_bundle(say=lambda line: None)
+    folder = find_bundle()
     assert folder == base / "eval_bundle"
     assert [task.label for task in load_bundle(folder)] == ["pick", "say"]
     record = json.loads((base / "eval_bundle.json").read_text())
@@ -551,7 +555,7 @@ def test_download_records_and_verifies(base, server, tmp_path):
 
 def test_a_second_download_has_to_be_the_same(base, server, tmp_path):
     server.body = zipped(hand_made(tmp_path / "b"))
-    shutil.rmtree(find_bundle(say=lambda line: None))
+    shutil.rmtree(find_bundle())
     server.body = zipped(tmp_path / "b", inside="other/")
     assert "recorded" in refusal(base)
 
@@ -564,11 +568,11 @@ def test_two_downloads_at_once(base, server, tmp_path, monkeypatch):
     def overtaken(url, path):
         if not others:
             others.append(url)
-            find_bundle(say=lambda line: None)
+            find_bundle()
         return fetch(url, path)
 
     monkeypatch.setattr(core_bundle, "_fetch", overtaken)
-    assert find_bundle(say=lambda line: None) == base / "eval_bundle"
+    assert find_bundle() == base / "eval_bundle"
     assert not list(base.glob(".eval*"))
 
 
@@ -678,7 +682,7 @@ def test_zip_bombs(base, server, tmp_path, monkeypatch):
         archive.writestr("../../outside", "x")
     (folder / "inner.zip").write_bytes(inner.getvalue())
     server.body = zipped(folder)
-    found = find_bundle(say=lambda line: None)
+    found = find_bundle()
     assert (found / "inner.zip").read_bytes() == inner.getvalue() and not (tmp_path / "outside").exists()
     shutil.rmtree(base)
     monkeypatch.setattr(core_bundle, "MOST_FILES", 10)
@@ -709,7 +713,8 @@ def test_folders_that_are_there(base, tmp_path):
             find_bundle(wish)
     (base / "eval_bundle").mkdir(parents=True)
     said: list[str] = []
-    assert find_bundle(say=said.append) is None and "holds no core.yaml" in said[0]
+    with record_messages(said):
+        assert find_bundle() is None and "holds no core.yaml" in said[0]
     (base / "eval_bundle").rmdir()
     hand_made(base / "eval_bundle")
     assert find_bundle() == base / "eval_bundle"

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from nanochat.evaluation import offline as offline_eval
 from nanochat.evaluation.core_bundle import Task, load_bundle
 from nanochat.evaluation.offline import CharModel, build_tasks, cheap_baselines, evaluate_offline, train_char_model
+from tests.messages import record_messages
 
 
 class Corpus:
@@ -274,7 +275,8 @@ class Bytes:
 def test_the_suite_as_a_whole(corpus, tasks):
     """Score = mean of the centered accuracies; baselines beside each; the items lie beside the data as a bundle."""
     said: list[str] = []
-    found = evaluate_offline(Coin(), Bytes(), corpus, max_per_task=8, say=said.append)
+    with record_messages(said):
+        found = evaluate_offline(Coin(), Bytes(), corpus, max_per_task=8)
     assert list(found["tasks"]) == list(tasks) and said == []
     assert found["score"] == pytest.approx(np.mean([task["centered"] for task in found["tasks"].values()]))
     for task in found["tasks"].values():
@@ -285,5 +287,6 @@ def test_the_suite_as_a_whole(corpus, tasks):
 
 def test_no_items_no_score(tmp_path):
     said: list[str] = []
-    found = evaluate_offline(Coin(), Bytes(), Corpus(tmp_path, ["a"], ["b"]), say=said.append)
+    with record_messages(said):
+        found = evaluate_offline(Coin(), Bytes(), Corpus(tmp_path, ["a"], ["b"]))
     assert found == {"score": None, "tasks": {}} and len(said) == 5

@@ -95,7 +95,7 @@ def test_from_folders_to_a_sound(teach, models, base, tmp_path):
     0.4 s. Red when the length is the codec's last whole second, or when a tensor that is trained is not saved."""
     lines = ["from scripts.adapter_generate import main"]
     for name in ("tied", "untied"):
-        hashed = state_hash(load_host(str(models / name), "cpu", torch.float32, say=print))
+        hashed = state_hash(load_host(str(models / name), "cpu", torch.float32))
         teach(
             name,
             host=models / name,
@@ -121,7 +121,7 @@ def test_from_folders_to_a_sound(teach, models, base, tmp_path):
         assert (folder / "model.safetensors").stat().st_size < size + 1000
         found = json.loads((folder / "state.json").read_text())["adapters"]
         assert found["layer_map"] == [0, 5] and found["host_hash"] and found["expert_hash"] and found["start"] is None
-        assert state_hash(load_host(str(models / name), "cpu", torch.float32, say=print)) == hashed
+        assert state_hash(load_host(str(models / name), "cpu", torch.float32)) == hashed
         words = ["--prompt=a high sine", f"--out={tmp_path / name}.wav", "--seconds=0.4", f"--model-tag={name}"]
         lines.append(f"main({[*words, '--device-type=cpu']})")
     (tmp_path / "both.py").write_text("\n".join(lines))
@@ -141,7 +141,7 @@ def test_opened_is_what_was_trained(teach, base, models, expert):
     further = dict(musicgen=None, expert_dim=24) if expert in ("random", "none") else {}
     found = teach(f"kinds-{expert}", expert=expert, **further)
     model, _, metadata, settings, _ = open_adapters(f"kinds-{expert}", None, "cpu")
-    again = evaluate_audio(model, model.host.tokenizer, prepare_for(settings, say=print), rows=4, max_clips=4)
+    again = evaluate_audio(model, model.host.tokenizer, prepare_for(settings), rows=4, max_clips=4)
     assert again["nats"] == pytest.approx(found["val_loss/audio"], abs=1e-6)
     counts = metadata["derived"]["parameters"]
     assert counts["trained"] == sum(p.numel() for _, p in model.trained())
@@ -213,10 +213,10 @@ def test_a_host_of_ours(teach, base, ours, capsys):
 
     Red when a value embedding or the smear of the host looks up an id that is not its own.
     """
-    host = load_host("nanochat:host@6", "cpu", torch.float32, say=print)
+    host = load_host("nanochat:host@6", "cpu", torch.float32)
     for place, said in (("host@7", "step 7 is not in"), ("host@", "nanochat:d4-tied@800"), ("nobody", "no .*nobody")):
         with pytest.raises(UserError, match=said):
-            load_host(f"nanochat:{place}", "cpu", torch.float32, say=print)
+            load_host(f"nanochat:{place}", "cpu", torch.float32)
     tokenizer, stream = host.tokenizer, np.array(host.tokenizer.encode("It was a bright cold day. " * 20, bos=True))
     how = dict(rows=2, seq_len=64)
     before = bits_per_byte(host.model, stream, tokenizer.token_bytes, **how)
@@ -313,7 +313,7 @@ def test_several_words_from_one_prompt(speaks, base):
 def test_words_end_where_the_host_ends_them(teach, models, base, tmp_path):
     """At its eos, as transformers' generate(). Red when only BOS ends a text."""
     model = tiny_llama(tmp_path, tied=True, seed=3)
-    prompt = load_host(str(tmp_path), "cpu", torch.float32, say=print).tokenizer.encode("so", bos=True)
+    prompt = load_host(str(tmp_path), "cpu", torch.float32).tokenizer.encode("so", bos=True)
     free = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0)[0, len(prompt) :]
     eos = free[3].item()
     model.config.eos_token_id = model.generation_config.eos_token_id = eos
@@ -322,7 +322,7 @@ def test_words_end_where_the_host_ends_them(teach, models, base, tmp_path):
     ended = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=eos)
     wanted = [token for token in ended[0, len(prompt) :].tolist() if token != eos]
     (words,) = adapter_generate.main(["--prompt=so", "--text", "--max-tokens=8", "--model-tag=ends", "--temperature=0"])
-    assert words == load_host(str(tmp_path), "cpu", torch.float32, say=print).tokenizer.decode(wanted)
+    assert words == load_host(str(tmp_path), "cpu", torch.float32).tokenizer.decode(wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,8 +426,8 @@ def test_captions_are_left_out_at_the_rate(speaks, base, models):
     from nanochat.data.token_store import TokenStore
 
     model, _, _, settings, _ = open_adapters("speaks", None, "cpu")
-    dataset = prepare_for(settings, say=print)
-    store = TokenStore(dataset, model.host.tokenizer, "train", vocabulary=model.vocabulary, say=print)
+    dataset = prepare_for(settings)
+    store = TokenStore(dataset, model.host.tokenizer, "train", vocabulary=model.vocabulary)
     rows = Rows(store, settings.max_seq_len, print)
     loader = PackedLoader(rows, 12, settings.max_seq_len, 3, count=("audio",), caption_dropout=0.5)
     plain = PackedLoader(rows, 12, settings.max_seq_len, 3, count=("audio",))

@@ -55,8 +55,8 @@ def home(tmp_path_factory, tiny_corpus):
             dtype="float32",
             eval_tokens=1000,
         )
-        dataset = prepare_for(settings, say=lambda line: None)
-        tokenizer = find_or_train(settings, dataset, say=lambda line: None)
+        dataset = prepare_for(settings)
+        tokenizer = find_or_train(settings, dataset)
         torch.manual_seed(0)
         model = GPT(GPTConfig(**settings.model_arguments(tokenizer.vocab_size)))
         model.init_weights()
@@ -161,7 +161,7 @@ def test_core_without_network_becomes_offline(fresh, capsys):
 def test_the_suite_during_training(fresh, capsys):
     """CORE when the bundle lies in the base folder, else OFFLINE, and never a download. Red with download=True."""
     model, tokenizer, _ = load_model("base", "cpu", "train", "tiny", 5)
-    dataset = prepare_for(Settings(data=load_settings()["data"]), say=print)
+    dataset = prepare_for(Settings(data=load_settings()["data"]))
     found = suite.evaluate_suite(model, tokenizer, dataset, 8)
     assert found == {"offline": base_eval.main(["--eval", "offline", "--max-per-task", "8"])["offline"]["score"]}
     assert "not available" not in capsys.readouterr().out and model.training
@@ -177,9 +177,9 @@ def test_items_of_the_suite_are_made_once(fresh, tmp_path, monkeypatch):
     Red when kept_tasks() builds every time, or forgets the fingerprint.
     """
     model, tokenizer, _ = load_model("base", "cpu", "eval", "tiny", 5)
-    dataset = prepare_for(Settings(data=load_settings()["data"]), say=print)
+    dataset = prepare_for(Settings(data=load_settings()["data"]))
     built, build = [], offline_eval.build_tasks
-    monkeypatch.setattr(suite, "build_tasks", lambda data, say: built.append(data.name) or build(data, say))
+    monkeypatch.setattr(suite, "build_tasks", lambda data: built.append(data.name) or build(data))
     monkeypatch.setattr(offline_eval, "_kept", {})
     first = suite.evaluate_suite(model, tokenizer, dataset, 8)
     assert suite.evaluate_suite(model, tokenizer, dataset, 8) == first and built == [dataset.name]

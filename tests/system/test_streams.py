@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.data import dataset
-from nanochat.runtime import print0
-from nanochat.system import streams
+from nanochat.system import logs, streams
 from tests.forked import Forked
 from tests.tiny_run import CHECKOUT, TINY, flags, metrics, tag_dir
 
@@ -40,7 +39,7 @@ def test_any_text_is_printed_in_any_encoding(encoding):
     program = f"""
 import argparse, sys, warnings
 from nanochat.data import dataset
-from nanochat.system import streams
+from nanochat.system import logs, streams
 streams.open_streams()
 print({ODD!a}, sys.stdout.fileno())
 streams.emit({ODD!a}, flush=True)
@@ -73,7 +72,7 @@ def test_a_stream_that_cannot_be_written_ends_nothing(redirect, reason):
     program = """
 import os, sys
 from nanochat.data import dataset
-from nanochat.system import streams
+from nanochat.system import logs, streams
 streams.open_streams()
 file = open(os.devnull, "w")
 assert file.fileno() > 2, "a closed descriptor was given to the next file"
@@ -99,7 +98,7 @@ def test_a_tool_whose_result_is_its_output_says_when_that_is_lost(redirect, code
     program = """
 import time
 from nanochat import runtime
-from nanochat.system import streams
+from nanochat.system import logs, streams
 def main():
     streams.require_output()
     for number in range(20):
@@ -144,19 +143,19 @@ def test_a_reader_that_is_slow_loses_nothing():
 
 
 def test_a_main_that_is_called_with_other_streams_prints_all_the_same(monkeypatch, capsys):
-    """Red when print0 is print: notebooks and tests bring streams of their own, strict ones among them."""
+    """Red when messages go through print(): notebooks and tests bring streams of their own, strict ones among them."""
     monkeypatch.setattr(streams, "lost", {})
     narrow = io.TextIOWrapper(io.BytesIO(), "ascii", "strict")
     monkeypatch.setattr(sys, "stdout", narrow)
-    print0("Ü \udcff")
+    logs.ROOT.info("Ü \udcff")
     assert narrow.buffer.getvalue() == rb"\xdc \udcff" + b"\n"
     monkeypatch.setattr(sys, "stdout", None)
-    print0("nowhere")
+    logs.ROOT.info("nowhere")
     assert not streams.on_terminal()
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        print0("x")
-        print0("y")
+        logs.ROOT.info("x")
+        logs.ROOT.info("y")
         assert sys.stdout is not full
         with pytest.raises(OSError, match="No space"):
             full.flush()
@@ -171,8 +170,8 @@ def test_printing_to_a_stream_that_was_closed_meanwhile_ends_nothing(monkeypatch
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr(sys, "stdout", closed)
-    print0("one")
-    print0("two")
+    logs.ROOT.info("one")
+    logs.ROOT.info("two")
     assert streams.lost == {"standard output": "it is closed"}
     assert capsys.readouterr().err == "standard output cannot be written (it is closed): going on without it\n"
 

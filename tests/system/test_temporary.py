@@ -106,7 +106,7 @@ def test_a_live_preparation_outlives_others(tiny_corpus, base):
         scratch = Path(process.stdout.readline().strip())
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("NANOCHAT_BASE_DIR", str(base))
-            prepare.prepare(str(tiny_corpus), say=len)
+            prepare.prepare(str(tiny_corpus))
         print(file=process.stdin, flush=True)
         assert process.stdout.readline().strip() == "True"
     assert not scratch.exists()
@@ -140,7 +140,7 @@ def test_two_writers_of_one_target_do_not_share_a_temporary_folder(tmp_path, mon
     """
     tokenizer = Tokenizer([bytes([i]) for i in range(256)])
     noise = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) / 8
-    saved = tokenizer if what == "tokenizer" else fitted_codec.fit_codec("frame", [noise], 1, 16, say=len)
+    saved = tokenizer if what == "tokenizer" else fitted_codec.fit_codec("frame", [noise], 1, 16)
     held, fsync = Held(lambda: saved.save(tmp_path / "target")), os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: (held.pause(), fsync(handle))[1])
     held.start()
