@@ -56,9 +56,11 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     }
     widths = [max(8, len(column)) for column in encoders]
     logger.info("bytes per token (more is denser)")
-    logger.info(f"{'text':<10}", *(f"{column:>{width}}" for column, width in zip(encoders, widths, strict=True)))
+    header = [f"{column:>{width}}" for column, width in zip(encoders, widths, strict=True)]
+    logger.info(" ".join(["text      ", *header]))
     for name, row in table.items():
-        logger.info(f"{name:<10}", *(f"{rate:>{width}.3f}" for rate, width in zip(row.values(), widths, strict=True)))
+        figures = [f"{figure:>{width}.3f}" for figure, width in zip(row.values(), widths, strict=True)]
+        logger.info(" ".join([f"{name:<10}", *figures]))
     return table
 
 

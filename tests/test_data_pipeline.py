@@ -66,13 +66,13 @@ def test_validation_of_sounds_looks_at_the_first_shards(monkeypatch, base):
     many = prepare_for(Settings(**{**vars(settings), "data_limit": 61}))
     vocabulary = training_data.vocabulary_of(settings, BYTES)
     store = TokenStore(many, BYTES, "val", vocabulary=vocabulary)
-    assert len(Rows(store, 240, len, max_tokens=700)) >= 3
+    assert len(Rows(store, 240, max_tokens=700)) >= 3
     made = len(list(store.directory.glob("val*.json")))
     assert sum(map(store.tokens, range(made))) >= 700 and made < len(store.paths)
     store = TokenStore(one, BYTES, "val", vocabulary=vocabulary)
-    whole, model = Rows(store, 240, len), model_of(settings)
+    whole, model = Rows(store, 240), model_of(settings)
     how = dict(rows=4, max_tokens=700)
-    bounded = Rows(store, 240, len, max_tokens=700)
+    bounded = Rows(store, 240, max_tokens=700)
     found, expected = (packed_losses(model, rows, BYTES.token_bytes, **how) for rows in (bounded, whole))
     assert found == expected
 

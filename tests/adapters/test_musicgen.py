@@ -226,7 +226,8 @@ def test_the_licence_is_told_once_and_only_when_weights_are_read(models, monkeyp
     """Red when read_shape or random_experts tell it, or it is told each time."""
     monkeypatch.setattr(musicgen, "_licence_said", False)
     lines = []
-    read_shape(models["one"][0], lines.append)
+    with record_messages(lines):
+        read_shape(models["one"][0])
     random_experts(Shape(8, 2, 8), 1, 0)
     with pytest.raises(UserError), record_messages(lines):
         read_experts(models["one"][0], (6,))
@@ -235,7 +236,8 @@ def test_the_licence_is_told_once_and_only_when_weights_are_read(models, monkeyp
         read_experts(models["one"][0], (0,))
     with record_messages(lines):
         read_experts(models["decoder"][0], (0,))
-    say_licence(lines.append)
+    with record_messages(lines):
+        say_licence()
     assert len(lines) == 1 and "CC-BY-NC 4.0" in lines[0] and lines[0].count("\n") <= 1
 
 

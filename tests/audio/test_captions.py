@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nanochat.audio.captions import SoundNames, find_captions
 from nanochat.system.environment import UserError
+from tests.messages import record_messages
 
 
 def read(folder: Path, table: str | bytes, sounds: list[str], name: str = "captions.csv", column: str = "text"):
@@ -22,15 +23,12 @@ def read(folder: Path, table: str | bytes, sounds: list[str], name: str = "capti
     path.write_bytes(table if isinstance(table, bytes) else table.encode())
     skipped, lines = defaultdict(list), []
     files = dict.fromkeys(sounds, Path("none")) | {name: path}
-    found = find_captions(
-        "in",
-        files,
-        sounds,
-        column,
-        lambda kind, name, detail="": skipped[kind].append(name),
-        lines.append,
-        Path("/root"),
-    )
+
+    def skip(kind: str, name: str, detail: str = "") -> None:
+        skipped[kind].append(name)
+
+    with record_messages(lines):
+        found = find_captions("in", files, sounds, column, skip, Path("/root"))
     return {name: caption.text for name, caption in found.items()}, dict(skipped), lines
 
 
@@ -231,7 +229,7 @@ def test_texts_beside_sounds(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n")
     files = {path.name: path for path in sorted(tmp_path.iterdir())} | dict.fromkeys(sounds, Path("none"))
     skipped = defaultdict(list)
-    found = find_captions("in", files, sounds, "text", lambda kind, name, detail="": skipped[kind].append(name), len)
+    found = find_captions("in", files, sounds, "text", lambda kind, name, detail="": skipped[kind].append(name))
     assert {name: caption and caption.text for name, caption in found.items()} == dict(
         zip(sounds, ("door", "bee", "yes", "dee", None), strict=True)
     )

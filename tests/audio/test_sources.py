@@ -121,9 +121,7 @@ def test_synth(tmp_path):
         clip = synth_audio.clip(i, seconds=0.5)
         assert np.array_equal(sound.wav, clip.wav) and sound.caption == clip.caption
         assert sound.attributes == clip.attributes
-    items = sound_source(Settings(modalities="audio:64", data="synth", data_limit=100, clip_seconds=0.5), len).fetch(
-        log
-    )
+    items = sound_source(Settings(modalities="audio:64", data="synth", data_limit=100, clip_seconds=0.5)).fetch(log)
     for i, item in enumerate(items):
         clip = synth_audio.clip(i, seconds=0.5)
         assert item.split == ("val" if synth_audio.is_held_out(clip.attributes, 0.5) else "train")
@@ -499,7 +497,7 @@ def test_a_changed_local_dataset_is_met(tmp_path, hub_cache):
     (folder / "metadata.csv").write_text("file_name,text\n0.wav,tone\n")
 
     def state():
-        return sound_source(Settings(modalities="audio:64", data=f"hf:{folder}"), len).state
+        return sound_source(Settings(modalities="audio:64", data=f"hf:{folder}")).state
 
     first = state()
     assert state() == first
@@ -534,7 +532,7 @@ def test_a_datasets_own_split_is_held_out(tmp_path, hub_cache, saved):
     log = Log()
     columns = dict(data_column="caption", data_audio_column="sound") if saved else {}
     settings = Settings(modalities="audio:64", data=f"hf:{folder}", data_limit=30, **columns)
-    items = sound_source(settings, len).fetch(log)
+    items = sound_source(settings).fetch(log)
     sounds = {item.name: (item.split, item.load(RATE, log).caption) for item in items}
     trained = {f"{folder}#{i}": ("train", f"train {i}") for i in range(3)}
     assert sounds == trained | {f"{folder}/test#{i}": ("val", f"test {i}") for i in range(2)}

@@ -148,7 +148,8 @@ def test_what_is_not_read_is_named_by_suffix(tmp_path):
     )
     assert found.describe() == [expected]
     lines, counts = [], Counter()
-    found.report(lines.append, counts)
+    with record_messages(lines):
+        found.report(counts)
     assert lines == [f"data: {expected}"] and counts == {"of other kinds": 6}
 
 

@@ -34,8 +34,9 @@ TEXT = "".join(f"Zeile {i}: größer als 5 €, 文字 und 😀.\r\n" + "\r\n" *
 
 
 def documents_of(path, column="text", skip_corrupt=False, lines=None) -> list[str]:
-    rows = Rows(skip_corrupt, (lines if lines is not None else []).append, Counter())
-    found = [text for _, text in file_documents(path.name, path, column, True, rows)]
+    with record_messages(lines):
+        documents = file_documents(path.name, path, column, True, Rows(skip_corrupt, Counter()))
+        found = [text for _, text in documents]
     return [text.decode() if isinstance(text, bytes) else text for text in found]
 
 
@@ -57,7 +58,7 @@ def test_a_text_file_of_any_unicode_encoding(tmp_path, encoding, marked):
     data = prepare(str(tmp_path / "f" / "coded.txt"))
     found = sorted(texts_of(data).items(), key=lambda pair: [int(part) for part in pair[0].split("#")[1:]])
     assert "".join(text for _, text in found) == TEXT
-    rows = Rows(False, len, Counter())
+    rows = Rows(False, Counter())
     (document,) = file_documents("coded.txt", tmp_path / "f" / "coded.txt", "text", False, rows)
     assert text_files.decode_text(document[1]) == TEXT
 

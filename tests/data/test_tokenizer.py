@@ -372,12 +372,14 @@ def fake_dataset(name: str = "hf:some/data", sha256: str = "ab" * 32) -> SimpleN
 
 def test_trained_once_for_the_same_data_and_size(base, monkeypatch):
     lines: list[str] = []
-    first = find_or_train(Settings(vocab_size=400), fake_dataset(), lines.append)
+    with record_messages(lines):
+        first = find_or_train(Settings(vocab_size=400), fake_dataset())
     assert (base / "tokenizers" / first.name).is_dir() and first.name == f"hf-some-data-400-abababab-{first.hash[:8]}"
     assert len(lines) == 2
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "train", None)
-        assert find_or_train(Settings(vocab_size=400), fake_dataset(), lines.append).hash == first.hash
+        with record_messages(lines):
+            assert find_or_train(Settings(vocab_size=400), fake_dataset()).hash == first.hash
     assert len(lines) == 2
     assert find_or_train(Settings(vocab_size=401), fake_dataset()).vocab_size == 401
     assert find_or_train(Settings(vocab_size=400), fake_dataset(sha256="cd" * 32)).name != first.name

@@ -12,6 +12,7 @@ from tokenizers import Regex, pre_tokenizers
 from nanochat.data import tokenizer_sample
 from nanochat.data.tokenizer import SPLIT_PATTERN
 from nanochat.data.tokenizer_sample import TrainingSample, cut_at_boundaries
+from tests.messages import record_messages
 
 # A letter before a space, or a newline before a letter, comes at least every 10 characters.
 CUTTABLE = st.lists(st.text("ab'sé日-7 \t\n\r", max_size=7).map(lambda text: f"{text}a b"), max_size=30).map("".join)
@@ -27,8 +28,10 @@ def read(texts, **limits) -> tuple[list[str], list[str], TrainingSample]:
         for name, value in limits.items():
             patch.setattr(tokenizer_sample, name, value)
         lines: list[str] = []
-        sample = TrainingSample(texts, lines.append)
-        return list(sample.chunks()), lines, sample
+        with record_messages(lines):
+            sample = TrainingSample(texts)
+            chunks = list(sample.chunks())
+        return chunks, lines, sample
 
 
 @hypothesis_settings(max_examples=300)
@@ -84,7 +87,7 @@ def test_the_same_text_is_taken_whatever_the_hash_seed():
 
 def test_progress_line():
     """Red when it counts chunks, or says merging while there is text to read."""
-    sample = TrainingSample(["a" * 600_000, "b" * 650_000], None)
+    sample = TrainingSample(["a" * 600_000, "b" * 650_000])
     chunks = sample.chunks()
     next(chunks)
     assert sample.progress() == "training the tokenizer: 1 documents, 0.3 M characters read"

@@ -170,7 +170,8 @@ def test_prose_leaves_tasks_out_with_counts(tmp_path):
     )
     text = "\n".join(" ".join(rng.choice(words) for _ in range(9)) for _ in range(300))
     said: list[str] = []
-    found = build_tasks(Corpus(tmp_path, [text], [text]), said.append)
+    with record_messages(said):
+        found = build_tasks(Corpus(tmp_path, [text], [text]))
     assert [task.label for task in found] == ["next_line", "word_swap", "cloze_copy"]
     assert said == [
         "OFFLINE: signature_doc left out, 0 items in the held-out text: at least 20",
@@ -185,7 +186,9 @@ def test_odd_documents_yield_nothing_but_words(tmp_path, text):
     """Empty, unbroken, binary and never-ending input: no task or a small one, quickly, and never an exception."""
     said: list[str] = []
     corpus = Corpus(tmp_path, [text], [text])
-    for task in build_tasks(corpus, said.append):
+    with record_messages(said):
+        tasks = build_tasks(corpus)
+    for task in tasks:
         cheap_baselines(task, task.items, train_char_model(corpus))
     assert said
 

@@ -428,7 +428,7 @@ def test_captions_are_left_out_at_the_rate(speaks, base, models):
     model, _, _, settings, _ = open_adapters("speaks", None, "cpu")
     dataset = prepare_for(settings)
     store = TokenStore(dataset, model.host.tokenizer, "train", vocabulary=model.vocabulary)
-    rows = Rows(store, settings.max_seq_len, print)
+    rows = Rows(store, settings.max_seq_len)
     loader = PackedLoader(rows, 12, settings.max_seq_len, 3, count=("audio",), caption_dropout=0.5)
     plain = PackedLoader(rows, 12, settings.max_seq_len, 3, count=("audio",))
     bos, start_id = model.host.tokenizer.bos_id, model.vocabulary.modality("audio").start
