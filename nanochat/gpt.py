@@ -17,8 +17,15 @@ from nanochat.modality import IGNORED, Modality, Vocabulary
 from nanochat.model import parameters
 from nanochat.model.attention import causal_attention, wide
 from nanochat.model.document_mask import document_begins, document_masks, previous
+from nanochat.model.kernels import Kernels
 from nanochat.model.kv_cache import KVCache
-from nanochat.model.loss_head import chunked_cross_entropy, compile_loss_head, softcapped, token_losses
+from nanochat.model.loss_head import (
+    chunk_gradient,
+    chunked_cross_entropy,
+    compile_chunk_gradient,
+    softcapped,
+    token_losses,
+)
 from nanochat.model.parameters import is_scalar
 from nanochat.model.routing import Grouped, Plan, by_target, grouped, grouped_linear, plan_route, route
 
@@ -147,9 +154,9 @@ class AttentionMatrices(nn.Module):
 class CausalSelfAttention(AttentionMatrices):
     """Multi-head attention over the past, with rotary positions and normalised queries and keys."""
 
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig, layer: int, kernels: Kernels):
         super().__init__(config)
-        self.layer, self.head_dim, self.window = layer, config.head_dim, config.window(layer)
+        self.layer, self.head_dim, self.window, self.kernels = layer, config.head_dim, config.window(layer), kernels
         self.qk_scale, self.gate_range = config.qk_scale, config.value_gate_range
         self.bound = config.head_dim**0.5 * config.qk_scale**2  # of the scores of normalised queries and keys
         if config.has_value_embedding(layer):
@@ -178,7 +185,8 @@ class CausalSelfAttention(AttentionMatrices):
         # Turning keeps the length, so the norm may come first: nanochat's order costs more in the backward pass.
         q, k = ((rotate(norm(wide(z)), cos, sin) * self.qk_scale).to(x.dtype) for z in (q, k))
         if kv_cache is None:
-            y = causal_attention(q, k, v, self.window, mask, self.bound).reshape(B, T, C)
+            kernel = self.kernels.attention.get(self.window is not None)
+            y = causal_attention(q, k, v, self.window, mask, self.bound, kernel).reshape(B, T, C)
         else:
             y = kv_cache.attend(self.layer, q, k, v, self.window, mask).reshape(B, T, C)
         if len(everyone) == 1:
@@ -238,9 +246,9 @@ class ModalityMLP(MLP):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig, layer: int, kernels: Kernels):
         super().__init__()
-        self.attn = CausalSelfAttention(config, layer)
+        self.attn = CausalSelfAttention(config, layer, kernels)
         self.mlp = ModalityMLP(config) if config.has_experts else MLP(config.n_embd, config.mlp_ratio)
 
     def forward(self, x, cos, sin, ve=None, kv_cache=None, plan=None, mask=None, mix=()) -> torch.Tensor:
@@ -264,7 +272,8 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self.route, self.row_multiple = "sort", 1  # how tokens get to their experts, how many together: routing.py
         self.block_forward = Block.forward  # compile() replaces it
-        blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.kernels = Kernels()
+        blocks = nn.ModuleList(Block(config, layer, self.kernels) for layer in range(config.n_layer))
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(self.table_size, config.n_embd), "h": blocks})
         if not config.tie_weights:
             self.lm_head = Linear(config.n_embd, self.table_size)
@@ -409,7 +418,8 @@ class GPT(nn.Module):
         x = x0 = self.embed(idx, last)
         pairs = self.bigrams(idx, last) if self.config.bigram_rows else None
         begins = document_begins(idx, self.config.document_start, kv_cache)
-        masks = document_masks(begins, map(self.config.window, range(self.config.n_layer)), kv_cache is not None)
+        windows = map(self.config.window, range(self.config.n_layer))
+        masks = document_masks(begins, windows, self.kernels.attention, cached=kv_cache is not None)
         # Only training runs compiled, or by another route: evaluation and generation come in too many shapes.
         run = self.block_forward if torch.is_grad_enabled() else Block.forward
         plan = None
@@ -472,7 +482,8 @@ class GPT(nn.Module):
             if inverse is not None:  # ignored targets lie behind all others
                 losses = F.pad(losses, (0, len(flat) - len(losses)))[inverse]
             return losses.view_as(targets)
-        sums = torch.stack([chunked_cross_entropy(*part, "sum", self.config.softcap) for part in parts])
+        kernel = self.kernels.loss_head
+        sums = torch.stack([chunked_cross_entropy(*part, "sum", self.config.softcap, kernel) for part in parts])
         if loss_reduction == "modalities":
             return sums
         return sums.sum() / (targets != IGNORED).sum().clamp(min=1) if loss_reduction == "mean" else sums.sum()
@@ -489,11 +500,11 @@ class GPT(nn.Module):
     def compile(self) -> None:
         """Compile one block, which all layers share, and the elementwise part of the loss: seconds, not minutes."""
         self.block_forward = torch.compile(Block.forward, dynamic=False)
-        compile_loss_head(True)
+        self.kernels.loss_head = compile_chunk_gradient()
 
     def uncompile(self) -> None:
         self.block_forward = Block.forward
-        compile_loss_head(False)
+        self.kernels.loss_head = chunk_gradient
 
     num_parameters = parameters.num_parameters
     num_matmul_parameters = parameters.num_matmul_parameters

@@ -6,6 +6,7 @@ backward pass still runs, as in DDP (arXiv 2006.15704). Saved state has whole te
 loads at any number of ranks.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,8 @@ from torch.optim.adamw import adamw
 
 from nanochat.model.parameters import group_of, modality_of
 from nanochat.runtime import first_line
+
+logger = logging.getLogger(__name__)
 
 # Newer releases of torch rename these collectives; the arguments are the same.
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -66,6 +69,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], rank: int = 0, world_size: int = 1):
         super().__init__(groups, {})
+        self.muon_update: Callable[..., None] = muon_update  # compile() replaces it
         self.rank, self.world_size = rank, world_size
         self.units = [unit for group in self.param_groups for unit in _units(group, rank, world_size)]
         self.pieces = [(unit, number) for unit in self.units for number in range(unit.pieces)]
@@ -83,6 +87,15 @@ class MuonAdamW(torch.optim.Optimizer):
                 short, long = sorted(matrix.shape)
                 total += len(POLAR_EXPRESS) * (4 * short * short * long + 2 * short**3)
         return total
+
+    def compile(self) -> None:
+        """Make Muon's update one compiled graph a shape, each at its first use; changes results by rounding only."""
+        config = torch._dynamo.config
+        config.recompile_limit = max(64, config.recompile_limit)  # modalities may bring more shapes than the default
+        self.muon_update = torch.compile(muon_update, dynamic=False)
+
+    def uncompile(self) -> None:
+        self.muon_update = muon_update
 
     # -- gradients of all ranks ---------------------------------------------------------------------------------------
 
@@ -185,11 +198,33 @@ class MuonAdamW(torch.optim.Optimizer):
             if unit.idle:
                 continue
             shard = unit.shard()
-            update = _adamw_step if unit.group["kind"] == "adamw" else _muon_step
+            update = _adamw_step if unit.group["kind"] == "adamw" else self._muon_step
             update(shard, gradient, scale, unit.state, unit.group)
             updated.append((unit, *unit.begin_gather(shard)))  # while the next one is computed
         for unit, whole, work in updated:
             unit.end_gather(whole, work)
+
+    def _muon_step(self, p: torch.Tensor, g: torch.Tensor, scale: float, state: dict, group: dict) -> None:
+        """Muon (Keller Jordan, 2024), in place on the stacked shard p [k, m, n]; matrices that pad it stay zero."""
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        if group["normalize"] and "neuron_sq" not in state:  # the longer side counts the neurons
+            k, m, n = p.shape
+            state["neuron_sq"] = p.new_zeros((k, m, 1) if m >= n else (k, 1, n))
+        # A tall matrix has more outputs than inputs: the same spectral change per input needs a larger step.
+        rate = group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5
+        # What changes from step to step is a tensor: as a number it would be compiled in. Filled on the device: a copy
+        # would wait.
+        changing = (scale, group["momentum"], rate, group["lr"] * group["weight_decay"])
+        rates = [torch.full((), value, device=p.device) for value in changing]
+        neuron_sq = state["neuron_sq"] if group["normalize"] else None
+        fixed = group["nesterov"], group["cautious"], group["method"], group["dtype"]
+        try:
+            self.muon_update(p, g, state["momentum"], neuron_sq, rates, *fixed)
+        except torch._dynamo.exc.TorchDynamoException as error:  # while compiling, before anything was changed
+            logger.info(f"Muon runs without torch.compile ({type(error).__name__}: {first_line(error)})")
+            self.uncompile()
+            self.muon_update(p, g, state["momentum"], neuron_sq, rates, *fixed)
 
     # -- state under parameter names ----------------------------------------------------------------------------------
 
@@ -354,29 +389,7 @@ def _adamw_step(p: torch.Tensor, g: torch.Tensor, scale: float, state: dict, gro
 NEURON_BETA = 0.95  # decay of the running per-neuron variance
 
 
-def _muon_step(p: torch.Tensor, g: torch.Tensor, scale: float, state: dict, group: dict) -> None:
-    """Muon (Keller Jordan, 2024), in place on the stacked shard p [k, m, n] (padding matrices are zero and stay so)."""
-    if not state:
-        state["momentum"] = torch.zeros_like(p)
-    if group["normalize"] and "neuron_sq" not in state:  # the longer side counts the neurons
-        k, m, n = p.shape
-        state["neuron_sq"] = p.new_zeros((k, m, 1) if m >= n else (k, 1, n))
-    # A tall matrix has more outputs than inputs: the same spectral change per input needs a larger step.
-    rate = group["lr"] * max(1.0, p.size(-2) / p.size(-1)) ** 0.5
-    # What changes from step to step is a tensor: as a number it would be compiled in. Filled, since a copy would wait.
-    changing = (scale, group["momentum"], rate, group["lr"] * group["weight_decay"])
-    rates = [torch.full((), value, device=p.device) for value in changing]
-    neuron_sq = state["neuron_sq"] if group["normalize"] else None
-    fixed = group["nesterov"], group["cautious"], group["method"], group["dtype"]
-    try:
-        muon_update(p, g, state["momentum"], neuron_sq, rates, *fixed)
-    except torch._dynamo.exc.TorchDynamoException as error:  # while compiling, before anything was changed
-        print(f"Muon goes on without torch.compile ({type(error).__name__}: {first_line(error)})", flush=True)
-        compile_muon(False)
-        muon_update(p, g, state["momentum"], neuron_sq, rates, *fixed)
-
-
-def _muon_update(
+def muon_update(
     p: torch.Tensor,
     g: torch.Tensor,
     mean: torch.Tensor,
@@ -408,18 +421,6 @@ def _normalize_neurons(update: torch.Tensor, neuron_sq: torch.Tensor) -> torch.T
     scaled = update * neuron_sq.clamp(min=1e-10).rsqrt()
     before = update.norm(dim=(-2, -1), keepdim=True)
     return scaled * (before / scaled.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
-
-
-muon_update: Callable[..., None] = _muon_update  # compile_muon() replaces it
-
-
-def compile_muon(on: bool) -> None:
-    """Make Muon's update one compiled graph a shape, each at its first use, or undo it; changes results by rounding."""
-    global muon_update
-    if on:
-        config = torch._dynamo.config
-        config.recompile_limit = max(64, config.recompile_limit)  # modalities may bring more shapes than the default
-    muon_update = torch.compile(_muon_update, dynamic=False) if on else _muon_update
 
 
 def build_optimizer(model: nn.Module, settings, dtype: torch.dtype, rank: int = 0, world_size: int = 1) -> MuonAdamW:

@@ -92,9 +92,8 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         run = restore(folder, resume_step, model, optimizer, loader, tokenizer, dataset)
     elif settings.init_from:
         begin_from(*found, era, model, optimizer, tokenizer, dataset)
-    model.uncompile()  # the compiled loss would outlive an earlier run in this process
     choose_kernels(model, settings)
-    compile_seconds = compile_model(model, micro_rows) if settings.compile else 0.0
+    compile_seconds = compile_model(model, micro_rows, optimizer) if settings.compile else 0.0
 
     # -- what the loop evaluates and saves ----------------------------------------------------------------------------
     logger.info(f"parameters: {', '.join(f'{name} {n:,}' for name, n in model.num_parameters().items())}")
@@ -115,7 +114,9 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     def split() -> None:
         """The tied tables go on as two, each with its part of the optimizer's state."""
         state = untie(model, training.optimizer.state_dict(), settings.adam_betas)
+        update = training.optimizer.muon_update  # which may be compiled
         training.optimizer = build_optimizer(model, settings, compute.dtype, compute.rank, compute.world_size)
+        training.optimizer.muon_update = update
         if state:  # empty where all steps so far were left out
             training.optimizer.load_state_dict(state)
         training.facts |= described(model, steps)

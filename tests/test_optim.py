@@ -1,5 +1,6 @@
 """The optimizer against torch's AdamW and Muon, float64 references, and itself on one rank."""
 
+import functools
 from datetime import timedelta
 
 import hypothesis.strategies as st
@@ -11,10 +12,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from torch._dynamo.testing import CompileCounter
 
-from nanochat import optim
 from nanochat.config.settings import Settings
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.optim import NEWTON_SCHULZ, POLAR_EXPRESS, MuonAdamW, build_optimizer, compile_muon, orthogonalize
+from nanochat.optim import NEWTON_SCHULZ, POLAR_EXPRESS, MuonAdamW, build_optimizer, muon_update, orthogonalize
 from nanochat.training.grad_accumulation import accumulate
 from tests.forked import spawn
 
@@ -213,55 +213,61 @@ def test_flops_of_orthogonalising_by_hand():
     assert optimizer.muon_flops() == 2 * 5 * (2 * 2 * 4 * 4 * 6 + 2 * 4 * 4 * 4)
 
 
-def muon_steps() -> list[torch.Tensor]:
-    """Two shapes, three steps of changing rates: the weights."""
+def muon_steps(compiled: bool = False) -> tuple[list[torch.Tensor], MuonAdamW]:
+    """Two shapes, three steps of changing rates: the weights, and the optimizer."""
     ps = [nn.Parameter(randn(*shape, seed=1)) for shape in ((4, 6), (6, 4), (4, 6))]
     optimizer = MuonAdamW([{**muon_group(ps, normalize=True, cautious=True), "weight_decay": 0.1}])
+    if compiled:
+        optimizer.compile()
     for step in range(3):
         optimizer.param_groups[0].update(lr=0.1 / (step + 1), momentum=0.8 + step / 20)
         for i, p in enumerate(ps):
             p.grad = randn(*p.shape, seed=10 * step + i)
         take_step(optimizer, 0.5 + step)
-    return [p.detach() for p in ps]
+    return [p.detach() for p in ps], optimizer
 
 
 @pytest.fixture
-def compiled_by(monkeypatch):
-    """compiled_by(backend): Muon's update is compiled by it from now on."""
+def compile_by(monkeypatch):
+    """compile_by(backend): torch.compile() uses it from now on."""
     torch._dynamo.reset()
 
     def use(backend) -> None:
-        compiler = torch.compile
-        monkeypatch.setattr(
-            torch, "compile", lambda function, dynamic: compiler(function, dynamic=dynamic, backend=backend)
-        )
-        compile_muon(True)
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
 
     yield use
-    compile_muon(False)
     torch._dynamo.reset()
 
 
-def test_muon_is_one_graph_a_shape_at_all_rates(compiled_by):
-    """Red when a rate goes in as a number (a graph for every step), or when the stacks are taken apart."""
-    eager, counter = muon_steps(), CompileCounter()
-    compiled_by(counter)
-    for a, b in zip(muon_steps(), eager, strict=True):
+def test_muon_is_one_graph_a_shape_at_all_rates(compile_by):
+    """And other optimizers stay eager. Red when a rate goes in as a number (a graph for every step), when the stacks
+    are taken apart, or when compile() replaces the update of all optimizers."""
+    counter = CompileCounter()
+    compile_by(counter)
+    found, optimizer = muon_steps(compiled=True)
+    assert counter.frame_count == 2
+    eager, other = muon_steps()
+    for a, b in zip(found, eager, strict=True):
         torch.testing.assert_close(a, b)
     assert counter.frame_count == 2
+    assert optimizer.muon_update is not muon_update
+    assert other.muon_update is muon_update
+    optimizer.uncompile()
+    assert optimizer.muon_update is muon_update
 
 
-def test_muon_goes_on_where_its_compiler_fails(compiled_by, capsys):
-    """Red when the update is not repeated after the failure, or without `compile_muon(False)`."""
+def test_muon_falls_back_to_eager_where_its_compiler_fails(compile_by, capsys):
+    """Red when the update is not repeated after the failure, or is tried compiled at every step."""
 
     def broken(graph, inputs):
         raise ValueError("no such instruction")
 
-    eager = muon_steps()
-    compiled_by(broken)
-    assert all(torch.equal(a, b) for a, b in zip(muon_steps(), eager, strict=True))
-    assert capsys.readouterr().out.count("Muon goes on without torch.compile (BackendCompilerFailed: ") == 1
-    assert optim.muon_update is optim._muon_update
+    eager, _ = muon_steps()
+    compile_by(broken)
+    found, optimizer = muon_steps(compiled=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
+    assert capsys.readouterr().out.count("Muon runs without torch.compile (BackendCompilerFailed: ") == 1
+    assert optimizer.muon_update is muon_update
 
 
 # ---------------------------------------------------------------------------------------------------------------------

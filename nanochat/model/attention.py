@@ -1,4 +1,4 @@
-"""Causal attention behind one signature: blocked matmuls on a CPU, what attention_choice chose on a GPU, or SDPA."""
+"""Causal attention behind one signature: a chosen GPU kernel, blocked matmuls on a CPU, or torch's SDPA."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.model.cpu_attention import blocked_causal_attention
 from nanochat.model.cpu_attention import wide as wide
-from nanochat.model.gpu_attention import Mask, chosen, visible
+from nanochat.model.gpu_attention import Kernel, Mask, visible
 
 SDPA_BLOCK = 128  # the least queries of a layer with a window that are looked at together
 
@@ -20,15 +20,15 @@ def causal_attention(
     window: int | None = None,
     mask: Mask = None,
     bound: float = float("inf"),
+    kernel: Kernel | None = None,
 ) -> torch.Tensor:
     """q [B, T, H, D], k and v [B, S, H_kv, D] with S >= T -> [B, T, H, D].
 
     The queries are the last T of the S positions, each sees its own position and everything before, or only `window`
     positions before. H_kv divides H. mask: that of document_masks() for this window. bound: the largest size that
-    q k / sqrt(D) can have, where it is known.
+    q k / sqrt(D) can have, where it is known. kernel: what trains such layers, see Kernels.attention.
     """
     if torch.is_grad_enabled() and k.size(1) == q.size(1):  # training
-        kernel = chosen.get((q.device.type, window is not None))
         if kernel is not None:
             return kernel(q, k, v, window, mask)
         if q.device.type == "cpu":

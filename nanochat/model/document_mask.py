@@ -3,12 +3,12 @@
 start: the id that begins a document, GPTConfig.document_start; None where the model knows no documents.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
-from nanochat.model.gpu_attention import BLOCK, Mask, chosen, flex, visible
+from nanochat.model.gpu_attention import BLOCK, Kernel, Mask, flex, visible
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -39,18 +39,22 @@ def previous(
 
 
 def document_masks(
-    begins: torch.Tensor | None, windows: Iterable[int | None], cached: bool = False
+    begins: torch.Tensor | None,
+    windows: Iterable[int | None],
+    attention: Mapping[bool, Kernel] | None = None,
+    cached: bool = False,
 ) -> dict[int | None, Mask]:
     """{window: mask} that the layers of one forward pass share, so that tokens see only their own document.
 
-    begins int [B, T]: at which position each token's document begins; None: there are no boundaries. What takes a mask
-    takes begins itself, but FlexAttention, which trains with a BlockMask. cached: keys come from a cache.
+    begins int [B, T]: position of the first token of each token's document; None: there are no boundaries. Kernels take
+    begins itself as the mask, except FlexAttention, which trains with a BlockMask. attention: Kernels.attention of the
+    model. cached: keys come from a cache.
     """
     masks = {}
+    training = torch.is_grad_enabled() and not cached
     for window in set(windows):
-        kernel = chosen.get((begins.device.type, window is not None)) if begins is not None else None
-        blocks = kernel is flex and torch.is_grad_enabled() and not cached
-        masks[window] = document_block_mask(begins, window) if blocks else begins
+        kernel = attention.get(window is not None) if attention and training else None
+        masks[window] = document_block_mask(begins, window) if kernel is flex and begins is not None else begins
     return masks
 
 

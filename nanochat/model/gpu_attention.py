@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 Kernel = Callable[..., torch.Tensor]
 Mask = "torch.Tensor | BlockMask | None"  # of the documents, as document_masks() makes it
 BLOCK = 128  # queries, and keys, of a block of FlexAttention
-chosen: dict[tuple[str, bool], Kernel] = {}  # by device type and whether the layer has a window; else SDPA
 block_masks: dict[tuple, "BlockMask"] = {}  # of FlexAttention, by length, window and device
 
 

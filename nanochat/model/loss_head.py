@@ -5,11 +5,16 @@ are still in the cache, so the backward pass only scales them (the idea of Liger
 arXiv 2411.09009). Softcapped logits are bounded, which saves the pass that looks for their maximum.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from nanochat.modality import IGNORED
 from nanochat.model.attention import wide
+
+# logits [n, V], softcap, divide -> see chunk_gradient()
+ChunkGradient = Callable[[torch.Tensor, float, bool], tuple[torch.Tensor, torch.Tensor]]
 
 
 def chunk_rows(device: str, ids: int, compiled: bool = True) -> int:
@@ -31,13 +36,43 @@ def softcapped(logits: torch.Tensor, softcap: float = 15.0) -> torch.Tensor:
     return softcap * torch.tanh(logits / softcap)
 
 
+def chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [n, V] before the cap -> their gradient by the softmax's part of the loss [n, V], and [n, 1] the sums of
+    exp(capped - softcap). Unless it is to divide, the gradient is the true one times that sum: then each logit is read
+    only once. What the target subtracts touches one entry a row: that is done later.
+    """
+    squashed = 2 * torch.sigmoid(wide(logits) * (2 / softcap)) - 1  # tanh(logits / softcap), vectorised everywhere
+    exps = torch.exp(squashed * softcap - softcap)
+    total = exps.sum(dim=-1, keepdim=True)
+    gradient = exps * (1 - squashed * squashed)
+    return (gradient / total if divide else gradient).to(logits.dtype), total
+
+
+def compile_chunk_gradient() -> ChunkGradient:
+    """chunk_gradient() fused by torch.compile, at its first call; results differ by rounding only."""
+    compiled = torch.compile(chunk_gradient)
+
+    def run(logits: torch.Tensor, softcap: float, divide: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        torch._dynamo.maybe_mark_dynamic(logits, 0)  # one graph for every number of rows
+        torch._dynamo.mark_static(logits, 1)
+        return compiled(logits, softcap, divide)
+
+    return run
+
+
 def chunked_cross_entropy(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str = "mean", softcap: float = 15.0
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    reduction: str = "mean",
+    softcap: float = 15.0,
+    kernel: ChunkGradient = chunk_gradient,
 ) -> torch.Tensor:
     """Cross-entropy in nats of softcapped logits x @ weight.T, float32.
 
     x [N, C] features, weight [V, C] master weight, targets int64 [N], -100 ignored. "mean" divides by the number of
-    valid targets and is 0 without any, "sum" does not; "none" returns [N] and has no gradient.
+    valid targets and is 0 without any, "sum" does not; "none" returns [N] and has no gradient. kernel: what computes
+    the gradient of a chunk's logits in training, chunk_gradient() or a compiled one.
     """
     if reduction == "none" or not torch.is_grad_enabled():
         rows = chunk_rows(x.device.type, len(weight), compiled=False)
@@ -51,7 +86,7 @@ def chunked_cross_entropy(
             return losses
         total = losses.sum()
     else:
-        total = _ChunkedSum.apply(x, weight, targets, softcap)
+        total = _ChunkedSum.apply(x, weight, targets, softcap, kernel)
     return total if reduction == "sum" else total / (targets != IGNORED).sum().clamp(min=1)
 
 
@@ -60,18 +95,6 @@ def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, s
     if not torch.is_grad_enabled():
         return chunked_cross_entropy(x, weight, targets, "none", softcap)
     return F.cross_entropy(softcapped(wide(F.linear(x, weight.to(x.dtype))), softcap), targets, reduction="none")
-
-
-def _chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [n, V] before the cap -> their gradient by the softmax's part of the loss [n, V], and [n, 1] the sums of
-    exp(capped - softcap). Unless it is to divide, the gradient is the true one times that sum: then each logit is read
-    only once. What the target subtracts touches one entry a row: that is done later.
-    """
-    squashed = 2 * torch.sigmoid(wide(logits) * (2 / softcap)) - 1  # tanh(logits / softcap), vectorised everywhere
-    exps = torch.exp(squashed * softcap - softcap)
-    total = exps.sum(dim=-1, keepdim=True)
-    gradient = exps * (1 - squashed * squashed)
-    return (gradient / total if divide else gradient).to(logits.dtype), total
 
 
 def rounds(x: torch.Tensor) -> bool:
@@ -85,8 +108,8 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 class _ChunkedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap):
-        rows = chunk_rows(x.device.type, len(weight), chunk_gradient is not _chunk_gradient)
+    def forward(ctx, x, weight, targets, softcap, kernel):
+        rows = chunk_rows(x.device.type, len(weight), kernel is not chunk_gradient)
         divide = rounds(x)  # dividing small factors later saves a pass over the logits, but would round once more
         cast = weight.to(x.dtype)
         dx = torch.empty_like(x)
@@ -98,7 +121,7 @@ class _ChunkedSum(torch.autograd.Function):
             logits = torch.mm(xs, cast.t(), out=memory[: len(xs)])
             valid, column = (ys != IGNORED)[:, None], ys.clamp(min=0)[:, None]
             own = torch.tanh(wide(logits.gather(1, column)) / softcap)
-            gradient, total = chunk_gradient(logits, softcap, divide)
+            gradient, total = kernel(logits, softcap, divide)
             loss += torch.where(valid, total.log() + softcap - own * softcap, 0.0).sum()
             size = torch.ones_like(total) if divide else total  # of what the gradient is a multiple
             place = torch.arange(len(ys), device=ys.device), column[:, 0]  # a bfloat16 scatter copies the whole chunk
@@ -117,20 +140,4 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale):
         dx, dw = ctx.saved_tensors
-        return dx * scale.to(dx.dtype), dw * scale, None, None
-
-
-chunk_gradient = _chunk_gradient  # compile_loss_head() replaces it by a compiled one
-
-
-def compile_loss_head(on: bool) -> None:
-    """Fuse the elementwise part of every chunk with torch.compile, or undo it; results change by rounding only."""
-    global chunk_gradient
-    chunk_gradient = _chunk_gradient
-    if on:
-        compiled = torch.compile(_chunk_gradient)
-
-        def chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> tuple[torch.Tensor, torch.Tensor]:
-            torch._dynamo.maybe_mark_dynamic(logits, 0)  # one graph for every number of rows
-            torch._dynamo.mark_static(logits, 1)
-            return compiled(logits, softcap, divide)
+        return dx * scale.to(dx.dtype), dw * scale, None, None, None

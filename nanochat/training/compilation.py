@@ -9,12 +9,12 @@ import torch
 from nanochat.config.settings import Settings
 from nanochat.gpt import GPT, Block
 from nanochat.hardware import compiler_problem
-from nanochat.optim import compile_muon
+from nanochat.optim import MuonAdamW
 from nanochat.runtime import first_line
 from nanochat.system.environment import import_compiler
 from nanochat.training.fp8 import enable_fp8
 from nanochat.training.grad_accumulation import is_out_of_memory
-from nanochat.training.kernel_selection import choose_attention
+from nanochat.training.kernel_selection import select_attention
 from nanochat.training.progress import duration
 
 logger = logging.getLogger(__name__)
@@ -26,11 +26,11 @@ def choose_kernels(model: GPT, settings: Settings) -> None:
         grouped = model.route == "grouped" and model.config.has_experts
         without = "; those of experts stay in the activations' dtype: route=grouped multiplies by itself"
         logger.info(f"FP8: {len(enable_fp8(model))} matrices{without if grouped else ''}")
-    for choice in choose_attention(model.config, model.device, model.compute_dtype, compiled=settings.compile):
+    for choice in select_attention(model, compiled=settings.compile):
         logger.info(choice)
 
 
-def compile_model(model: GPT, rows: int) -> float:
+def compile_model(model: GPT, rows: int, optimizer: MuonAdamW) -> float:
     """Compile and try one forward and backward on zeros; a compiler that fails is said and left out. Seconds taken."""
     start = time.perf_counter()
     problem = compiler_problem() if model.device.type == "cpu" else None
@@ -38,9 +38,10 @@ def compile_model(model: GPT, rows: int) -> float:
         import_compiler()
         model.compile()
         # On a CPU an update gets 0.9 times as long: in short runs of small models less than compiling takes.
-        compile_muon(model.device.type == "cuda")
-        ids = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=model.device)
+        if model.device.type == "cuda":
+            optimizer.compile()
         try:
+            ids = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=model.device)
             model(ids, ids, loss_reduction="sum").backward()
         except Exception as error:  # any failure inside the compiler: eager computes the same
             if not is_out_of_memory(error):  # eager would need more, not less; the first step takes smaller parts
@@ -50,7 +51,7 @@ def compile_model(model: GPT, rows: int) -> float:
         model.zero_grad(set_to_none=True)
     if problem is not None:
         model.uncompile()
-        compile_muon(False)
+        optimizer.uncompile()
         logger.info(f"running without torch.compile ({problem})")
     return time.perf_counter() - start
 

@@ -22,7 +22,7 @@ from nanochat.model.loss_head import chunk_rows
 from nanochat.optim import build_optimizer
 from nanochat.runtime import Compute, pick_device_type, pick_dtype
 from nanochat.system.environment import UserError, base_dir
-from nanochat.training.kernel_selection import choose_attention
+from nanochat.training.kernel_selection import select_attention
 from nanochat.training.progress import duration
 from nanochat.training.schedule import batch_words, num_iterations, tokens_before
 from nanochat.upstream.named_tokenizer import load_named
@@ -281,7 +281,7 @@ def measure(settings: Settings, hardware: Hardware, seconds: float = MEASURE_SEC
     model = GPT(GPTConfig(**settings.model_arguments(known_vocab_size(settings)))).to(device)
     model.init_weights()
     model.compute_dtype = hardware.activation_dtype(settings)
-    choose_attention(model.config, device, model.compute_dtype, compiled=False)
+    select_attention(model, compiled=False)
     shape = (settings.batch_plan()[0], settings.max_seq_len)
     ids = torch.randint(0, model.config.vocab_size, shape, device=device)
     work = math.prod(shape) * model.flops_per_token()

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict:
     def chunked(rows: int):
         def loss() -> torch.Tensor:
             loss_head.chunk_rows = lambda *where, **how: rows
-            return loss_head.chunked_cross_entropy(x, weight, targets, "sum")
+            return loss_head.chunked_cross_entropy(x, weight, targets, "sum", kernel=kernel)
 
         return lambda: backward(loss)
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict:
     contenders = {"all logits": lambda: backward(lambda: whole(x, weight, targets))}
     contenders |= {f"chunks of {rows}": chunked(rows) for rows in sizes}
     before = loss_head.chunk_rows
-    loss_head.compile_loss_head(not args.eager)
+    kernel = loss_head.chunk_gradient if args.eager else loss_head.compile_chunk_gradient()
     peaks: list[float] = []
     shapes = [(args.tokens, args.width, args.vocab), *((rows, args.width, args.vocab) for rows in sizes)]
     try:
@@ -68,7 +68,6 @@ def run(args: argparse.Namespace) -> dict:
             x.grad = weight.grad = None
             found[name].update(bytes=peak_bytes(work), loss=losses[name], dtype=args.dtype)
     finally:
-        loss_head.compile_loss_head(False)
         loss_head.chunk_rows = before
     flops = 6 * args.tokens * args.width * args.vocab
     peak = statistics.median(peaks)

@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> dict:
     def update(kinds: tuple[str, ...]):
         groups = [dict(group) for group in contender.optimizer.param_groups if group["kind"] in kinds]
         optimizer = MuonAdamW(groups)
+        optimizer.muon_update = contender.optimizer.muon_update  # which may be compiled
 
         def work() -> None:
             for group in groups:

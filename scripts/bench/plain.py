@@ -41,7 +41,7 @@ class PlainGPT(GPT):
         assert not config.modalities, "the plain path knows text only"
         super().__init__(config)
         for layer, block in enumerate(self.transformer.h):
-            block.attn = PlainAttention(config, layer)
+            block.attn = PlainAttention(config, layer, self.kernels)
         self.run = PlainGPT.loss_sum
 
     def loss_sum(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

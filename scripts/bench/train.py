@@ -155,7 +155,12 @@ class Contender:
         self.valid = (self.targets >= 0).sum()
         self.flops = self.ids.numel() * self.model.flops_per_token()
         if compiled:
-            compile_one_more(self.model, self.rows)
+            self.compile()
+
+    def compile(self) -> None:
+        """compile_model() for one of many shapes in this process, all of one function."""
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        compile_model(self.model, self.rows, self.optimizer)
 
     def gradients(self) -> float:
         """Loss of the batch in nats a token; the gradients are left in the parameters."""
@@ -174,12 +179,6 @@ class Contender:
         tokens, width = self.rows * self.settings.max_seq_len, self.settings.n_embd
         hidden = round(self.model.config.mlp_ratio * width)
         return [(tokens, width, hidden), (tokens, hidden, width)]
-
-
-def compile_one_more(model: GPT, rows: int) -> None:
-    """compile_model() for one of many shapes in this process, all of one function."""
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    compile_model(model, rows)
 
 
 def new_model(settings: Settings, device: torch.device, path: str = "default") -> GPT:

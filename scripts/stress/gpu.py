@@ -38,13 +38,13 @@ from nanochat.hardware import gpu_peak_flops, memory_mb
 from nanochat.model import attention
 from nanochat.model.document_mask import document_block_mask
 from nanochat.model.gpu_attention import flex
-from nanochat.optim import ALL_GATHER, REDUCE_SCATTER, compile_muon
+from nanochat.optim import ALL_GATHER, REDUCE_SCATTER
 from nanochat.runtime import Compute, first_line, init_compute, run_script
 from nanochat.system.environment import UserError
 from nanochat.training.compilation import compile_model
 from nanochat.training.estimate import estimate, find_hardware
 from nanochat.training.fp8 import lacking, swap
-from nanochat.training.kernel_selection import CANDIDATES, choose_attention, problem
+from nanochat.training.kernel_selection import CANDIDATES, choose_attention, rejection_reason, select_attention
 from scripts.bench.__main__ import machine as describe
 from scripts.bench.timing import alternate, matmul_peak, median_ratio, settled, table
 from scripts.bench.train import Contender, compare, gradients_of
@@ -182,17 +182,13 @@ def _readable(pairs: list[tuple]) -> dict:
 
 def contender(plan: Plan, settings: Settings, path: str = "default", compiled: bool = True, fp8: bool = False):
     """A model with its optimizer and batch, made as base_train makes it."""
-    config = GPTConfig(**settings.model_arguments())
-    dtype = getattr(torch, settings.dtype) if settings.dtype else plan.compute.dtype
-    compiled = compiled and plan.compiled
-    choose_attention(config, plan.compute.device, dtype, compiled=compiled)
     one = Contender(settings, path, compiled=False)
+    compiled = compiled and plan.compiled
+    select_attention(one.model, compiled)
     if fp8:
         swap(one.model)
-    one.model.uncompile()  # with what a model before has left compiled
-    compile_muon(False)
     if compiled:
-        compile_model(one.model, one.rows)
+        compile_model(one.model, one.rows, one.optimizer)
     return one
 
 
@@ -284,7 +280,8 @@ def attention_choices(plan: Plan) -> Finding:
 
             return call
 
-        reasons = {name: problem(kernel, heads, device, dtype, window, documents) for name, kernel in CANDIDATES}
+        trial = (heads, device, dtype, window, documents)
+        reasons = {name: rejection_reason(kernel, *trial) for name, kernel in CANDIDATES}
         contenders = {name: timed(kernel) for name, kernel in CANDIDATES if reasons[name] is None}
         finding.notes += [f"{seen}: no {name}: {reason}" for name, reason in reasons.items() if reason]
         contenders["SDPA"] = timed(attention.sdpa)
@@ -407,7 +404,7 @@ def gradients(plan: Plan) -> Finding:
     }
     found, errors = {}, {}
     with exact_matmuls():
-        for name, (path, dtype, compiled) in paths.items():  # one after the other: each chooses its attention
+        for name, (path, dtype, compiled) in paths.items():
             settings = Settings(**plan.small, dtype=dtype, device_type=plan.compute.device_type)
             found[name] = gradients_of(contender(plan, settings, path, compiled))
     for name in list(paths)[1:]:

@@ -44,7 +44,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def eager(monkeypatch):
-    monkeypatch.setattr(train, "compile_one_more", lambda model, rows: None)
+    monkeypatch.setattr(train.Contender, "compile", lambda self: None)
 
 
 def test_contenders_take_turns_and_ratios_are_within_a_round(clock):

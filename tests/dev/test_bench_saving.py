@@ -13,7 +13,7 @@ def test_only_the_background_arm_saves(monkeypatch, capsys):
     """Red when "control" gets the saver too, or when a segment does not save."""
     small = dict(depth=1, model_dim=32, head_dim=16, max_seq_len=32, total_batch_size=64, device_batch_size=2)
     monkeypatch.setitem(PRESETS, "cpu", {**PRESETS["cpu"], **small, "vocab_size": 300})
-    monkeypatch.setattr(train, "compile_one_more", lambda model, rows: None)
+    monkeypatch.setattr(train.Contender, "compile", lambda self: None)
     saved, real = [], cm.save_checkpoint
     monkeypatch.setattr(cm, "save_checkpoint", lambda *args, **kw: (saved.append(args[1]), real(*args, **kw))[1])
     ratios = bench_saving.main(["--rounds", "2", "--steps", "3"])

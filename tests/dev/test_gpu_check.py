@@ -2,19 +2,14 @@
 
 import dataclasses
 import json
-import types
 
 import pytest
 import torch
 
-from nanochat import hardware, optim
-from nanochat.config.settings import Settings, validate
-from nanochat.model import loss_head
-from nanochat.model.loss_head import compile_loss_head
-from nanochat.optim import compile_muon
+from nanochat import hardware
+from nanochat.config.settings import validate
 from nanochat.runtime import Compute
 from nanochat.system.environment import UserError
-from nanochat.training import compilation as compiling
 from scripts.stress import gpu as gpu_check
 from tests.forked import Forked
 from tests.tiny_run import exit_code
@@ -129,28 +124,3 @@ def test_what_is_wrong_is_a_finding_and_the_rest_goes_on(monkeypatch, tmp_path, 
 def test_a_run_that_fails_tells_its_end(tmp_path):
     with pytest.raises(RuntimeError, match=r"--depth=0 left with code 2: .*depth=0 is too small"):
         gpu_check._train(tmp_path, ["--model_tag=x", "--depth=0"], torchrun=False)
-
-
-def test_what_is_not_to_be_compiled_is_not():
-    """The head is compiled for all models of a process. Red when contender() takes what the one before has left."""
-    compile_loss_head(True)
-    compile_muon(True)
-    gpu_check.contender(TINY, Settings(**TINY.small, device_type="cpu"), compiled=False)
-    assert loss_head.chunk_gradient is loss_head._chunk_gradient
-    assert optim.muon_update is optim._muon_update
-
-
-def test_muon_is_compiled_on_a_gpu_alone(monkeypatch, capsys):
-    """As far as one gets without a GPU. Red when it is on a CPU, or stays so where the model could not be."""
-    switched = []
-    monkeypatch.setattr(compiling, "compile_muon", switched.append)
-    model = gpu_check.contender(TINY, Settings(**TINY.small, device_type="cpu"), compiled=False).model
-    monkeypatch.setattr(type(model), "compile", lambda model: None)
-    compiling.compile_model(model, 1)
-    assert set(switched) == {False}
-    switched.clear()
-    monkeypatch.setattr(type(model), "device", types.SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(torch, "zeros", lambda *shape, **how: None)  # there is no such device
-    compiling.compile_model(model, 1)
-    assert switched == [True, False]
-    assert "running without torch.compile (AttributeError" in capsys.readouterr().out

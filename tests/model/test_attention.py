@@ -17,13 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.model import attention
 from nanochat.model import cpu_attention as blocked_attention
-from nanochat.model import document_mask as document_rows
 from nanochat.model import gpu_attention as kernels
 from nanochat.model.attention import blocked_causal_attention, causal_attention, sdpa
 from nanochat.model.document_mask import document_block_mask, document_masks
 from nanochat.model.gpu_attention import block_mask
 from nanochat.training import kernel_selection as choice
-from nanochat.training.kernel_selection import choose_attention, plain_attention, problem
+from nanochat.training.kernel_selection import choose_attention, plain_attention, rejection_reason, try_candidates
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -189,16 +188,13 @@ def test_a_short_window_takes_under_half_of_the_memory(path):
 
 @pytest.fixture
 def interpreter(monkeypatch):
-    """FlexAttention as plain operations, gradients included, which on a CPU torch refuses; nothing stays chosen."""
+    """FlexAttention as plain operations, gradients included, which torch refuses on a CPU."""
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *inputs: None)
     monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(kernels, "compiled_flex", lambda: flex_attention.flex_attention)
     monkeypatch.setattr(kernels, "block_masks", {})
-    monkeypatch.setattr(kernels, "chosen", {})
-    for module in (attention, choice, document_rows):
-        monkeypatch.setattr(module, "chosen", kernels.chosen)
 
 
 def gradients(function, inputs, *how) -> list[torch.Tensor]:
@@ -222,12 +218,12 @@ NUMBERS = numbered(150, [70], [140])
 def test_flex_attention_is_the_reference(interpreter, window, documents):
     """Red when visible() loses its `<= window`, or the block mask's its `begins`."""
     inputs = qkv(2, 150, 150, 4, 2, 16)
-    kernels.chosen["cpu", window is not None] = kernels.flex
     begins = None if documents is None else begins_of(documents)
-    mask = document_masks(begins, [window])[window]
+    mask = document_masks(begins, [window], {window is not None: kernels.flex})[window]
     assert mask is None or not isinstance(mask, torch.Tensor)
     theirs = gradients(reference, inputs, window, documents)
-    same(gradients(causal_attention, inputs, window, mask), theirs)
+    attend = functools.partial(causal_attention, kernel=kernels.flex)
+    same(gradients(attend, inputs, window, mask), theirs)
     same(gradients(plain_attention, inputs, window, begins), theirs)
 
 
@@ -290,8 +286,10 @@ def packages(monkeypatch):
 def test_installed_packages_pass_the_trial(packages, window):
     """Red when _flash() gives window + 1, or the first of a tuple is not taken."""
     for kernel in (kernels.flash_attention_3, kernels.flash_attention_2):
-        assert problem(kernel, (4, 2, 16), CPU, torch.bfloat16, window) is None
-        assert "no document boundaries" in problem(kernel, (4, 2, 16), CPU, torch.bfloat16, window, documents=True)
+        assert rejection_reason(kernel, (4, 2, 16), CPU, torch.bfloat16, window) is None
+        assert "no document boundaries" in rejection_reason(
+            kernel, (4, 2, 16), CPU, torch.bfloat16, window, documents=True
+        )
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (9, 0), (10, 0)])
@@ -299,7 +297,7 @@ def test_flash_attention_3_is_tried_on_hopper_alone(monkeypatch, capability):
     """Red when on_hopper() takes what is newer."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choice.on_hopper(CUDA) == (capability == (9, 0))
-    assert problem(kernels.flash_attention_3, (4, 2, 16), CPU, torch.bfloat16) == "made for Hopper GPUs"
+    assert rejection_reason(kernels.flash_attention_3, (4, 2, 16), CPU, torch.bfloat16) == "made for Hopper GPUs"
 
 
 def test_a_kernel_that_is_wrong_or_fails_is_passed_over(interpreter):
@@ -307,7 +305,7 @@ def test_a_kernel_that_is_wrong_or_fails_is_passed_over(interpreter):
     Red when the trial compares only outputs (`found = (out,)`) or lets NaN through (`error > TOLERANCE`)."""
 
     def trial(function, window=50, dtype=torch.bfloat16):
-        return problem(function, (4, 2, 16), CPU, dtype, window)
+        return rejection_reason(function, (4, 2, 16), CPU, dtype, window)
 
     assert trial(lambda q, k, v, window, mask: plain_attention(q, k, v, window)) is None
     assert "in out" in trial(lambda q, k, v, window, mask: plain_attention(q, k, v, window + 1))
@@ -344,59 +342,66 @@ def test_windows_go_into_torchs_flash_attention():
     ]
 
 
-def test_the_first_right_kernel_trains_and_the_reason_is_told(interpreter, packages, monkeypatch):
-    """As on a Hopper GPU, where the trials happen on the CPU: windows go to one kernel, the rest to another, evaluation
-    and caches to SDPA. Red when choose_attention() goes on after the first (no `break`)."""
-    monkeypatch.delitem(sys.modules, "flash_attn_interface")
-    monkeypatch.delitem(sys.modules, "flash_attn")
-    monkeypatch.setattr(choice, "problem", lambda kernel, heads, device, *how: problem(kernel, heads, CPU, *how))
-    built = []
-    monkeypatch.setattr(kernels, "block_mask", lambda *key: built.append(key) or block_mask(*key[:2], CPU))
-    config = GPTConfig(64, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL", short_window=30)
-    windowed, whole = choose_attention(config, CUDA, torch.bfloat16, compiled=False)
-    assert str(windowed).startswith(
-        "attention of layers with a window of 30: FlexAttention (FlashAttention 3: ModuleNotFoundError: No module named"
-    )
-    assert (whole.name, whole.layers) == ("torch's FlashAttention 2", "layers that see everything")
-    assert (64, 30, CUDA) in built
-    assert kernels.chosen == {("cuda", True): kernels.flex, ("cuda", False): kernels.torch_flash}
-    documents = dataclasses.replace(config, document_start=1)
-    names = {one.name for one in choose_attention(documents, CUDA, torch.bfloat16, compiled=False)}
-    assert names == {"FlexAttention"}
-    monkeypatch.setattr(choice, "CANDIDATES", choice.CANDIDATES[:1])
-    assert {one.name for one in choose_attention(config, CUDA, torch.bfloat16)} == {"SDPA"}
-    assert kernels.chosen == {}
-    assert [one.name for one in choose_attention(config, CPU, torch.float32)] == ["blocked matmuls"]
-    assert [one.name for one in choose_attention(config, torch.device("mps"), torch.float32)] == ["SDPA"]
+SL = GPTConfig(64, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL", short_window=30)
 
-    kernels.chosen["cpu", True] = lambda q, k, v, window, mask: v + window
+
+def test_the_first_right_kernel_is_chosen_and_the_reasons_are_given(interpreter):
+    """The trials as on a GPU without packages: layers with windows get one kernel, the rest another, documents a third.
+    Red when try_candidates() continues after the first (no `break`)."""
+
+    def chosen(config: GPTConfig, window: int | None) -> choice.Choice:
+        return try_candidates(config, window, CPU, torch.bfloat16, compiled=False)
+
+    windowed, whole = chosen(SL, 30), chosen(SL, None)
+    assert str(windowed).startswith("attention of layers with a window of 30: FlexAttention (FlashAttention 3: ")
+    assert "FlashAttention 2: ModuleNotFoundError: No module named" in str(windowed)
+    assert (windowed.kernel, windowed.windowed) == (kernels.flex, True)
+    assert (64, 30, CPU) in kernels.block_masks  # built before the compiler needs it
+    assert (whole.name, whole.layers) == ("torch's FlashAttention 2", "layers that see everything")
+    assert (whole.kernel, whole.windowed) == (kernels.torch_flash, False)
+    assert chosen(dataclasses.replace(SL, document_start=1), None).name == "FlexAttention"
+
+
+def test_without_a_right_kernel_sdpa_trains(monkeypatch):
+    monkeypatch.setattr(choice, "CANDIDATES", choice.CANDIDATES[:1])
+    none = try_candidates(SL, None, CPU, torch.bfloat16, compiled=True)
+    assert (none.name, none.kernel) == ("SDPA", None)
+    assert [one.name for one in choose_attention(SL, CPU, torch.float32)] == ["blocked matmuls"]
+    assert [one.name for one in choose_attention(SL, torch.device("mps"), torch.float32)] == ["SDPA"]
+
+
+def test_a_chosen_kernel_trains_and_does_nothing_else():
+    """Red when the kernel is called without gradients, or for queries behind a cache."""
+
+    def other(q, k, v, window, mask):
+        return v + window
+
     q, k, v = qkv(1, 5, 5, 2, 2, 4)
-    assert torch.equal(causal_attention(q, k, v, 3), v + 3)
-    for how in (torch.no_grad(), torch.enable_grad()):
-        with how:  # without gradients, and with a cache
-            y = causal_attention(q[:, -2:] if torch.is_grad_enabled() else q, k, v, 3)
-            torch.testing.assert_close(y.double(), reference(q, k, v, 3)[:, -y.size(1) :], rtol=1e-5, atol=1e-5)
+    assert torch.equal(causal_attention(q, k, v, 3, kernel=other), v + 3)
+    with torch.no_grad():
+        same([causal_attention(q, k, v, 3, kernel=other)], [reference(q, k, v, 3)])
+    same([causal_attention(q[:, -2:], k, v, 3, kernel=other)], [reference(q, k, v, 3)[:, -2:]])
 
 
 def test_a_kernel_that_breaks_the_graph_is_not_for_compiled_blocks(packages, monkeypatch):
-    """Red when problem() compiles without fullgraph."""
+    """Red when rejection_reason() compiles without fullgraph."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
     def broken(q, k, v, window, mask):
         torch._dynamo.graph_break()
         return plain_attention(q, k, v, window)
 
-    assert problem(broken, (2, 2, 8), CPU, torch.float32, 9) is None
-    assert "Unsupported" in problem(broken, (2, 2, 8), CPU, torch.float32, 9, compiled=True)
+    assert rejection_reason(broken, (2, 2, 8), CPU, torch.float32, 9) is None
+    assert "Unsupported" in rejection_reason(broken, (2, 2, 8), CPU, torch.float32, 9, compiled=True)
     for kernel in (kernels.torch_flash, kernels.flash_attention_2):
-        assert problem(kernel, (4, 2, 8), CPU, torch.float32, compiled=True) is None
+        assert rejection_reason(kernel, (4, 2, 8), CPU, torch.float32, compiled=True) is None
 
 
 def test_the_reason_is_what_was_raised_not_what_the_compiler_makes_of_it(monkeypatch):
-    """Red when problem() does not ask again without the compiler ("Unsupported: Observed exception")."""
+    """Red when rejection_reason() does not ask again without the compiler ("Unsupported: Observed exception")."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     for kernel, words in ((kernels.cudnn, "it knows no windows"), (kernels.flash_attention_2, "No module named")):
-        assert words in problem(kernel, (4, 2, 8), CPU, torch.float32, 9, compiled=True)
+        assert words in rejection_reason(kernel, (4, 2, 8), CPU, torch.float32, 9, compiled=True)
 
 
 def test_flex_attention_lies_in_one_graph_of_a_compiled_block(interpreter, monkeypatch):
@@ -408,15 +413,15 @@ def test_flex_attention_lies_in_one_graph_of_a_compiled_block(interpreter, monke
         return graph.forward
 
     def layer(q, k, v, mask):
-        return causal_attention(2 * q, k, v, 30, mask) + 1
+        return causal_attention(2 * q, k, v, 30, mask, kernel=kernels.flex) + 1
 
-    kernels.chosen["cpu", True] = kernels.flex
     run = torch.compile(layer, fullgraph=True, dynamic=False, backend=backend)
     block_mask(256, 30, CPU)
     for documents in (None, None, NUMBERS, NUMBERS.flip(0)):
         if documents is not None:
             documents = torch.nn.functional.pad(documents, (0, 106), value=7)
-        mask = None if documents is None else document_masks(begins_of(documents), [30])[30]
+        begins = None if documents is None else begins_of(documents)
+        mask = document_masks(begins, [30], {True: kernels.flex})[30]
         wanted = reference(2 * inputs[0], *inputs[1:], 30, documents) + 1
         torch.testing.assert_close(run(*inputs, mask).double(), wanted, rtol=1e-4, atol=1e-5)
     assert len(graphs) == 2

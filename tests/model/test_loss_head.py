@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from nanochat.model import loss_head
-from nanochat.model.loss_head import chunked_cross_entropy, compile_loss_head, softcapped
+from nanochat.model.loss_head import chunked_cross_entropy, compile_chunk_gradient, softcapped
 
 
 def problem(rows: int, width: int, vocab: int, scale: float = 1.0, ignored: float = 0.3, seed: int = 0):
@@ -121,25 +121,13 @@ def test_logits_stay_inside_the_cap():
     assert softcapped(torch.tensor([-1e9, 0.0, 1e9])).tolist() == [-15.0, 0.0, 15.0]
 
 
-def test_switching_compilation_on_and_off_changes_the_kernel_only():
-    """torch.compile is lazy: nothing is compiled before the first call."""
-    compile_loss_head(True)
-    assert loss_head.chunk_gradient is not loss_head._chunk_gradient
-    compile_loss_head(False)
-    assert loss_head.chunk_gradient is loss_head._chunk_gradient
-
-
 def test_one_graph_for_chunks_of_any_length(monkeypatch):
     """Red without maybe_mark_dynamic: every number of rows, as the targets of a modality come in, compiled anew."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    compile_loss_head(True)
-    try:
-        graphs = torch._dynamo.utils.counters["stats"]
-        before = graphs["unique_graphs"]
-        for rows in (7, 12, 31):
-            x, weight, targets = problem(rows, 5, 16, 1.0, 0.0)
-            loss = chunked_cross_entropy(x, weight, targets, "sum", 15.0)
-            torch.testing.assert_close(loss.double(), reference(x, weight, targets, "sum", 15.0))
-        assert graphs["unique_graphs"] == before + 1
-    finally:
-        compile_loss_head(False)
+    kernel, graphs = compile_chunk_gradient(), torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for rows in (7, 12, 31):
+        x, weight, targets = problem(rows, 5, 16, 1.0, 0.0)
+        loss = chunked_cross_entropy(x, weight, targets, "sum", 15.0, kernel)
+        torch.testing.assert_close(loss.double(), reference(x, weight, targets, "sum", 15.0))
+    assert graphs["unique_graphs"] == before + 1

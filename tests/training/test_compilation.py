@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.config.settings import Settings
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import build_optimizer, muon_update
 from nanochat.system import environment
 from nanochat.system.environment import plain_path
 from nanochat.training.compilation import compile_model, compiler_message, is_compiled
@@ -106,8 +108,10 @@ def test_the_reason_for_running_eager_is_the_compilers_own(monkeypatch, capsys):
 
     monkeypatch.setattr(GPT, "compile", broken)
     monkeypatch.setattr("nanochat.training.compilation.compiler_problem", lambda: None)
-    compile_model(model, 1)
+    optimizer = build_optimizer(model, Settings(), torch.float32)
+    compile_model(model, 1, optimizer)
     assert not is_compiled(model)
+    assert optimizer.muon_update is muon_update
     assert "running without torch.compile" in (said := capsys.readouterr().out)
     assert "expected ';'" in said
 
@@ -121,3 +125,18 @@ def test_a_compiled_model_is_called_that():
     model.uncompile()
     assert not is_compiled(model)
     assert not is_compiled(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_muon_is_compiled_on_a_gpu_alone(monkeypatch, device):
+    """As far as one gets without a GPU. Red when it is on a CPU, or stays so where the model could not be compiled."""
+    model = GPT(GPTConfig(sequence_len=8, vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
+    model.init_weights()
+    optimizer, switched = build_optimizer(model, Settings(), torch.float32), []
+    monkeypatch.setattr(GPT, "compile", lambda model: None)
+    monkeypatch.setattr(type(optimizer), "compile", lambda optimizer: switched.append(True))
+    monkeypatch.setattr(type(optimizer), "uncompile", lambda optimizer: switched.append(False))
+    if device == "cuda":
+        monkeypatch.setattr(GPT, "device", torch.device("cuda", 99))  # there is no such device
+    compile_model(model, 1, optimizer)
+    assert switched == {"cpu": [], "cuda": [True, False]}[device]
