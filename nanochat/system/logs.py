@@ -42,17 +42,32 @@ class ConsoleHandler(logging.Handler):
 
 
 class RunLogHandler(logging.FileHandler):
-    """Appends to run.log. A file that cannot be written is given up with one warning: training goes on without it."""
+    """Appends to run.log, as soon as its folder exists: a run that is refused leaves none.
+
+    A file that cannot be written is given up with one warning: training continues without it.
+    """
 
     def __init__(self, path: Path):
-        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        super().__init__(path, encoding="utf-8", errors="backslashreplace", delay=True)
+        self.folder, self.pending = path.parent, []
         self.setFormatter(LineFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self.addFilter(from_rank0_or_error)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.pending.append(record)
+        if not self.folder.is_dir():
+            return
+        waiting, self.pending = self.pending, []
+        try:
+            for earlier in waiting:
+                super().emit(earlier)
+        except OSError:  # from opening the file
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         reason = sys.exc_info()[1]
         ROOT.removeHandler(self)
-        logger.warning(f"{self.baseFilename} cannot be written ({reason}): going on without it")
+        logger.warning(f"{self.baseFilename} cannot be written ({reason}): continuing without it")
 
 
 CONSOLE = ConsoleHandler()
@@ -77,15 +92,9 @@ def set_log_level(level: str) -> None:
 def run_log(path: Path, level: str = "info") -> Iterator[None]:
     """Append what is logged inside to the file, with the time: at least from level info on, whatever the console shows.
 
-    An exception that ends the block is its last entry. A file that cannot be opened or written costs one warning.
+    An exception that ends the block is its last entry.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = RunLogHandler(path)
-    except OSError as error:
-        logger.warning(f"{path} cannot be written ({error.strerror}): going on without it")
-        yield
-        return
+    handler = RunLogHandler(path)
     handler.setLevel(min(logging.INFO, logging.getLevelName(level.upper())))
     ROOT.addHandler(handler)
     try:

@@ -36,7 +36,15 @@ def test_a_run_learns_and_leaves_what_the_contract_says(train, corpus, capsys):
     assert result["stopped"] == "done"
     assert (result["model_tag"], result["step"]) == ("one", 12)
     names = {path.name for path in tag_dir("one").iterdir()}
-    assert names == {"config.py", "metrics.jsonl", "rows_rank0.jsonl", "evaluated.json", "step_000006", "step_000012"}
+    assert names == {
+        "config.py",
+        "metrics.jsonl",
+        "run.log",
+        "rows_rank0.jsonl",
+        "evaluated.json",
+        "step_000006",
+        "step_000012",
+    }
     lines = metrics("one")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 13))

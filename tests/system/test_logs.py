@@ -54,13 +54,13 @@ def test_run_log_holds_what_a_quiet_terminal_does_not_show(tmp_path, capsys):
 @pytest.mark.parametrize("error", [UserError("no such data"), ZeroDivisionError("1 / 0")])
 def test_run_log_ends_with_the_error_that_ended_the_run(tmp_path, error):
     """A user's mistake in one line, anything else with its traceback."""
-    with pytest.raises(type(error)), logs.run_log(tmp_path / "new" / "run.log"):
+    with pytest.raises(type(error)), logs.run_log(tmp_path / "run.log"):
         raise error
-    text = (tmp_path / "new" / "run.log").read_text()
+    text = (tmp_path / "run.log").read_text()
     assert str(error) in text.splitlines()[0] and ("Traceback" in text) == isinstance(error, ZeroDivisionError)
 
 
-@pytest.mark.parametrize("where", ["/dev/full", "/proc/nowhere/run.log"])
+@pytest.mark.parametrize("where", ["/dev/full", "/proc/run.log"])
 def test_a_run_log_that_cannot_be_written_costs_one_warning(where, capsys):
     """Red when handleError() prints its traceback, or when the handler stays."""
     with logs.run_log(Path(where)):
@@ -69,6 +69,20 @@ def test_a_run_log_that_cannot_be_written_costs_one_warning(where, capsys):
     out, err = capsys.readouterr()
     assert out.count("cannot be written") == 1 and "warning: " in out and "one\n" in out and "two\n" in out
     assert err == ""
+
+
+def test_a_run_log_waits_for_its_folder(tmp_path):
+    """The refused run leaves nothing behind, the other has every line. Red when the handler makes the folder itself."""
+    with pytest.raises(UserError), logs.run_log(tmp_path / "refused" / "run.log"):
+        logger.info("reading the data")
+        raise UserError("no such data")
+    assert list(tmp_path.iterdir()) == []
+    with logs.run_log(tmp_path / "good" / "run.log"):
+        logger.info("reading the data")
+        (tmp_path / "good").mkdir()
+        logger.info("step 1")
+    lines = (tmp_path / "good" / "run.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["reading the data", "step 1"]
 
 
 def test_muted_drops_messages_but_no_errors(capsys):
