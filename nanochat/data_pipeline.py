@@ -138,8 +138,7 @@ def batches(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute:
     shape = (settings.rows, settings.max_seq_len, settings.seed, compute.rank, compute.world_size, compute.device)
     if dataset.codec is None:
         return DataLoader(store, *shape)
-    sliced = settings.route == "slice" and settings.untie != "none"
-    rows = Rows(store, settings.max_seq_len, one_layout=sliced)
+    rows = Rows(store, settings.max_seq_len)
     return PackedLoader(rows, *shape, count=settings.counted_modalities)
 
 

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from nanochat.gpt import GPT, Block, Linear, wide
+from nanochat.gpt import GPT, Block, Linear
 from nanochat.hardware import compiler_problem
+from nanochat.model.cpu_attention import upcast
 from nanochat.runtime import first_line
 from nanochat.system import logs
 from nanochat.system.environment import import_compiler
@@ -51,7 +52,7 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     long (dev/LOG.md).
     """
     if x.device.type == "cpu" and x.numel() == x.size(-1) and torch.compiler.is_compiling():
-        return (wide(weight) * wide(x.reshape(-1))).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
+        return (upcast(weight) * upcast(x.reshape(-1))).sum(-1).to(x.dtype).view(*x.shape[:-1], -1)
     return F.linear(x, weight)
 
 
@@ -129,8 +130,8 @@ class StaticCache:
         store = self.seen[layer]
         size = store.size(3)
         store.index_copy_(3, self.position % size, torch.stack([k, v]).transpose(2, 3))
-        keys, values = wide(store[:, :, :, None]).unbind(0)  # [B, H_kv, 1, S, D]
-        queries = wide(q).view(*keys.shape[:2], -1, 1, q.size(3)) * q.size(3) ** -0.5  # [B, H_kv, H / H_kv, 1, D]
+        keys, values = upcast(store[:, :, :, None]).unbind(0)  # [B, H_kv, 1, S, D]
+        queries = upcast(q).view(*keys.shape[:2], -1, 1, q.size(3)) * q.size(3) ** -0.5  # [B, H_kv, H / H_kv, 1, D]
         places = torch.arange(size, device=q.device)
         free = places > self.position  # not written yet
         if mask is not None:

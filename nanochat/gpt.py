@@ -7,27 +7,36 @@ that are off by default, so that the keys absent from an old checkpoint mean wha
 Shapes: B batch, T time, C channels (n_embd), H heads, D head size, V vocabulary, E experts.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.modality import IGNORED, Modality, Vocabulary
-from nanochat.model import parameters
-from nanochat.model.attention import causal_attention, wide
+from nanochat.model import modality_tables, parameters
+from nanochat.model.attention import causal_attention
+from nanochat.model.cpu_attention import upcast
 from nanochat.model.document_mask import document_begins, document_masks, previous
 from nanochat.model.kernels import Kernels
 from nanochat.model.kv_cache import KVCache
-from nanochat.model.loss_head import (
-    chunk_gradient,
-    chunked_cross_entropy,
-    compile_chunk_gradient,
-    softcapped,
-    token_losses,
-)
+from nanochat.model.loss_head import chunk_gradient, chunked_cross_entropy, compile_chunk_gradient, token_losses
 from nanochat.model.parameters import is_scalar
-from nanochat.model.routing import Grouped, Plan, by_target, grouped, grouped_linear, plan_route, route
+from nanochat.model.routing import (
+    Grouped,
+    Plan,
+    by_target,
+    grouped_linear,
+    plan_route,
+    route,
+    route_grouped,
+    route_linears,
+)
+from nanochat.system.environment import UserError
+
+LONGEST = 2**24  # the largest sequence_len of a checkpoint: rotary tables are made before anything is computed
 
 
 @dataclass(frozen=True)
@@ -48,9 +57,11 @@ class GPTConfig:
     qk_scale: float = 1.0  # queries and keys are multiplied by it after QK norm
     softcap: float = 15.0  # logits are squashed into (-softcap, softcap)
     vocab_multiple: int = 1  # rows of the tables are rounded up to a multiple of it; the padding gets no logits
-    window_pattern: str = "L"  # a letter a layer, again and again: L sees all that came before, and so does the last
-    short_window: int = 1024  # layer; S sees so many tokens before a token, and itself (Longformer, arXiv 2004.05150)
-    document_start: int | None = None  # id that begins a document; set, no token sees what came before its document
+    # Attention's range, a pattern of letters tiled over the layers: L sees everything before a token, S at most
+    # short_window tokens before it (Longformer, arXiv 2004.05150). The last layer always sees everything.
+    window_pattern: str = "L"
+    short_window: int = 1024
+    document_start: int | None = None  # id that begins a document; if set, no token attends beyond its document
     # The rest comes from modded-nanogpt by way of nanochat; lambdas and gates are learned.
     value_embeddings: bool = False  # every other layer, the last included, adds gate * embedding of the token to v
     value_gate_channels: int = 12  # the gate, one number a KV head, reads the first channels of attention's input
@@ -61,21 +72,47 @@ class GPTConfig:
     bigram_rows: int = 0  # each pair of neighbouring ids is hashed to a row of a table, which goes into every block
     # Further modalities in one stream, after Mixture-of-Transformers (arXiv 2411.04996): attention sees all tokens.
     modalities: tuple[Modality, ...] = ()
-    # What each modality has of its own: "none", its "mlp", or "all": attention's matrices too. "random" is a control:
-    # the MLPs of "mlp", and a draw once and for all which id goes through which.
+    # What each modality has of its own: "none", its "mlp", or "all": attention's matrices too.
     untie: str = "none"
     # Logits: "shared", one softmax over all ids; "masked", one matrix, but the loss is over the ids of the target's
-    # modality; "separate", an embedding and an output matrix for each modality, and that loss.
+    # modality; "separate", an embedding and an output matrix for each modality, with the same loss as "masked".
     output_layers: str = "shared"
 
     def __post_init__(self):
-        assert self.untie in ("none", "mlp", "all", "random"), f"untie={self.untie!r}"
+        assert self.untie in ("none", "mlp", "all"), f"untie={self.untie!r}"
         assert self.output_layers in ("shared", "masked", "separate"), f"output_layers={self.output_layers!r}"
         assert self.n_embd % self.n_head == 0, f"n_head={self.n_head} does not divide n_embd={self.n_embd}"
         assert self.n_head % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}"
         assert self.tie_weights or not self.use_output_projection, "an output projection needs tied weights"
         assert self.window_pattern and set(self.window_pattern) <= set("LS"), f"window_pattern={self.window_pattern!r}"
         assert (self.document_start or 0) in range(self.vocab_size), f"document_start={self.document_start}"
+
+    @classmethod
+    def from_dict(cls, saved: dict) -> "GPTConfig":
+        """From the JSON object `model_config` of a checkpoint; UserError names the field that is wrong in it."""
+        defaults = {field.name: field.default for field in fields(cls)}
+        if unknown := sorted(saved.keys() - defaults.keys()):
+            raise UserError(
+                f"model_config has fields that this version does not know: {', '.join(unknown)}. A newer one wrote it: "
+                "update this repository"
+            )
+        if saved.get("untie") == "random":
+            raise UserError("model_config: untie='random' was removed: nanochat 0.1.0 is the last version that runs it")
+        if "modalities" in saved:
+            if not isinstance(saved["modalities"], list):
+                raise UserError(f"model_config: modalities={saved['modalities']!r} is not a list")
+            saved = saved | {"modalities": tuple(map(Modality.read, saved["modalities"]))}
+
+        for name, value in saved.items():
+            if expected := _mismatch(value, defaults[name]):
+                raise UserError(f"model_config: {name}={value!r} is not {expected}")
+        try:
+            config = cls(**saved)
+            assert config.vocabulary.size > 0
+            assert config.sequence_len <= LONGEST, f"sequence_len={config.sequence_len} is beyond {LONGEST}"
+        except AssertionError as error:
+            raise UserError(f"model_config describes no model that can be: {error}") from error
+        return config
 
     @property
     def head_dim(self) -> int:
@@ -85,12 +122,12 @@ class GPTConfig:
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
 
     def window(self, layer: int) -> int | None:
-        """How many tokens before a token the layer sees; None: all."""
+        """The number of tokens before a token that the layer sees; None: all."""
         short = self.window_pattern[layer % len(self.window_pattern)] == "S" and layer < self.n_layer - 1
         return self.short_window if short else None
 
     def padded(self, ids: int) -> int:
-        """Rows of a table for so many ids."""
+        """Rows of a table for this number of ids."""
         return -(-ids // self.vocab_multiple) * self.vocab_multiple
 
     @property
@@ -104,6 +141,17 @@ class GPTConfig:
     @property
     def separate(self) -> bool:
         return self.output_layers == "separate" and bool(self.modalities)
+
+
+def _mismatch(value: object, default: object) -> str | None:
+    """What a value from JSON should have been, given the default of its field; None: it fits."""
+    kind = type(default)
+    if default is None:
+        return None if value is None or type(value) is int else "an id, or null"
+    if kind is bool:
+        return None if type(value) is bool else "true or false"
+    positive = kind not in (int, float) or value == default or (type(value) is kind and 0 < value < math.inf)
+    return None if type(value) is kind and positive else "a number > 0"
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -132,7 +180,7 @@ def rotary_tables(length: int, head_dim: int, device, base: float = 10000.0) -> 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the pairs (x[d], x[d + D/2]) of [B, T, H, D] by the angle of their position, clockwise as nanochat does."""
-    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # the compiler only looks elsewhere; parts it would copy
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # flip compiles to index arithmetic; slicing + cat copies
     return x * cos + swapped * sin
 
 
@@ -147,9 +195,6 @@ class AttentionMatrices(nn.Module):
         self.c_v = Linear(config.n_embd, kv_width)
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
-    def qkv(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.c_q(x), self.c_k(x), self.c_v(x)], dim=-1)
-
 
 class CausalSelfAttention(AttentionMatrices):
     """Multi-head attention over the past, with rotary positions and normalised queries and keys."""
@@ -161,39 +206,43 @@ class CausalSelfAttention(AttentionMatrices):
         self.bound = config.head_dim**0.5 * config.qk_scale**2  # of the scores of normalised queries and keys
         if config.has_value_embedding(layer):
             self.ve_gate = Linear(min(config.value_gate_channels, config.n_embd), config.n_kv_head)
-        if config.has_experts and config.untie == "all":
-            self.experts = nn.ModuleDict({m.name: AttentionMatrices(config) for m in config.modalities})
-        else:
-            self.experts = None
+        owners = config.modalities if config.untie == "all" else ()
+        self.experts = nn.ModuleDict({m.name: AttentionMatrices(config) for m in owners})
 
     def forward(self, x, cos, sin, ve=None, kv_cache=None, plan: Plan | None = None, mask=None) -> torch.Tensor:
-        """x [B, T, C], ve the tokens' value embeddings [B, T, H_kv D] or None, mask the documents' -> [B, T, C]."""
+        """x [B, T, C], the tokens' value embeddings [B, T, H_kv D] or None, the documents' mask -> [B, T, C]."""
         B, T, C = x.shape
-        everyone = (self, *self.experts.values()) if self.experts is not None else (self,)
-        if len(everyone) == 1:
-            q, k, v = self.c_q(x), self.c_k(x), self.c_v(x)
-        elif isinstance(plan, Grouped):
-            names = ("c_q", "c_k", "c_v")
-            q, k, v = grouped(x, plan, [[getattr(expert, name).weight for expert in everyone] for name in names])
-        else:
-            qkv = route(x, plan, [expert.qkv for expert in everyone])
-            q, k, v = qkv.split([self.c_q.out_features, self.c_k.out_features, self.c_v.out_features], dim=-1)
-        q, k, v = (z.view(B, T, -1, self.head_dim) for z in (q, k, v))
+        q, k, v = (z.view(B, T, -1, self.head_dim) for z in self.project_qkv(x, plan))  # [B, T, H or H_kv, D]
+
         if ve is not None:
-            gate = self.gate_range * self.ve_gate(x[..., : self.ve_gate.in_features]).sigmoid()
+            gate = self.gate_range * self.ve_gate(x[..., : self.ve_gate.in_features]).sigmoid()  # [B, T, H_kv]
             v = v + gate[..., None] * ve.view(v.shape)
-        # Turning keeps the length, so the norm may come first: nanochat's order costs more in the backward pass.
-        q, k = ((rotate(norm(wide(z)), cos, sin) * self.qk_scale).to(x.dtype) for z in (q, k))
-        if kv_cache is None:
-            kernel = self.kernels.attention.get(self.window is not None)
-            y = causal_attention(q, k, v, self.window, mask, self.bound, kernel).reshape(B, T, C)
-        else:
-            y = kv_cache.attend(self.layer, q, k, v, self.window, mask).reshape(B, T, C)
-        if len(everyone) == 1:
-            return self.c_proj(y)
-        if isinstance(plan, Grouped):
-            return grouped(y, plan, [[expert.c_proj.weight for expert in everyone]])[0]
-        return route(y, plan, [expert.c_proj for expert in everyone])
+
+        # A rotation preserves the norm, so QK norm may precede RoPE; that order is cheaper in the backward pass.
+        q, k = ((rotate(norm(upcast(z)), cos, sin) * self.qk_scale).to(x.dtype) for z in (q, k))
+
+        y = self.attend(q, k, v, kv_cache, mask)
+        return self.project_out(y.reshape(B, T, C), plan)
+
+    @property
+    def branches(self) -> tuple[AttentionMatrices, ...]:
+        """The matrices of each expert, the text's first; one for all tokens where attention is not untied."""
+        return (self, *self.experts.values())
+
+    def project_qkv(self, x: torch.Tensor, plan: Plan | None) -> tuple[torch.Tensor, ...]:
+        """x [B, T, C] -> queries [B, T, H D], keys and values [B, T, H_kv D]."""
+        return route_linears(x, plan, [(branch.c_q, branch.c_k, branch.c_v) for branch in self.branches])
+
+    def attend(self, q, k, v, kv_cache, mask) -> torch.Tensor:
+        """q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]; behind a cache to what it holds, too."""
+        if kv_cache is not None:
+            return kv_cache.attend(self.layer, q, k, v, self.window, mask)
+        kernel = self.kernels.attention.get(self.window is not None)
+        return causal_attention(q, k, v, self.window, mask, self.bound, kernel)
+
+    def project_out(self, y: torch.Tensor, plan: Plan | None) -> torch.Tensor:
+        """The heads' outputs y [B, T, C] -> [B, T, C]."""
+        return route_linears(y, plan, [(branch.c_proj,) for branch in self.branches])[0]
 
 
 class MLP(nn.Module):
@@ -233,16 +282,26 @@ class ModalityMLP(MLP):
             self.experts[modality.name] = MLP(C, ratio) if plain else NarrowMLP(C, modality.expert_dim, ratio)
 
     def forward(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        everyone = (super().forward, *self.experts.values())
+        """Each token of x [B, T, C] through the MLP of its modality."""
         if not isinstance(plan, Grouped):
-            return route(x, plan, everyone)
-        pairs = [(self.c_fc, self.c_proj), *((expert.c_fc, expert.c_proj) for expert in self.experts.values())]
-        into, out_of = zip(*pairs, strict=True)
+            return route(x, plan, (super().forward, *self.experts.values()))
 
-        def between(hidden: torch.Tensor) -> torch.Tensor:
-            return grouped_linear(F.relu(hidden).square(), [matrix.weight for matrix in out_of], plan.ends)
+        branches = (self, *self.experts.values())  # all of one width
 
-        return grouped(x, plan, [[matrix.weight for matrix in into]], between)[0]
+        def project_back(hidden: torch.Tensor) -> torch.Tensor:
+            return grouped_linear(F.relu(hidden).square(), [branch.c_proj.weight for branch in branches], plan.ends)
+
+        return route_grouped(x, plan, [[branch.c_fc.weight for branch in branches]], project_back)[0]
+
+
+class LayerTerms(NamedTuple):
+    """What a block's input is mixed with, streams [B, T, C] and their learned factors; None: the feature is off."""
+
+    resid_lambda: torch.Tensor | None  # of the block's input
+    x0_lambda: torch.Tensor | None
+    x0: torch.Tensor  # the tokens' embeddings
+    bigram_lambda: torch.Tensor | None
+    bigrams: torch.Tensor | None
 
 
 class Block(nn.Module):
@@ -251,14 +310,19 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer, kernels)
         self.mlp = ModalityMLP(config) if config.has_experts else MLP(config.n_embd, config.mlp_ratio)
 
-    def forward(self, x, cos, sin, ve=None, kv_cache=None, plan=None, mask=None, mix=()) -> torch.Tensor:
-        """mix: (lambda, stream [B, T, C]) pairs, whose sum takes the place of x."""
-        x = sum(scale * stream for scale, stream in mix) if len(mix) > 1 else x
+    def forward(self, x, terms: LayerTerms, cos, sin, ve=None, kv_cache=None, plan=None, mask=None) -> torch.Tensor:
+        """x [B, T, C] -> [B, T, C]; everything but x and terms as CausalSelfAttention takes it."""
+        if terms.resid_lambda is not None:
+            x = terms.resid_lambda * x + terms.x0_lambda * terms.x0
+        if terms.bigrams is not None:
+            x = x + terms.bigram_lambda * terms.bigrams
+
         x = x + self.attn(norm(x), cos, sin, ve, kv_cache, plan, mask)
         return x + (self.mlp(norm(x)) if plan is None else self.mlp(norm(x), plan))
 
 
-SMEAR_CHANNELS = 24  # that the smear gate reads
+SMEAR_CHANNELS = 24  # of the embedding, that the smear gate reads
+# Start of the learned factors, as in nanochat; 0.1 for bigrams.
 LAMBDAS = {"smear_lambda": 0.0, "resid_lambdas": 1.0, "x0_lambdas": 0.1, "backout_lambda": 0.2, "bigram_lambdas": 0.1}
 
 
@@ -270,9 +334,10 @@ class GPT(nn.Module):
         self.config = config
         self.vocabulary = config.vocabulary
         self.compute_dtype = torch.float32
-        self.route, self.row_multiple = "sort", 1  # how tokens get to their experts, how many together: routing.py
-        self.block_forward = Block.forward  # compile() replaces it
+        self.route, self.row_multiple = "sort", 1  # how tokens get to their experts, see plan_route()
         self.kernels = Kernels()
+        self.block_forward = Block.forward  # compile() replaces it
+
         blocks = nn.ModuleList(Block(config, layer, self.kernels) for layer in range(config.n_layer))
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(self.table_size, config.n_embd), "h": blocks})
         if not config.tie_weights:
@@ -284,6 +349,7 @@ class GPT(nn.Module):
                 self.lm_heads = nn.ModuleDict({m: Linear(config.n_embd, n) for m, n in sizes.items()})
         if config.use_output_projection:
             self.output_projection = Linear(config.n_embd, config.n_embd)
+
         kv_width = config.n_kv_head * config.head_dim
         layers = [layer for layer in range(config.n_layer) if config.has_value_embedding(layer)]
         if layers:
@@ -300,15 +366,11 @@ class GPT(nn.Module):
         if config.bigram_rows:
             self.bigram_embed = nn.Embedding(config.bigram_rows, config.n_embd)
             self.bigram_lambdas = nn.Parameter(torch.empty(config.n_layer))
+
         self.rotary_length = 10 * config.sequence_len  # generation may run past the training context
         for name in ("cos", "sin", "expert_of_id", "head_of_id"):
             self.register_buffer(name, None, persistent=False)
-        self._set_tables()
-
-    @property
-    def table_size(self) -> int:
-        """Rows of wte and lm_head: all ids, or those of the text where each modality has tables of its own."""
-        return self.config.padded(self.config.vocab_size if self.config.separate else self.vocabulary.size)
+        self.set_buffers()
 
     @torch.no_grad()
     def init_weights(self, tied_std: float = 0.02) -> None:
@@ -328,17 +390,21 @@ class GPT(nn.Module):
         C = self.config.n_embd
         bound = (3 / C) ** 0.5
         table_std = tied_std if self.config.tie_weights else 1.0
+
         nn.init.normal_(self.transformer.wte.weight, std=table_std)
         if not self.config.tie_weights:
             nn.init.normal_(self.lm_head.weight, std=0.001)
+
         for block in self.transformer.h:
             for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
                 nn.init.uniform_(matrix.weight, -bound, bound)
             nn.init.zeros_(block.attn.c_proj.weight)
             nn.init.zeros_(block.mlp.c_proj.weight)
+
         if self.config.use_output_projection:
             spread = 0.0 if self.config.output_projection_residual else bound
             nn.init.uniform_(self.output_projection.weight, -spread, spread)
+
         for name, parameter in self.named_parameters():
             if name == "bigram_embed.weight":
                 nn.init.zeros_(parameter)
@@ -353,90 +419,61 @@ class GPT(nn.Module):
                 narrow = isinstance(self.get_submodule(owner), NarrowMLP)
                 spread = 0.0 if kind == ("up_proj" if narrow else "c_proj") else (3 / parameter.size(1)) ** 0.5
                 nn.init.uniform_(parameter, -spread, spread)
-        self._set_tables()
 
-    def _set_tables(self) -> None:
-        """Everything that follows from the config alone and is no parameter."""
-        experts = self.vocabulary.random_table() if self.config.untie == "random" else self.vocabulary.table(True)
-        self.expert_of_id, self.head_of_id = experts.to(self.device), self.vocabulary.table(False).to(self.device)
+        self.set_buffers()
+
+    def set_buffers(self) -> None:
+        """The buffers, which follow from the config alone."""
+        self.expert_of_id = self.vocabulary.table(by_expert=True).to(self.device)
+        self.head_of_id = self.vocabulary.table(by_expert=False).to(self.device)
         self.cos, self.sin = rotary_tables(self.rotary_length, self.config.head_dim, self.device, self.config.rope_base)
 
     @property
     def device(self) -> torch.device:
         return self.transformer.wte.weight.device
 
-    @property
-    def output_weight(self) -> torch.Tensor:
-        """The matrix [V, C] that makes the logits: of all ids, or of text where each modality has its own."""
-        table = self.transformer.wte if self.config.tie_weights else self.lm_head
-        return table.weight[: self.config.vocab_size if self.config.separate else self.vocabulary.size]
-
-    def output_weights(self) -> list[tuple[int, torch.Tensor]]:
-        """(first id, matrix) of each softmax, in the order of the ids."""
-        vocabulary, whole = self.vocabulary, self.output_weight
-        if self.config.separate:
-            tables = self.transformer.wtes if self.config.tie_weights else self.lm_heads
-            further = [tables[m.name].weight[: m.size] for m in self.config.modalities]
-            return [(first, w) for (first, _), w in zip(vocabulary.ranges, (whole, *further), strict=True)]
-        if self.config.output_layers == "masked":
-            return [(first, whole[first:end]) for first, end in vocabulary.ranges]
-        return [(0, whole)] * len(vocabulary.ranges)
-
-    def lookup(self, idx: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding tables for idx int64 [B, T] -> [B, T, C] in compute_dtype."""
-        if not self.config.separate:
-            return self.transformer.wte(idx).to(self.compute_dtype)
-        x = self.transformer.wte(idx.clamp(max=self.config.vocab_size - 1))
-        for name, (first, end) in zip(self.vocabulary.names[1:], self.vocabulary.ranges[1:], strict=True):
-            own = self.transformer.wtes[name]((idx - first).clamp(0, end - first - 1))
-            x = torch.where(((idx >= first) & (idx < end))[..., None], own, x)
-        return x.to(self.compute_dtype)
-
     def embed(self, idx: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
-        """idx int64 [B, T], last the ids before [B, 1] -> normalised embeddings [B, T, C], smeared if smear is on."""
+        """idx int64 [B, T], the ids before them [B, 1] -> normalised embeddings [B, T, C], smeared if smear is on."""
         x = norm(self.lookup(idx))
         if not self.config.smear:
             return x
+
         last = None if last is None else norm(self.lookup(last))
         before = previous(x, last, idx, self.config.document_start, 0)
         gate = self.smear_gate(x[..., : self.smear_gate.in_features]).sigmoid()
         return x + self.smear_lambda.to(x.dtype) * gate * before
 
     def bigrams(self, idx: torch.Tensor, last: torch.Tensor | None = None) -> torch.Tensor:
-        """idx int64 [B, T], last the ids before [B, 1] -> the rows [B, T, C] of the pairs that end at each token."""
+        """idx int64 [B, T], the ids before them [B, 1] -> the rows [B, T, C] of the pairs that end at each token."""
         before = previous(idx, last, idx, self.config.document_start, -1)
         row = ((idx * 2654435761) ^ (before * 2246822519)) % self.config.bigram_rows  # multiplicative hashing (Knuth)
         return self.bigram_embed(row).to(self.compute_dtype)
 
     def features(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor:
-        """idx int64 [B, T] -> what the output matrix is multiplied with, [B, T, C]."""
+        """idx int64 [B, T] -> [B, T, C], what the output matrix is multiplied with."""
         T = idx.size(1)
-        places = slice(T) if kv_cache is None else kv_cache.places(T)
-        cos, sin = self.cos[:, places], self.sin[:, places]
-        assert cos.size(1) == T, f"{places} is beyond the rotary table of {self.rotary_length} positions"
-        last = None if kv_cache is None else kv_cache.last
+        positions = slice(T) if kv_cache is None else kv_cache.places(T)
+        cos, sin = self.cos[:, positions], self.sin[:, positions]
+        assert cos.size(1) == T, f"{positions} is beyond the rotary table of {self.rotary_length} positions"
+
+        last = None if kv_cache is None else kv_cache.last  # ids [B, 1] before idx
         x = x0 = self.embed(idx, last)
-        pairs = self.bigrams(idx, last) if self.config.bigram_rows else None
+        bigrams = self.bigrams(idx, last) if self.config.bigram_rows else None
+
         begins = document_begins(idx, self.config.document_start, kv_cache)
         windows = map(self.config.window, range(self.config.n_layer))
         masks = document_masks(begins, windows, self.kernels.attention, cached=kv_cache is not None)
-        # Only training runs compiled, or by another route: evaluation and generation come in too many shapes.
+        plan = self.plan_experts(idx, kv_cache)
+
+        # Only training runs compiled: evaluation and generation come in too many shapes.
         run = self.block_forward if torch.is_grad_enabled() else Block.forward
-        plan = None
-        if self.config.has_experts:
-            kind = self.route if torch.is_grad_enabled() else getattr(kv_cache, "route", "sort")
-            number, compiled = len(self.vocabulary.names), run is not Block.forward
-            plan = plan_route(kind, self.expert_of_id[idx], number, compiled, self.row_multiple)
         for layer, block in enumerate(self.transformer.h):
+            terms = self.layer_terms(layer, x0, bigrams)
             ve = self.value_embeds[str(layer)](idx).to(x.dtype) if self.config.has_value_embedding(layer) else None
-            mix = [(1.0, x)]
-            if self.config.residual_scalars:
-                mix = [(self.resid_lambdas[layer], x), (self.x0_lambdas[layer], x0)]
-            if pairs is not None:
-                mix.append((self.bigram_lambdas[layer], pairs))
-            x = run(block, x, cos, sin, ve, kv_cache, plan, masks[block.attn.window], mix)
+            x = run(block, x, terms, cos, sin, ve, kv_cache, plan, masks[block.attn.window])
             if layer == self.config.n_layer // 2:
                 middle = x
+
         if kv_cache is not None:
             kv_cache.advance(idx, begins)
         if self.config.backout:
@@ -447,20 +484,27 @@ class GPT(nn.Module):
             x = x + projected if self.config.output_projection_residual else projected
         return x
 
-    def new_cache(self, batch: int, length: int):
+    def plan_experts(self, idx: torch.Tensor, kv_cache) -> Plan | None:
+        """How the tokens idx [B, T] get to their experts, the same in all layers; None: there are no experts."""
+        if not self.config.has_experts:
+            return None
+        training = torch.is_grad_enabled()
+        kind = self.route if training else getattr(kv_cache, "route", "sort")
+        compiled = training and self.block_forward is not Block.forward
+        return plan_route(kind, self.expert_of_id[idx], len(self.vocabulary.names), compiled, self.row_multiple)
 
+    def layer_terms(self, layer: int, x0: torch.Tensor, bigrams: torch.Tensor | None) -> LayerTerms:
+        scaled, paired = self.config.residual_scalars, bigrams is not None
+        return LayerTerms(
+            resid_lambda=self.resid_lambdas[layer] if scaled else None,
+            x0_lambda=self.x0_lambdas[layer] if scaled else None,
+            x0=x0,
+            bigram_lambda=self.bigram_lambdas[layer] if paired else None,
+            bigrams=bigrams,
+        )
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
         return KVCache(self.config, batch, length, self.compute_dtype, self.device)
-
-    def logits(self, features: torch.Tensor, product=F.linear) -> torch.Tensor:
-        """features [..., C] of any positions -> softcapped float32 logits of all ids [..., V]."""
-        matrices = [m for _, m in self.output_weights()] if self.config.separate else [self.output_weight]
-        parts = [wide(product(features, matrix.to(features.dtype))) for matrix in matrices]
-        return softcapped(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], self.config.softcap)
-
-    def text_logits(self, features: torch.Tensor) -> torch.Tensor:
-        """logits() of the ids that a text target competes with in the loss: all of them in a shared softmax."""
-        logits = self.logits(features)
-        return logits if self.config.output_layers == "shared" else logits[..., : self.config.vocab_size]
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, kv_cache=None, loss_reduction: str = "mean"
@@ -471,29 +515,33 @@ class GPT(nn.Module):
         sum for each modality of targets, [E]), or "none" ([B, T], 0 where ignored).
         """
         x = self.features(idx, kv_cache)
-        if targets is None:
-            return self.logits(x)
-        x, flat = x.flatten(0, 1), targets.flatten()
+        return self.logits(x) if targets is None else self.loss(x, targets, loss_reduction)
+
+    def loss(self, x: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+        """Cross-entropy of features x [B, T, C] to targets [B, T], each within its output layer; as forward() says."""
+        x, flat, softcap = x.flatten(0, 1), targets.flatten(), self.config.softcap
         parts, inverse = [(x, self.output_weight, flat)], None
         if self.config.modalities:
             parts, inverse = by_target(x, flat, self.head_of_id, self.output_weights())
-        if loss_reduction == "none":
-            losses = torch.cat([token_losses(*part, self.config.softcap) for part in parts])
-            if inverse is not None:  # ignored targets lie behind all others
+
+        if reduction == "none":
+            losses = torch.cat([token_losses(*part, softcap) for part in parts])
+            if inverse is not None:  # ignored targets come behind all others
                 losses = F.pad(losses, (0, len(flat) - len(losses)))[inverse]
             return losses.view_as(targets)
+
         kernel = self.kernels.loss_head
-        sums = torch.stack([chunked_cross_entropy(*part, "sum", self.config.softcap, kernel) for part in parts])
-        if loss_reduction == "modalities":
+        sums = torch.stack([chunked_cross_entropy(*part, "sum", softcap, kernel) for part in parts])
+        if reduction == "modalities":
             return sums
-        return sums.sum() / (targets != IGNORED).sum().clamp(min=1) if loss_reduction == "mean" else sums.sum()
+        return sums.sum() / (targets != IGNORED).sum().clamp(min=1) if reduction == "mean" else sums.sum()
 
     def count_targets(self, targets: torch.Tensor) -> torch.Tensor:
-        """How many of targets [B, T] count, for each modality: int64 [E]."""
+        """The number of valid targets [B, T] of each modality: int64 [E]."""
         return torch.bincount(self.head_of_id[targets[targets != IGNORED]], minlength=len(self.vocabulary.names))
 
     def loss_by_modality(self, loss: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
-        """{"loss/audio": nats a target, ...} from a batch's parts of the mean loss [E]; {} for a text-only model."""
+        """{"loss/audio": nats per target, ...} from a batch's parts of the mean loss [E]; {} for a text-only model."""
         parts = zip(self.vocabulary.names, (loss * counts.sum()).tolist(), counts.tolist(), strict=True)
         return {f"loss/{name}": part / n for name, part, n in parts if n} if self.config.modalities else {}
 
@@ -505,6 +553,13 @@ class GPT(nn.Module):
     def uncompile(self) -> None:
         self.block_forward = Block.forward
         self.kernels.loss_head = chunk_gradient
+
+    table_size = property(modality_tables.table_size)
+    lookup = modality_tables.lookup
+    output_weight = property(modality_tables.output_weight)
+    output_weights = modality_tables.output_weights
+    logits = modality_tables.logits
+    text_logits = modality_tables.text_logits
 
     num_parameters = parameters.num_parameters
     num_matmul_parameters = parameters.num_matmul_parameters

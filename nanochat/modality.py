@@ -116,10 +116,6 @@ class Vocabulary:
             table[start] = number
         return table
 
-    def random_table(self) -> torch.Tensor:
-        """uint8 [size]: a modality for every id that has nothing to do with its own, always the same."""
-        return torch.from_numpy((np.random.PCG64(0).random_raw(self.size) % len(self.names)).astype(np.uint8))
-
     def mask_targets(self, targets: torch.Tensor, count: tuple[str, ...] | None) -> torch.Tensor:
         """targets int64 [...], with those of other modalities than `count` (None: all count) ignored."""
         if count is None:

@@ -122,8 +122,6 @@ def add_modality(args: argparse.Namespace, source: Source, before: Settings) -> 
     tokenizer = source.tokenizer
     if tokenizer is None:
         raise UserError(f"{source.name} holds no tokenizer, whose reserved ids start a modality")
-    if before.untie == "random" and before.modalities:
-        raise UserError("untie=random draws every id's expert anew for another number of modalities: it cannot grow")
     if "audio" in before.modality_codes() and args.codebooks not in (1, before.codebooks):
         raise UserError(f"--codebooks={args.codebooks}: the model's audio has {before.codebooks}")
     untie = args.untie or (before.untie if before.modalities else "mlp")

@@ -2,6 +2,7 @@
 
 import cmath
 import dataclasses
+import json
 import math
 from itertools import pairwise
 
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.modality import Modality
+from nanochat.system.environment import UserError
 
 SMALL = dict(sequence_len=16, vocab_size=50, n_layer=2, n_head=4, n_kv_head=4, n_embd=32)
 VARIANTS = {
@@ -426,3 +429,30 @@ def test_positions_past_the_rotary_table_are_refused():
     model(random_ids(1, 20))
     with pytest.raises(AssertionError, match="rotary table of 20"):
         model(random_ids(1, 21))
+
+
+def test_a_config_is_read_from_its_own_json():
+    """Every field, tuples and modalities included. Red when from_dict() drops a field."""
+    audio = Modality("audio", codebooks=2, codes=8, start=43)
+    config = GPTConfig(**{**SMALL, **MODERN, "modalities": (audio,), "untie": "all", "document_start": 0})
+    assert GPTConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert GPTConfig.from_dict({}) == GPTConfig()
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (dict(untie="random"), r"untie='random' was removed: nanochat 0\.1\.0"),
+        (dict(depth=4), "does not know: depth"),
+        (dict(n_embd=770), "describes no model that can be: n_head=6 does not divide n_embd=770"),
+        (dict(n_layer=0), "n_layer=0 is not a number > 0"),
+        (dict(softcap=float("inf")), "softcap=inf is not a number > 0"),
+        (dict(smear=1), "smear=1 is not true or false"),
+        (dict(document_start=1.5), "document_start=1.5 is not an id, or null"),
+        (dict(modalities={}), "is not a list"),
+        (dict(sequence_len=2**25), "is beyond"),
+    ],
+)
+def test_json_that_is_no_config_is_refused_by_name(saved, message):
+    with pytest.raises(UserError, match=message):
+        GPTConfig.from_dict(saved)

@@ -8,7 +8,6 @@ What stays empty at the end of a row is ignored. Text that is longer than a row 
 import logging
 import math
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -28,10 +27,9 @@ CAPTIONS = 3  # what a draw is for, beside the loader's orders
 class Rows:
     """The rows of one split: row i is ids [seq_len + 1], EMPTY behind its documents."""
 
-    def __init__(self, store: TokenStore, seq_len: int, one_layout: bool = False, max_tokens: int | None = None):
+    def __init__(self, store: TokenStore, seq_len: int, max_tokens: int | None = None):
         """Waits until the split is tokenised. UserError: no document fits a row.
 
-        one_layout: keep only rows whose modalities change at the same places, the most frequent ones.
         max_tokens: take the first shards that give rows of so many positions, and look at no others (None: all).
         """
         self.store, self.capacity = store, seq_len + 1
@@ -48,8 +46,6 @@ class Rows:
         self.pieces = pieces[order]
         # The packing sorted the rows by length: a part of them should be like the whole.
         self._order = np.argsort(np.random.PCG64(0).random_raw(len(self.ends) - 1), kind="stable")
-        if one_layout:
-            self._keep_one_layout()
         self.tokens = sum(count for row in range(len(self)) for *_, count, _ in self._of(row))
         filled = self.tokens / (len(self) * self.capacity)
         logger.info(f"{store.split}: {len(pieces)} documents, {len(self)} rows of {seq_len}, {filled:.0%} full")
@@ -123,19 +119,6 @@ class Rows:
         columns = (np.full(len(document), shard), document, start, count, sound[document])
         return np.stack([column.astype(np.int64) for column in columns], axis=1)
 
-    def _keep_one_layout(self) -> None:
-        """A sound's `start` counts as its modality, as it does for the experts."""
-        table = self.store.vocabulary.table(by_expert=True).numpy()
-        ids, layouts = np.empty(self.capacity, np.int64), []
-        for row in range(len(self)):
-            self.read(row, ids)
-            layouts.append(np.where(ids == EMPTY, 0, table[ids])[:-1].tobytes())
-        usual, count = Counter(layouts).most_common(1)[0]
-        self._order = self._order[[layout == usual for layout in layouts]]
-        logger.info(
-            f"{self.store.split}: {count} of {len(layouts)} rows have one layout, the others are left out (route=slice)"
-        )
-
     def _say_too_long(self, pieces: np.ndarray, too_long: np.ndarray, seq_len: int) -> None:
         if not too_long.any():
             return
@@ -192,8 +175,7 @@ class PackedLoader(DataLoader):
         if self.tokens not in (None, self.packed.tokens):
             raise UserError(
                 f"the data order cannot go on: {self.store.dataset.name} has {self.packed.tokens} tokens here, "
-                f"{self.tokens} in the checkpoint; has a shard been left out as damaged, or repaired, or is "
-                "one of them of route=slice, which leaves rows out?"
+                f"{self.tokens} in the checkpoint; has a shard been skipped as corrupt, or repaired?"
             )
         epoch, place = divmod(cursor, len(self.packed))
         return epoch, place, min(BLOCK, len(self.packed) - place // BLOCK * BLOCK)

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat.model.cpu_attention import blocked_causal_attention
-from nanochat.model.cpu_attention import wide as wide
 from nanochat.model.gpu_attention import Kernel, Mask, visible
 
 SDPA_BLOCK = 128  # the least queries of a layer with a window that are looked at together

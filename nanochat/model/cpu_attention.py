@@ -12,7 +12,7 @@ import torch.nn.functional as F
 SAFE_BOUND = 60.0  # exp(60) times a million keys is finite in float32, and exp(-60) not yet denormal
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def upcast(x: torch.Tensor) -> torch.Tensor:
     """float32 where it was narrower: what sums and exponentials are computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -56,7 +56,7 @@ class _Blocked(torch.autograd.Function):
     def forward(ctx, q, k, v, window, bound, begins):
         outputs, weights, sums = [], [], []
         for start, end, first in blocks(q.size(1), window):
-            scores = wide(torch.bmm(q[:, start:end], k[:, first:end].transpose(1, 2))) * q.size(2) ** -0.5
+            scores = upcast(torch.bmm(q[:, start:end], k[:, first:end].transpose(1, 2))) * q.size(2) ** -0.5
             square = torch.ones(end - start, end - first, dtype=torch.bool, device=q.device)
             hidden = square.triu(start - first + 1)
             if window is not None:
@@ -68,7 +68,7 @@ class _Blocked(torch.autograd.Function):
             w = torch.exp(scores).masked_fill(hidden, 0.0)
             sums.append(w.sum(dim=-1, keepdim=True))
             weights.append(w.to(v.dtype))
-            outputs.append(wide(torch.bmm(weights[-1], v[:, first:end])) / sums[-1])
+            outputs.append(upcast(torch.bmm(weights[-1], v[:, first:end])) / sums[-1])
         out, total = torch.cat(outputs, dim=1).to(v.dtype), torch.cat(sums, dim=1)
         ctx.save_for_backward(q, k, v, out, total, *weights)
         ctx.window = window
@@ -79,14 +79,14 @@ class _Blocked(torch.autograd.Function):
         """With P = W / total: dV = P^T g, dS = P (g V^T - rowsum(g out)), and g / total takes the division for both."""
         q, k, v, out, total, *weights = ctx.saved_tensors
         T = q.size(1)
-        grad = wide(grad) / total
-        mean = (grad * wide(out)).sum(dim=-1, keepdim=True)
+        grad = upcast(grad) / total
+        mean = (grad * upcast(out)).sum(dim=-1, keepdim=True)
         grad = grad.to(v.dtype)
         dq, dk, dv = [], 0.0, 0.0
         for (start, end, first), w in zip(blocks(T, ctx.window), weights, strict=True):
             g, place = grad[:, start:end], (0, 0, first, T - end)
-            ds = wide(torch.bmm(g, v[:, first:end].transpose(1, 2))) - mean[:, start:end]
-            ds = (wide(w) * ds * q.size(2) ** -0.5).to(q.dtype)
+            ds = upcast(torch.bmm(g, v[:, first:end].transpose(1, 2))) - mean[:, start:end]
+            ds = (upcast(w) * ds * q.size(2) ** -0.5).to(q.dtype)
             dq.append(torch.bmm(ds, k[:, first:end]))
             dk = dk + F.pad(torch.bmm(ds.transpose(1, 2), q[:, start:end]), place)
             dv = dv + F.pad(torch.bmm(w.transpose(1, 2), g), place)

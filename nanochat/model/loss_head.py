@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.modality import IGNORED
-from nanochat.model.attention import wide
+from nanochat.model.cpu_attention import upcast
 
 # logits [n, V], softcap, divide -> see chunk_gradient()
 ChunkGradient = Callable[[torch.Tensor, float, bool], tuple[torch.Tensor, torch.Tensor]]
@@ -41,7 +41,7 @@ def chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> tuple[
     exp(capped - softcap). Unless it is to divide, the gradient is the true one times that sum: then each logit is read
     only once. What the target subtracts touches one entry a row: that is done later.
     """
-    squashed = 2 * torch.sigmoid(wide(logits) * (2 / softcap)) - 1  # tanh(logits / softcap), vectorised everywhere
+    squashed = 2 * torch.sigmoid(upcast(logits) * (2 / softcap)) - 1  # tanh(logits / softcap), vectorised everywhere
     exps = torch.exp(squashed * softcap - softcap)
     total = exps.sum(dim=-1, keepdim=True)
     gradient = exps * (1 - squashed * squashed)
@@ -78,7 +78,7 @@ def chunked_cross_entropy(
         rows = chunk_rows(x.device.type, len(weight), compiled=False)
         cast = weight.to(x.dtype)
         parts = [
-            F.cross_entropy(softcapped(wide(F.linear(xs, cast)), softcap), ys, reduction="none")
+            F.cross_entropy(softcapped(upcast(F.linear(xs, cast)), softcap), ys, reduction="none")
             for xs, ys in zip(x.split(rows), targets.split(rows), strict=True)
         ]
         losses = torch.cat(parts)
@@ -94,7 +94,7 @@ def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, s
     """Cross-entropy in nats of each target, [N], with a gradient where one is wanted."""
     if not torch.is_grad_enabled():
         return chunked_cross_entropy(x, weight, targets, "none", softcap)
-    return F.cross_entropy(softcapped(wide(F.linear(x, weight.to(x.dtype))), softcap), targets, reduction="none")
+    return F.cross_entropy(softcapped(upcast(F.linear(x, weight.to(x.dtype))), softcap), targets, reduction="none")
 
 
 def rounds(x: torch.Tensor) -> bool:
@@ -120,7 +120,7 @@ class _ChunkedSum(torch.autograd.Function):
             xs, ys = x[start : start + rows], targets[start : start + rows]
             logits = torch.mm(xs, cast.t(), out=memory[: len(xs)])
             valid, column = (ys != IGNORED)[:, None], ys.clamp(min=0)[:, None]
-            own = torch.tanh(wide(logits.gather(1, column)) / softcap)
+            own = torch.tanh(upcast(logits.gather(1, column)) / softcap)
             gradient, total = kernel(logits, softcap, divide)
             loss += torch.where(valid, total.log() + softcap - own * softcap, 0.0).sum()
             size = torch.ones_like(total) if divide else total  # of what the gradient is a multiple

@@ -24,7 +24,7 @@ def modality_of(name: str, config) -> str | None:
         return parts[-2]
     if name in ("transformer.wte.weight", "lm_head.weight"):
         return "text" if config.separate else None
-    routed = {"mlp": ("mlp",), "random": ("mlp",), "all": ("mlp", "attn")}.get(config.untie, ())
+    routed = {"mlp": ("mlp",), "all": ("mlp", "attn")}.get(config.untie, ())
     routed = routed if config.modalities else ()
     return "text" if parts[-3:-2] and parts[-3] in routed and not is_scalar(name) else None
 

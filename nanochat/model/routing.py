@@ -1,28 +1,31 @@
 """Tokens to the experts of their modalities: planned once a forward from the ids, used by all layers.
 
-Four ways with the same results. sort: tokens of a modality side by side, each expert on its own (the default).
-where: every expert on every token, static shapes. slice: all rows have the same layout, as captions of one length have;
-nothing moves. grouped: as sort, all experts in one kernel, torch's grouped_mm, without asking the device for counts.
+Three kinds of routes with the same results. sort: the tokens of a modality are gathered and go through its expert (the
+default). where: every expert on every token, static shapes. grouped: as sort, with all experts in one kernel, torch's
+grouped_mm, without asking the device for counts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.modality import IGNORED
-from nanochat.system.environment import UserError
 
-ROUTES = ("sort", "where", "slice", "grouped")
+ROUTES = ("sort", "where", "grouped")
 Expert = Callable[[torch.Tensor], torch.Tensor]  # [..., C] -> [..., C']
 # Rows of zeros behind the tokens of each expert in training: no expert is without rows, so that all have gradients,
-# and no size is 0 or 1, for which torch.compile would compile anew.
+# and no size is 0 or 1, for which torch.compile would recompile.
 PADDING = 2
 
 
 class Sorted(NamedTuple):
-    """perm int64 [N + padding]: tokens by modality. inverse undoes it. counts: tensors [n_e] whose lengths count."""
+    """perm int64 [N + padding] sorts tokens by modality, inverse undoes it.
+
+    counts: a tensor for each expert whose length is its number of rows, which the compiler can take as dynamic.
+    """
 
     perm: torch.Tensor
     inverse: torch.Tensor
@@ -34,45 +37,40 @@ class Masks(NamedTuple):
     modality: torch.Tensor  # [B, T]
 
 
-class Slices(NamedTuple):
-    segments: tuple[tuple[int, int, int], ...]  # (expert, start, end) along T
-
-
 class Grouped(NamedTuple):
     perm: torch.Tensor  # int64 [N]
     inverse: torch.Tensor
     ends: torch.Tensor  # int32 [E], on the device
 
 
-Plan = Sorted | Masks | Slices | Grouped
+Plan = Sorted | Masks | Grouped
 
 
 def plan_route(kind: str, modality: torch.Tensor, experts: int, compiled: bool = False, multiple: int = 1) -> Plan:
-    """How the tokens of modality [B, T] (0 .. experts - 1) get to their experts; `slice` may raise UserError.
+    """How the tokens of modality [B, T] (0 .. experts - 1) get to their experts.
 
     compiled: the plan is for a compiled block, which should not be compiled anew for other numbers of tokens.
-    multiple: of which the rows of each expert are one in training under `sort`, as FP8 wants it.
+    multiple: in training under `sort` the number of rows of each expert is padded to a multiple of it, for FP8.
     """
     assert kind in ROUTES, kind
-    training = torch.is_grad_enabled()
     if kind == "where":
         return Masks(modality)
-    if kind == "slice":
-        return Slices(_segments(modality, experts))
+
     flat = modality.flatten()
     if kind == "grouped":
         perm, inverse = sorted_by(flat)
-        of_each = (flat[:, None] == torch.arange(experts, device=flat.device)).sum(0)  # bincount would ask the device
-        return Grouped(perm, inverse, of_each.cumsum(0).to(torch.int32))
-    counts = torch.bincount(flat, minlength=experts).tolist()  # the one look at the device
+        counts = (flat[:, None] == torch.arange(experts, device=flat.device)).sum(0)  # bincount would ask the device
+        return Grouped(perm, inverse, counts.cumsum(0).to(torch.int32))
+
+    counts = torch.bincount(flat, minlength=experts).tolist()  # the only synchronisation with the device
     added = [0] * experts
-    if training:
+    if torch.is_grad_enabled():
         added = [PADDING] * experts if multiple == 1 else _padding_to(multiple, counts)
         numbers, repeats = torch.arange(experts, device=flat.device), torch.tensor(added, device=flat.device)
         flat = torch.cat([flat, numbers.repeat_interleave(repeats, output_size=sum(added)).to(flat.dtype)])
+
     perm, inverse = sorted_by(flat)
-    counts = [count + more for count, more in zip(counts, added, strict=True)]
-    rows = tuple(perm.new_empty(count) for count in counts)
+    rows = tuple(perm.new_empty(count + more) for count, more in zip(counts, added, strict=True))
     if compiled:
         for row in rows:
             torch._dynamo.mark_dynamic(row, 0)
@@ -97,33 +95,16 @@ def sorted_by(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def by_target(
     x: torch.Tensor, targets: torch.Tensor, head_of_id: torch.Tensor, heads: list[tuple[int, torch.Tensor]]
 ) -> tuple[list[tuple], torch.Tensor]:
-    """x [N, C], targets [N] -> for each head (its targets' features, its matrix, the targets within that).
+    """x [N, C], targets [N] -> for each head (its targets' features, its matrix, the targets' rows in that matrix).
 
-    heads: (first id, output matrix) of each modality. And what brings the parts, one behind the other, back in order.
+    heads: (first id, output matrix) of each modality. Second result: the permutation that brings the concatenated parts
+    back in order; ignored targets come behind all parts.
     """
     modality = head_of_id[targets.clamp(min=0)].long().masked_fill(targets == IGNORED, len(heads))
     perm, inverse = sorted_by(modality)
     sizes = torch.bincount(modality, minlength=len(heads) + 1).tolist()
     features, wanted = permute(x, perm, inverse).split(sizes), targets[perm].split(sizes)
     return [(features[i], matrix, wanted[i] - first) for i, (first, matrix) in enumerate(heads)], inverse
-
-
-def _segments(modality: torch.Tensor, experts: int) -> tuple[tuple[int, int, int], ...]:
-    rows = modality.tolist() or [[0] * modality.size(1)]
-    for number, row in enumerate(rows):
-        if row != rows[0]:
-            place = next(i for i, (a, b) in enumerate(zip(row, rows[0], strict=True)) if a != b)
-            raise UserError(
-                f"route=slice needs rows of one layout: row {number} differs from row 0 at position {place}; "
-                "use --route=sort (the loader of base_train takes rows of one layout only)"
-            )
-    segments, start = [], 0
-    for end in range(1, len(rows[0]) + 1):
-        if end == len(rows[0]) or rows[0][end] != rows[0][start]:
-            segments.append((rows[0][start], start, end))
-            start = end
-    absent = set(range(experts)) - {expert for expert, _, _ in segments}
-    return (*segments, *((expert, 0, 0) for expert in sorted(absent)))  # they run on nothing, for their zero gradient
 
 
 class _Permute(torch.autograd.Function):
@@ -151,9 +132,8 @@ def route(x: torch.Tensor, plan: Plan, experts: Sequence[Expert]) -> torch.Tenso
         for number, expert in enumerate(experts[1:], 1):
             out = torch.where((plan.modality == number)[..., None], expert(x), out)
         return out
-    if isinstance(plan, Slices):
-        return torch.cat([experts[number](x[:, start:end]) for number, start, end in plan.segments], dim=1)
     assert isinstance(plan, Sorted), plan  # Grouped has kernels instead of experts
+
     flat = x.flatten(0, 1)
     if plan.padding:
         flat = F.pad(flat, (0, 0, 0, plan.padding))
@@ -172,8 +152,32 @@ def grouped_linear(x: torch.Tensor, weights: Sequence[torch.Tensor], ends: torch
     return torch.cat([part @ weight for part, weight in zip(parts, stacked, strict=True)])
 
 
-def grouped(x: torch.Tensor, plan: Grouped, matrices: list, then=lambda y: y) -> list[torch.Tensor]:
-    """x [B, T, C] sorted by expert, times each of `matrices` (one weight an expert), `then`, and back in order."""
+def route_grouped(
+    x: torch.Tensor, plan: Grouped, matrices: Iterable[Sequence[torch.Tensor]], then: Expert = lambda y: y
+) -> list[torch.Tensor]:
+    """x [B, T, C] sorted by expert, times each of `matrices` (a weight for each expert), `then`, and back in order."""
     flat = permute(x.flatten(0, 1), plan.perm, plan.inverse)
     outs = [then(grouped_linear(flat, weights, plan.ends)) for weights in matrices]
     return [permute(out, plan.inverse, plan.perm).view(*x.shape[:-1], out.size(-1)) for out in outs]
+
+
+def route_linears(
+    x: torch.Tensor, plan: Plan | None, branches: Sequence[Sequence[nn.Linear]]
+) -> Sequence[torch.Tensor]:
+    """x [B, T, C] times several matrices, each token with those of its modality; a result [B, T, C'] for each matrix.
+
+    branches: for each expert its matrices, in one order. With one expert the plan does not matter.
+    """
+    if len(branches) == 1:
+        return [matrix(x) for matrix in branches[0]]
+    if isinstance(plan, Grouped):
+        weights = ([matrix.weight for matrix in same] for same in zip(*branches, strict=True))
+        return route_grouped(x, plan, weights)
+
+    def expert(matrices: Sequence[nn.Linear]) -> Expert:
+        if len(matrices) == 1:
+            return matrices[0]
+        return lambda part: torch.cat([matrix(part) for matrix in matrices], dim=-1)  # tokens move once for all of them
+
+    out = route(x, plan, [expert(matrices) for matrices in branches])
+    return out.split([matrix.out_features for matrix in branches[0]], dim=-1)

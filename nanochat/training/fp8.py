@@ -53,7 +53,7 @@ def swap(model: GPT) -> list[str]:
 def _has_experts(model: GPT, name: str) -> bool:
     """Whether a matrix belongs to the attention or MLP of a block in which modalities have their own."""
     part = model.get_submodule(".".join(name.split(".")[:4]))  # transformer.h.0.mlp
-    return getattr(part, "experts", None) is not None
+    return bool(getattr(part, "experts", ()))
 
 
 class Float8Linear(Linear):

@@ -7,31 +7,24 @@ The same parameters under the same names, so weights, gradients and optimizer ar
 import torch
 import torch.nn.functional as F
 
-from nanochat.gpt import GPT, CausalSelfAttention, GPTConfig, norm, rotate
-from nanochat.model.attention import wide
+from nanochat.gpt import GPT, CausalSelfAttention, GPTConfig
 from nanochat.runtime import run_script
 from nanochat.system.environment import import_compiler
 
 
 class PlainAttention(CausalSelfAttention):
-    def forward(self, x: torch.Tensor, cos, sin, ve=None, kv_cache=None, plan=None, mask=None) -> torch.Tensor:
-        """x [B, T, C] -> [B, T, C]; generation takes GPT's way."""
-        assert plan is None, "the plain path knows text only"
+    def attend(self, q, k, v, kv_cache, mask) -> torch.Tensor:
+        """As CausalSelfAttention.attend(); generation takes GPT's way."""
         if kv_cache is not None:
-            return super().forward(x, cos, sin, ve, kv_cache, None, mask)
-        B, T, C = x.shape
-        q, k, v = (matrix(x).view(B, T, -1, self.head_dim) for matrix in (self.c_q, self.c_k, self.c_v))
-        if ve is not None:
-            gate = self.gate_range * self.ve_gate(x[..., : self.ve_gate.in_features]).sigmoid()
-            v = v + gate[..., None] * ve.view(v.shape)
-        q, k = ((rotate(norm(wide(z)), cos, sin) * self.qk_scale).to(x.dtype) for z in (q, k))
+            return super().attend(q, k, v, kv_cache, mask)
         assert mask is None, "the plain path knows no documents"
+        T = q.size(1)
         if self.window is not None:
-            mask = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(-self.window)
+            mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril().triu(-self.window)
         y = F.scaled_dot_product_attention(
             *(z.transpose(1, 2) for z in (q, k, v)), mask, is_causal=mask is None, enable_gqa=q.size(2) != k.size(2)
         )
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return y.transpose(1, 2)
 
 
 class PlainGPT(GPT):

@@ -54,7 +54,9 @@ MODALITIES = ("text", "audio")
 
 def train(key: str, settings: dict) -> dict:
     """One run; returns its line for the results file."""
-    lines = base_train(f"experts-{key}", {**SHAPE, **settings})
+    drawn = settings["untie"] == "random"
+    run = {**SHAPE, **settings, "untie": "mlp" if drawn else settings["untie"]}
+    lines = base_train(f"experts-{key}", run, module="scripts.experiments.random_experts" if drawn else None)
     evaluations = [line for line in lines if line.get("event") == "eval"]
     curve = {m: [round(line[f"val_loss/{m}"], 5) for line in evaluations] for m in MODALITIES}
     return dict(

@@ -310,18 +310,12 @@ def test_settings_that_do_not_fit(train, changes, said):
         train("never", **SOUNDS | changes)
 
 
-@pytest.mark.parametrize("route", ["slice", "where", "grouped"])
-def test_every_route_trains(train, capsys, route):
-    """slice on the rows of one layout; the others on all, with the losses of sort. Red when slice gets all rows."""
-    train(route, **SOUNDS | dict(route=route))
-    said = capsys.readouterr().out
-    if route == "slice":
-        used, total = map(int, re.search(r"train: (\d+) of (\d+) rows have one layout", said).groups())
-        assert 0 < used < total
-        assert len({row for rows in rows_of("slice", 1).values() for _, row in rows}) <= used
-    else:
-        train("sorted", **SOUNDS | dict(overwrite=True))
-        assert losses(route) == pytest.approx(losses("sorted"), rel=1e-4)
+def test_all_routes_train_with_the_losses_of_sort(train):
+    """Red when base_train does not give the setting to the model, or a route mixes experts up."""
+    for route in ("sort", "where", "grouped"):
+        train(route, **SOUNDS | dict(route=route))
+    for route in ("where", "grouped"):
+        assert losses(route) == pytest.approx(losses("sort"), rel=1e-4)
 
 
 def test_a_tokenizer_without_reserved_ids_cannot_start_a_modality(train, base):

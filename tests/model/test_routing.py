@@ -6,18 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanochat import gpt
 from nanochat.engine import decode, generate
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.modality import Grammar, Modality
-from nanochat.model.routing import grouped_linear, plan_route, route
-from nanochat.system.environment import UserError
+from nanochat.model import routing
+from nanochat.model.routing import ROUTES, grouped_linear, plan_route, route
 from tests.test_gpt import MODERN, VARIANTS, build, random_ids
 
 TEXT = 50
 AUDIO = Modality("audio", codebooks=2, codes=8, start=43)  # ids 50..65, end 66
 IMAGE = Modality("image", codebooks=1, codes=512, start=44)  # ids 67..578, end 579: nothing in the code knows its name
 BOTH = dict(modalities=(AUDIO, IMAGE), untie="mlp", output_layers="separate")
-ROUTES = ("sort", "where", "slice", "grouped")
 # Sums of |weight| at the start, loss, and sum of |gradient| of the text-only model before there were modalities.
 PLAIN = (25520.287301063538, 5.689936637878418, 132.73730024695396)
 PLAIN_MODERN = (12935.947427377105, 5.905224800109863, 327.41223472636193)
@@ -58,13 +58,10 @@ def plain_features(model: GPT, ids: torch.Tensor) -> torch.Tensor:
         rows = [[experts[which[b][t]](x[b : b + 1, t : t + 1]) for t in range(x.size(1))] for b in range(x.size(0))]
         return torch.cat([torch.cat(row, dim=1) for row in rows])
 
-    import nanochat.gpt as gpt
-
-    original, gpt.route = gpt.route, slowly
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt, "route", slowly)
+        patch.setattr(routing, "route", slowly)
         return model.features(ids)
-    finally:
-        gpt.route = original
 
 
 @pytest.mark.parametrize("expert_dim", [None, 24])
@@ -85,7 +82,7 @@ def test_all_routes_are_one_token_at_a_time(kind, untie, expert_dim):
         return [features.detach(), *grads]
 
     expected = results(plain_features(model, ids))
-    routes = ROUTES if expert_dim is None else ("sort", "where", "slice")
+    routes = ROUTES if expert_dim is None else ("sort", "where")
     for name in routes:
         model.route = name
         for found, wanted in zip(results(model.features(ids)), expected, strict=True):
@@ -108,25 +105,6 @@ def test_empty_batch_and_experts_without_tokens_have_zero_gradients():
             with torch.set_grad_enabled(grad):
                 plan = plan_route(name, torch.zeros(0, 4, dtype=torch.uint8), 3)
                 assert model.transformer.h[0].mlp(torch.zeros(0, 4, 32), plan).shape == (0, 4, 32)
-
-
-def test_random_experts_have_nothing_to_do_with_the_modality():
-    """The control: as many parameters, the same routes. Red when it routes by the id's own modality."""
-    model, same = build(**{**BOTH, "untie": "random"}), build(**BOTH)
-    assert model.num_parameters() == same.num_parameters()
-    share = [
-        (model.expert_of_id[a:b] == number).float().mean() for number, (a, b) in enumerate(model.vocabulary.ranges)
-    ]
-    assert all(0.1 < part < 0.6 for part in share)
-    assert torch.equal(model.expert_of_id, GPT(model.config).expert_of_id)
-    assert not torch.allclose(model(mixture("prefix")), same(mixture("prefix")))
-
-
-def test_slice_refuses_rows_that_differ():
-    model, ids = build(**BOTH), mixture("prefix")
-    model.route, ids[1, 4] = "slice", AUDIO.start
-    with pytest.raises(UserError, match="row 1 differs from row 0 at position 4"):
-        model.features(ids)
 
 
 THEN = dict(softcap=15.0, vocab_multiple=1, window_pattern="L", bigram_rows=0, document_start=None)  # no fields yet
