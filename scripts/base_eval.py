@@ -120,7 +120,7 @@ def _parts(text: str) -> tuple[str, ...]:
 
 def said_data_settings(settings: Settings) -> dict:
     """Which data was read, and those settings of how that had an effect."""
-    return {name: getattr(settings, name) for name in ("data", *DATA_FLAGS) if settings.inert(name) is None}
+    return {name: getattr(settings, name) for name in ("data", *DATA_FLAGS) if settings.no_effect_reason(name) is None}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

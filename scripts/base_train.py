@@ -190,8 +190,8 @@ def loop(training: Training) -> dict:
     peak = peak_flops(compute) * compute.world_size
     micro_rows, accumulation = settings.batch_plan(compute.world_size)
     logger.info(
-        f"{steps} steps of {schedule.batch_words(settings)} tokens ({micro_rows} rows x {accumulation} micro-batches"
-        f"{' at most' * bool(settings.batch_start)} x {compute.world_size} ranks), {model.flops_per_token():,} FLOPs "
+        f"{steps} steps of {settings.total_batch_size:,} tokens ({micro_rows} rows x {accumulation} micro-batches"
+        f" x {compute.world_size} ranks), {model.flops_per_token():,} FLOPs "
         f"a token, peak {peak / 1e12:.3f} TFLOP/s"
     )
     log = rows_log = MetricsLog(None)
@@ -261,8 +261,6 @@ def loop(training: Training) -> dict:
 
             # -- one step: loss and gradients of the global batch, their sum over the ranks, the update
             start = time.perf_counter()
-            batch_tokens = schedule.batch_tokens(settings, run.step, steps)
-            loader.resize(batch_tokens // settings.max_seq_len)
             inputs, targets = loader.next()  # this rank's rows of the global batch, [rows / ranks, T]
             scored = model.count_targets(targets)  # of each modality, [E]
             if compute.world_size > 1:
@@ -319,10 +317,10 @@ def loop(training: Training) -> dict:
                         f"stopped: {MAX_BAD_STEPS} non-finite steps in a row; earlier checkpoints are as they were"
                     )
             if run.step > started + 1:  # the first step compiles
-                step_times.append((seconds, batch_tokens))
-            pace = median_rate(step_times[-50:] or [(seconds, batch_tokens)])
-            tok_per_sec = batch_tokens / seconds
-            left = schedule.tokens_before(settings, steps, steps) - schedule.tokens_before(settings, run.step, steps)
+                step_times.append((seconds, settings.total_batch_size))
+            pace = median_rate(step_times[-50:] or [(seconds, settings.total_batch_size)])
+            tok_per_sec = settings.total_batch_size / seconds
+            left = (steps - run.step) * settings.total_batch_size
             log.write(
                 run.step,
                 tokens=loader.cursor * settings.max_seq_len,

@@ -29,51 +29,6 @@ from nanochat.system.environment import UserError
 from nanochat.training import estimate
 from nanochat.training.estimate import Hardware, find_hardware, measure, measure_bytes, tying_saves, usable_devices
 
-# What a person decides; everything else is written with its value. A question whose setting has no effect under the
-# earlier answers is not asked, so the three tying questions follow one another and only a tied model gets them all.
-BASE = {
-    "run": ("model_tag", "device_type", "wandb_mode", "run"),
-    "data": ("data", "vocab_size"),
-    "model": (
-        *("depth", "head_dim", "model_dim", "n_kv_head", "max_seq_len"),
-        *("tie_weights", "use_output_projection", "tied_weights_lr"),
-    ),
-    "modalities": (
-        *("modalities", "codebooks", "codec", "untie", "expert_dim", "output_layers", "loss_modalities"),
-        *("text_data", "text_share"),
-    ),
-    "horizon": (
-        *("num_iterations", "target_flops", "target_param_data_ratio"),
-        *("total_batch_size", "batch_start", "device_batch_size"),
-    ),
-    "optimizer": ("matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay", "warmup_steps", "warmdown_ratio"),
-    "evaluation": ("eval_every", "core_metric_every", "sample_every"),
-    "checkpoints": ("save_every", "keep_last"),
-}
-ADAPTERS = {
-    "run": BASE["run"],
-    "host": ("host", "finetune_host", "unfreeze"),
-    "expert": ("expert", "musicgen", "expert_dim", "layer_map"),
-    "vocabulary": ("vocabulary", "output_layers", "train_output", "caption_dropout"),
-    "data": ("data",),
-    "modalities": ("modalities", "codebooks", "codec", "clip_seconds"),
-    "horizon": ("max_seq_len", "num_iterations", "total_batch_size", "batch_start", "device_batch_size"),
-    "optimizer": ("learning_rate", "weight_decay", "warmup_steps", "warmdown_ratio"),
-    "evaluation": ("eval_every", "eval_clips", "check_text"),
-    "checkpoints": BASE["checkpoints"],
-}
-ASKED = {Settings: BASE, AdapterSettings: ADAPTERS}
-WORDING = {
-    "tie_weights": "tie embedding weights?",
-    "use_output_projection": "add an output projection before the logits?",
-    "tied_weights_lr": "tied learning rate",
-    "modalities": "further modalities",
-    "untie": "untie for each modality",
-    "expert_dim": "width of the experts",
-    "loss_modalities": "modalities in the loss",
-    "text_data": "text-only documents from",
-    "finetune_host": "train the host's weights too?",
-}
 TYING = ("use_output_projection", "output_projection_residual", "tied_weights_lr", "embedding_lr", "unembedding_lr")
 PRESETS_ABOUT = {
     "cpu": "minutes on a laptop",
@@ -107,8 +62,13 @@ class Dialogue:
 
     @property
     def questions(self) -> list[tuple[str, str]]:
-        """(group, name of the setting) in the order in which they are asked."""
-        return [(group, name) for group in self.kind.groups for name in ASKED[self.kind][group]]
+        """(group, name of the setting) in the order in which they are asked.
+
+        A question whose setting has no effect under the earlier answers is not asked: only a tied model gets those on
+        tying.
+        """
+        fields = fields_of(self.kind)
+        return [(g, name) for g in self.kind.groups for name in names_of(g, self.kind) if fields[name].metadata["ask"]]
 
     def used_hardware(self) -> Hardware:
         """The machine as the run will use it: another device may have been chosen than the best one."""
@@ -140,7 +100,7 @@ def main(argv: list[str] | None = None) -> RunSettings | None:
         settings = validate(_settled(dialogue.settings))
         for name in _tying(kind):
             if (given := getattr(dialogue.settings, name)) != getattr(settings, name):
-                reason = dialogue.settings.inert(name)
+                reason = dialogue.settings.no_effect_reason(name)
                 say(f"note: {reason}: written as {_plain(getattr(settings, name))}, not {_plain(given)}")
         if args.defaults:
             _show(settings, dialogue.used_hardware())
@@ -233,7 +193,7 @@ def _tying(kind: type[RunSettings]) -> tuple[str, ...]:
 def _settled(settings: RunSettings) -> RunSettings:
     """Without effect means written with the default: the tying settings that the others switch off."""
     kind = type(settings)
-    off = {name: fields_of(kind)[name].default for name in _tying(kind) if settings.inert(name)}
+    off = {name: fields_of(kind)[name].default for name in _tying(kind) if settings.no_effect_reason(name)}
     return replace(settings, **off)
 
 
@@ -266,7 +226,7 @@ def _ask_everything(dialogue: Dialogue, existing: dict | None, chosen: dict, ask
             position = 0
             visited.append(-1)
             continue
-        while position < len(questions) and dialogue.settings.inert(questions[position][1]):
+        while position < len(questions) and dialogue.settings.no_effect_reason(questions[position][1]):
             position += 1
         if position < len(questions):
             group, name = questions[position]
@@ -282,13 +242,15 @@ def _ask_everything(dialogue: Dialogue, existing: dict | None, chosen: dict, ask
             if problem is not None:  # what an answer made illegal further back
                 say(f"  {problem}")
                 names = [name for _, name in questions]
-                if problem.name not in names or dialogue.settings.inert(problem.name):
+                if problem.name not in names or dialogue.settings.no_effect_reason(problem.name):
                     raise UserError(str(problem))
                 position = names.index(problem.name)
                 visited = [p for p in visited if p < position]
                 continue
             settings = _settled(dialogue.settings)
-            asked = {name for _, name in questions if not dialogue.settings.inert(name)}  # some in another group
+            asked = {
+                name for _, name in questions if not dialogue.settings.no_effect_reason(name)
+            }  # some in another group
             also = [n for g in groups for n in names_of(g, dialogue.kind) if n not in asked]
             say(f"\nalso in the file, with their values: {', '.join(also)}\n")
             hardware = dialogue.used_hardware()
@@ -328,10 +290,12 @@ def _ask(dialogue: Dialogue, name: str, position: int) -> bool:
     """Ask one setting until the answer is legal; False for going back."""
     default = getattr(dialogue.settings, name)
     later = {n for _, n in dialogue.questions[position + 1 :]}
+    wording = fields_of(dialogue.kind)[name].metadata["ask"]
+    question = name if wording is True else wording
     say()
     say(_why(dialogue.settings, name))
     while True:
-        answer = listen(f"{WORDING.get(name, name)} [{_plain(default)}]: ")
+        answer = listen(f"{question} [{_plain(default)}]: ")
         if answer == BACK:
             return False
         if answer == HELP:
@@ -395,7 +359,7 @@ def _check_here(name: str, value, kind: type[RunSettings]) -> None:
 
 def _help(name: str, kind: type[RunSettings]) -> str:
     declared, lines = fields_of(kind)[name], [facts(name, kind)]
-    limits = [("at_least", "at least"), ("above", "more than"), ("at_most", "at most")]
+    limits = [("ge", "at least"), ("gt", "more than"), ("le", "at most")]
     data = declared.metadata
     bounds = [f"{words} {data[key]:,}" for key, words in limits if data[key] is not None]
     lines.append(f"{type_name(name, kind)}{', ' if bounds else ''}{', '.join(bounds)}")

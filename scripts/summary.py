@@ -17,8 +17,8 @@ from pathlib import Path
 from nanochat.checkpoint_manager import checkpoints_dir, newest_step, step_dir
 from nanochat.config.command_line import typed
 from nanochat.config.config_file import from_command_line
-from nanochat.config.presets import PRESETS, hardware_preset
-from nanochat.config.settings import Settings, checked
+from nanochat.config.presets import hardware_preset
+from nanochat.config.settings import Settings, checked, preset
 from nanochat.runtime import pick_device_type, run_script
 from nanochat.system.environment import UserError, base_dir
 from nanochat.system.streams import require_output
@@ -117,7 +117,7 @@ def plan(settings: Settings, given: Iterable[str] = ()) -> str:
     gpus = gpus_for(settings)
     world = usable_devices(settings, gpus)
     if world < gpus:
-        print(f"{settings.least_rows} rows a step do not divide by {gpus} GPUs: using {world}", file=sys.stderr)
+        print(f"{settings.rows} rows a step do not divide by {gpus} GPUs: using {world}", file=sys.stderr)
     step = "-" if run.step is None else run.step
     names = set(given) - {"model_tag"}  # the folder that was found answers for it
     return f"{world} {action(run, settings, names)} {run.state} {step} {'yes' if run.evaluation else 'no'} {run.tag}"
@@ -127,13 +127,13 @@ def wizard_arguments(settings: Settings, names_data: bool, gpus: int) -> str:
     """The preset of this machine, and packages as its data where climbmix is wished by no one and out of reach."""
     name = hardware_preset(pick_device_type(settings.device_type), gpus)
     arguments = f"--preset {name}"
-    if names_data or PRESETS[name]["data"] != "climbmix":
+    if names_data or preset(name).data != "climbmix":
         return arguments
     from nanochat.data.hub import Unreachable, probe
     from nanochat.data.prepare import climbmix_is_here  # with pyarrow, which only GPU presets need here
 
     try:
-        if not climbmix_is_here(PRESETS[name].get("data_limit")):
+        if not climbmix_is_here(preset(name).data_limit):
             probe("climbmix")
     except Unreachable as error:
         print(f"{error}: this config trains on packages instead", file=sys.stderr)

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from nanochat.checkpoint_manager import checkpoints_dir, seal, step_dir
 from nanochat.config.config_file import as_dict, read_config
-from nanochat.config.presets import PRESETS
-from nanochat.config.settings import Settings, preset
+from nanochat.config.preset_files import render_preset
+from nanochat.config.presets import PRESETS, REASONS
+from nanochat.config.settings import FIELDS, Settings, preset
 from nanochat.system.environment import UserError, base_dir
 from scripts import summary
 
@@ -260,9 +261,18 @@ def test_speedrun_does_not_take_an_old_stop_for_the_end_of_a_start_that_failed(c
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_recipe_is_its_preset(name):
-    """Changing a preset without `scripts.configure --defaults --preset NAME --output runs/NAME.py` turns this red."""
+    """Changing a preset without `python -m nanochat.config.preset_files` turns this red."""
     path = ROOT / "runs" / f"{name}.py"
+    assert path.read_text() == render_preset(name)
     assert Settings(**read_config(path)) == preset(name)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_hold_only_what_differs_from_the_defaults(name):
+    """Each line with its reason. Red when a preset repeats a default."""
+    given = PRESETS[name]
+    assert not [key for key, value in given.items() if value == FIELDS[key].default]
+    assert all(reason.strip() for _, reason in REASONS[name].values())
 
 
 def test_shell_scripts_parse():

@@ -11,7 +11,6 @@ import torch
 from nanochat.config.adapter_settings import AdapterSettings
 from nanochat.system.environment import UserError
 from nanochat.training.estimate import Hardware, checkpoints_of, gigabytes, millions
-from nanochat.training.schedule import batch_words, tokens_before
 
 # of each trained parameter, all float32; the last are AdamW's two moments
 TRAINED_BYTES = {"trained weights": 4, "their gradients": 4, "their optimizer state": 8}
@@ -22,8 +21,8 @@ def report(settings: AdapterSettings, hardware: Hardware) -> list[str]:
     from nanochat.adapters.counts import parameter_counts  # hosts and experts, which base training does without
 
     steps = settings.num_iterations
-    tokens = tokens_before(settings, steps, steps)
-    horizon = f"steps and tokens  {steps:,} steps of {batch_words(settings)} = {tokens:,} tokens"
+    tokens = steps * settings.total_batch_size
+    horizon = f"steps and tokens  {steps:,} steps of {settings.total_batch_size:,} = {tokens:,} tokens"
     try:
         count = parameter_counts(settings)
     except UserError as error:

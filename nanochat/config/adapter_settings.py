@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from nanochat.config.declaration import ON, IllegalCombination, again, setting
+from nanochat.config.declaration import ON, IllegalCombination, redeclare, setting
 from nanochat.config.settings import RunSettings
 from nanochat.runtime import shown
 
@@ -22,7 +22,7 @@ class AdapterSettings(RunSettings):
     checkpoints: ClassVar[str] = "adapter_checkpoints"
     groups: ClassVar[tuple[str, ...]] = (
         *("run", "host", "expert", "vocabulary", "data", "modalities"),
-        *("horizon", "optimizer", "evaluation", "checkpoints"),
+        *("horizon", "batch", "optimizer", "evaluation", "checkpoints"),
     )
     text_data: ClassVar[None] = None  # what preparing sounds asks of base training's settings: no text is mixed in
 
@@ -31,15 +31,21 @@ class AdapterSettings(RunSettings):
         "the language model: hub name or folder of a decoder with gated MLPs, meta:<folder> for Meta's own files, "
         "nanochat:<model_tag> for one of ours",
         "host",
+        ask=True,
+        resumable=True,
     )
     finetune_host: bool = setting(
-        False, "train the host's weights too: a baseline, which costs the host its text", "host"
+        False,
+        "train the host's weights too: a baseline, which costs the host its text",
+        "host",
+        ask="train the host's weights too?",
     )
     unfreeze: str | None = setting(
         None,
         "also train the host's parameters whose names hold this text, as in output (an older recipe's rule)",
         "host",
         when=("finetune_host", False),
+        ask=True,
     )
 
     expert: str = setting(
@@ -47,24 +53,29 @@ class AdapterSettings(RunSettings):
         "between the adapters: MusicGen's layers as they are, MusicGen's trained on, drawn ones that stay, or nothing",
         "expert",
         choices=("frozen", "trained", "random", "none"),
+        ask=True,
     )
     musicgen: str | None = setting(
         "facebook/musicgen-small",
         "MusicGen (weights: CC-BY-NC 4.0): hub name, small, medium, large, or a folder; None needs expert_dim",
         "expert",
+        ask=True,
+        resumable=True,
     )
     expert_dim: int | None = setting(
         None,
         "width of an expert that is drawn, or of the adapters alone; None takes MusicGen's, which expert=frozen has",
         "expert",
-        at_least=1,
-        at_most=1_000_000,
+        ge=1,
+        le=1_000_000,
+        ask="width of the experts",
     )
     layer_map: str = setting(
         "even",
         "MusicGen's layer for each of the host's: even, first, last, or a list as in 0,2,3",
         "expert",
         when=("expert", ("frozen", "trained")),
+        ask=True,
     )
 
     vocabulary: str = setting(
@@ -73,12 +84,14 @@ class AdapterSettings(RunSettings):
         "without markers",
         "vocabulary",
         choices=("rows", "expanded"),
+        ask=True,
     )
     output_layers: str = setting(
         "separate",
         "softmax and loss over the audio ids alone; or one shared over the whole vocabulary",
         "vocabulary",
         choices=("separate", "shared"),
+        ask=True,
     )
     train_output: str = setting(
         "rows",
@@ -86,69 +99,73 @@ class AdapterSettings(RunSettings):
         "it, all rows zero",
         "vocabulary",
         choices=("rows", "whole", "none"),
+        ask=True,
     )
     caption_dropout: float = setting(
         0.1,
         "share of the captions left out in training, for classifier-free guidance",
         "vocabulary",
-        at_least=0,
-        at_most=0.9,
+        ge=0,
+        le=0.9,
+        ask=True,
     )
 
-    learning_rate: float = setting(5e-4, "AdamW rate of adapters and audio rows", "optimizer", above=0)
-    weight_decay: float = setting(0.0, "decoupled weight decay of what is trained", "optimizer", at_least=0)
+    learning_rate: float = setting(5e-4, "AdamW rate of adapters and audio rows", "optimizer", gt=0, ask=True)
+    weight_decay: float = setting(0.0, "decoupled weight decay of what is trained", "optimizer", ge=0, ask=True)
 
     eval_clips: int | None = setting(
-        200, "held-out sounds of each measurement; None takes all", "evaluation", at_least=1
+        200, "held-out sounds of each measurement; None takes all", "evaluation", ge=1, ask=True, resumable=True
     )
     stall_evals: int = setting(
         5,
         "say so when the held-out loss has not improved for so many measurements",
         "evaluation",
-        at_least=1,
+        ge=1,
         when=("eval_every", ON),
+        resumable=True,
     )
     check_text: str | None = setting(
         "stdlib",
         "source of text whose loss under the host is measured before and after; None leaves it out",
         "evaluation",
+        ask=True,
     )
-    check_tokens: int = setting(20_000, "tokens of that text", "evaluation", at_least=2, when=("check_text", ON))
+    check_tokens: int = setting(20_000, "tokens of that text", "evaluation", ge=2, when=("check_text", ON))
 
     # what all stages have, where it is another here
-    dtype: str | None = again(
+    dtype: str | None = redeclare(
         RunSettings,
         "dtype",
         help="dtype of the frozen weights and of activations; what is trained stays float32; "
         "None takes bfloat16 where the hardware profits from it",
     )
-    model_tag: str | None = again(
+    model_tag: str | None = redeclare(
         RunSettings, "model_tag", help="name of the checkpoint folder; None says host, expert and variant"
     )
-    data: str = again(
+    data: str = redeclare(
         RunSettings, "data", "synth", help="synth (captioned melodies), hf:<dataset>, or the path of a folder of sounds"
     )
-    data_limit: int | None = again(
+    data_limit: int | None = redeclare(
         RunSettings, "data_limit", help="use at most so many sounds; None uses the source's default"
     )
-    modalities: str = again(RunSettings, "modalities", "audio:2048", help="audio and the codes in a codebook of it")
-    codebooks: int = again(RunSettings, "codebooks", when=None)
-    codec: str = again(RunSettings, "codec", when=None)
-    clip_seconds: float | None = again(RunSettings, "clip_seconds", when=None)
-    max_seq_len: int = again(RunSettings, "max_seq_len", group="horizon", help="tokens of a row, caption and codes")
-    num_iterations: int = again(RunSettings, "num_iterations", 1000, help="optimizer steps")
-    device_batch_size: int = again(RunSettings, "device_batch_size", 8)
-    adam_betas: tuple[float, float] = again(RunSettings, "adam_betas", (0.9, 0.99))
-    warmup_steps: int = again(RunSettings, "warmup_steps", 50)
-    warmdown_ratio: float = again(RunSettings, "warmdown_ratio", 0.3)
-    eval_every: int | None = again(
+    modalities: str = redeclare(RunSettings, "modalities", "audio:2048", help="audio and the codes in a codebook of it")
+    codebooks: int = redeclare(RunSettings, "codebooks", when=None)
+    codec: str = redeclare(RunSettings, "codec", when=None)
+    clip_seconds: float | None = redeclare(RunSettings, "clip_seconds", when=None, ask=True)
+    max_seq_len: int = redeclare(RunSettings, "max_seq_len", help="tokens of a row, caption and codes")
+    num_iterations: int = redeclare(RunSettings, "num_iterations", 1000, help="optimizer steps")
+    device_batch_size: int = redeclare(RunSettings, "device_batch_size", 8)
+    adam_betas: tuple[float, float] = redeclare(RunSettings, "adam_betas", (0.9, 0.99))
+    warmup_steps: int = redeclare(RunSettings, "warmup_steps", 50)
+    warmdown_ratio: float = redeclare(RunSettings, "warmdown_ratio", 0.3)
+    eval_every: int | None = redeclare(
         RunSettings,
         "eval_every",
         100,
         help="steps between measurements of the held-out audio loss; None only at the end",
     )
-    save_every: int | None = again(RunSettings, "save_every", 200)
-    keep_last: int | None = again(RunSettings, "keep_last", 2)
+    save_every: int | None = redeclare(RunSettings, "save_every", 200)
+    keep_last: int | None = redeclare(RunSettings, "keep_last", 2)
 
     @classmethod
     def presets(cls) -> dict[str, dict]:
@@ -170,13 +187,13 @@ class AdapterSettings(RunSettings):
         parts += ["finetuned"] if self.finetune_host else [_last_name(self.unfreeze)] if self.unfreeze else []
         return "-".join(parts)
 
-    def inert(self, name: str) -> str | None:
+    def no_effect_reason(self, name: str) -> str | None:
         drawn = self.expert in ("random", "none") and self.expert_dim is not None
         if name == "musicgen" and drawn:
             return f"musicgen has no effect while expert={self.expert!r} and expert_dim={self.expert_dim}"
         if name == "layer_map" and self.expert == "trained" and self.musicgen is None:
             return "layer_map has no effect while musicgen=None"
-        return super().inert(name)
+        return super().no_effect_reason(name)
 
     def check(self, world_size: int = 1) -> None:
         if not self.host.rpartition(":")[2].strip():

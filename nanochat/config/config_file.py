@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nanochat.config.adapter_settings import AdapterSettings
 from nanochat.config.declaration import ON, Like, fields_of, types_of
+from nanochat.config.removed import REMOVED, drop_removed
 from nanochat.config.settings import RunSettings, Settings, checked, type_name, validate
 from nanochat.runtime import nearest_name, shown
 from nanochat.system.environment import UserError, world_size_from_env
@@ -63,7 +64,7 @@ def _read_with_lines(path: Path, kind: type[RunSettings]) -> dict[str, tuple[obj
             form = type(statement.value if isinstance(statement, ast.Expr) else statement).__name__.lower()
             raise UserError(f"{where}: only lines of the form name = value are allowed, this is a Python {form}")
         name = statement.targets[0].id
-        if name not in fields_of(kind):
+        if name not in {*fields_of(kind), *REMOVED}:
             raise UserError(f"{where}: unknown setting {name!r}{meant(name, kind)}")
         if name in found:
             raise UserError(f"{where}: {name} is assigned a second time (first in line {found[name][1]})")
@@ -74,6 +75,8 @@ def _read_with_lines(path: Path, kind: type[RunSettings]) -> dict[str, tuple[obj
             raise UserError(
                 f"{where}: {name} = {shown(code)[1:-1]} is not a plain literal: config files are read, never executed"
             ) from None
+        if drop_removed(name, value, where):
+            continue
         try:
             found[name] = checked(name, value, kind), statement.lineno
         except UserError as error:
@@ -181,7 +184,7 @@ def from_command_line(
             continue
         given, equals, text = word.partition("=")
         name = given.lstrip("-").replace("-", "_")
-        if not given.startswith("--") or name not in {*fields_of(kind), *switches}:
+        if not given.startswith("--") or name not in {*fields_of(kind), *switches, *REMOVED}:
             raise UserError(f"unknown flag {shown(given)}{meant(name, kind, *switches)}")
         if name in flags:
             raise UserError(f"--{name} is given twice")
@@ -194,6 +197,9 @@ def from_command_line(
             if not words or words[0].startswith("--"):
                 raise UserError(f"--{name} needs a value: --{name}={type_name(name, kind)}")
             text = words.pop(0)
+        if name in REMOVED:
+            drop_removed(name, None if text.strip().lower() == "none" else text, "command line")
+            continue
         flags[name] = parse_value(name, text, kind)
     if len(paths) > 1:
         raise UserError(f"one config file is expected, not {len(paths)}: {', '.join(paths)}; flags are --name=value")
@@ -215,7 +221,7 @@ def differences(settings: RunSettings, origins: dict[str, str]) -> list[str]:
     """
     lines = []
     for name, declared in fields_of(type(settings)).items():
-        value, reason = getattr(settings, name), settings.inert(name)
+        value, reason = getattr(settings, name), settings.no_effect_reason(name)
         if name == "rank_timeout" and world_size_from_env() == 1:
             reason = "rank_timeout has no effect on a single rank"
         if value == declared.default and not (reason and origins.get(name) == "command line"):
@@ -230,7 +236,7 @@ def find_no_effect(line: CommandLine, groups: tuple[str, ...] = ("data", "modali
     fields, notes = fields_of(type(line.settings)), []
     for name, origin in line.origins.items():
         given = origin == "command line" or getattr(line.settings, name) != fields[name].default
-        if given and fields[name].metadata["group"] in groups and (reason := line.settings.inert(name)):
+        if given and fields[name].metadata["group"] in groups and (reason := line.settings.no_effect_reason(name)):
             notes.append(f"note: {reason} ({literal(getattr(line.settings, name))} from {origin})")
     return notes
 
@@ -258,7 +264,7 @@ def render_config(settings: RunSettings) -> str:
     for group in kind.groups:
         lines += ["", "", f"# {'-' * 20} {group} {'-' * (96 - len(group))}"]
         for name in names_of(group, kind):
-            note = settings.inert(name)
+            note = settings.no_effect_reason(name)
             text = f"{facts(name, kind)}{f' [{note}]' if note else ''}"
             lines += ["", *textwrap.wrap(text, 118, initial_indent="# ", subsequent_indent="# ")]
             lines.append(f"{name} = {literal(getattr(settings, name))}")

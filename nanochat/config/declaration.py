@@ -22,20 +22,31 @@ class IllegalCombination(UserError):
         self.name, self.nearest = name, nearest
 
 
-def setting(default, help: str, group: str, *, choices=None, at_least=None, above=None, at_most=None, when=None):
-    """One field: default, help (what it is and why, with the unit), group, and the range or choices that are legal.
+def setting(
+    default, help: str, group: str, *, ge=None, gt=None, le=None, choices=None, when=None, ask=False, resumable=False
+):
+    """One setting: default, help (what it is and why, with the unit), group, and everything else that depends on it.
 
-    when: (name of another setting, its value, a tuple of values, Like or ON): the setting has an effect only then.
+    ge, gt, le         the legal range of a number: at least, more than, at most
+    choices            the legal values of a text
+    when               (name of another setting, its value, a tuple of values, Like or ON): it has an effect only then
+    ask                whether the wizard asks for it; a text is the question, else it is the name
+    resumable          whether --resume may change it: what it changes is not the model's path through training
     """
-    facts = dict(help=help, group=group, choices=choices, at_least=at_least, above=above, at_most=at_most, when=when)
-    return dataclasses.field(default=default, metadata=facts)
+    metadata = dict(help=help, group=group, ge=ge, gt=gt, le=le, choices=choices, when=when, ask=ask)
+    return dataclasses.field(default=default, metadata={**metadata, "resumable": resumable})
 
 
-def again(kind: type, name: str, default=dataclasses.MISSING, **facts):
-    """A field of another class once more: with this default and these facts, else as it is declared there."""
+def redeclare(kind: type, name: str, default=dataclasses.MISSING, **metadata):
+    """A field of another class with another default or other metadata; the rest is as declared there."""
     declared = fields_of(kind)[name]
     kept = declared.default if default is dataclasses.MISSING else default
-    return dataclasses.field(default=kept, metadata={**declared.metadata, **facts})
+    return dataclasses.field(default=kept, metadata={**declared.metadata, **metadata})
+
+
+def resumable_names(kind: type) -> set[str]:
+    """The settings that a resumed run may change."""
+    return {name for name, field in fields_of(kind).items() if field.metadata["resumable"]}
 
 
 @functools.cache
@@ -57,7 +68,7 @@ def _checked_number(name, value, kind, facts, without=""):
         raise UserError(f"{name}={shown(value)} is not a finite number{without}")
     if kind is int and value != int(value):
         raise UserError(f"{name}={shown(value)} is not a whole number")
-    low, above, high = facts["at_least"], facts["above"], facts["at_most"]
+    low, above, high = facts["ge"], facts["gt"], facts["le"]
     if low is not None and value < low:
         raise UserError(f"{name}={shown(value)} is too small: at least {low}{without}")
     if above is not None and value <= above:

@@ -1,102 +1,94 @@
-"""Presets: what differs from the defaults; chosen by measurement where dev/LOG.md says so."""
+"""Presets: what differs from the defaults, each with its reason.
 
-# Together they won on a CPU (dev/LOG.md); they are also nanochat's own recipe since March 2026.
-MODERN = dict(
-    value_embeddings=True,
-    smear=True,
-    residual_scalars=True,
-    backout=True,
-    qk_scale=1.2,
-    rope_base=100_000.0,
-    window_pattern="SSSL",
-)
+runs/*.py are rendered from here: `python -m nanochat.config.preset_files`.
+"""
 
+_MODERN = "newer nanochat features, -0.189 bpb together on a CPU (dev/LOG.md)"
 
-PRESETS: dict[str, dict] = {
-    "cpu": dict(
-        data="stdlib",
-        vocab_size=4096,
-        depth=4,
-        model_dim=192,
-        head_dim=64,
-        max_seq_len=512,
-        tie_weights=True,
-        **MODERN,
-        short_window=64,
-        num_iterations=600,
-        total_batch_size=4096,
-        device_batch_size=8,
-        eval_every=200,
-        eval_tokens=None,
-        sample_every=None,
-        save_every=300,
-        target_param_data_ratio=None,
-    ),
-    "audio": dict(
-        data="synth",
-        data_limit=3000,
-        modalities="audio:256",
-        codebooks=2,
-        codec="pitch",
-        vocab_size=320,
-        depth=4,
-        model_dim=128,
-        head_dim=32,
-        max_seq_len=240,
-        tie_weights=True,
-        value_embeddings=True,
-        smear=True,
-        residual_scalars=True,
-        backout=True,
-        qk_scale=1.2,
-        num_iterations=200,
-        total_batch_size=3840,
-        device_batch_size=16,
-        eval_every=100,
-        eval_tokens=None,
-        sample_every=None,
-        target_param_data_ratio=None,
-        compile=False,  # so short a run is over before compiling has paid
-    ),
-    "gpu1": dict(
-        data="climbmix",
-        data_limit=24,
-        vocab_size=32768,
-        depth=12,
-        head_dim=128,
-        max_seq_len=2048,
-        tie_weights=True,
-        **MODERN,
-        target_param_data_ratio=12.0,
-        total_batch_size=524_288,
-        device_batch_size=16,
-        weight_decay=0.1,
-        eval_tokens=10_485_760,
-        core_metric_every=2000,
-        save_every=1000,
-        keep_last=2,
-    ),
-    "8xh100": dict(
-        data="climbmix",
-        data_limit=240,
-        vocab_size=65536,
-        depth=20,
-        head_dim=128,
-        max_seq_len=2048,
-        tie_weights=True,
-        **MODERN,
-        target_param_data_ratio=12.0,
-        total_batch_size=524_288,
-        device_batch_size=16,
-        weight_decay=0.1,
-        eval_tokens=10_485_760,
-        core_metric_every=2000,
-        save_every=1000,
-        keep_last=2,
-    ),
+# nanochat's own recipe since March 2026.
+FEATURES: dict[str, tuple] = {
+    "value_embeddings": (True, _MODERN),
+    "smear": (True, _MODERN),
+    "residual_scalars": (True, _MODERN),
+    "backout": (True, _MODERN),
+    "qk_scale": (1.2, _MODERN),
+}
+WINDOWS: dict[str, tuple] = {
+    "rope_base": (100_000.0, "nanochat's base with windows"),
+    "window_pattern": ("SSSL", "three layers of four see a short window: less compute, easier to learn"),
+}
+MODERN = {name: value for name, (value, _) in (FEATURES | WINDOWS).items()}
+TIED = (True, "a third fewer parameters (dev/LOG.md)")
+
+GPU: dict[str, tuple] = {
+    "data": ("climbmix", "nanochat's pretraining text"),
+    "head_dim": (128, "the size that FlashAttention kernels are fastest at"),
+    "max_seq_len": (2048, "nanochat's context"),
+    "tie_weights": TIED,
+    **FEATURES,
+    **WINDOWS,
+    "target_param_data_ratio": (12.0, "tokens per parameter, below Chinchilla's 20: nanochat's compute-optimal ratio"),
+    "total_batch_size": (524_288, "nanochat's batch"),
+    "weight_decay": (0.1, "nanochat's, for runs of this length"),
+    "eval_tokens": (10_485_760, "a validation figure with little noise"),
+    "core_metric_every": (2000, "CORE a few times in a run"),
+    "save_every": (1000, "what a crash may cost"),
+    "keep_last": (2, "bounds the disk space"),
 }
 
+REASONS: dict[str, dict[str, tuple]] = {
+    "cpu": {
+        "model_dim": (192, "best of the widths that train in minutes on two cores (dev/LOG.md)"),
+        "tie_weights": TIED,
+        **FEATURES,
+        **WINDOWS,
+        "short_window": (64, "short windows are easier to learn in so few steps"),
+        "num_iterations": (600, "3.5 minutes on two cores"),
+        "target_param_data_ratio": (None, "num_iterations decides"),
+        "total_batch_size": (4096, "more steps for the same tokens"),
+        "device_batch_size": (8, "the whole batch at once: 8 rows of 512 tokens"),
+        "eval_every": (200, "three measurements"),
+        "eval_tokens": (None, "the held-out part is small: all of it"),
+        "sample_every": (None, "one sample, at the end"),
+        "save_every": (300, "once before the end"),
+    },
+    "audio": {
+        "data": ("synth", "captioned melodies, made on the spot"),
+        "data_limit": (3000, "melodies, made in half a minute"),
+        "modalities": ("audio:256", "small codebooks suit so little data"),
+        "codebooks": (2, "the pitch, and the rest of a frame"),
+        "codec": ("pitch", "melodies are pitch above all"),
+        "vocab_size": (320, "captions use few words"),
+        "model_dim": (128, "minutes on two cores"),
+        "head_dim": (32, "four heads at this width"),
+        "max_seq_len": (240, "a caption and a melody of 4 seconds"),
+        "tie_weights": TIED,
+        **FEATURES,
+        "num_iterations": (200, "a minute or two on two cores"),
+        "target_param_data_ratio": (None, "num_iterations decides"),
+        "total_batch_size": (3840, "16 rows of 240 tokens"),
+        "eval_every": (100, "two measurements"),
+        "eval_tokens": (None, "the held-out part is small: all of it"),
+        "sample_every": (None, "sounds are sampled by scripts.audio_generate"),
+        "compile": (False, "so short a run is over before compiling has paid"),
+    },
+    "gpu1": {
+        "data_limit": (24, "shards of the text: enough for one epoch"),
+        "vocab_size": (32768, "nanochat's vocabulary for small models"),
+        "depth": (12, "GPT-2's size, hours on one GPU"),
+        **GPU,
+    },
+    "8xh100": {
+        "data_limit": (240, "shards of the text: enough for one epoch"),
+        "vocab_size": (65536, "nanochat's vocabulary"),
+        "depth": (20, "nanochat's speedrun"),
+        **GPU,
+    },
+}
 
+PRESETS: dict[str, dict] = {
+    name: {key: value for key, (value, _) in reasons.items()} for name, reasons in REASONS.items()
+}
 PRESET_WORLD = {"cpu": 1, "audio": 1, "gpu1": 1, "8xh100": 8}
 
 

@@ -24,6 +24,7 @@ from nanochat.config.declaration import (
     types_of,
 )
 from nanochat.config.presets import PRESETS
+from nanochat.config.removed import check_removed_value, drop_removed
 from nanochat.modality import RESERVED, modalities_of
 from nanochat.runtime import nearest_name, shown
 from nanochat.system import logs
@@ -56,43 +57,59 @@ class RunSettings:
     checkpoints: ClassVar[str]
     groups: ClassVar[tuple[str, ...]]
 
-    run: str = setting("dummy", "name of the run for trackers", "run", when=("wandb_mode", ON))
-    device_type: str | None = setting(
-        None, "where to compute; None takes the best of this machine", "run", choices=("cpu", "cuda", "mps")
-    )
-    dtype: str | None = setting(
-        None,
-        "dtype of activations; None takes bfloat16 where the hardware profits from it",
-        "run",
-        choices=("float32", "bfloat16"),
-    )
-    seed: int = setting(42, "seed of initialisation, data order and samples", "run", at_least=0, at_most=2**63 - 1)
-    deterministic: bool = setting(
-        False,
-        "bit-equal runs on a GPU too, at the price of speed (a CPU's always are)",
-        "run",
-        when=("device_type", (None, "cuda", "mps")),
-    )
-    rank_timeout: int = setting(
-        600, "seconds that a rank waits for the others in a step before the run ends", "run", at_least=1
-    )
     model_tag: str | None = setting(
-        None, "name of the checkpoint folder; None says depth and variant, as in d4-tied", "run"
+        None, "name of the checkpoint folder; None says depth and variant, as in d4-tied", "run", ask=True
+    )
+    device_type: str | None = setting(
+        None,
+        "where to compute; None takes the best of this machine",
+        "run",
+        choices=("cpu", "cuda", "mps"),
+        ask=True,
+        resumable=True,
     )
     wandb_mode: str = setting(
         "disabled",
         "Weights & Biases tracking; metrics.jsonl is always written",
         "run",
         choices=("disabled", "offline", "online"),
+        ask=True,
+        resumable=True,
+    )
+    run: str = setting(
+        "dummy", "name of the run for trackers", "run", when=("wandb_mode", ON), ask=True, resumable=True
+    )
+    dtype: str | None = setting(
+        None,
+        "dtype of activations; None takes bfloat16 where the hardware profits from it",
+        "run",
+        choices=("float32", "bfloat16"),
+        resumable=True,
+    )
+    seed: int = setting(42, "seed of initialisation, data order and samples", "run", ge=0, le=2**63 - 1)
+    deterministic: bool = setting(
+        False,
+        "bit-equal runs on a GPU too, at the price of speed (a CPU's always are)",
+        "run",
+        when=("device_type", (None, "cuda", "mps")),
+        resumable=True,
+    )
+    rank_timeout: int = setting(
+        600, "seconds that a rank waits for the others in a step before the run ends", "run", ge=1, resumable=True
     )
     log_level: str = setting(
-        "info", "least severe messages on the terminal; run.log holds them from info on", "run", choices=logs.LEVELS
+        "info",
+        "least severe messages on the terminal; run.log holds them from info on",
+        "run",
+        choices=logs.LEVELS,
+        resumable=True,
     )
 
     data: str = setting(
         "stdlib",
         "stdlib, packages, climbmix, synth (captioned melodies), hf:<dataset>, or the path of a file or folder",
         "data",
+        ask=True,
     )
     data_column: str = setting(
         "text", "column that holds the text in jsonl, parquet and hub datasets", "data", when=("data", COLUMNS)
@@ -103,100 +120,93 @@ class RunSettings:
         None,
         "use at most so many climbmix shards or hub documents; None uses the source's default",
         "data",
-        at_least=1,
+        ge=1,
         when=("data", LIMITED),
     )
     skip_corrupt: bool = setting(
-        False, "leave out unreadable shards and files, naming them, instead of stopping", "data"
+        False, "leave out unreadable shards and files, naming them, instead of stopping", "data", resumable=True
     )
 
-    max_seq_len: int = setting(512, "context length in tokens", "model", at_least=2, at_most=2**24)
-
     modalities: str | None = setting(
-        None, "modalities beside text and the codes in a codebook of each, as in audio:2048", "modalities"
+        None,
+        "modalities beside text and the codes in a codebook of each, as in audio:2048",
+        "modalities",
+        ask="further modalities",
     )
     codebooks: int = setting(
         1,
         "codebooks of audio; each is one more position a frame",
         "modalities",
-        at_least=1,
-        at_most=32,
+        ge=1,
+        le=32,
         when=("modalities", AUDIO),
+        ask=True,
     )
     codec: str = setting(
         "frame",
         "sound to codes: frame, pitch, mdct (fitted on the data); encodec:<hub name or folder>; a fitted one's name",
         "modalities",
         when=("modalities", AUDIO),
+        ask=True,
     )
     clip_seconds: float | None = setting(
-        None,
-        "sounds are cut to so many seconds; None keeps them whole",
-        "modalities",
-        above=0,
-        when=("modalities", AUDIO),
+        None, "sounds are cut to so many seconds; None keeps them whole", "modalities", gt=0, when=("modalities", AUDIO)
     )
     data_audio_column: str = setting(
         "audio", "column that holds the sound in hub datasets", "modalities", when=("data", HUB)
     )
 
     num_iterations: int | None = setting(
-        None, "optimizer steps; takes precedence over the other two horizons", "horizon", at_least=1
+        None, "optimizer steps; takes precedence over the other two horizons", "horizon", ge=1, ask=True, resumable=True
+    )
+    max_seq_len: int = setting(512, "context length in tokens", "batch", ge=2, le=2**24, ask=True)
+    total_batch_size: int = setting(
+        8192, "tokens per optimizer step over all devices", "batch", ge=2, le=2**40, ask=True
     )
     device_batch_size: int = setting(
-        16, "rows a device works on at a time; lower it when memory runs out", "horizon", at_least=1
-    )
-    total_batch_size: int = setting(
-        8192,
-        "tokens per optimizer step over all devices; with batch_start in the end",
-        "horizon",
-        at_least=2,
-        at_most=2**40,
-    )
-    batch_start: int | None = setting(
-        None,
-        "tokens per step at first, doubled to total_batch_size: equal tokens at each size, rates by its root",
-        "horizon",
-        at_least=2,
-        at_most=2**40,
+        16, "rows a device works on at a time; lower it when memory runs out", "batch", ge=1, ask=True, resumable=True
     )
 
-    grad_clip: float | None = setting(1.0, "largest gradient norm; None never clips", "optimizer", above=0)
+    grad_clip: float | None = setting(1.0, "largest gradient norm; None never clips", "optimizer", gt=0)
     adam_betas: tuple[float, float] = setting(
-        (0.8, 0.95), "AdamW's decay rates of the two moments", "optimizer", at_least=0, at_most=0.999999
+        (0.8, 0.95), "AdamW's decay rates of the two moments", "optimizer", ge=0, le=0.999999
     )
-    warmup_steps: int = setting(0, "steps of linear warmup", "optimizer", at_least=0)
+    warmup_steps: int = setting(0, "steps of linear warmup", "optimizer", ge=0, ask=True)
     warmdown_ratio: float = setting(
-        0.4, "last part of the run in which the rate falls linearly", "optimizer", at_least=0, at_most=1
+        0.4, "last part of the run in which the rate falls linearly", "optimizer", ge=0, le=1, ask=True
     )
     final_lr_frac: float = setting(
-        0.0,
-        "rate at the end as a fraction of the full one",
-        "optimizer",
-        at_least=0,
-        at_most=1,
-        when=("warmdown_ratio", ON),
+        0.0, "rate at the end as a fraction of the full one", "optimizer", ge=0, le=1, when=("warmdown_ratio", ON)
     )
 
     eval_every: int | None = setting(
-        250, "steps between measurements of val bpb; None only at the end", "evaluation", at_least=1
+        250, "steps between measurements of val bpb; None only at the end", "evaluation", ge=1, ask=True, resumable=True
     )
 
-    save_every: int | None = setting(None, "steps between checkpoints; None only at the end", "checkpoints", at_least=1)
+    save_every: int | None = setting(
+        None, "steps between checkpoints; None only at the end", "checkpoints", ge=1, ask=True, resumable=True
+    )
     keep_last: int | None = setting(
         None,
         "keep only the newest so many checkpoints; None keeps all",
         "checkpoints",
-        at_least=1,
+        ge=1,
         when=("save_every", ON),
+        ask=True,
+        resumable=True,
     )
     overwrite: bool = setting(
-        False, "start over although the model_tag holds a run (the old one is moved aside)", "checkpoints"
+        False,
+        "start over although the model_tag holds a run (the old one is moved aside)",
+        "checkpoints",
+        resumable=True,
     )
     ignore_lock: bool = setting(
-        False, "train although another process seems to be training this model_tag", "checkpoints"
+        False, "train although another process seems to be training this model_tag", "checkpoints", resumable=True
     )
-    log_rows: bool = setting(False, "log the documents of every row to rows_rank<k>.jsonl", "checkpoints")
+    log_rows: bool = setting(
+        False, "log the documents of every row to rows_rank<k>.jsonl", "checkpoints", resumable=True
+    )
 
     # -- derived values: the same everywhere, without torch -----------------------------------------------------------
 
@@ -204,11 +214,6 @@ class RunSettings:
     def rows(self) -> int:
         """Rows of max_seq_len tokens in one global batch."""
         return self.total_batch_size // self.max_seq_len
-
-    @property
-    def least_rows(self) -> int:
-        """Rows in the smallest batch of the run."""
-        return min(self.batch_start or self.total_batch_size, self.total_batch_size) // self.max_seq_len
 
     def modality_codes(self) -> dict[str, int]:
         """Codes in a codebook of each modality beside text, by name; UserError for what is not name:codes, ..."""
@@ -233,28 +238,11 @@ class RunSettings:
         return codes
 
     def batch_plan(self, world_size: int = 1) -> tuple[int, int]:
-        """(rows of one micro-batch, micro-batches of a step) of each rank; UserError names the nearest legal values.
-
-        The rows divide those of the smallest batch, so that all steps have micro-batches of one shape; the number of
-        micro-batches is that of total_batch_size.
-        """
+        """(rows of one micro-batch, micro-batches of a step) of each rank; UserError names the nearest legal values."""
         unit, ranks = self.max_seq_len * world_size, f" * {world_size} ranks" if world_size > 1 else ""
         if self.total_batch_size % unit:
             raise _not_multiple(self, "total_batch_size", f"max_seq_len{ranks}", unit)
-        name = "total_batch_size"
-        if self.batch_start is not None:
-            name, sizes = "batch_start", [self.total_batch_size]
-            while sizes[-1] % (2 * unit) == 0:
-                sizes.append(sizes[-1] // 2)
-            if self.batch_start not in sizes:
-                nearest = min(sizes, key=lambda size: abs(size - self.batch_start))
-                raise IllegalCombination(
-                    "batch_start",
-                    nearest,
-                    f"batch_start={self.batch_start} does not become total_batch_size={self.total_batch_size} by "
-                    f"doubling in rows of max_seq_len{ranks}: nearest legal value {nearest}",
-                )
-        rows = self.least_rows // world_size
+        rows = self.rows // world_size
         micro = min(self.device_batch_size, rows)
         if rows % micro:
             nearest = nearest_divisor(rows, micro)
@@ -262,15 +250,13 @@ class RunSettings:
                 "device_batch_size",
                 nearest,
                 f"device_batch_size={micro} does not divide the {rows} rows of a rank "
-                f"({name} {getattr(self, name)} / max_seq_len {self.max_seq_len} / {world_size} ranks): "
+                f"(total_batch_size {self.total_batch_size} / max_seq_len {self.max_seq_len} / {world_size} ranks): "
                 f"nearest legal value {nearest}",
             )
-        return micro, self.rows // world_size // micro
+        return micro, rows // micro
 
-    def inert(self, name: str) -> str | None:
+    def no_effect_reason(self, name: str) -> str | None:
         """Why a setting has no effect under the others, or None when it has one."""
-        if name == "batch_start" and self.batch_start == self.total_batch_size:
-            return f"batch_start has no effect while total_batch_size={self.total_batch_size}"
         if name == "data_audio_column" and not AUDIO.matches(self.modalities):
             return f"data_audio_column has no effect while modalities={self.modalities!r}"
         other = name
@@ -302,11 +288,11 @@ class Settings(RunSettings):
     script: ClassVar[str] = "scripts.base_train"
     checkpoints: ClassVar[str] = "base_checkpoints"
     groups: ClassVar[tuple[str, ...]] = (
-        *("run", "data", "model", "modalities", "horizon", "optimizer", "evaluation", "checkpoints"),
+        *("run", "data", "model", "modalities", "horizon", "batch", "optimizer", "evaluation", "checkpoints"),
     )
 
     compile: bool = setting(
-        True, "compile the model with torch.compile; falls back to eager with a printed reason", "run"
+        True, "compile the model with torch.compile; falls back to eager with a printed reason", "run", resumable=True
     )
     fp8: bool = setting(False, "multiply the blocks' large matrices in FP8 in training: GPUs from Hopper on", "run")
     init_from: str | None = setting(
@@ -325,42 +311,47 @@ class Settings(RunSettings):
         4096,
         "ids of the tokenizer, its 16 special and reserved ones included",
         "data",
-        at_least=272,
-        at_most=1_000_000,
+        ge=272,
+        le=1_000_000,
         when=("tokenizer", None),
+        ask=True,
     )
 
-    depth: int = setting(4, "number of transformer layers: the one dial", "model", at_least=1, at_most=1000)
+    depth: int = setting(4, "number of transformer layers: the one dial", "model", ge=1, le=1000, ask=True)
+    head_dim: int = setting(64, "width of one attention head (even)", "model", ge=2, le=10_000, ask=True)
     aspect_ratio: int = setting(
         64,
         "width per layer: model_dim = depth * aspect_ratio, rounded up to head_dim",
         "model",
-        at_least=1,
-        at_most=10_000,
+        ge=1,
+        le=10_000,
         when=("model_dim", None),
     )
     model_dim: int | None = setting(
-        None, "width of the residual stream; None takes depth * aspect_ratio", "model", at_least=1, at_most=1_000_000
+        None, "width of the residual stream; None takes depth * aspect_ratio", "model", ge=1, le=1_000_000, ask=True
     )
-    head_dim: int = setting(64, "width of one attention head (even)", "model", at_least=2, at_most=10_000)
     n_kv_head: int | None = setting(
-        None, "key/value heads (grouped-query attention); None means one for each query head", "model", at_least=1
+        None, "key/value heads (grouped-query attention); None means one for each query head", "model", ge=1, ask=True
     )
-    mlp_ratio: float = setting(4.0, "hidden units of an MLP for each of its width", "model", above=0, at_most=64)
-    tie_weights: bool = setting(False, "tie embedding weights: the embedding also makes the logits", "model")
+    mlp_ratio: float = setting(4.0, "hidden units of an MLP for each of its width", "model", gt=0, le=64)
+    tie_weights: bool = setting(
+        False, "tie embedding weights: the embedding also makes the logits", "model", ask="tie embedding weights?"
+    )
     use_output_projection: bool = setting(
-        False, "add a square output projection before the tied logits", "model", when=("tie_weights", True)
+        False,
+        "add a square output projection before the tied logits",
+        "model",
+        when=("tie_weights", True),
+        ask="add an output projection before the logits?",
     )
     output_projection_residual: bool = setting(
         False, "add the projection to its input instead of replacing it", "model", when=("use_output_projection", True)
     )
-    rope_base: float = setting(10000.0, "base of the rotary frequencies; nanochat now uses 100000", "model", above=1)
+    rope_base: float = setting(10000.0, "base of the rotary frequencies; nanochat now uses 100000", "model", gt=1)
     qk_scale: float = setting(
-        1.0, "factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2", "model", above=0
+        1.0, "factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2", "model", gt=0
     )
-    softcap: float = setting(
-        15.0, "logits are squashed smoothly into plus and minus this", "model", above=0, at_most=40
-    )
+    softcap: float = setting(15.0, "logits are squashed smoothly into plus and minus this", "model", gt=0, le=40)
     window_pattern: str = setting(
         "L",
         "what each layer sees, again and again: L all that came before, S a short window; the last layer is always L",
@@ -370,8 +361,8 @@ class Settings(RunSettings):
         None,
         "tokens before a token that an S layer sees; None: a quarter of the context, rounded up to 128",
         "model",
-        at_least=1,
-        at_most=2**24,
+        ge=1,
+        le=2**24,
         when=("window_pattern", ON),
     )
     document_mask: bool = setting(
@@ -381,8 +372,8 @@ class Settings(RunSettings):
         1,
         "rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs",
         "model",
-        at_least=1,
-        at_most=65536,
+        ge=1,
+        le=65536,
     )
     value_embeddings: bool = setting(
         False, "every other layer adds a gated embedding of the token to its values: memory, hardly any time", "model"
@@ -398,24 +389,26 @@ class Settings(RunSettings):
         None,
         "rows of a hashed table of embeddings of two neighbouring tokens, which every block adds; None has none",
         "model",
-        at_least=1,
-        at_most=2**24,
+        ge=1,
+        le=2**24,
     )
 
     untie: str = setting(
         "mlp",
-        "what each modality has of its own: nothing, the MLP, or attention's matrices too (random: a control)",
+        "what each modality has of its own: nothing, the MLP, or attention's matrices too",
         "modalities",
-        choices=("none", "mlp", "all", "random"),
+        choices=("none", "mlp", "all"),
         when=("modalities", ON),
+        ask="untie for each modality",
     )
     expert_dim: int | None = setting(
         None,
         "width inside the experts of the further modalities; None takes the model's",
         "modalities",
-        at_least=1,
-        at_most=1_000_000,
+        ge=1,
+        le=1_000_000,
         when=("untie", ON),
+        ask="width of the experts",
     )
     output_layers: str = setting(
         "separate",
@@ -423,99 +416,107 @@ class Settings(RunSettings):
         "modalities",
         choices=("separate", "masked", "shared"),
         when=("modalities", ON),
+        ask=True,
     )
     loss_modalities: str = setting(
         "all",
         "modalities whose targets count in the training loss: all, or names as in audio",
         "modalities",
         when=("modalities", ON),
+        ask="modalities in the loss",
     )
     text_data: str | None = setting(
         None,
         "source of text-only documents to mix with captioned sounds: as data, by its defaults, from column text",
         "modalities",
         when=("modalities", AUDIO),
+        ask="text-only documents from",
     )
     text_share: float = setting(
         0.5,
         "share of the positions that text-only documents take",
         "modalities",
-        above=0,
-        at_most=0.99,
+        gt=0,
+        le=0.99,
         when=("text_data", ON),
+        ask=True,
     )
     route: str = setting(
         "sort",
-        "how tokens get to their experts: sorted; all by all (where); rows of one layout (slice); one kernel (grouped)",
+        "how tokens get to their experts: sorted, every expert on all tokens (where), or one kernel (grouped)",
         "modalities",
-        choices=("sort", "where", "slice", "grouped"),
+        choices=("sort", "where", "grouped"),
         when=("untie", ON),
+        resumable=True,
     )
 
     target_flops: float | None = setting(
         None,
         "train for so many FLOPs; takes precedence over the ratio",
         "horizon",
-        above=0,
+        gt=0,
         when=("num_iterations", None),
+        ask=True,
+        resumable=True,
     )
     target_param_data_ratio: float | None = setting(
         20.0,
         "train for so many tokens per matmul parameter (Chinchilla: 20)",
         "horizon",
-        above=0,
+        gt=0,
         when=("target_flops", None),
+        ask=True,
+        resumable=True,
     )
 
     embedding_lr: float = setting(
         0.2,
         "AdamW rate of an untied embedding, before the (width/768)^-0.5 scaling",
         "optimizer",
-        above=0,
+        gt=0,
         when=("tie_weights", False),
+        ask=True,
     )
     unembedding_lr: float = setting(
         0.004,
         "AdamW rate of an untied lm_head, before the same scaling",
         "optimizer",
-        above=0,
+        gt=0,
         when=("tie_weights", False),
+        ask=True,
     )
     tied_weights_lr: float = setting(
         0.005,
         "AdamW rate of the tied matrix, before the same scaling",
         "optimizer",
-        above=0,
+        gt=0,
         when=("tie_weights", True),
+        ask="tied learning rate",
     )
     tied_init_std: float = setting(
-        0.02, "standard deviation of the tied matrix at the start", "optimizer", above=0, when=("tie_weights", True)
+        0.02, "standard deviation of the tied matrix at the start", "optimizer", gt=0, when=("tie_weights", True)
     )
     untie_at: float | None = setting(
         None,
         "part of the steps after which the tied tables are split, at the tied rate; None: never",
         "optimizer",
-        above=0,
-        at_most=0.999,
+        gt=0,
+        le=0.999,
         when=("tie_weights", True),
     )
     value_embedding_lr: float = setting(
         0.2,
         "AdamW rate of value embeddings, before the same scaling",
         "optimizer",
-        above=0,
+        gt=0,
         when=("value_embeddings", True),
     )
     bigram_lr: float = setting(
-        0.2,
-        "AdamW rate of the table of bigrams, before the same scaling",
-        "optimizer",
-        above=0,
-        when=("bigram_rows", ON),
+        0.2, "AdamW rate of the table of bigrams, before the same scaling", "optimizer", gt=0, when=("bigram_rows", ON)
     )
-    matrix_lr: float = setting(0.02, "Muon rate of the weight matrices", "optimizer", above=0)
-    scalar_lr: float = setting(0.01, "AdamW rate of the lambdas and gates of the newer features", "optimizer", above=0)
-    weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", "optimizer", at_least=0)
+    matrix_lr: float = setting(0.02, "Muon rate of the weight matrices", "optimizer", gt=0, ask=True)
+    scalar_lr: float = setting(0.01, "AdamW rate of the lambdas and gates of the newer features", "optimizer", gt=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", "optimizer", ge=0, ask=True)
     cautious_weight_decay: bool = setting(
         True, "decay only where update and weight point the same way", "optimizer", when=("weight_decay", ON)
     )
@@ -531,16 +532,31 @@ class Settings(RunSettings):
     )
 
     eval_tokens: int | None = setting(
-        1_048_576, "held-out tokens of each measurement; None takes all", "evaluation", at_least=1
+        1_048_576, "held-out tokens of each measurement; None takes all", "evaluation", ge=1, resumable=True
     )
     core_metric_every: int | None = setting(
-        None, "steps between runs of CORE, or of the offline suite without the bundle", "evaluation", at_least=1
+        None,
+        "steps between runs of CORE, or of the offline suite without the bundle",
+        "evaluation",
+        ge=1,
+        ask=True,
+        resumable=True,
     )
     core_metric_max_per_task: int | None = setting(
-        500, "items per task of these runs; None takes all", "evaluation", at_least=1, when=("core_metric_every", ON)
+        500,
+        "items per task of these runs; None takes all",
+        "evaluation",
+        ge=1,
+        when=("core_metric_every", ON),
+        resumable=True,
     )
     sample_every: int | None = setting(
-        2000, "steps between printed samples; None prints one after the last step only", "evaluation", at_least=1
+        2000,
+        "steps between printed samples; None prints one after the last step only",
+        "evaluation",
+        ge=1,
+        ask=True,
+        resumable=True,
     )
 
     @property
@@ -614,7 +630,7 @@ class Settings(RunSettings):
             return None
         return max(1, min(round(self.untie_at * steps), steps - 1))
 
-    def inert(self, name: str) -> str | None:
+    def no_effect_reason(self, name: str) -> str | None:
         short = "S" in "".join(self.window_pattern[i % len(self.window_pattern)] for i in range(self.depth - 1))
         window = self.short_window or math.ceil(self.max_seq_len / 512) * 128
         covers = window >= self.max_seq_len - 1 and f"max_seq_len={self.max_seq_len}, which {window} tokens cover"
@@ -634,7 +650,7 @@ class Settings(RunSettings):
             reasons[name] = f"window_pattern={self.window_pattern!r}"
         elif name == "short_window" and short and self.short_window:
             reasons[name] = covers
-        return f"{name} has no effect while {reasons[name]}" if reasons.get(name) else super().inert(name)
+        return f"{name} has no effect while {reasons[name]}" if reasons.get(name) else super().no_effect_reason(name)
 
     @property
     def counted_modalities(self) -> tuple[str, ...] | None:
@@ -736,6 +752,7 @@ def checked(name: str, value, kind: type[RunSettings] = Settings):
     fields = fields_of(kind)
     if name not in fields:
         raise UserError(f"unknown setting {name!r}{nearest_name(name, fields)}")
+    check_removed_value(name, value)
     hint, facts = types_of(kind)[name], fields[name].metadata
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in allowed:
@@ -759,6 +776,11 @@ def checked(name: str, value, kind: type[RunSettings] = Settings):
                 raise UserError(f"{name}={shown(value)} is empty or holds control characters")
             return value
     raise UserError(f"{name}={shown(value)} is a {type(value).__name__}: expected {type_name(name, kind)}")
+
+
+def checked_settings(values: dict, kind: type[RunSettings] = Settings, origin: str = "checkpoint") -> dict:
+    """The settings that a checkpoint holds, checked, without those that were removed; UserError for unknown names."""
+    return {name: checked(name, value, kind) for name, value in values.items() if not drop_removed(name, value, origin)}
 
 
 def _meaning_of_none(help: str) -> str:

@@ -95,7 +95,7 @@ def settings_for(config: GPTConfig, saved: dict | None = None) -> Settings:
     """
     known = {name: checked(name, value) for name, value in (saved or {}).items() if name in FIELDS}
     if "vocab_size" not in known:
-        known["vocab_size"] = max(config.vocab_size, FIELDS["vocab_size"].metadata["at_least"])
+        known["vocab_size"] = max(config.vocab_size, FIELDS["vocab_size"].metadata["ge"])
     if "total_batch_size" not in known:
         rows = max(1, Settings.total_batch_size // config.sequence_len)
         rows -= rows % Settings.device_batch_size if rows > Settings.device_batch_size else 0

@@ -65,12 +65,6 @@ class DataLoader:
         """This rank's rows of a batch."""
         return range(self.rank * self.rows // self.world_size, (self.rank + 1) * self.rows // self.world_size)
 
-    def resize(self, rows: int) -> None:
-        """Batches of so many rows from now on, which go on where the last one ended."""
-        if rows != self.rows:
-            assert rows % self.world_size == 0, (rows, self.world_size)
-            self.rows, self._ahead = rows, None
-
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next batch of this rank; waits for tokens that are not ready yet."""
         ahead, self._ahead = self._ahead or self._start(self.cursor), None

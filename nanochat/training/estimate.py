@@ -24,7 +24,7 @@ from nanochat.runtime import Compute, pick_device_type, pick_dtype
 from nanochat.system.environment import UserError, base_dir
 from nanochat.training.kernel_selection import select_attention
 from nanochat.training.progress import duration
-from nanochat.training.schedule import batch_words, num_iterations, tokens_before
+from nanochat.training.schedule import num_iterations
 from nanochat.upstream.named_tokenizer import load_named
 
 MEASURE_SECONDS = 4.0
@@ -233,7 +233,7 @@ def estimate(settings: Settings, hardware: Hardware, flops: float | None = None)
     model = meta_model(settings)
     flops_per_token = model.flops_per_token()
     steps = num_iterations(settings, model.num_matmul_parameters(), flops_per_token)
-    tokens = tokens_before(settings, steps, steps)
+    tokens = steps * settings.total_batch_size
     world = usable_devices(settings, hardware.count)
     rate = (flops or hardware.peak * ASSUMED_MFU[hardware.device_type]) * world
     compiled = flops and settings.compile and hardware.device_type == "cpu" and compiler_problem() is None
@@ -266,7 +266,7 @@ def checkpoints_of(settings: RunSettings, steps: int) -> tuple[int, int]:
 
 def usable_devices(settings: RunSettings, count: int) -> int:
     """The largest number of ranks up to `count` among which the rows of a batch divide; 1 without devices."""
-    rows, batch = settings.least_rows, settings.device_batch_size
+    rows, batch = settings.rows, settings.device_batch_size
     legal = (n for n in range(count, 1, -1) if rows % n == 0 and rows // n % min(batch, rows // n) == 0)
     return next(legal, 1)
 
@@ -311,7 +311,7 @@ def _measured(settings: Settings, hardware: Hardware, seconds: float = MEASURE_S
 def _affordable(settings: Settings, budget: float) -> Settings:
     """The settings with one micro-batch of at most `budget` FLOPs, or as near to it as halving gets."""
     rows = settings.batch_plan()[0]
-    one = dict(device_batch_size=rows, total_batch_size=rows * settings.max_seq_len, batch_start=None)
+    one = dict(device_batch_size=rows, total_batch_size=rows * settings.max_seq_len)
     settings = replace(settings, **one)
     while settings.total_batch_size * meta_model(settings).flops_per_token() > budget:
         rows, depth, length = settings.rows, settings.depth, settings.max_seq_len
@@ -376,7 +376,7 @@ def report(settings: Settings, hardware: Hardware, flops: float | None = None) -
         *parameter_table(settings),
         "",
         f"FLOPs per token   {e.flops_per_token:,}",
-        f"steps and tokens  {e.steps:,} steps of {batch_words(settings)} = {e.tokens:,} tokens",
+        f"steps and tokens  {e.steps:,} steps of {settings.total_batch_size:,} = {e.tokens:,} tokens",
         f"peak memory       {gigabytes(e.peak_memory)} per device, of which",
         *(f"                  {gigabytes(size):>12}  {part}" for part, size in e.memory.items() if size),
         f"training time     about {duration(e.seconds)} on {devices}",

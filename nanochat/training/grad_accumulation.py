@@ -61,7 +61,7 @@ def smaller(settings: Settings, world_size: int) -> Settings:
             f"out of memory with a single row of max_seq_len={settings.max_seq_len}: a shorter max_seq_len or a "
             "smaller model fits"
         )
-    rows = settings.least_rows // world_size
+    rows = settings.rows // world_size
     half = next(n for n in range(micro // 2, 0, -1) if rows % n == 0)
     return dataclasses.replace(settings, device_batch_size=half)
 

@@ -14,8 +14,8 @@ import torch
 
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.config.config_file import CommandLine, read_config
-from nanochat.config.declaration import fields_of
-from nanochat.config.settings import RunSettings, Settings, checked, validate
+from nanochat.config.declaration import fields_of, resumable_names
+from nanochat.config.settings import RunSettings, Settings, checked_settings, validate
 from nanochat.data.trained_data import PLACE, check_same, is_local
 from nanochat.files import write_atomically
 from nanochat.gpt import GPTConfig
@@ -23,37 +23,6 @@ from nanochat.runtime import process_state
 from nanochat.system.environment import UserError, launched, rank_from_env, world_size_from_env
 
 logger = logging.getLogger(__name__)
-
-# What a resumed run may change; everything else would make it another run.
-CHANGEABLE = {
-    "num_iterations",
-    "target_flops",
-    "target_param_data_ratio",
-    "eval_every",
-    "eval_tokens",
-    "core_metric_every",
-    "core_metric_max_per_task",
-    "sample_every",
-    "save_every",
-    "keep_last",
-    "log_rows",
-    "device_type",
-    "dtype",
-    "compile",
-    "route",
-    "device_batch_size",
-    "wandb_mode",
-    "run",
-    "overwrite",
-    "skip_corrupt",
-    "ignore_lock",
-    "deterministic",
-    "rank_timeout",
-    "eval_clips",
-    "stall_evals",
-    "host",
-    "musicgen",  # where they lie now: other weights than the checkpoint's are refused
-}
 
 
 @dataclasses.dataclass
@@ -160,9 +129,10 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
     of the command line has no say here, and what it says otherwise is told: the run is what its checkpoint says.
     """
     kind = type(command.settings)
-    saved = {name: checked(name, value, kind) for name, value in settings.items()}
+    may_change = resumable_names(kind)
+    saved = checked_settings(settings, kind, f"{tag_dir.name}, step {step}")
     if saved:  # a setting that the checkpoint is too old to know was at its default, whatever a config.py says
-        saved = {name: field.default for name, field in fields_of(kind).items() if name not in CHANGEABLE} | saved
+        saved = {name: field.default for name, field in fields_of(kind).items() if name not in may_change} | saved
     merged = dataclasses.replace(command.settings, **saved)
     if merged.tag != tag_dir.name:  # the folder was renamed or copied: it goes on where it lies
         merged = dataclasses.replace(merged, model_tag=tag_dir.name)
@@ -171,15 +141,14 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
     changed = {name: value for name, value in differing.items() if command.origins[name] == "command line"}
     for name in sorted(differing.keys() - changed.keys() - {"model_tag"}):
         told = f"{name}={getattr(merged, name)!r} counts, not {differing[name]!r} of {command.origins[name]}"
-        logger.info(f"resuming: {told}" + (f"; change it with --{name}=..." if name in CHANGEABLE else ""))
-    changeable = CHANGEABLE | (set(PLACE) if is_local(changed.get("data")) else set())
+        logger.info(f"resuming: {told}" + (f"; change it with --{name}=..." if name in may_change else ""))
+    changeable = may_change | (set(PLACE) if is_local(changed.get("data")) else set())
     if refused := sorted(changed.keys() - changeable - {"model_tag"}):
         told = ", ".join(f"{n}={changed[n]!r} (the run has {getattr(merged, n)!r})" for n in refused)
         raise UserError(f"--resume cannot change {told}: leave it out, or start a new run with --model_tag=NAME")
     horizon = [name for name in ("num_iterations", "target_flops", "target_param_data_ratio") if name in changed]
     if horizon and (changed.get("num_iterations") or math.inf) > step:
-        told = "the warmdown, and when the batch grows, are" if merged.batch_start else "the warmdown is"
-        logger.info(f"new horizon ({', '.join(horizon)}): {told} recomputed for it")
+        logger.info(f"new horizon ({', '.join(horizon)}): the warmdown is recomputed for it")
     merged = dataclasses.replace(merged, **{name: changed[name] for name in changed.keys() & changeable})
     return validate(merged, world_size_from_env())
 

@@ -68,12 +68,12 @@ def wizard(answers: dict[str, list[str]], *argv: str) -> tuple[AdapterSettings |
 
 
 def test_what_both_stages_have_is_declared_once():
-    """Red when AdapterSettings declares a shared setting anew instead of `again`: facts could drift apart unseen."""
+    """Red when AdapterSettings declares a shared setting anew instead of `redeclare`: the two could drift apart."""
     shared = fields_of(RunSettings)
     for name, field in fields_of(AdapterSettings).items():
         if name in shared:
             differing = {fact for fact, value in shared[name].metadata.items() if field.metadata[fact] != value}
-            assert differing <= {"help", "group", "when"}, name
+            assert differing <= {"help", "group", "when", "ask"}, name
     assert len(shared) > 30 and AdapterSettings().text_data is None
     assert not hasattr(AdapterSettings(), "depth") and not isinstance(AdapterSettings(), Settings)
 
@@ -156,12 +156,18 @@ def test_settings_without_effect_say_why():
         "check_tokens": (dict(check_text=None), "while check_text=None"),
     }
     for name, (changes, reason) in reasons.items():
-        assert reason in AdapterSettings(**changes).inert(name) and AdapterSettings().inert(name) is None, name
+        assert (
+            reason in AdapterSettings(**changes).no_effect_reason(name)
+            and AdapterSettings().no_effect_reason(name) is None
+        ), name
     own = AdapterSettings(expert="trained", musicgen=None, expert_dim=8)
-    assert own.inert("layer_map") == "layer_map has no effect while musicgen=None"
+    assert own.no_effect_reason("layer_map") == "layer_map has no effect while musicgen=None"
     # red when a tuple in `when` is compared as one value: the layer map would count for no expert at all
-    assert AdapterSettings(expert="trained").inert("layer_map") is None
-    assert AdapterSettings().inert("codec") is None and AdapterSettings().inert("clip_seconds") is None
+    assert AdapterSettings(expert="trained").no_effect_reason("layer_map") is None
+    assert (
+        AdapterSettings().no_effect_reason("codec") is None
+        and AdapterSettings().no_effect_reason("clip_seconds") is None
+    )
 
 
 def test_the_tag_says_host_expert_and_variant():
@@ -211,7 +217,7 @@ def test_every_preset_s_config_round_trips(name):
 def test_enter_keeps_everything_and_the_table_comes_before_the_consent():
     result, text = wizard({})
     assert result == preset("tiny", AdapterSettings)
-    order = ("[2/10] host", "[3/10] expert", "[4/10] vocabulary", "host (frozen)", "trained (8.4%)", "write config.py?")
+    order = ("[2/11] host", "[3/11] expert", "[4/11] vocabulary", "host (frozen)", "trained (8.4%)", "write config.py?")
     assert [text.count(words) for words in order] == [1] * 6
     assert sorted(order, key=text.index) == list(order)
     assert "measure the speed" not in text

@@ -51,11 +51,11 @@ def value_of(name: str, kind: type[RunSettings]) -> st.SearchStrategy:
         plain = st.characters(exclude_categories=("Cs", "Cc"))
         found = st.text(plain, min_size=1).filter(str.strip)
     elif hint in (int, int | None):
-        found = st.integers(facts["at_least"] or 0, facts["at_most"] or 2**70)
+        found = st.integers(facts["ge"] or 0, facts["le"] or 2**70)
     else:
-        low = facts["at_least"] if facts["at_least"] is not None else facts["above"]
-        open_end = facts["above"] is not None
-        number = st.floats(low, facts["at_most"] or 1e300, exclude_min=open_end)
+        low = facts["ge"] if facts["ge"] is not None else facts["gt"]
+        open_end = facts["gt"] is not None
+        number = st.floats(low, facts["le"] or 1e300, exclude_min=open_end)
         found = st.tuples(number, number) if hint == tuple[float, float] else number
     return st.none() | found if type(None) in typing.get_args(hint) else found
 

@@ -103,11 +103,6 @@ def test_values_take_the_setting_s_own_type():
         (dict(total_batch_size=8000), "total_batch_size", 8192),
         (dict(total_batch_size=100), "total_batch_size", 512),
         (dict(device_batch_size=7), "device_batch_size", 8),
-        (dict(batch_start=3000), "batch_start", 2048),
-        (dict(batch_start=16384), "batch_start", 8192),
-        (dict(batch_start=3), "batch_start", 512),
-        (dict(total_batch_size=8192 + 1024, batch_start=4096), "batch_start", 4608),
-        (dict(batch_start=2048, device_batch_size=3), "device_batch_size", 2),
         (dict(target_param_data_ratio=None), "target_param_data_ratio", 20.0),
         (dict(modalities="audio:" + "9" * 5000), "modalities", "audio:2048"),
         (dict(mlp_ratio=0.005, model_dim=64), "mlp_ratio", 0.0079),
@@ -157,13 +152,6 @@ def test_the_batch_plan_covers_the_batch_exactly(world, rows, micro, length):
     assert size * steps * world == rows
 
 
-def test_micro_batches_fit_the_smallest_batch():
-    """Red when the rows of a micro-batch are those of total_batch_size: the first steps would be shorter than one."""
-    settings = Settings(max_seq_len=8, total_batch_size=8 * 64, batch_start=8 * 16, device_batch_size=16)
-    assert [settings.batch_plan(world) for world in (1, 2, 4)] == [(16, 4), (8, 4), (4, 4)]
-    assert (settings.rows, settings.least_rows) == (64, 16)
-
-
 def test_width_is_rounded_up_to_whole_heads():
     assert Settings(depth=3, aspect_ratio=50, head_dim=64).n_embd == 192
     assert Settings(depth=3, aspect_ratio=50, head_dim=64).n_head == 3
@@ -172,17 +160,20 @@ def test_width_is_rounded_up_to_whole_heads():
 
 def test_settings_without_effect_say_why():
     untied = Settings(use_output_projection=True, output_projection_residual=True)
-    assert untied.inert("use_output_projection") == "use_output_projection has no effect while tie_weights=False"
+    assert (
+        untied.no_effect_reason("use_output_projection")
+        == "use_output_projection has no effect while tie_weights=False"
+    )
     # one plain reason, the one that a person can change: red when the reasons of the switches are strung together
     residual = "output_projection_residual"
-    assert untied.inert(residual) == f"{residual} has no effect while tie_weights=False"
-    assert "while tie_weights=True" in Settings(tie_weights=True).inert("unembedding_lr")
+    assert untied.no_effect_reason(residual) == f"{residual} has no effect while tie_weights=False"
+    assert "while tie_weights=True" in Settings(tie_weights=True).no_effect_reason("unembedding_lr")
     ratio = "target_param_data_ratio"
-    assert Settings(num_iterations=5).inert(ratio) == f"{ratio} has no effect while num_iterations=5"
-    assert Settings(model_dim=128).inert("aspect_ratio") and not Settings().inert("aspect_ratio")
-    assert Settings().inert("run") and not Settings(wandb_mode="offline").inert("run")
-    assert Settings().inert("keep_last") and not Settings(save_every=5).inert("keep_last")
-    assert Settings().inert("depth") is None
+    assert Settings(num_iterations=5).no_effect_reason(ratio) == f"{ratio} has no effect while num_iterations=5"
+    assert Settings(model_dim=128).no_effect_reason("aspect_ratio") and not Settings().no_effect_reason("aspect_ratio")
+    assert Settings().no_effect_reason("run") and not Settings(wandb_mode="offline").no_effect_reason("run")
+    assert Settings().no_effect_reason("keep_last") and not Settings(save_every=5).no_effect_reason("keep_last")
+    assert Settings().no_effect_reason("depth") is None
 
 
 def test_the_tag_says_the_variant():
@@ -230,7 +221,6 @@ INERT = {  # setting -> (settings under which it has no effect, what the reason 
     "codec": [(dict(modalities="image:8"), "modalities='image:8'", dict(modalities="image:8,audio:8"))],
     "text_data": [(dict(modalities="image:8"), "modalities='image:8'", dict(modalities="audio:8"))],
     "final_lr_frac": [(dict(warmdown_ratio=0.0), "warmdown_ratio=0.0", {})],
-    "batch_start": [(dict(batch_start=8192), "total_batch_size=8192", dict(batch_start=4096))],
     "tied_init_std": [(dict(tie_weights=True, init_from="x"), "init_from='x'", dict(tie_weights=True))],
     "deterministic": [(dict(device_type="cpu"), "device_type='cpu'", {})],
     "backout": [(dict(depth=2), "depth=2", dict(depth=3))],
@@ -256,20 +246,27 @@ INERT = {  # setting -> (settings under which it has no effect, what the reason 
 
 @pytest.mark.parametrize("name", INERT)
 def test_a_setting_without_effect_says_why(name):
-    """Red without the setting's `when`, or its line in inert()."""
+    """Red without the setting's `when`, or its line in no_effect_reason()."""
     for off, reason, on in INERT[name]:
-        assert Settings(**off).inert(name) == f"{name} has no effect while {reason}"
-        assert Settings(**on).inert(name) is None, (name, on)
+        assert Settings(**off).no_effect_reason(name) == f"{name} has no effect while {reason}"
+        assert Settings(**on).no_effect_reason(name) is None, (name, on)
 
 
 def test_adapters_say_the_same_of_their_data():
     """Red when AdapterSettings declares one of these again with when=None."""
     folder = AdapterSettings(data="/sounds")
-    assert all("data='/sounds'" in folder.inert(n) for n in ("data_limit", "data_split", "data_audio_column"))
-    assert folder.inert("data_column") is None and AdapterSettings(data="synth").inert("data_limit") is None
-    assert "data='synth'" in AdapterSettings(data="synth").inert("data_column")
-    assert AdapterSettings(eval_every=None).inert("stall_evals") and not AdapterSettings().inert("stall_evals")
-    assert AdapterSettings(data="hf:x").inert("data_audio_column") is None
+    assert all(
+        "data='/sounds'" in folder.no_effect_reason(n) for n in ("data_limit", "data_split", "data_audio_column")
+    )
+    assert (
+        folder.no_effect_reason("data_column") is None
+        and AdapterSettings(data="synth").no_effect_reason("data_limit") is None
+    )
+    assert "data='synth'" in AdapterSettings(data="synth").no_effect_reason("data_column")
+    assert AdapterSettings(eval_every=None).no_effect_reason("stall_evals") and not AdapterSettings().no_effect_reason(
+        "stall_evals"
+    )
+    assert AdapterSettings(data="hf:x").no_effect_reason("data_audio_column") is None
 
 
 SCALARS = ("value_embeddings", "smear", "residual_scalars", "backout")
@@ -281,4 +278,4 @@ def test_scalar_lr_has_an_effect_where_the_optimizer_has_scalars(feature, depth)
     """Compared with the optimizer's groups. Red when a feature is missing in inert(), or backout forgets the depth."""
     settings = Settings(depth=depth, model_dim=32, head_dim=16, max_seq_len=16, vocab_size=272, **feature)
     groups = build_optimizer(meta_model(settings), settings, torch.float32).param_groups
-    assert ("scalar" in {group["name"] for group in groups}) == (settings.inert("scalar_lr") is None)
+    assert ("scalar" in {group["name"] for group in groups}) == (settings.no_effect_reason("scalar_lr") is None)

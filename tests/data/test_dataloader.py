@@ -194,20 +194,6 @@ def test_batch_size_may_change_on_resume(store):
     assert torch.equal(three.next()[0], again.next()[0])
 
 
-def test_another_size_goes_on_where_the_last_batch_ended(store):
-    """What was made ahead for the old size is not handed out. Red when resize() keeps it."""
-    single, loader = (DataLoader(store, 1, 5, seed=3) for _ in range(2))
-    rows = [single.next() for _ in range(8)]
-    handed = [loader.next(), loader.next()]
-    for size in (2, 4):
-        loader.resize(size)
-        handed.append(loader.next())
-        assert len(loader.last_rows()) == size
-    assert loader.cursor == 8
-    for found, wanted in zip(zip(*handed, strict=True), zip(*rows, strict=True), strict=True):
-        assert torch.equal(torch.cat(found), torch.cat(wanted))
-
-
 def test_a_state_of_another_run_is_refused(store, tmp_path):
     """Each part of the identity is checked by name. Red when load_state_dict takes over the cursor unchecked."""
     loader = DataLoader(store, 2, 5, seed=0)

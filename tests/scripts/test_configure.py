@@ -175,8 +175,8 @@ def test_what_was_asked_is_not_listed_as_not_asked(tied, rate):
     run = wizard(ENTERS, f"--set=tie_weights={tied}")
     asking, _, rest = run.text.partition("also in the file, with their values: ")
     listed = set(rest.split("\n\n")[0].replace(",", " ").split())
-    questions = {name for group in configure.ASKED[Settings].values() for name in group}
-    asked = {name for name in questions if not run.result.inert(name)}
+    questions = {name for name, field in FIELDS.items() if field.metadata["ask"]}
+    asked = {name for name in questions if not run.result.no_effect_reason(name)}
     assert ("tied_weights_lr" in asked) == (tied == "yes") and rate in asking
     assert not asked & listed and questions - asked <= listed
     assert asked | listed == set(FIELDS)

@@ -123,18 +123,6 @@ def test_steps_tokens_and_flops_by_hand():
     assert budget.steps == round(1e12 / e.flops_per_token / 1024)
 
 
-def test_a_growing_batch_takes_its_own_tokens():
-    """4 steps of 512, 2 of 1,024, 1 of 2,048; devices share the smallest batch. Red when tokens are steps times
-    total_batch_size, or usable_devices() takes the rows of the last batch."""
-    s = Settings(max_seq_len=256, batch_start=512, total_batch_size=2048, device_batch_size=1, num_iterations=7)
-    e, constant = (estimate(one, CPU) for one in (s, dataclasses.replace(s, batch_start=None)))
-    assert (e.tokens, constant.tokens) == (3 * 2048, 7 * 2048)
-    assert e.seconds < 0.7 * constant.seconds
-    assert [usable_devices(s, n) for n in (1, 2, 4)] == [1, 2, 2]
-    assert "7 steps of 512 to 2,048 = 6,144 tokens" in "\n".join(report(s, CPU))
-    assert measure_bytes(s, CPU) == measure_bytes(dataclasses.replace(s, batch_start=None), CPU)
-
-
 def test_time_divides_among_the_devices_that_the_batch_allows():
     s = Settings(max_seq_len=512, total_batch_size=512 * 12, device_batch_size=2)
     assert [usable_devices(s, n) for n in (0, 1, 2, 3, 4, 5, 8)] == [1, 1, 2, 3, 3, 3, 6]

@@ -28,13 +28,6 @@ def test_at_most_half_and_always_a_divisor(rows, start, ranks, sizes):
         smaller(settings(rows, 1), ranks)
 
 
-def test_micro_batches_stay_within_the_first_batch():
-    """5 rows, then 10. Red when the divisor is looked for among the last batch's rows (2)."""
-    now = Settings(max_seq_len=8, total_batch_size=80, batch_start=40, device_batch_size=8)
-    assert now.batch_plan() == (5, 2)
-    assert smaller(now, 1).batch_plan() == (1, 10)
-
-
 def test_a_model_out_of_memory_gives_none_and_other_errors_pass():
     """Red when any RuntimeError is taken for a lack of memory."""
     ids = torch.zeros(4, 8, dtype=torch.long)

@@ -8,17 +8,7 @@ import pytest
 from hypothesis import given
 
 from nanochat.config.settings import Settings
-from nanochat.training.schedule import (
-    batch_tokens,
-    batch_words,
-    clip_scale,
-    is_due,
-    lr_multiplier,
-    muon_momentum,
-    num_iterations,
-    tokens_before,
-    weight_decay,
-)
+from nanochat.training.schedule import clip_scale, is_due, lr_multiplier, muon_momentum, num_iterations, weight_decay
 
 
 def test_the_shape_by_hand():
@@ -56,47 +46,6 @@ def test_horizons_by_precedence():
     assert num_iterations(Settings(**both), 1000, 9000) == 10
     assert num_iterations(Settings(**settings, target_param_data_ratio=20.0), 1000, 9000) == 200
     assert num_iterations(Settings(**settings, target_flops=1.0), 1000, 9000) == 1
-
-
-def growing(start: int | None, total: int, **changes) -> Settings:
-    return Settings(max_seq_len=8, batch_start=start, total_batch_size=total, device_batch_size=1, **changes)
-
-
-def test_a_growing_batch_by_hand():
-    """Equal tokens at 8, 16 and 32: 4, 2 and 1 of 7 steps. Rates by tokens and the root of the batch, decay by tokens.
-
-    Red when stages take equal steps, or rates or decay go by steps.
-    """
-    settings = growing(8, 32, warmdown_ratio=1.0, final_lr_frac=0.0, weight_decay=0.3)
-    assert [batch_tokens(settings, step, 7) for step in range(7)] == [8] * 4 + [16] * 2 + [32]
-    assert [tokens_before(settings, step, 7) for step in range(8)] == [0, 8, 16, 24, 32, 48, 64, 96]
-    left = [1 - seen / 96 for seen in (0, 8, 16, 24, 32, 48, 64)]
-    roots = [0.5] * 4 + [0.5**0.5] * 2 + [1.0]
-    assert [lr_multiplier(settings, step, 7) for step in range(7)] == pytest.approx(
-        [part * root for part, root in zip(left, roots, strict=True)]
-    )
-    assert [weight_decay(settings, step, 7) for step in range(7)] == pytest.approx([0.3 * part for part in left])
-    assert (batch_words(settings), batch_words(growing(None, 4096))) == ("8 to 32", "4,096")
-
-
-@given(
-    steps=st.integers(1, 500),
-    start=st.sampled_from([None, 8, 16, 64, 256]),
-    doublings=st.integers(0, 5),
-    tokens=st.integers(1, 10**6),
-)
-def test_growing_batches_add_up(steps, start, doublings, tokens):
-    """No step is lost or counted twice, batches never shrink, and a horizon in tokens is kept to within a batch a size.
-
-    Red when a stage begins a step before the last one ends, or num_iterations() divides by total_batch_size.
-    """
-    settings = growing(start, (start or 64) << doublings)
-    each = [batch_tokens(settings, step, steps) for step in range(steps)]
-    assert each == sorted(each) and set(each) <= {settings.total_batch_size >> n for n in range(doublings + 1)}
-    assert [tokens_before(settings, step, steps) for step in range(steps + 1)] == [0, *itertools.accumulate(each)]
-    horizon = num_iterations(growing(start, settings.total_batch_size, target_param_data_ratio=1.0), tokens, 1)
-    sizes = doublings + 1
-    assert abs(tokens_before(settings, horizon, horizon) - tokens) <= sizes * settings.total_batch_size
 
 
 def test_cadences():
