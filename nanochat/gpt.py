@@ -114,6 +114,17 @@ class GPTConfig:
             raise UserError(f"model_config describes no model that can be: {error}") from error
         return config
 
+    @classmethod
+    def from_settings(cls, settings, vocab_size: int | None = None, bos_id: int = 0) -> "GPTConfig":
+        """Settings of the same name are copied; settings.model_arguments() has the others and what follows from them.
+
+        vocab_size, bos_id: the tokenizer's, whose size may differ from the one that was asked for.
+        """
+        same_name = {
+            field.name: getattr(settings, field.name) for field in fields(cls) if hasattr(settings, field.name)
+        }
+        return cls(**same_name | settings.model_arguments(vocab_size, bos_id))
+
     @property
     def head_dim(self) -> int:
         return self.n_embd // self.n_head

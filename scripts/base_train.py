@@ -75,7 +75,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     micro_rows, _ = settings.batch_plan(compute.world_size)
 
     # -- model and optimizer ------------------------------------------------------------------------------------------
-    config = GPTConfig(**settings.model_arguments(tokenizer.vocab_size, tokenizer.bos_id))
+    config = GPTConfig.from_settings(settings, tokenizer.vocab_size, tokenizer.bos_id)
     era = settings.init_era if resume_step is None else None
     config, split_before = begun_config(config, *found, era) if found else (config, False)
     with torch.device("meta"):

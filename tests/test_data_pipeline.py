@@ -31,7 +31,7 @@ def small_shards(monkeypatch, base):
 
 def model_of(settings: Settings) -> GPT:
     torch.manual_seed(0)
-    model = GPT(GPTConfig(**settings.model_arguments(BYTES.vocab_size)))
+    model = GPT(GPTConfig.from_settings(settings, BYTES.vocab_size))
     model.init_weights()
     return model
 

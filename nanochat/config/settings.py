@@ -36,6 +36,7 @@ COLUMNS = Like(
     r"(?!(stdlib|packages|climbmix|synth)$)(?!.*\.(txt|md|py)(\.(gz|bz2|xz|zst))?$).*",
     "hf:<dataset>, or files with columns or sounds",
 )
+NO_WINDOW = 1024  # what GPTConfig has as short_window where no layer is short
 AUDIO = Like(r"(.*,)?\s*audio:.*", "audio:<codes>")
 
 
@@ -580,43 +581,30 @@ class Settings(RunSettings):
         return f"d{self.depth}{tied}{'-proj' * projected}{'-res' * residual}{further}"
 
     def model_arguments(self, vocab_size: int | None = None, bos_id: int = 0) -> dict:
-        """Keyword arguments of GPTConfig (vocab_size, which may differ from the wish, and bos_id: the tokenizer's)."""
-        short = math.ceil(self.max_seq_len / 512) * 128  # as nanochat: a quarter, rounded up to its kernels' tile
-        return dict(
+        """Arguments of GPTConfig that are no settings of the same name and meaning; see GPTConfig.from_settings()."""
+        vocab_size = vocab_size or self.vocab_size
+        projected = self.tie_weights and self.use_output_projection
+        quarter = math.ceil(self.max_seq_len / 512) * 128  # as nanochat: rounded up to its kernels' tile
+
+        derived = dict(
             sequence_len=self.max_seq_len,
-            vocab_size=vocab_size or self.vocab_size,
+            vocab_size=vocab_size,
             n_layer=self.depth,
-            n_head=self.n_head,
             n_kv_head=self.n_kv_head or self.n_head,
-            n_embd=self.n_embd,
-            mlp_ratio=self.mlp_ratio,
-            tie_weights=self.tie_weights,
-            use_output_projection=self.tie_weights and self.use_output_projection,
-            output_projection_residual=self.tie_weights
-            and self.use_output_projection
-            and self.output_projection_residual,
-            rope_base=self.rope_base,
-            qk_scale=self.qk_scale,
-            softcap=self.softcap,
+            use_output_projection=projected,
+            output_projection_residual=projected and self.output_projection_residual,
             document_start=bos_id if self.document_mask else None,
-            vocab_multiple=self.vocab_multiple,
-            window_pattern=self.window_pattern,
-            value_embeddings=self.value_embeddings,
-            smear=self.smear,
-            residual_scalars=self.residual_scalars,
             bigram_rows=self.bigram_rows or 0,
             backout=self.backout and self.depth > 2,  # else the middle block is the last: lambda would have no effect
-            **(dict(short_window=self.short_window or short) if "S" in self.window_pattern else {}),
-            **(self._modality_arguments(vocab_size or self.vocab_size) if self.modalities else {}),
+            short_window=(self.short_window or quarter) if "S" in self.window_pattern else NO_WINDOW,
         )
-
-    def _modality_arguments(self, vocab_size: int) -> dict:
-        modalities = modalities_of(self, vocab_size)
-        return dict(modalities=modalities, untie=self.untie, output_layers=self.output_layers)
+        if self.modalities:
+            return derived | dict(modalities=modalities_of(self, vocab_size))
+        return derived | dict(modalities=(), untie="none", output_layers="shared")
 
     @staticmethod
     def of_model(config) -> dict:
-        """The settings that describe the text model of a GPTConfig: what model_arguments() makes it of."""
+        """The settings that describe the text model of a GPTConfig: the inverse of GPTConfig.from_settings()."""
         shape = dict(
             depth=config.n_layer, model_dim=config.n_embd, head_dim=config.head_dim, max_seq_len=config.sequence_len
         )

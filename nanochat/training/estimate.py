@@ -98,7 +98,7 @@ def _device_memory(kind: str) -> int | None:
 
 def meta_model(settings: Settings) -> GPT:
     """The model of these settings without memory: shapes and counts only."""
-    return _meta_model(GPTConfig(**settings.model_arguments(known_vocab_size(settings))))
+    return _meta_model(GPTConfig.from_settings(settings, known_vocab_size(settings)))
 
 
 def known_vocab_size(settings: Settings) -> int:
@@ -278,7 +278,7 @@ def measure(settings: Settings, hardware: Hardware, seconds: float = MEASURE_SEC
     """
     settings = _measured(settings, hardware, seconds)
     device = torch.device(hardware.device_type)
-    model = GPT(GPTConfig(**settings.model_arguments(known_vocab_size(settings)))).to(device)
+    model = GPT(GPTConfig.from_settings(settings, known_vocab_size(settings))).to(device)
     model.init_weights()
     model.compute_dtype = hardware.activation_dtype(settings)
     select_attention(model, compiled=False)

@@ -185,7 +185,7 @@ def new_model(settings: Settings, device: torch.device, path: str = "default") -
     """The model of the settings, initialised from its seed; path "plain" takes plain.py's."""
     torch.manual_seed(settings.seed)
     with torch.device("meta"):
-        model = (PlainGPT if path == "plain" else GPT)(GPTConfig(**settings.model_arguments()))
+        model = (PlainGPT if path == "plain" else GPT)(GPTConfig.from_settings(settings))
     model.to_empty(device=device)
     model.init_weights(settings.tied_init_std)
     model.compute_dtype, model.route = pick_dtype(settings.dtype, device.type), settings.route

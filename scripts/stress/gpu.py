@@ -261,7 +261,7 @@ def attention_choices(plan: Plan) -> Finding:
     """
     device, dtype = plan.compute.device, plan.compute.dtype
     settings = plan.settings(max(plan.depths), window_pattern="SL")
-    config = GPTConfig(**settings.model_arguments())
+    config = GPTConfig.from_settings(settings)
     T, heads = config.sequence_len, (config.n_head, config.n_kv_head, config.head_dim)
     finding = Finding(("kernel", "sees", "ms", "min to max", "time / SDPA", "MiB"))
     finding.notes += map(str, choose_attention(config, device, dtype, compiled=plan.compiled))

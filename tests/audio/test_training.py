@@ -108,7 +108,7 @@ def test_only_wanted_targets_are_trained(train):
 def test_an_expert_without_tokens_in_the_whole_batch_stays_as_it_is():
     """No update out of old momentum, no decay. Red when idle groups are stepped: Muon makes full-size steps of them."""
     settings = Settings(modalities="audio:8", vocab_size=300, depth=2, model_dim=64, head_dim=32, weight_decay=0.1)
-    model = GPT(GPTConfig(**settings.model_arguments()))
+    model = GPT(GPTConfig.from_settings(settings))
     model.init_weights()
     optimizer = build_optimizer(model, settings, torch.float32)
     text = torch.randint(0, 280, (2, 12), generator=torch.Generator().manual_seed(0))

@@ -196,5 +196,8 @@ def test_settings_describe_the_model(changes, length):
     config = dataclasses.replace(build(**changes).config, sequence_len=length, n_layer=3)
     free = dict(value_gate_channels=config.value_gate_channels, value_gate_range=config.value_gate_range)
     settings = conversion.settings_for(config)
-    assert GPTConfig(**settings.model_arguments(config.vocab_size, config.document_start) | free) == config
+    assert (
+        dataclasses.replace(GPTConfig.from_settings(settings, config.vocab_size, config.document_start), **free)
+        == config
+    )
     assert 8192 * 0.6 < settings.total_batch_size <= 8192 and settings.batch_plan()

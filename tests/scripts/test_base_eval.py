@@ -58,7 +58,7 @@ def home(tmp_path_factory, tiny_corpus):
         dataset = prepare_for(settings)
         tokenizer = find_or_train(settings, dataset)
         torch.manual_seed(0)
-        model = GPT(GPTConfig(**settings.model_arguments(tokenizer.vocab_size)))
+        model = GPT(GPTConfig.from_settings(settings, tokenizer.vocab_size))
         model.init_weights()
         metadata = {
             "settings": dataclasses.asdict(settings),

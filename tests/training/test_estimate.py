@@ -136,7 +136,7 @@ def test_time_divides_among_the_devices_that_the_batch_allows():
 def test_the_disk_prediction_is_the_size_of_a_real_checkpoint_s_tensors(tied):
     """Red when a quantity of the optimizer's state is not counted."""
     s = Settings(depth=2, model_dim=48, head_dim=16, n_kv_head=1, vocab_size=300, max_seq_len=8, tie_weights=tied)
-    model = GPT(GPTConfig(**s.model_arguments()))
+    model = GPT(GPTConfig.from_settings(s))
     model.init_weights()
     optimizer = build_optimizer(model, s, torch.float32)
     model(torch.ones(1, 8, dtype=torch.long), torch.ones(1, 8, dtype=torch.long)).backward()
@@ -203,7 +203,7 @@ def saved_activations(dtype, depth, heads, kv, length, modern, pattern="L") -> t
         window_pattern=pattern,
         short_window=64,
     )
-    model = GPT(GPTConfig(**s.model_arguments()))
+    model = GPT(GPTConfig.from_settings(s))
     model.init_weights()
     model.compute_dtype = dtype
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
