@@ -336,7 +336,7 @@ def train(model: GPT, optimizer: MuonAdamW, steps: range, rows: slice = slice(No
     for step in steps:
         ids = torch.randint(11, (6, 9), generator=torch.Generator().manual_seed(step))[rows]
         loss = model(ids[:, :-1], ids[:, 1:], loss_reduction="sum") / 48
-        optimizer.send_when_ready()
+        optimizer.overlap_gradient_reduction()
         loss.backward()
         take_step(optimizer)
         model.zero_grad(set_to_none=True)
@@ -380,7 +380,7 @@ def one_of_three(rank: int, folder: str) -> None:
     state = optimizer.state_dict()
     resumed = build_optimizer(model, Settings(weight_decay=0.1), torch.float32, rank, 3)
     resumed.load_state_dict(state)
-    shards = [unit.state["exp_avg"].numel() for unit in resumed.units if "exp_avg" in unit.state]
+    shards = [bucket.state["exp_avg"].numel() for bucket in resumed.buckets if "exp_avg" in bucket.state]
     assert shards == [30, 30], shards  # a third of 88 numbers, rounded up: state is sharded, not copied
     train(model, resumed, range(2, 3), rows)
     if rank == 0:
@@ -398,7 +398,7 @@ def without_memory(rank: int, model: GPT, optimizer: MuonAdamW, rows: slice) -> 
     batch = ids[:, :-1], ids[:, 1:]
 
     def starved(_):
-        assert 0 < optimizer.sent < len(optimizer.pieces)
+        assert 0 < optimizer.launched < len(optimizer.chunks)
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     middle = model.transformer.h[1].attn.c_q.weight
@@ -414,17 +414,17 @@ def without_memory(rank: int, model: GPT, optimizer: MuonAdamW, rows: slice) -> 
     optimizer.drop_gradients()
     model.zero_grad(set_to_none=True)
     assert accumulate(model, *batch, 1, torch.tensor(48), optimizer) is not None
-    assert optimizer.sent == len(optimizer.pieces)
+    assert optimizer.launched == len(optimizer.chunks)
     take_step(optimizer)
 
 
 def test_three_ranks_are_one(tmp_path):
     """Stacks of 8, 2 and 2 matrices and 88 numbers over 3 ranks; state saved by 3 loaded by 1 and by 3.
 
-    Red when REDUCE_SCATTER is left out of `_Unit.send` (each rank would go its own way), when the padding is not
-    cut off again, or when state_dict saves one rank's shard alone. And the rank without memory: red when
-    send_gradients() does nothing for a rank that `lost` its gradients (the others wait for their sums), or when
-    drop_gradients() keeps what was sent (the step would take the sums of the failed pass).
+    Red when `_Bucket.reduce_scatter` does not call REDUCE_SCATTER (each rank would go its own way), when the padding is
+    not cut off again, or when state_dict saves one rank's shard alone. And the rank without memory: red when
+    launch_reduce_scatter() does nothing on a rank that `failed` (the others wait for their sums), or when
+    drop_gradients() keeps what was reduced (the step would take the sums of the failed pass).
     """
     spawn(one_of_three, (str(tmp_path),), ranks=3)
     out = torch.load(tmp_path / "out.pt", weights_only=True)
@@ -452,12 +452,12 @@ def one_of_two(rank: int, folder: str) -> None:
     for step in range(3):
         first, second = (a, b) if rank else (b, a)
         terms = [(rank + 1) * (first * 1).sum()] + [(rank + 1) * (second * 1).sum()] * (step < 2 or rank == 0)
-        optimizer.send_when_ready()
+        optimizer.overlap_gradient_reduction()
         sum(terms).backward()
-        early.append(optimizer.sent)
+        early.append(optimizer.launched)
         if step == 2:
-            optimizer.send_gradients(lost=False)  # what is left, with this rank's gradients
-            assert optimizer.sent == 2
+            optimizer.launch_reduce_scatter()  # what is left, with this rank's gradients
+            assert optimizer.launched == 2
         norm, _ = optimizer.reduce_gradients()
         assert optimizer.hooks == []  # else every step would keep its own
         assert norm == pytest.approx((10 * 9) ** 0.5 if step < 2 else (4 * 9 + 6) ** 0.5)
@@ -483,5 +483,5 @@ def test_a_step_that_is_left_out_leaves_nothing_behind():
     matrix.grad = torch.full((4, 4), torch.nan)
     optimizer.reduce_gradients()
     optimizer.drop_gradients()
-    assert all(unit.grad is None for unit in optimizer.units)
+    assert all(bucket.grad is None for bucket in optimizer.buckets)
     assert matrix.eq(1).all() and optimizer.state_dict() == {}

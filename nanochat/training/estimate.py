@@ -163,14 +163,14 @@ def memory_parts(settings: Settings, hardware: Hardware, world_size: int = 1) ->
     parameters = sum(p.numel() for p in model.parameters())
 
     state = step = largest = 0
-    for unit in optimizer.units:
-        shape = unit.params[0].shape
-        if unit.stacked:
-            stack = 4 * unit.own_length * math.prod(shape)
-            state += stack + 4 * unit.own_length * max(shape)
+    for bucket in optimizer.buckets:
+        shape = bucket.params[0].shape
+        if bucket.stacked:
+            stack = 4 * bucket.shard_length * math.prod(shape)
+            state += stack + 4 * bucket.shard_length * max(shape)
             step, largest = step + stack, max(largest, stack)
         else:
-            state += 8 * unit.own_length
+            state += 8 * bucket.shard_length
 
     tokens = settings.batch_plan(world_size)[0] * settings.max_seq_len
     kv = config.n_kv_head / config.n_head
@@ -217,9 +217,9 @@ def checkpoint_bytes(settings: Settings) -> int:
     model = largest_model(settings)
     optimizer = build_optimizer(model, settings, torch.float32)
     total = 4 * sum(p.numel() for p in model.parameters())
-    for unit in optimizer.units:
-        shape = unit.params[0].shape
-        total += 4 * unit.length * (math.prod(shape) + max(shape)) if unit.stacked else 8 * unit.length
+    for bucket in optimizer.buckets:
+        shape = bucket.params[0].shape
+        total += 4 * bucket.length * (math.prod(shape) + max(shape)) if bucket.stacked else 8 * bucket.length
     return total
 
 

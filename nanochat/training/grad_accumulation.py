@@ -33,7 +33,7 @@ def accumulate(
             x, y = inputs[start : start + rows], targets[start : start + rows]
             micro_loss = model(x, y, loss_reduction="modalities") / valid.clamp(min=1)
             if optimizer is not None and start + rows >= len(inputs):
-                optimizer.send_when_ready()
+                optimizer.overlap_gradient_reduction()
             micro_loss.sum().backward()
             loss = loss + micro_loss.detach()
     except (RuntimeError, MemoryError) as error:
@@ -41,7 +41,7 @@ def accumulate(
             raise
         loss = None
     if optimizer is not None:  # not in the handler, which keeps the failed pass's memory alive
-        optimizer.send_gradients(lost=loss is None)
+        optimizer.launch_reduce_scatter(failed=loss is None)
     return loss
 
 

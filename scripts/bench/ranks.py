@@ -77,5 +77,5 @@ def run(args: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":  # a rank of the third contender
-    MuonAdamW.send_when_ready = lambda self: None
+    MuonAdamW.overlap_gradient_reduction = lambda self: None
     run_script(base_train.main)
