@@ -1,10 +1,11 @@
-"""A step of generation as one graph: fixed memory for keys and values, weights cast once, compiled where that pays.
+"""Compiled single-token decoding with a static KV cache; a CUDA graph on GPUs.
 
 The idea is gpt-fast's: a cache whose shapes never change and whose position is a tensor, so that the whole step is
-compiled once, and on a GPU is a CUDA graph. Here layers with a window keep no more than the window, in a ring.
+compiled once. Here layers with a window keep no more than the window, in a ring buffer.
 """
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 
@@ -14,28 +15,30 @@ import torch.nn.functional as F
 from nanochat.gpt import GPT, Block, Linear
 from nanochat.hardware import compiler_problem
 from nanochat.model.cpu_attention import upcast
+from nanochat.model.kv_cache import KVCache
 from nanochat.runtime import first_line
 from nanochat.system import logs
 from nanochat.system.environment import import_compiler
 
 logger = logging.getLogger(__name__)
 
-ROOM = 64  # positions by which what a step looks at grows on a CPU; on a GPU it is all of the memory from the start
+VIEW_BLOCK = 64  # positions by which the view of the cache grows on a CPU; a GPU sees all of it from the start
 
-Step = Callable[[torch.Tensor], torch.Tensor]  # tokens int64 [B, 1] -> logits float32 [B, V] of what comes next
+Step = Callable[[torch.Tensor], torch.Tensor]  # tokens int64 [B, 1] -> logits float32 [B, V] of the next ids
 
 
-def cast_once(model):
-    """A GPT for generation alone, whose matrices are in the dtype that it computes in; other models as they are.
+def cast_for_inference(model):
+    """A copy of a GPT whose matrices have the dtype that it computes in; other models are returned as they are.
 
-    Training keeps float32 and casts at every use, which for a single token would be most of the work. What is float32
-    anyhow is shared with the model, not copied.
+    Training keeps float32 and casts at every use, which for a single token would be most of the work. Tensors whose
+    dtype does not change are shared with the model, not copied.
     """
     if not isinstance(model, GPT) or isinstance(model, DecodingGPT):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     other = copy.deepcopy(model, shared)
     other.__class__, other.block_forward = DecodingGPT, Block.forward
+
     for module in other.modules():
         if isinstance(module, Linear):
             module.__class__ = DecodingLinear
@@ -48,7 +51,7 @@ def cast_once(model):
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [..., K] times the transpose of weight [N, K].
 
-    One row is a sum that the compiler writes itself, on a CPU: the library's product of matrices took 2 to 3 times as
+    On a CPU one row is a sum for which the compiler generates code: the library's matrix product took 2 to 3 times as
     long (dev/LOG.md).
     """
     if x.device.type == "cpu" and x.numel() == x.size(-1) and torch.compiler.is_compiling():
@@ -62,32 +65,34 @@ class DecodingLinear(Linear):
 
 
 class DecodingGPT(GPT):
-    """What cast_once() makes of a GPT."""
+    """What cast_for_inference() makes of a GPT."""
 
     def logits(self, features: torch.Tensor, product=product) -> torch.Tensor:
         return super().logits(features, product)
 
 
 class StaticCache:
-    """Keys and values in memory of a fixed size, for one new token a row at a time.
+    """Keys and values in memory of a fixed size, for one new token per row and step.
 
-    A layer's are [2, B, H_kv, S, D]: S has room for all positions, or is window + 1 in a ring, where a token takes the
-    place of the one that no later token sees. Rotary positions are in the keys, so their order does not matter.
+    A layer's are [2, B, H_kv, S, D]. S has room for all positions; in a layer with a window S is window + 1, a ring in
+    which a token overwrites the one that no later token sees. Keys are rotated already, so their order does not matter.
     """
 
     route = "where"  # to experts: by shapes that do not depend on the ids
 
-    def __init__(self, model: GPT, cache, length: int):
-        """Takes over what is in an engine.KVCache; up to `length` positions in all."""
+    def __init__(self, model: GPT, cache: KVCache, length: int):
+        """Takes over what is in the cache; up to `length` positions in all."""
         config, filled = model.config, cache.position
         assert filled < length <= model.rotary_length, f"{length} positions behind {filled} of {model.rotary_length}"
-        # A power of two has one graph for many lengths, and one that is never seen whole keeps its strides in any part.
-        capacity = 1 << (-(-length // ROOM) * ROOM).bit_length()
-        batch = cache.store.size(2)
         self.position = torch.full((1,), filled, device=model.device)
-        self.last = cache.last.clone(memory_format=torch.contiguous_format)  # whatever the prompt's length was
+        # Contiguous whatever the prompt's length was: strides are compiled in.
+        self.last = cache.last.clone(memory_format=torch.contiguous_format)
         self.begun = cache.begun.clone(memory_format=torch.contiguous_format)
         self.filled, self.length = filled, length
+
+        # A power of two shares its graph among many lengths; never seen whole, it keeps its strides in any view.
+        capacity = 1 << (-(-length // VIEW_BLOCK) * VIEW_BLOCK).bit_length()
+        batch = cache.store.size(2)
         self.store, self.rings = [], []
         for layer in range(config.n_layer):
             window = config.window(layer)
@@ -98,23 +103,24 @@ class StaticCache:
             kept = torch.arange(max(0, filled - size), filled, device=model.device)
             store[:, :, :, kept % size] = cache.store[layer][:, :, kept].transpose(2, 3)
             self.store.append(store)
-        self.seen: list[torch.Tensor] = []  # of each layer's store what a step looks at
-        self.room = 0  # positions of it
-        self.make_room()
 
-    def make_room(self) -> None:
-        """Before each step: let it see as far as it has to write, in parts of any size by one graph."""
+        self.views: list[torch.Tensor] = []  # of each layer's store, what a step sees
+        self.view_end = 0  # positions in the views
+        self.extend_view()
+
+    def extend_view(self) -> None:
+        """Before each step: let it see as far as it has to write. On a CPU one graph takes views of any size."""
         assert self.filled < self.length, f"cache of {self.length} positions is full"
-        if self.filled < self.room:
+        if self.filled < self.view_end:
             return
         gpu = self.position.device.type == "cuda"
-        self.room = self.length if gpu else (self.filled // ROOM + 1) * ROOM
-        self.seen = []
+        self.view_end = self.length if gpu else (self.filled // VIEW_BLOCK + 1) * VIEW_BLOCK
+        self.views = []
         for store, ring in zip(self.store, self.rings, strict=True):
-            seen = store if ring or gpu else store[:, :, :, : self.room]
+            view = store if ring or gpu else store[:, :, :, : self.view_end]
             if not (ring or gpu):
-                torch._dynamo.maybe_mark_dynamic(seen, 3)
-            self.seen.append(seen)
+                torch._dynamo.maybe_mark_dynamic(view, 3)
+            self.views.append(view)
 
     def places(self, count: int) -> torch.Tensor:
         return self.position
@@ -127,24 +133,25 @@ class StaticCache:
 
     def attend(self, layer: int, q, k, v, window: int | None, mask: torch.Tensor | None) -> torch.Tensor:
         """q [B, 1, H, D] to all positions so far, of which the newest has k and v [B, 1, H_kv, D] -> [B, 1, H, D]."""
-        store = self.seen[layer]
+        store = self.views[layer]
         size = store.size(3)
         store.index_copy_(3, self.position % size, torch.stack([k, v]).transpose(2, 3))
+
         keys, values = upcast(store[:, :, :, None]).unbind(0)  # [B, H_kv, 1, S, D]
         queries = upcast(q).view(*keys.shape[:2], -1, 1, q.size(3)) * q.size(3) ** -0.5  # [B, H_kv, H / H_kv, 1, D]
         places = torch.arange(size, device=q.device)
-        free = places > self.position  # not written yet
+        hidden = places > self.position  # not written yet
         if mask is not None:
-            free = free | (self.position - (self.position - places) % size < mask[:, None, None])
-        weights = (queries * keys).sum(-1).masked_fill(free, -float("inf")).softmax(dim=-1)
+            hidden = hidden | (self.position - (self.position - places) % size < mask[:, None, None])
+        weights = (queries * keys).sum(-1).masked_fill(hidden, -float("inf")).softmax(dim=-1)
         return (weights[..., None] * values).sum(-2).to(q.dtype).view(q.shape)
 
 
-def stepper(model, cache, length: int, compiled: bool = False) -> Step:
-    """What gives the logits behind each next token of the rows in the cache of a prompt, one token a row at a time.
+def make_decode_step(model, cache, length: int, compiled: bool = False) -> Step:
+    """A function that takes the next token of each row in the cache of a prompt and returns the logits behind it.
 
-    length: positions in all. compiled: as one graph over a static cache, for models of ours; where that fails it is
-    said, and eager goes on.
+    length: positions in all. compiled: as one graph over a static cache, for models of ours; falls back to eager,
+    logging why, if compilation fails.
     """
     if compiled and isinstance(model, DecodingGPT):
         return CompiledStep(model, StaticCache(model, cache, length))
@@ -155,41 +162,42 @@ def stepper(model, cache, length: int, compiled: bool = False) -> Step:
 
 
 def last_logits(model, ids: torch.Tensor, cache) -> torch.Tensor:
-    """ids int64 [B, T] behind what is in the cache -> logits [B, V] of what comes next, and no others."""
+    """ids int64 [B, T] behind what is in the cache -> logits [B, V] of the next ids alone."""
     return model.logits(model.features(ids, cache)[:, -1])
 
 
-class CompiledStep:
-    """A step over a static cache: compiled, and on a GPU recorded as a CUDA graph once it is."""
+@functools.cache
+def compiled_last_logits() -> Callable[..., torch.Tensor]:
+    """last_logits() compiled: one function for the process, which knows the graphs of all models and batches so far."""
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(last_logits, dynamic=False, fullgraph=True)
 
-    compiled = None  # last_logits after torch.compile, which knows the graphs of all models and batches so far
+
+class CompiledStep:
+    """A Step over a static cache: compiled, and on a GPU captured as a CUDA graph after the first step."""
 
     def __init__(self, model: DecodingGPT, cache: StaticCache):
         self.model, self.cache = model, cache
-        self.run = last_logits
+        self.capture_due = model.device.type == "cuda"
+        self.graph: torch.cuda.CUDAGraph | None = None
         problem = compiler_problem() if model.device.type == "cpu" else None
         if problem is None:
             import_compiler()
-            if CompiledStep.compiled is None:
-                torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-                CompiledStep.compiled = torch.compile(last_logits, dynamic=False, fullgraph=True)
-            self.run = CompiledStep.compiled
+            self.run = compiled_last_logits()
         else:
-            self._without(problem)
-        self.tried = False  # to record
-        self.graph: torch.cuda.CUDAGraph | None = None
+            self._fall_back_to_eager(problem)
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        self.cache.make_room()
+        self.cache.extend_view()
         if self.graph is not None:
             self.tokens.copy_(tokens)
             self.graph.replay()
             logits = self.logits
         else:
             logits = self._run(tokens)
-            if self.model.device.type == "cuda" and not self.tried:
-                self.tried = True
-                self._record(tokens)
+            if self.capture_due:
+                self.capture_due = False
+                self._capture_cuda_graph(tokens)
         self.cache.filled += 1
         return logits
 
@@ -197,22 +205,22 @@ class CompiledStep:
         try:
             return self.run(self.model, tokens, self.cache)
         except torch._dynamo.exc.TorchDynamoException as error:  # while compiling, before anything was changed
-            self._without(f"{type(error).__name__}: {first_line(error)}")
+            self._fall_back_to_eager(f"{type(error).__name__}: {first_line(error)}")
             return self.run(self.model, tokens, self.cache)
 
-    def _without(self, problem: str) -> None:
+    def _fall_back_to_eager(self, problem: str) -> None:
         self.run = last_logits
         logger.info(f"generating without torch.compile ({problem})", extra=logs.TO_STDERR)
 
-    def _record(self, tokens: torch.Tensor) -> None:
-        """Record the step for the tokens to come. Recording runs nothing: the cache stays as it is."""
+    def _capture_cuda_graph(self, tokens: torch.Tensor) -> None:
+        """For the tokens to come. Capturing runs nothing: the cache stays as it is."""
         self.tokens, graph = tokens.clone(), torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        outer = torch.cuda.stream(torch.cuda.current_stream())  # come back to also where recording fails
+        outer = torch.cuda.stream(torch.cuda.current_stream())  # restores the stream also where capturing fails
         try:
             with outer, torch.cuda.graph(graph):
                 self.logits = self.run(self.model, self.tokens, self.cache)
         except RuntimeError as error:
-            logger.info(f"generating without a CUDA graph ({first_line(error)})")
+            logger.info(f"generating without a CUDA graph ({first_line(error)})", extra=logs.TO_STDERR)
         else:
             self.graph = graph
