@@ -245,7 +245,7 @@ class CausalSelfAttention(AttentionMatrices):
         return route_linears(x, plan, [(branch.c_q, branch.c_k, branch.c_v) for branch in self.branches])
 
     def attend(self, q, k, v, kv_cache, mask) -> torch.Tensor:
-        """q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]; behind a cache to what it holds, too."""
+        """q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]; a cache adds the keys and values that it holds."""
         if kv_cache is not None:
             return kv_cache.attend(self.layer, q, k, v, self.window, mask)
         kernel = self.kernels.attention.get(self.window is not None)
@@ -316,6 +316,8 @@ class LayerTerms(NamedTuple):
 
 
 class Block(nn.Module):
+    """One layer: attention, then the MLP, each added to the stream behind a norm of its input."""
+
     def __init__(self, config: GPTConfig, layer: int, kernels: Kernels):
         super().__init__()
         self.attn = CausalSelfAttention(config, layer, kernels)

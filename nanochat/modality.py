@@ -1,10 +1,10 @@
 """One vocabulary for several modalities: which ids are text, which are codes of audio (or of anything else).
 
 Text ids come first, 0..V-1. Each further modality has Q codebooks of K codes, flattened: code c of codebook q is
-first + q*K + c, and the id behind them is its `end`. Its `start` is a reserved special token of the text tokenizer:
-a text id, which the position before it predicts like any other word, but which goes through the modality's expert, so
-that the position that predicts the first code is already the expert's. A frame is Q ids, codebook 0 first.
-Over a frozen model, which has no free row, `start` is an id of its own behind all others that is only ever an input.
+first + q*K + c, and the id after them is its `end`. Its `start` is a reserved special token of the text tokenizer: a
+text id, predicted like any other, but routed to the modality's expert, so that the position that predicts the first
+code is already the expert's. A frame is Q ids, codebook 0 first. Over a frozen model, which has no free row, `start`
+is an id of its own behind all others that is only ever an input.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch
 from nanochat.system.environment import UserError
 
 IGNORED = -100  # targets that do not count
-RESERVED = 7  # the last ids of our tokenizers are free for `start`s
+RESERVED = 7  # the last ids of our tokenizers, free for `start`s
 LIMITS = dict(codebooks=32, codes=1_000_000, start=2**31, expert_dim=1_000_000)
 
 
@@ -34,7 +34,7 @@ class Modality:
 
     @property
     def size(self) -> int:
-        """Ids that it adds: its codes and `end`."""
+        """Number of ids that it adds: its codes and `end`."""
         return self.codebooks * self.codes + (self.start is not None)
 
     @classmethod
@@ -56,7 +56,7 @@ class Modality:
 
 
 def modalities_of(settings, vocab_size: int) -> tuple[Modality, ...]:
-    """The modalities that the settings name, with reserved ids of a tokenizer of ours as their starts."""
+    """The modalities that the settings name, with reserved ids of our tokenizers as their starts."""
     codes = settings.modality_codes()
     assert len(codes) <= RESERVED, codes
     expert_dim = settings.expert_dim if settings.untie != "none" else None
@@ -68,9 +68,9 @@ def modalities_of(settings, vocab_size: int) -> tuple[Modality, ...]:
 
 
 class Vocabulary:
-    """The layout of all ids: `names` ("text" first), `ranges` (first, end of each, half open) and `size`.
+    """The layout of all ids: `names` ("text" first), `ranges` (half open, of each name) and sizes.
 
-    size: of what can be predicted; input_size: with the starts that are only inputs.
+    size: number of ids that can be predicted; input_size: of those that can be inputs, input-only starts included.
     """
 
     def __init__(self, text_size: int, modalities: tuple[Modality, ...] = ()):
@@ -117,7 +117,7 @@ class Vocabulary:
         return table
 
     def mask_targets(self, targets: torch.Tensor, count: tuple[str, ...] | None) -> torch.Tensor:
-        """targets int64 [...], with those of other modalities than `count` (None: all count) ignored."""
+        """targets int64 [...], with those of modalities that are not in `count` ignored; None: all count."""
         if count is None:
             return targets
         counts = torch.tensor([name in count for name in self.names])
@@ -138,7 +138,7 @@ class Vocabulary:
         return (codes + self.first(name) + modality.codes * np.arange(modality.codebooks)).reshape(-1).astype(np.int64)
 
     def codes_of(self, name: str, ids: list[int] | np.ndarray) -> np.ndarray:
-        """The inverse: ids of whole frames -> codes int64 [T, Q]; an unfinished last frame is left out."""
+        """The inverse: ids of whole frames -> codes int64 [T, Q]; an unfinished last frame is dropped."""
         modality = self.modality(name)
         ids = np.asarray(ids, dtype=np.int64)
         frames = ids[: len(ids) // modality.codebooks * modality.codebooks].reshape(-1, modality.codebooks)
@@ -149,11 +149,11 @@ class Vocabulary:
 
 
 class Grammar:
-    """Which ids may come next in each row of a batch: text, or behind a `start` the codebooks in turn, then `end`.
+    """Which ids may come next in each row of a batch: text, or after a `start` the codebooks in turn, then `end`.
 
-    allowed: bool [B, size] for the next id; advance(ids) tells which one it was. `end` may come after whole frames,
-    and not before the first. Behind `end` comes text again. frames: the most frames of a sound, then only `end` fits.
-    A modality without a start begins with its first code, which only a prompt can hold, or enter(); it has no end.
+    allowed(): bool [B, size] for the next id; advance(ids) says which id came. `end` may come after complete frames,
+    but not before the first one. After `end` comes text again. frames: the most frames of a sound, then only `end` is
+    allowed. A modality without a start begins with its first code, from a prompt or by enter(); it has no end.
     """
 
     def __init__(self, vocabulary: Vocabulary, rows: int, device="cpu", frames: int | None = None):
@@ -162,7 +162,7 @@ class Grammar:
         self.emitted = torch.zeros(rows, dtype=torch.long, device=device)  # codes since `start`
 
     def enter(self, name: str) -> None:
-        """From here on all rows are sounds (or what the modality is), at their first code."""
+        """All rows are inside this modality from here on, at their first code."""
         self.modality[:], self.emitted[:] = self.vocabulary.names.index(name), 0
 
     def allowed(self) -> torch.Tensor:
@@ -170,21 +170,20 @@ class Grammar:
         mask = (self.modality == 0)[:, None] & (ids < self.vocabulary.text_size)
         for number, modality in enumerate(self.vocabulary.modalities, 1):
             first, end = self.vocabulary.ranges[number]
-            book = self.emitted % modality.codebooks
+            codebook = self.emitted % modality.codebooks
             frame = self.emitted // modality.codebooks
-            low = first + book * modality.codes
-            code = (ids >= low[:, None]) & (ids < low[:, None] + modality.codes)
-            boundary = (book == 0) & (frame > 0)
-            legal = code
+            low = first + codebook * modality.codes
+            legal = (ids >= low[:, None]) & (ids < low[:, None] + modality.codes)
             if modality.start is not None:
+                complete = (codebook == 0) & (frame > 0)
                 if self.frames is not None:
-                    code &= ~(boundary & (frame >= self.frames))[:, None]
-                legal = code | (boundary[:, None] & (ids == end - 1))
+                    legal &= ~(complete & (frame >= self.frames))[:, None]
+                legal |= complete[:, None] & (ids == end - 1)
             mask |= (self.modality == number)[:, None] & legal
         return mask
 
     def advance(self, ids: torch.Tensor) -> None:
-        """ids int64 [B]: the next id of each row."""
+        """ids int64 [B]: the id that came next in each row."""
         ended = torch.zeros_like(ids, dtype=torch.bool)
         for number, (modality, (first, end)) in enumerate(
             zip(self.vocabulary.modalities, self.vocabulary.ranges[1:], strict=True), 1
@@ -200,7 +199,7 @@ class Grammar:
             self.emitted.masked_fill_(began, 0)
 
     def repeated(self, rows: int) -> "Grammar":
-        """The state of this grammar's one row, for `rows` rows."""
+        """A grammar of `rows` rows in the state of this one's only row."""
         other = Grammar(self.vocabulary, rows, self.modality.device, self.frames)
         other.modality[:], other.emitted[:] = self.modality, self.emitted
         return other

@@ -45,7 +45,8 @@ def test_validation_tokenises_no_more_than_it_measures(small_shards, tiny_corpus
     dataset, model = prepare_for(settings), model_of(settings)
     measured = training_data.held_out_measure(settings, dataset, BYTES, CPU)(model, never)
     store = TokenStore(dataset, BYTES, "val")
-    assert [path.stem for path in store.directory.glob("val*.json")] == ["val_00000"] and len(store.paths) > 4
+    assert [path.stem for path in store.directory.glob("val*.json")] == ["val_00000"]
+    assert len(store.paths) > 4
     ids = np.concatenate([store.shard(shard)[0] for shard in range(len(store.paths))])
     how = dict(rows=4, seq_len=64, max_tokens=1000)
     assert measured == bits_per_byte(model, ids, BYTES.token_bytes, **how)
@@ -68,7 +69,8 @@ def test_validation_of_sounds_looks_at_the_first_shards(monkeypatch, base):
     store = TokenStore(many, BYTES, "val", vocabulary=vocabulary)
     assert len(Rows(store, 240, max_tokens=700)) >= 3
     made = len(list(store.directory.glob("val*.json")))
-    assert sum(map(store.tokens, range(made))) >= 700 and made < len(store.paths)
+    assert sum(map(store.tokens, range(made))) >= 700
+    assert made < len(store.paths)
     store = TokenStore(one, BYTES, "val", vocabulary=vocabulary)
     whole, model = Rows(store, 240), model_of(settings)
     how = dict(rows=4, max_tokens=700)
@@ -89,5 +91,6 @@ def test_samples_are_prompted_from_at_most_four_shards(small_shards, tiny_corpus
     settings = Settings(data=str(tiny_corpus), **TINY)
     samples = draw_samples(model_of(settings), BYTES, dataset, seed=1)
     for place, sample in enumerate(samples[:4]):
-        assert texts[len(texts) * place // 4].replace("\n\n", "\n").startswith(sample["prompt"]) and sample["prompt"]
+        assert texts[len(texts) * place // 4].replace("\n\n", "\n").startswith(sample["prompt"])
+        assert sample["prompt"]
     assert len(opened) == len(set(opened)) <= 4 < len(dataset.shards("val"))

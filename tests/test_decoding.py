@@ -126,10 +126,12 @@ def test_weights_are_cast_once_and_float32_is_shared():
     model, ids = build(**LONG), random_ids(2, 20)
     shared = cast_for_inference(model)
     assert {p.data_ptr() for p in shared.parameters()} == {p.data_ptr() for p in model.parameters()}
-    assert cast_for_inference(shared) is shared and type(model.transformer.h[0].mlp.c_fc).__name__ == "Linear"
+    assert cast_for_inference(shared) is shared
+    assert type(model.transformer.h[0].mlp.c_fc).__name__ == "Linear"
     model.compute_dtype = torch.bfloat16
     cast = cast_for_inference(model)
-    assert cast.transformer.wte.weight.dtype == torch.bfloat16 and cast.resid_lambdas.dtype == torch.float32
+    assert cast.transformer.wte.weight.dtype == torch.bfloat16
+    assert cast.resid_lambdas.dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     with torch.inference_mode():
         assert torch.equal(cast(ids), model(ids))

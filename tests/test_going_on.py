@@ -30,11 +30,14 @@ def test_a_run_splits_its_tied_tables(train):
     train("tied", **how)
     train("split", **how, untie_at=0.5)
     same, split = losses("tied"), losses("split")
-    assert split[:3] == same[:3] and split[3] == pytest.approx(same[3], rel=1e-6) and split[5] != same[5]
+    assert split[:3] == same[:3]
+    assert split[3] == pytest.approx(same[3], rel=1e-6)
+    assert split[5] != same[5]
     assert [line["step"] for line in metrics("split") if line.get("event") == "untie"] == [3]
     states = {step: cm.load_checkpoint(tag_dir("split"), step, load_optimizer=True) for step in (3, 4)}
     config, weights, moments = untied(cm.model_config(states[3][2]), *states[3][:2])
-    assert config == cm.model_config(states[4][2]) and weights.keys() == states[4][0].keys()
+    assert config == cm.model_config(states[4][2])
+    assert weights.keys() == states[4][0].keys()
     assert states[4][1]["lm_head.weight.step"] == moments["lm_head.weight.step"] + 1
     assert states[4][1]["transformer.wte.weight.step"] == 4
     rate = Settings.tied_weights_lr * (64 / 768) ** -0.5
@@ -43,7 +46,8 @@ def test_a_run_splits_its_tied_tables(train):
         assert 0.1 * rate < moved < 1.1 * rate, name
     assert cm.load_model("base", "cpu", "eval", "split", 6)[0].config.tie_weights is False
     groups = states[4][2]["derived"]["parameters"]
-    assert groups["lm_head"] == groups["wte"] and groups["output_projection"] == 0
+    assert groups["lm_head"] == groups["wte"]
+    assert groups["output_projection"] == 0
 
 
 @pytest.mark.parametrize(("untie_at", "step"), [(0.01, 1), (0.999, 2)])
@@ -90,7 +94,8 @@ def test_training_goes_on_from_nanochats_files(train, corpus, capsys):
     go_on("capped", **quiet, init_era="2026-03-02")
     assert cm.load_model("base", "cpu", "eval", "capped")[0].config.softcap == 20.0
     out = capsys.readouterr().out
-    assert "and its optimizer's state" in out and 'window_pattern = "SSSL" (default "L", from init_from=theirs)' in out
+    assert "and its optimizer's state" in out
+    assert 'window_pattern = "SSSL" (default "L", from init_from=theirs)' in out
     weights, moments, metadata = cm.load_checkpoint(tag_dir("on"), 1, load_optimizer=True)
     assert moments["transformer.wte.weight.step"] == theirs.STEP + 1
     config = cm.model_config(metadata)

@@ -18,7 +18,8 @@ VOCABULARY = Vocabulary(20, (AUDIO, IMAGE))  # text 0..19, audio 20..29 and end 
 def test_ids_lie_one_range_behind_the_other():
     """V + q*K + c, then `end`. Red when a codebook's offset is forgotten, or `end` belongs to the next modality."""
     assert VOCABULARY.names == ("text", "audio", "image")
-    assert VOCABULARY.ranges == [(0, 20), (20, 31), (31, 544)] and VOCABULARY.size == 544
+    assert VOCABULARY.ranges == [(0, 20), (20, 31), (31, 544)]
+    assert VOCABULARY.size == 544
     assert (VOCABULARY.end("audio"), VOCABULARY.end("image")) == (30, 543)
     codes = np.array([[0, 4], [3, 0]])
     assert VOCABULARY.ids_of("audio", codes).tolist() == [20, 29, 23, 25]
@@ -31,7 +32,8 @@ def test_start_is_text_that_goes_through_the_expert():
     by_expert, by_target = VOCABULARY.table(by_expert=True), VOCABULARY.table(by_expert=False)
     assert by_target.tolist() == [0] * 20 + [1] * 11 + [2] * 513
     changed = (by_expert != by_target).nonzero()[:, 0].tolist()
-    assert changed == [13, 14] and by_expert[[13, 14]].tolist() == [1, 2]
+    assert changed == [13, 14]
+    assert by_expert[[13, 14]].tolist() == [1, 2]
 
 
 def test_only_wanted_targets_count():

@@ -191,7 +191,8 @@ def test_clipping_scales_the_gradient_and_the_norms_are_those_of_the_whole():
     optimizer = MuonAdamW([dict(adamw, weight_decay=0.0), muon_group([q])])
     p.grad, q.grad = torch.full((4, 4), 3.0), torch.full((4, 4), 4.0)
     norm, by_group = optimizer.reduce_gradients()
-    assert p.grad is None and q.grad is None  # spent: their memory is free for the next backward pass
+    assert p.grad is None
+    assert q.grad is None
     assert norm == pytest.approx(20.0)  # sqrt(16 * 9 + 16 * 16)
     assert by_group == pytest.approx({"flat": 12.0, "matrix": 16.0})
     optimizer.step(0.25)
@@ -484,4 +485,5 @@ def test_a_step_that_is_left_out_leaves_nothing_behind():
     optimizer.reduce_gradients()
     optimizer.drop_gradients()
     assert all(bucket.grad is None for bucket in optimizer.buckets)
-    assert matrix.eq(1).all() and optimizer.state_dict() == {}
+    assert matrix.eq(1).all()
+    assert optimizer.state_dict() == {}

@@ -40,17 +40,20 @@ def test_hypothesis_repeats_itself(number):
     """Random cases are the same in every run: dropping derandomize=True from the profile turns this red."""
     from hypothesis import settings
 
-    assert settings().derandomize and settings().deadline is None
+    assert settings().derandomize
+    assert settings().deadline is None
 
 
 def test_base_dir_is_a_scratch_folder():
     """Dropping NANOCHAT_BASE_DIR from conftest turns this red: tests would write into the user's own cache."""
-    assert "nanochat-tests-" in str(base_dir()) and base_dir() != Path.home() / ".cache" / "nanochat"
+    assert "nanochat-tests-" in str(base_dir())
+    assert base_dir() != Path.home() / ".cache" / "nanochat"
 
 
 def test_tiny_corpus(tiny_corpus):
     files = sorted(tiny_corpus.rglob("*.py"))
-    assert len(files) == 60 and sum(f.stat().st_size for f in files) > 200_000
+    assert len(files) == 60
+    assert sum(f.stat().st_size for f in files) > 200_000
     for file in files:
         compile(file.read_text(), str(file), "exec")
 
@@ -114,40 +117,55 @@ def test_set_up_happens_once(checkout):
     """Not writing the stamp turns this red; so does a stamp that leaves out the extras or the pins."""
     assert checkout.set_up()[0] == 0
     installs = checkout.calls()
-    assert len(installs) == 2 and all("[-c] [" in line and "constraints.txt]" in line for line in installs)
-    assert "[setuptools]" in installs[0] and f"[-e] [{checkout.root}]" in installs[1]
-    assert checkout.set_up() == (0, "") and checkout.calls() == []
-    assert checkout.set_up("dev")[0] == 0 and f"[-e] [{checkout.root}[dev]]" in checkout.calls()[1]
-    assert checkout.set_up("dev") == (0, "") and checkout.set_up() == (0, "") and checkout.calls() == []
+    assert len(installs) == 2
+    assert all("[-c] [" in line and "constraints.txt]" in line for line in installs)
+    assert "[setuptools]" in installs[0]
+    assert f"[-e] [{checkout.root}]" in installs[1]
+    assert checkout.set_up() == (0, "")
+    assert checkout.calls() == []
+    assert checkout.set_up("dev")[0] == 0
+    assert f"[-e] [{checkout.root}[dev]]" in checkout.calls()[1]
+    assert checkout.set_up("dev") == (0, "")
+    assert checkout.set_up() == (0, "")
+    assert checkout.calls() == []
     with open(checkout.root / "constraints.txt", "a") as pins:
         pins.write("left-pad==1.0\n")
-    assert checkout.set_up()[0] == 0 and len(checkout.calls()) == 2
+    assert checkout.set_up()[0] == 0
+    assert len(checkout.calls()) == 2
 
 
 def test_interrupted_set_up_starts_over(checkout):
     """Writing the stamp before the install, ignoring pip's exit code, or keeping what it left, turns this red."""
     (checkout.folder / "FAIL").write_text("install")
     rc, text = checkout.set_up()
-    assert rc == 2 and "error: installing into .venv failed" in text and len(checkout.calls()) == 1
+    assert rc == 2
+    assert "error: installing into .venv failed" in text
+    assert len(checkout.calls()) == 1
     (checkout.folder / "FAIL").write_text("")
     half_written = checkout.root / ".venv" / "bin" / "half-written"
     half_written.touch()
-    assert checkout.set_up()[0] == 0 and len(checkout.calls()) == 2 and not half_written.exists()
+    assert checkout.set_up()[0] == 0
+    assert len(checkout.calls()) == 2
+    assert not half_written.exists()
     half_written.touch()  # after a finished one the environment is brought up to date in place
-    assert checkout.set_up("dev")[0] == 0 and half_written.exists()
+    assert checkout.set_up("dev")[0] == 0
+    assert half_written.exists()
 
 
 def test_set_up_without_a_new_enough_python(checkout):
     """Dropping is_new_enough's test of the version turns this red."""
     checkout.python.write_text("#!/bin/sh\nexit 1\n")
     rc, text = checkout.set_up()
-    assert rc == 2 and f"PYTHON={checkout.python} is not a Python of version 3.11 or newer" in text
+    assert rc == 2
+    assert f"PYTHON={checkout.python} is not a Python of version 3.11 or newer" in text
     tools = checkout.folder / "tools"
     tools.mkdir()
     for tool in ("bash", "cat", "cksum", "dirname", "mkdir"):
         (tools / tool).symlink_to(shutil.which(tool))
     rc, text = checkout.set_up(PYTHON="", PATH=str(tools))
-    assert rc == 2 and "error: no Python 3.11 or newer found" in text and "set PYTHON" in text
+    assert rc == 2
+    assert "error: no Python 3.11 or newer found" in text
+    assert "set PYTHON" in text
 
 
 def speedrun(checkout: Checkout, *arguments: str, plans: str, preset: str = "") -> tuple[int, str, list[str]]:
@@ -182,14 +200,17 @@ def test_speedrun_resumes_and_passes_over_what_is_done(checkout):
     launcher = (
         "[torch.distributed.run] [--standalone] [--nproc_per_node=8] [-m] [scripts.base_train] [my.py] [--resume]"
     )
-    assert rc == 0 and launcher in calls and "step 20 of d4 tied is already evaluated" in text
+    assert rc == 0
+    assert launcher in calls
+    assert "step 20 of d4 tied is already evaluated" in text
     assert not any("base_eval" in call or "configure" in call for call in calls)
 
 
 def test_speedrun_does_not_touch_a_finished_run(checkout):
     """Calling base_train whatever the action turns this red."""
     rc, text, calls = speedrun(checkout, plans="1 nothing done 20 yes d4\n" * 2)
-    assert rc == 0 and "nothing left to train: d4 is done at step 20" in text
+    assert rc == 0
+    assert "nothing left to train: d4 is done at step 20" in text
     assert [call.split()[0] for call in calls] == ["[scripts.data]", "[scripts.tok_train]", "[scripts.summary]"]
 
 
@@ -200,15 +221,19 @@ def test_speedrun_stops_at_a_failing_stage_and_says_how_to_go_on(checkout, stage
     plans = "1 start new - no d4\n1 resume started 10 no d4\n"
     checkout.python.write_text(FAKE_PYTHON.replace('! grep -qF -- "$2" "$FAIL"', f'[ "$1" != {stage} ]'))
     rc, text, calls = speedrun(checkout, "--run=a b", plans=plans)
-    assert rc == 1 and calls[-1].startswith(f"[{stage}]")
-    assert "same command goes on" in text and r"speedrun.sh --run=a\ b" in text
+    assert rc == 1
+    assert calls[-1].startswith(f"[{stage}]")
+    assert "same command goes on" in text
+    assert r"speedrun.sh --run=a\ b" in text
 
 
 def test_speedrun_leaves_a_mistake_at_one_line(checkout):
     """Exit code 2 comes with a line that says the way out: printing more below it turns this red."""
     checkout.python.write_text(FAKE_PYTHON.replace('cat "$PRESET"', 'echo "error: x" >&2; exit 2'))
     rc, text, calls = speedrun(checkout, "--deph=4", plans="")
-    assert rc == 2 and text.endswith("error: x\n") and calls == []
+    assert rc == 2
+    assert text.endswith("error: x\n")
+    assert calls == []
 
 
 @pytest.mark.parametrize(
@@ -222,7 +247,9 @@ def test_speedrun_leaves_a_mistake_at_one_line(checkout):
 def test_speedrun_does_not_evaluate_a_run_that_was_stopped(checkout, state, code, line):
     """torchrun ends with 0 after a stop: dropping the second look at the state, or one code for all, turns this red."""
     rc, text, calls = speedrun(checkout, plans=f"2 start new - no d4\n2 resume {state} 10 no d4\n")
-    assert rc == code and line in text and "base_eval" not in calls[-1]
+    assert rc == code
+    assert line in text
+    assert "base_eval" not in calls[-1]
 
 
 TRAINING = """    "-m scripts.base_train"*)
@@ -243,7 +270,8 @@ def test_speedrun_passes_a_signal_on_to_the_training_and_waits_for_its_save(chec
     checkout.calls()
     rc, text = checkout.run(str(checkout.root / "speedrun.sh"), NANOCHAT_BASE_DIR=str(tmp_path / "base"))
     assert checkout.calls()[-2:] == ["saved", "plan"]
-    assert rc == 85 and "was preempted before its end, at step 10" in text
+    assert rc == 85
+    assert "was preempted before its end, at step 10" in text
 
 
 @pytest.mark.parametrize("state", ["preempted", "nonfinite"])
@@ -252,7 +280,8 @@ def test_speedrun_does_not_take_an_old_stop_for_the_end_of_a_start_that_failed(c
     failing = '    "-m scripts.base_train"*) exit 1 ;;\n    -c*) ;;'
     checkout.python.write_text(FAKE_PYTHON.replace("    -c*) ;;", failing, 1))
     rc, text, _ = speedrun(checkout, plans=f"1 resume {state} 10 no d4\n1 resume {state} 10 no d4\n")
-    assert rc == 1 and "stopped in stage: training (exit code 1)" in text
+    assert rc == 1
+    assert "stopped in stage: training (exit code 1)" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,10 +317,12 @@ def test_shell_scripts_parse():
 def test_pins_fit_any_machine():
     """A +cpu suffix or an nvidia line (what `pip freeze` gives on one machine) turns this red, and so would a range."""
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    assert "torch==2.13.0" in pins and any(pin.startswith("setuptools==") for pin in pins)
+    assert "torch==2.13.0" in pins
+    assert any(pin.startswith("setuptools==") for pin in pins)
     for pin in pins:
         name, version = pin.split("==")
-        assert "+" not in version and not name.startswith(("nvidia", "triton", "cuda", "nanochat"))
+        assert "+" not in version
+        assert not name.startswith(("nvidia", "triton", "cuda", "nanochat"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,7 +424,8 @@ def test_plan_line(run_folder, capsys):
     (run_folder / "step_000030").mkdir()
     summary.main(["--model_tag=t", "--plan"])
     said = capsys.readouterr()
-    assert said.out == "1 nothing done 20 yes t\n" and "step_000030" in said.err
+    assert said.out == "1 nothing done 20 yes t\n"
+    assert "step_000030" in said.err
     assert summary.plan(Settings(model_tag="other")) == "1 start new - no other"
 
 

@@ -64,7 +64,8 @@ def test_a_run_resumes_with_its_shards_whatever_became_of_the_source(train, sour
     train(tag, "--resume", data=source, **ALL)
     assert losses(tag) == losses(f"{tag}-control")
     [line] = [line for line in capsys.readouterr().out.splitlines() if "taking the shards" in line]
-    assert str(source) in line and ("cannot be read now" if tag in ("rmtree", "make_unreadable") else "changed") in line
+    assert str(source) in line
+    assert ("cannot be read now" if tag in ("rmtree", "make_unreadable") else "changed") in line
 
 
 def test_a_relative_path_resumes_from_another_folder(train, source, tmp_path, monkeypatch):
@@ -93,7 +94,8 @@ def test_moved_data_is_the_same_and_other_data_is_refused(train, source, capsys,
     assert exit_code(lambda: base_train.main([*words, "--resume"])) == 2
     said = capsys.readouterr().err
     now = prepare(str(other)).fingerprint["sha256"]
-    assert said.count("\n") == 1 and "{" not in said
+    assert said.count("\n") == 1
+    assert "{" not in said
     for part in (state["data_fingerprint"]["sha256"][:8], now[:8], str(other), "--data=PATH", "--model_tag=NAME"):
         assert part in said
     with pytest.raises(UserError, match="cannot change data='stdlib'"):
@@ -142,7 +144,8 @@ def test_evaluation_takes_the_shards_of_the_training(train, source, capsys):
     found = base_eval.main(["--model-tag=evaluated", "--eval=bpb"])
     assert found["bpb"]["val"] == before
     said = capsys.readouterr().out
-    assert "cannot be read now" in said and "warning: trained on" not in said
+    assert "cannot be read now" in said
+    assert "warning: trained on" not in said
 
 
 def test_a_named_tokenizer_that_is_gone_does_not_end_a_run(train, source, tmp_path):
@@ -186,12 +189,14 @@ def test_climbmix_is_found_by_the_fingerprint_of_its_limit(base, monkeypatch, tm
     two = prepare("climbmix", limit=2)
     assert two.fingerprint["sha256"] != whole["sha256"]
     found = find_prepared(two.fingerprint)
-    assert found.num_documents("train") == 2 and found.fingerprint == two.fingerprint
+    assert found.num_documents("train") == 2
+    assert found.fingerprint == two.fingerprint
     assert find_prepared(whole).num_documents("train") == 3
     assert find_prepared({**two.fingerprint, "sha256": "0" * 64}) is None
     os.unlink(folder / "shard_00001.parquet")
     assert find_prepared(two.fingerprint) is None
-    assert is_same(None, whole) and not is_same(two.fingerprint, whole)
+    assert is_same(None, whole)
+    assert not is_same(two.fingerprint, whole)
 
 
 def test_other_data_inherits_nothing_of_the_trainings():
@@ -224,7 +229,8 @@ def test_evaluation_on_other_data_says_how_that_is_read(train, source, tmp_path,
     words = ["--model-tag=limited", "--eval=bpb", f"--data=hf:{folder}"]
     whole = base_eval.main(words)
     expected = prepare(f"hf:{folder}")
-    assert whole["bpb"]["val_bytes"] == expected.text_bytes("val") and whole["data_settings"]["data_limit"] is None
+    assert whole["bpb"]["val_bytes"] == expected.text_bytes("val")
+    assert whole["data_settings"]["data_limit"] is None
     capsys.readouterr()
     part = base_eval.main([*words, "--data-limit=100", "--data_column=other"])
     assert part["bpb"]["val_bytes"] == prepare(f"hf:{folder}", column="other", limit=100).text_bytes("val")

@@ -93,7 +93,8 @@ def test_an_entrys_run_could_go_on(name):
         optimizer = build_optimizer(GPT(config), settings, torch.float32)
         optimizer.load_state_dict(state)
         again = optimizer.state_dict()
-        assert again.keys() == state.keys() and all(torch.equal(again[key], state[key]) for key in state)
+        assert again.keys() == state.keys()
+        assert all(torch.equal(again[key], state[key]) for key in state)
 
 
 def test_what_an_absent_key_means_is_frozen():

@@ -1,1 +1,1 @@
-"""What gpt.py is made of: attention and its kernels, routing, the loss head."""
+"""Parts of gpt.py: attention and its kernels, routing to experts, tables, the loss head, parameter groups."""

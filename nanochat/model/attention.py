@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanochat.model.cpu_attention import blocked_causal_attention
 from nanochat.model.gpu_attention import Kernel, Mask, visible
 
-SDPA_BLOCK = 128  # the least queries of a layer with a window that are looked at together
+SDPA_BLOCK = 128  # the fewest queries that are computed at a time in a layer with a window
 
 
 def causal_attention(
@@ -23,9 +23,9 @@ def causal_attention(
 ) -> torch.Tensor:
     """q [B, T, H, D], k and v [B, S, H_kv, D] with S >= T -> [B, T, H, D].
 
-    The queries are the last T of the S positions, each sees its own position and everything before, or only `window`
-    positions before. H_kv divides H. mask: that of document_masks() for this window. bound: the largest size that
-    q k / sqrt(D) can have, where it is known. kernel: what trains such layers, see Kernels.attention.
+    The queries are the last T of the S positions; each sees its own position and all before, or only `window` positions
+    before. H_kv divides H. mask: from document_masks(), for this window. bound: the largest |q k / sqrt(D)|, where it
+    is known. kernel: trains such layers, see Kernels.attention.
     """
     if torch.is_grad_enabled() and k.size(1) == q.size(1):  # training
         if kernel is not None:
@@ -36,10 +36,10 @@ def causal_attention(
 
 
 def sdpa(q, k, v, window: int | None = None, begins: torch.Tensor | None = None) -> torch.Tensor:
-    """causal_attention() by torch's kernels for scaled dot products, in memory proportional to the window.
+    """causal_attention() by torch's scaled_dot_product_attention, in memory proportional to the window.
 
-    begins: int [B, T], where each query's document begins among the S positions; without a window the mask of them
-    takes B T S bytes.
+    begins: int [B, T], where each query's document begins among the S positions; without a window its mask takes
+    B T S bytes.
     """
     T, S = q.size(1), k.size(1)
     first = 0  # position of the first key
@@ -52,26 +52,31 @@ def sdpa(q, k, v, window: int | None = None, begins: torch.Tensor | None = None)
                 own = None if begins is None else begins[:, n * step : n * step + part.size(1)]
                 out.append(sdpa(part, k[:, :end], v[:, :end], window, own))
             return torch.cat(out, dim=1)
-        first = max(0, S - T - window)  # no query sees what lies further back than the first one does
+        first = max(0, S - T - window)  # the first query sees furthest back
         k, v = k[:, first:], v[:, first:]
+
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
     causal, mask = T == S > 1 and begins is None and (window is None or window >= S - 1), None
-    # Several new tokens behind a cache, or that see a window or their document; a single one sees all there is.
+    # A mask is for several new tokens behind a cache, for windows and documents; a single token sees all keys.
     if begins is not None or (T > 1 and not causal):
         place = torch.arange(first, S, device=q.device)
         mask = visible(place[-T:, None], place, window, None if begins is None else begins[:, None, :, None])
+
     grouped = q.size(1) != k.size(1)
-    if grouped and mask is not None and q.device.type == "cuda":  # for which torch has no kernel that saves memory
+    if grouped and mask is not None and q.device.type == "cuda":  # torch has no kernel for it that saves memory
         k, v = (z.repeat_interleave(q.size(1) // z.size(1), dim=1) for z in (k, v))
         grouped = False
+
     with kernels_for(q.device, many_shapes=k.size(2) != T):
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2)
 
 
 def kernels_for(device: torch.device, many_shapes: bool) -> AbstractContextManager:
-    """All of torch's; on a GPU where each call has a shape of its own not cuDNN's: it plans for every shape anew, which
-    took 50 ms on an H200. So has each token behind a cache, and each batch of prompts or sounds that are scored.
+    """Context that allows all of torch's kernels, but on a GPU with many shapes not cuDNN's.
+
+    cuDNN makes a plan for every new shape, which took 50 ms on an H200. many_shapes: each call has another shape, as
+    tokens behind a cache have, and batches of prompts or sounds that are scored.
     """
     if device.type != "cuda" or not many_shapes:
         return nullcontext()

@@ -1,9 +1,8 @@
-"""Causal attention for training on a CPU: plain matmuls of blocks of queries with the keys that one of them sees.
+"""Causal attention for training on a CPU: matmuls of blocks of queries with all keys that any of them sees.
 
-torch's fused kernel is slow in its backward pass there, and a block skips what it would mask: nearly half of the
-square, or all but the window (measured in dev/LOG.md). One pass over the scores in each direction: those of normalised
-queries and keys are bounded, so that their exponentials need no maximum, and the division by the sum is left to the
-outputs.
+torch's fused kernel has a slow backward pass there, and blocks skip what would be masked: nearly half of the square, or
+all but the window (measured in dev/LOG.md). Each direction makes one pass over the scores: normalised queries and keys
+have bounded scores, so their exponentials need no row maximum, and the outputs are divided instead of the weights.
 """
 
 import torch
@@ -13,14 +12,14 @@ SAFE_BOUND = 60.0  # exp(60) times a million keys is finite in float32, and exp(
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
-    """float32 where it was narrower: what sums and exponentials are computed in."""
+    """x in float32 if its dtype is narrower, for sums and exponentials."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def blocks(length: int, window: int | None = None) -> list[tuple[int, int, int]]:
-    """(first query, end, first key that one of them sees) of each block of queries; the keys end with the queries.
+    """(first query, end, first key that any of them sees) of each block of queries; the keys end with the queries.
 
-    At most eight blocks, which compile in seconds, of at least 64 queries, which make good matmuls.
+    At most eight blocks, so that they compile in seconds, of at least 64 queries each, for efficient matmuls.
     """
     size = max(64, -(-length // 512) * 64)
     starts = range(0, length, size)
@@ -37,8 +36,8 @@ def blocked_causal_attention(
 ) -> torch.Tensor:
     """q [B, T, H, D], k and v [B, T, H_kv, D] -> [B, T, H, D]; each position sees itself and what comes before.
 
-    window: only so many positions before. bound: the largest size that q k / sqrt(D) can have, if that is known.
-    begins: int [B, T], only what comes from there on.
+    window: number of positions before its own that a query sees. bound: the largest |q k / sqrt(D)|, if that is known.
+    begins: int [B, T], the first position that each query sees.
     """
     B, T, H, D = q.shape
     if begins is not None:
@@ -50,25 +49,28 @@ def blocked_causal_attention(
 
 
 class _Blocked(torch.autograd.Function):
-    """q, k, v [N, T, D] -> [N, T, D]. The weights stay as they were before the division by their sums."""
+    """q, k, v [N, T, D] -> [N, T, D]. Saves the weights from before the division by their sums."""
 
     @staticmethod
     def forward(ctx, q, k, v, window, bound, begins):
         outputs, weights, sums = [], [], []
         for start, end, first in blocks(q.size(1), window):
             scores = upcast(torch.bmm(q[:, start:end], k[:, first:end].transpose(1, 2))) * q.size(2) ** -0.5
+
             square = torch.ones(end - start, end - first, dtype=torch.bool, device=q.device)
             hidden = square.triu(start - first + 1)
             if window is not None:
                 hidden = hidden | square.tril(start - first - window - 1)
             if begins is not None:
                 hidden = hidden | (torch.arange(first, end, device=q.device) < begins[:, start:end, None])
+
             if bound > SAFE_BOUND:
                 scores = scores - scores.masked_fill(hidden, -float("inf")).amax(dim=-1, keepdim=True)
             w = torch.exp(scores).masked_fill(hidden, 0.0)
             sums.append(w.sum(dim=-1, keepdim=True))
             weights.append(w.to(v.dtype))
             outputs.append(upcast(torch.bmm(weights[-1], v[:, first:end])) / sums[-1])
+
         out, total = torch.cat(outputs, dim=1).to(v.dtype), torch.cat(sums, dim=1)
         ctx.save_for_backward(q, k, v, out, total, *weights)
         ctx.window = window
@@ -82,6 +84,7 @@ class _Blocked(torch.autograd.Function):
         grad = upcast(grad) / total
         mean = (grad * upcast(out)).sum(dim=-1, keepdim=True)
         grad = grad.to(v.dtype)
+
         dq, dk, dv = [], 0.0, 0.0
         for (start, end, first), w in zip(blocks(T, ctx.window), weights, strict=True):
             g, place = grad[:, start:end], (0, 0, first, T - end)

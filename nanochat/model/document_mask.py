@@ -1,6 +1,6 @@
-"""Documents in rows of ids: where each begins, and what keeps them apart in a model that is told to.
+"""Documents in rows of ids: where each begins, and the masks that keep attention within a document.
 
-start: the id that begins a document, GPTConfig.document_start; None where the model knows no documents.
+start: the id that begins a document, GPTConfig.document_start; None in a model without document boundaries.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def document_begins(idx: torch.Tensor, start: int | None, kv_cache=None) -> torch.Tensor | None:
-    """idx int64 [B, T] -> int64 [B, T], the position at which each token's document begins, 0 if that is not known."""
+    """idx int64 [B, T] -> int64 [B, T], the position at which each token's document begins, 0 where it is unknown."""
     if start is None:
         return None
     place = torch.arange(idx.size(1), device=idx.device) + (0 if kv_cache is None else kv_cache.position)
@@ -26,9 +26,9 @@ def document_begins(idx: torch.Tensor, start: int | None, kv_cache=None) -> torc
 def previous(
     x: torch.Tensor, last: torch.Tensor | None, idx: torch.Tensor, start: int | None, nothing: int
 ) -> torch.Tensor:
-    """x [B, T, ...] of the tokens idx [B, T] -> that of the token before each, `nothing` where there is none.
+    """x [B, T, ...] of the tokens idx [B, T] -> x of the token before each, `nothing` at the start of a document.
 
-    last: that of the token before the first [B, 1, ...]. A token of another document is none.
+    last: x of the token before the first [B, 1, ...]; None: there is none.
     """
     first = torch.full_like(x[:, :1], nothing) if last is None else last
     before = torch.cat([first, x[:, :-1]], dim=1)
@@ -59,27 +59,32 @@ def document_masks(
 
 
 def document_block_mask(begins: torch.Tensor, window: int | None) -> "BlockMask":
-    """begins int [B, T], which never decreases along a row -> which blocks FlexAttention computes, and which of them
-    without looking at each score.
+    """begins int [B, T], never decreasing along a row -> the blocks that FlexAttention computes, and those of them that
+    need no mask.
 
-    What create_block_mask would find after computing all T x T scores' masks, in memory for the blocks alone.
+    The result of torch's create_block_mask(), which would compute the mask of all T x T scores; here the memory is that
+    of the blocks.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     T = begins.size(1)
     first = torch.arange(0, T, BLOCK, device=begins.device)  # position of each block
     last = (first + BLOCK - 1).clamp(max=T - 1)
-    query, key = first[:, None], last[None]  # the pair of a block that sees best: least begin, least distance
-    seen = (first[None] <= last[:, None]) & (key >= begins[:, first, None])
-    whole = (last[None] < query) & (first[None] >= begins[:, last, None])  # the pair that sees worst
+
+    # A block is needed if its most favourable pair is visible (first query, last key: least begin, least distance), and
+    # needs no mask if its least favourable pair is (last query, first key).
+    query, key = first[:, None], last[None]
+    needed = (first[None] <= last[:, None]) & (key >= begins[:, first, None])
+    full = (last[None] < query) & (first[None] >= begins[:, last, None])
     if window is not None:
-        seen = seen & (query - key <= window)
-        whole = whole & (last[:, None] - first[None] <= window)
-    whole = whole & (last - first == BLOCK - 1)[:, None]  # rows that end within a block are looked at
+        needed = needed & (query - key <= window)
+        full = full & (last[:, None] - first[None] <= window)
+    full = full & (last - first == BLOCK - 1)[:, None]  # a block beyond the end of the rows is masked
+
     blocks = []
-    for some in (seen & ~whole, whole):
-        order = some.int().argsort(dim=-1, descending=True, stable=True)
-        blocks += [some.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]]
+    for kind in (needed & ~full, full):
+        order = kind.int().argsort(dim=-1, descending=True, stable=True)
+        blocks += [kind.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]]
     return BlockMask.from_kv_blocks(
         *blocks,
         BLOCK_SIZE=BLOCK,

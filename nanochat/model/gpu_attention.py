@@ -1,7 +1,7 @@
 """Kernels that train attention on a GPU: training/kernel_selection.py chooses among them.
 
-All take q [B, T, H, D], k and v [B, T, H_kv, D] with H_kv dividing H, the window (None: all that came before) and the
-documents' mask (None: no boundaries), and return [B, T, H, D]. What one cannot do it raises. FlashAttention
+All take q [B, T, H, D], k and v [B, T, H_kv, D] with H_kv dividing H, the window (None: all previous positions) and the
+documents' mask (None: no boundaries), and return [B, T, H, D]. They raise for what they do not support. FlashAttention
 (arXiv 2307.08691, 2407.08608) is used where it is installed; FlexAttention (arXiv 2412.05496) is torch's.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Kernel = Callable[..., torch.Tensor]
 Mask = "torch.Tensor | BlockMask | None"  # of the documents, as document_masks() makes it
 BLOCK = 128  # queries, and keys, of a block of FlexAttention
-block_masks: dict[tuple, "BlockMask"] = {}  # of FlexAttention, by length, window and device
+block_masks: dict[tuple, "BlockMask"] = {}  # cache of FlexAttention's masks, by length, window and device
 
 
 def visible(query: torch.Tensor, key: torch.Tensor, window: int | None, begin=None) -> torch.Tensor:
@@ -43,7 +43,7 @@ def flash_attention_2(q, k, v, window: int | None, mask: Mask = None) -> torch.T
 
 def _flash(function: Callable, q, k, v, window: int | None, mask: Mask) -> torch.Tensor:
     if mask is not None:
-        raise NotImplementedError("it knows no document boundaries")
+        raise NotImplementedError("it has no document boundaries")
     out = function(
         q,
         k,
@@ -52,7 +52,7 @@ def _flash(function: Callable, q, k, v, window: int | None, mask: Mask) -> torch
         window_size=(-1 if window is None else window, 0),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-    return out[0] if isinstance(out, tuple) else out  # older ones return the log-sum-exp too
+    return out[0] if isinstance(out, tuple) else out  # older versions return the log-sum-exp too
 
 
 def cudnn(q, k, v, window: int | None, mask: Mask = None) -> torch.Tensor:
@@ -66,7 +66,7 @@ def torch_flash(q, k, v, window: int | None, mask: Mask = None) -> torch.Tensor:
 
     if window is None or mask is not None:
         return _sdpa(SDPBackend.FLASH_ATTENTION, q, k, v, window, mask)
-    # Windows are in the kernel, but not in what torch documents: where this changes, the trial finds out.
+    # The kernel's windows are not documented by torch: if they change, the trial of kernel_selection notices.
     length = q.size(1)
     return torch.ops.aten._flash_attention_forward(
         q, k, v, None, None, length, length, 0.0, True, False, window_size_left=window, window_size_right=0
@@ -77,7 +77,7 @@ def _sdpa(backend, q, k, v, window: int | None, mask: Mask) -> torch.Tensor:
     from torch.nn.attention import sdpa_kernel
 
     if window is not None or mask is not None:
-        raise NotImplementedError("it knows no windows and no document boundaries")
+        raise NotImplementedError("it has neither windows nor document boundaries")
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
@@ -96,14 +96,14 @@ def flex(q, k, v, window: int | None, mask: Mask = None) -> torch.Tensor:
 
 @cache
 def compiled_flex() -> Callable:
-    """For what runs outside a compiled block: as it stands flex_attention would hold all scores."""
+    """For callers outside a compiled block: uncompiled, flex_attention would hold all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=False)
 
 
 def block_mask(length: int, window: int | None, device: torch.device) -> "BlockMask":
-    """Which blocks of 128 x 128 scores FlexAttention computes; kept, unless it is a compiled graph that builds it."""
+    """The blocks of 128 x 128 scores that FlexAttention computes; cached, unless a compiled graph is building it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if (length, window, device) in block_masks:

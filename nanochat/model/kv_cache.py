@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that were read: a prompt is read once, then every token costs one position."""
+"""KV cache that grows with the tokens: prefill a prompt once, then every token costs one position."""
 
 import torch
 
@@ -13,12 +13,12 @@ class KVCache:
         self.store = torch.empty(shape, dtype=dtype, device=device)
         self.position = 0
         self.last: torch.Tensor | None = None  # ids [B, 1] of the newest token
-        self.begun = torch.zeros(batch, 1, dtype=torch.long, device=device)  # where its document did
+        self.begun = torch.zeros(batch, 1, dtype=torch.long, device=device)  # position where its document began
 
     def insert(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k and v [B, T, H_kv, D] behind the filled positions; returns all up to and including them.
 
-        The position itself moves once per forward, by advance().
+        advance() moves the position, once per forward.
         """
         end = self.position + k.size(1)
         assert end <= self.store.size(3), f"cache of {self.store.size(3)} positions is full"
@@ -27,7 +27,7 @@ class KVCache:
         return self.store[layer, 0, :, :end], self.store[layer, 1, :, :end]
 
     def places(self, count: int) -> slice:
-        """Where the next `count` tokens stand."""
+        """Positions of the next `count` tokens."""
         return slice(self.position, self.position + count)
 
     def advance(self, ids: torch.Tensor, begins: torch.Tensor | None) -> None:

@@ -1,8 +1,8 @@
 """From features to the loss without ever holding all logits.
 
-Rows are worked off in chunks. In training the gradients of a chunk are made right after its loss, while its logits
+Rows are processed in chunks. In training the gradients of a chunk are computed right after its loss, while its logits
 are still in the cache, so the backward pass only scales them (the idea of Liger and of "cut your losses",
-arXiv 2411.09009). Softcapped logits are bounded, which saves the pass that looks for their maximum.
+arXiv 2411.09009). Softcapped logits are bounded, which saves the pass that finds their maximum.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ ChunkGradient = Callable[[torch.Tensor, float, bool], tuple[torch.Tensor, torch.
 
 
 def chunk_rows(device: str, ids: int, compiled: bool = True) -> int:
-    """Rows of features whose logits, for so many ids, are alive at a time on a kind of device.
+    """Rows of features whose logits of `ids` ids are in memory at a time, on a type of device.
 
-    Enough for good matmuls (dev/LOG.md has the measurements), fewer where the vocabulary is so large that the logits
-    would take too much; without the compiler several arrays of their size are alive.
+    Enough for efficient matmuls (measured in dev/LOG.md), fewer where a large vocabulary would make the logits too
+    large; without the compiler several arrays of their size are in memory.
     """
     rows, logits = 4096, 1 << 28
     if device == "cpu":
@@ -37,9 +37,10 @@ def softcapped(logits: torch.Tensor, softcap: float = 15.0) -> torch.Tensor:
 
 
 def chunk_gradient(logits: torch.Tensor, softcap: float, divide: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """logits [n, V] before the cap -> their gradient by the softmax's part of the loss [n, V], and [n, 1] the sums of
-    exp(capped - softcap). Unless it is to divide, the gradient is the true one times that sum: then each logit is read
-    only once. What the target subtracts touches one entry a row: that is done later.
+    """logits [n, V] before the cap -> (gradient [n, V] of their log-sum-exp, sums [n, 1] of exp(capped - softcap)).
+
+    Without `divide` the gradient is the true one times that sum: then each logit is read only once. The target's own
+    term touches one entry per row, and is subtracted by the caller.
     """
     squashed = 2 * torch.sigmoid(upcast(logits) * (2 / softcap)) - 1  # tanh(logits / softcap), vectorised everywhere
     exps = torch.exp(squashed * softcap - softcap)
@@ -98,7 +99,7 @@ def token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, s
 
 
 def rounds(x: torch.Tensor) -> bool:
-    """Whether products of such factors come rounded to their dtype: NVIDIA's GPUs hand out the float32 sums."""
+    """Whether products of such factors are rounded to their dtype: NVIDIA's GPUs can return the float32 sums."""
     return x.dtype != torch.float32 and not (x.is_cuda and torch.version.cuda is not None)
 
 
@@ -107,25 +108,31 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 class _ChunkedSum(torch.autograd.Function):
+    """x [N, C], weight [V, C], targets [N] -> the sum of the cross-entropies; the gradients are made in forward()."""
+
     @staticmethod
     def forward(ctx, x, weight, targets, softcap, kernel):
         rows = chunk_rows(x.device.type, len(weight), kernel is not chunk_gradient)
-        divide = rounds(x)  # dividing small factors later saves a pass over the logits, but would round once more
+        divide = rounds(x)  # dividing the products instead saves a pass over the logits, but rounds once more
         cast = weight.to(x.dtype)
         dx = torch.empty_like(x)
         dw = torch.zeros(weight.shape, dtype=weight.dtype, device=x.device)
         loss = torch.zeros((), dtype=weight.dtype, device=x.device)
-        memory = x.new_empty(min(len(x), rows), len(weight))  # that every chunk uses again for its logits
+        memory = x.new_empty(min(len(x), rows), len(weight))  # reused by every chunk for its logits
+
         for start in range(0, x.size(0), rows):
             xs, ys = x[start : start + rows], targets[start : start + rows]
             logits = torch.mm(xs, cast.t(), out=memory[: len(xs)])
+
             valid, column = (ys != IGNORED)[:, None], ys.clamp(min=0)[:, None]
             own = torch.tanh(upcast(logits.gather(1, column)) / softcap)
             gradient, total = kernel(logits, softcap, divide)
             loss += torch.where(valid, total.log() + softcap - own * softcap, 0.0).sum()
-            size = torch.ones_like(total) if divide else total  # of what the gradient is a multiple
-            place = torch.arange(len(ys), device=ys.device), column[:, 0]  # a bfloat16 scatter copies the whole chunk
+
+            size = torch.ones_like(total) if divide else total  # the factor that the gradient still has
+            place = torch.arange(len(ys), device=ys.device), column[:, 0]  # a bfloat16 scatter would copy the chunk
             gradient[place] += ((own * own - 1) * size)[:, 0].to(gradient.dtype)
+
             scale = torch.where(valid, 1 / size, 0.0)
             dx[start : start + rows] = _product(gradient, cast) * scale
             scaled = (xs * scale).to(xs.dtype)
@@ -134,6 +141,7 @@ class _ChunkedSum(torch.autograd.Function):
             else:
                 dw += _product(gradient.t(), scaled)
             del gradient
+
         ctx.save_for_backward(dx, dw)
         return loss
 

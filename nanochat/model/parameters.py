@@ -1,4 +1,4 @@
-"""What a parameter is, by its name: its group, the modality that alone uses it; and how many there are."""
+"""Parameters by name: their group, the modality that alone uses them; counts and FLOPs; tensors that are not finite."""
 
 SCALARS = ("smear_lambda", "resid_lambdas", "x0_lambdas", "backout_lambda", "bigram_lambdas")
 TABLES = {
@@ -16,7 +16,7 @@ def is_scalar(name: str) -> bool:
 
 
 def modality_of(name: str, config) -> str | None:
-    """The modality whose tokens (or, for an output layer, targets) alone use a parameter; None where all do."""
+    """The modality whose tokens (of an output layer: targets) alone use a parameter; None: all modalities do."""
     parts = name.split(".")
     if "experts" in parts:
         return parts[parts.index("experts") + 1]
@@ -45,9 +45,9 @@ def num_parameters(model) -> dict[str, int]:
 
 
 def num_matmul_parameters(model) -> int:
-    """Parameters that a token is multiplied with: not what is only looked up, nor scalars.
+    """Parameters that a token is multiplied with: no embedding parameters, no scalars.
 
-    A token meets the experts of one modality and one output layer; the modality with the most counts.
+    A token passes the experts of one modality and one output layer; the modality with the most counts.
     """
     met = dict.fromkeys(model.vocabulary.names, 0)
     for name, parameter in model.named_parameters():
@@ -61,9 +61,9 @@ def num_matmul_parameters(model) -> int:
 
 
 def flops_per_token(model) -> int:
-    """Training FLOPs a token, forward and backward: 6 N_matmul + 12 C T for each layer (arXiv 2204.02311, appendix B).
+    """Training FLOPs per token, forward and backward: 6 N_matmul + 12 C T per layer (arXiv 2204.02311, appendix B).
 
-    Attention is counted over the whole square, as nanochat does: causality is not halved. T ends at a layer's window.
+    Attention is counted over the whole square, not halved for causality, as in nanochat. T is limited by the window.
     """
     config = model.config
     windows = [config.window(layer) for layer in range(config.n_layer)]
@@ -72,7 +72,7 @@ def flops_per_token(model) -> int:
 
 
 def find_non_finite(state) -> str | None:
-    """Which tensors of a {name: tensor} hold NaN or infinities, in words that name the first; None: all are finite."""
+    """A message that names the first tensor of {name: tensor} with NaN or infinities; None: all are finite."""
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if not broken:
         return None

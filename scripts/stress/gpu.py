@@ -43,7 +43,7 @@ from nanochat.runtime import Compute, first_line, init_compute, run_script
 from nanochat.system.environment import UserError
 from nanochat.training.compilation import compile_model
 from nanochat.training.estimate import estimate, find_hardware
-from nanochat.training.fp8 import lacking, swap
+from nanochat.training.fp8 import convert_linears, unsupported_reason
 from nanochat.training.kernel_selection import CANDIDATES, choose_attention, rejection_reason, select_attention
 from scripts.bench.__main__ import machine as describe
 from scripts.bench.timing import alternate, matmul_peak, median_ratio, settled, table
@@ -186,7 +186,7 @@ def contender(plan: Plan, settings: Settings, path: str = "default", compiled: b
     compiled = compiled and plan.compiled
     select_attention(one.model, compiled)
     if fp8:
-        swap(one.model)
+        convert_linears(one.model)
     if compiled:
         compile_model(one.model, one.rows, one.optimizer)
     return one
@@ -314,7 +314,7 @@ def _extra_bytes(compute: Compute, step: Callable[[], object]) -> int | None:
 
 def fp8(plan: Plan) -> Finding:
     """Steps with the large matrices in FP8 against the same without, and what it does to loss and gradient."""
-    if plan.compute.device_type == "cuda" and (device := lacking(plan.compute.device)):
+    if plan.compute.device_type == "cuda" and (device := unsupported_reason(plan.compute.device)):
         return Finding(notes=[f"left out: {device} has no FP8"])
     depth = max(plan.depths)
     settings = plan.settings(depth, micro_batches=4)

@@ -125,7 +125,8 @@ def test_scores_of_any_size():
 def test_at_most_eight_blocks(length):
     """Every query is in one of them. Red when the size of a block is not rounded up."""
     spans = blocked_attention.blocks(length)
-    assert [s for s, _, _ in spans] == [0, *(e for _, e, _ in spans[:-1])] and spans[-1][1] == length
+    assert [s for s, _, _ in spans] == [0, *(e for _, e, _ in spans[:-1])]
+    assert spans[-1][1] == length
     assert len(spans) <= 8
 
 
@@ -268,7 +269,8 @@ def packages(monkeypatch):
     """Stand-ins for the two packages of FlashAttention, with their names, order and meaning of arguments."""
 
     def flash_attn_func(q, k, v, *, causal, window_size, deterministic):
-        assert causal and window_size[1] == 0
+        assert causal
+        assert window_size[1] == 0
         assert deterministic == torch.are_deterministic_algorithms_enabled()
         return sdpa(q, k, v, None if window_size[0] < 0 else window_size[0])
 
@@ -313,7 +315,7 @@ def test_a_kernel_that_is_wrong_or_fails_is_passed_over(interpreter):
     detached = trial(lambda q, k, v, window, mask: plain_attention(q, k.detach() + 0 * k, v, window))
     assert detached == "it is wrong by 100.0% in dk"
     assert trial(kernels.flash_attention_2) == "ModuleNotFoundError: No module named 'flash_attn'"
-    assert trial(kernels.cudnn) == "NotImplementedError: it knows no windows and no document boundaries"
+    assert trial(kernels.cudnn) == "NotImplementedError: it has neither windows nor document boundaries"
     assert trial(kernels.torch_flash, None) is None
     assert trial(kernels.cudnn, None).startswith("RuntimeError: ")
 
@@ -400,7 +402,7 @@ def test_a_kernel_that_breaks_the_graph_is_not_for_compiled_blocks(packages, mon
 def test_the_reason_is_what_was_raised_not_what_the_compiler_makes_of_it(monkeypatch):
     """Red when rejection_reason() does not ask again without the compiler ("Unsupported: Observed exception")."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for kernel, words in ((kernels.cudnn, "it knows no windows"), (kernels.flash_attention_2, "No module named")):
+    for kernel, words in ((kernels.cudnn, "it has neither windows"), (kernels.flash_attention_2, "No module named")):
         assert words in rejection_reason(kernel, (4, 2, 8), CPU, torch.float32, 9, compiled=True)
 
 
@@ -487,4 +489,5 @@ def test_what_is_scored_in_many_shapes_leaves_cudnn_out_too(monkeypatch, scoring
         core_eval.score_rows(model, rows, 0, 40)
     else:
         audio_loss_eval._nats(model, [([1] * i, [2] * 5) for i in range(1, 6)], 2, 0, 1, lambda: False)
-    assert len(calls) >= 6 and all(call == [True] for call in calls), calls
+    assert len(calls) >= 6
+    assert all(call == [True] for call in calls), calls

@@ -100,7 +100,8 @@ def test_empty_batch_and_experts_without_tokens_have_zero_gradients():
         model(mixture("text"), mixture("text"), loss_reduction="sum").backward()
         for key, parameter in model.named_parameters():
             if ".experts." in key:
-                assert parameter.grad is not None and not parameter.grad.any(), (name, key)
+                assert parameter.grad is not None, (name, key)
+                assert not parameter.grad.any(), (name, key)
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
                 plan = plan_route(name, torch.zeros(0, 4, dtype=torch.uint8), 3)
@@ -135,7 +136,8 @@ def test_without_modalities_nothing_is_new():
     assert plain.state_dict().keys() == same.state_dict().keys()
     assert torch.equal(plain(random_ids(2, 9)), same(random_ids(2, 9)))
     keys = {"transformer.wte.weight", "lm_head.weight"}
-    assert keys < plain.state_dict().keys() and not any("experts" in key for key in plain.state_dict())
+    assert keys < plain.state_dict().keys()
+    assert not any("experts" in key for key in plain.state_dict())
 
 
 @pytest.mark.parametrize("untie", ["none", "mlp", "all"])
@@ -152,7 +154,8 @@ def test_keys_and_text_experts_keep_their_names(untie):
         for layer in range(2):
             expected |= {f"transformer.h.{layer}.{part}.experts.{m}.{matrix}.weight" for m in ("audio", "image")}
     assert extra == expected
-    assert model.transformer.wte.weight.size(0) == TEXT and model.transformer.wtes["audio"].weight.size(0) == 17
+    assert model.transformer.wte.weight.size(0) == TEXT
+    assert model.transformer.wtes["audio"].weight.size(0) == 17
 
 
 @pytest.mark.parametrize("layers", ["shared", "masked", "separate"])
@@ -195,7 +198,8 @@ def test_an_all_masked_batch_is_zero():
     model, ids = build(**BOTH), mixture("prefix")
     loss = model(ids, torch.full_like(ids, -100))
     loss.backward()
-    assert loss.item() == 0 and all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    assert loss.item() == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
 def test_the_audio_expert_changes_no_text_before_the_first_audio_token():
@@ -218,7 +222,8 @@ def test_a_text_only_loss_gives_audio_exactly_zero():
     targets[:, 5:] = -100
     model(ids, targets, loss_reduction="sum").backward()
     audio = {name: p.grad for name, p in model.named_parameters() if "audio" in name}
-    assert len(audio) == 6 and all(grad is not None and not grad.any() for grad in audio.values())
+    assert len(audio) == 6
+    assert all(grad is not None and not grad.any() for grad in audio.values())
 
 
 @pytest.mark.parametrize("untie", ["none", "mlp", "all"])
@@ -259,7 +264,9 @@ def test_generation_emits_legal_ids_only(layers):
             assert grammar.allowed()[0, token], (prompt, row)
             grammar.advance(torch.tensor([token]))
         seen |= set(row)
-    assert {66} < seen and seen & set(range(50)) and seen & set(range(50, 66))
+    assert {66} < seen
+    assert seen & set(range(50))
+    assert seen & set(range(50, 66))
 
 
 def test_several_samples_of_a_prompt_go_on_where_it_stops():
@@ -279,7 +286,9 @@ def test_parts_start_and_work_as_the_tables_say():
     model = GPT(GPTConfig(**{**dataclasses.asdict(build().config), **BOTH, "modalities": (narrow, IMAGE)}))
     model.init_weights()
     expert = model.transformer.h[0].mlp.experts["audio"]
-    assert not expert.up_proj.weight.any() and expert.c_proj.weight.any() and expert.down_proj.weight.any()
+    assert not expert.up_proj.weight.any()
+    assert expert.c_proj.weight.any()
+    assert expert.down_proj.weight.any()
     assert not model.transformer.h[0].mlp.experts["image"].c_proj.weight.any()
     with torch.no_grad():
         expert.up_proj.weight.normal_()

@@ -12,7 +12,7 @@ from nanochat.model.routing import ROUTES
 from nanochat.system.environment import UserError
 from nanochat.training import fp8
 from nanochat.training.compilation import choose_kernels
-from nanochat.training.fp8 import Float8Linear, enable_fp8, rounded, swap
+from nanochat.training.fp8 import Float8Linear, convert_linears, enable_fp8, quantize
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
@@ -36,7 +36,7 @@ def nearest(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("scale", [1e-7, 1.0, 1e5])
 def test_products_are_those_of_the_nearest_numbers(scale):
-    """Forward and both gradients, whatever the size of the activations. Red when `unit` is not undone in product(), a
+    """Forward and both gradients, whatever the size of the activations. Red when product() does not undo the scale, a
     factor is not transposed, or the gradient is rounded to e4m3."""
     _, matrix = matrices()
     x = (scale * torch.randn(2, 16, 128)).requires_grad_()
@@ -65,15 +65,15 @@ def test_gradients_stay_near_those_of_bfloat16():
 
 
 def test_what_is_not_finite_stays_so_and_zeros_stay_zeros():
-    """Red when `unit` is clamped from above or the zeros are divided by nothing."""
+    """Red when the scale is clamped from above or the zeros are divided by nothing."""
     for bad in (torch.inf, torch.nan):
         _, matrix = matrices()
         x = torch.randn(16, 128)
         x[3, 5] = bad
         assert not matrix(x)[3].isfinite().any()
-    x8, unit = rounded(torch.zeros(16, 16), E5M2)
+    x8, scale = quantize(torch.zeros(16, 16), E5M2)
     assert (x8.float() == 0).all()
-    assert unit > 0
+    assert scale > 0
 
 
 def test_only_training_changes():
@@ -120,15 +120,15 @@ def test_every_matrix_that_is_named_multiplies_in_fp8(monkeypatch, route, untie)
     """In batches of an odd number of tokens, one of them without sound, each call of a converted matrix makes the three
     products of FP8; under route=sort experts get rows in multiples of 16, so that nothing is padded matrix by matrix.
 
-    Red when Float8Linear takes F.linear for odd rows, when gpt.py gives plan_route() no row_multiple, or when swap()
-    names what route=grouped multiplies.
+    Red when Float8Linear takes F.linear for odd rows, when gpt.py gives plan_route() no row_multiple, or when
+    convert_linears() names what route=grouped multiplies.
     """
     audio = Modality("audio", codebooks=1, codes=64, start=290)
     config = GPTConfig(17, vocab_size=300, n_layer=2, n_head=2, n_kv_head=2, n_embd=128, modalities=(audio,))
     model = GPT(dataclasses.replace(config, untie=untie))
     model.init_weights()
     model.route = route
-    names, rows, products = swap(model), {}, []
+    names, rows, products = convert_linears(model), {}, []
     assert len(names) == MATRICES[untie] - (route == "grouped") * UNTIED[untie]
     for name in names:
         seen = rows.setdefault(name, [])
@@ -139,14 +139,15 @@ def test_every_matrix_that_is_named_multiplies_in_fp8(monkeypatch, route, untie)
     for step in range(4):
         ids = torch.randint(364 if step else 280, (3, 17), generator=generator)
         model(ids, ids.roll(-1, 1)).backward()
-    assert all(rows.values()) and len(products) == 3 * sum(map(len, rows.values()))
+    assert all(rows.values())
+    assert len(products) == 3 * sum(map(len, rows.values()))
     if (route, untie) == ("sort", "all"):
         assert not [(name, n) for name, seen in rows.items() for n in seen if n % 16]
 
 
-def test_large_matrices_of_the_blocks_are_swapped(monkeypatch):
+def test_large_matrices_of_the_blocks_are_converted(monkeypatch):
     """Names, a state that any model loads, losses that fall alike, one graph. Red when gates, odd or small matrices are
-    swapped too, or SMALLEST_SIDE is not asked."""
+    converted too, or SMALLEST_SIDE is not asked."""
     config = GPTConfig(
         16, vocab_size=300, n_layer=2, n_head=2, n_kv_head=1, n_embd=128, mlp_ratio=1.5, value_embeddings=True
     )
@@ -154,12 +155,14 @@ def test_large_matrices_of_the_blocks_are_swapped(monkeypatch):
     models = [GPT(config), GPT(config)]
     models[0].init_weights()
     models[1].load_state_dict(models[0].state_dict())
-    names = swap(models[1])
+    names = convert_linears(models[1])
     parts = ("attn.c_q", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert sorted(names) == sorted(f"transformer.h.{layer}.{part}" for layer in range(2) for part in parts)
-    assert swap(models[1]) == []
+    assert convert_linears(models[1]) == []
     assert models[0].state_dict().keys() == models[1].state_dict().keys()
-    assert swap(GPT(GPTConfig(16, n_layer=1, n_head=1, n_kv_head=1, n_embd=136, mlp_ratio=1.0))) == []  # 8.5 times 16
+    assert (
+        convert_linears(GPT(GPTConfig(16, n_layer=1, n_head=1, n_kv_head=1, n_embd=136, mlp_ratio=1.0))) == []
+    )  # 8.5 times 16
 
     ids = torch.randint(300, (4, 17))
     falls = []
