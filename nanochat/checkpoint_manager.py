@@ -131,10 +131,10 @@ def _write_step(
         for file in sorted(codec.iterdir()):  # not copytree(), whose error does not say that the disk is full
             shutil.copyfile(file, folder / "codec" / file.name)
     (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    seal(folder)
+    write_manifest(folder)
 
 
-def clear_litter(checkpoint_dir: Path) -> None:
+def remove_stale_temp_files(checkpoint_dir: Path) -> None:
     """Before a run: delete the files that a killed one left half-written, under temporary names of ours."""
     remove_abandoned(Path(checkpoint_dir), ".*.tmp")
 
@@ -144,7 +144,7 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors keeps them to their owner, unlike the files beside
 
 
-def seal(folder: Path) -> None:
+def write_manifest(folder: Path) -> None:
     """Write manifest.json over all files of a step folder; everything is on the disk when this returns."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "manifest.json")
     for path in files:
@@ -193,12 +193,12 @@ _verified: dict[Path, list] = {}  # step folder -> what its files' names, sizes 
 
 
 def _is_complete(folder: Path) -> bool:
-    """damage(folder) is None; the files of a step that this process has hashed are not read again while unchanged."""
+    """Whether find_corruption() finds none; files that this process has hashed are not read again while unchanged."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     looks = [(path, *(getattr(path.stat(), f"st_{fact}") for fact in ("size", "mtime_ns", "ino"))) for path in files]
     if _verified.get(folder) == looks:
         return True
-    if damage(folder) is not None:
+    if find_corruption(folder) is not None:
         return False
     _verified[folder] = looks
     return True
@@ -221,7 +221,7 @@ def own_steps(checkpoint_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def damage(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """Why a step folder does not count, or None when its manifest holds for every file."""
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
@@ -255,7 +255,11 @@ def newest_step(checkpoint_dir: Path) -> int | None:
     mixed = own_steps(checkpoint_dir) and upstream.list_steps(checkpoint_dir)
     for step in reversed(list_steps(checkpoint_dir)):
         path = step_path(checkpoint_dir, step)
-        reason = upstream.damage(checkpoint_dir, step) if is_upstream(checkpoint_dir, step) else damage(path)
+        reason = (
+            upstream.find_corruption(checkpoint_dir, step)
+            if is_upstream(checkpoint_dir, step)
+            else find_corruption(path)
+        )
         if reason is None:
             if mixed:
                 logger.info(f"{checkpoint_dir} holds steps of ours and of nanochat's: taking {path.name}")
@@ -269,7 +273,7 @@ def _tags(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("[!.]*") if path.is_dir())
 
 
-def _way_out(root: Path) -> str:
+def _hint(root: Path) -> str:
     """How a folder of checkpoints comes to hold some: nanochat's later stages have no script here."""
     stage = root.name.split("_")[0]
     trained = f"train with `python -m scripts.{stage}_train`"
@@ -280,7 +284,7 @@ def newest_tag(root: Path) -> str:
     """The tag whose newest step is the youngest; UserError when there is no checkpoint at all."""
     tags = [path for path in _tags(root) if list_steps(path)]
     if not tags:
-        raise UserError(f"no checkpoint in {root}: {_way_out(root)}")
+        raise UserError(f"no checkpoint in {root}: {_hint(root)}")
     return max(tags, key=lambda tag: step_path(tag, list_steps(tag)[-1]).stat().st_mtime).name
 
 
@@ -314,7 +318,7 @@ def load_checkpoint(
         raise UserError(f"step {step} is not in {checkpoint_dir}: steps there are {have}")
     if era is not None:
         raise UserError(f"era={era!r} is for nanochat's own files; {folder} says itself what it is: leave --era out")
-    if reason := damage(folder):
+    if reason := find_corruption(folder):
         raise UserError(
             f"{folder} is damaged: {reason}. Take another step, or after editing it by hand reseal it with "
             f"`python -m scripts.inspect_checkpoint {folder} --reseal`"
@@ -501,7 +505,7 @@ def find_checkpoint(model_tag: str | None, step: int | None, root: Path | None =
     if step is None:
         step = newest_step(checkpoint_dir)
         if step is None:
-            way = _way_out(root)
+            way = _hint(root)
             if (checkpoint_dir / "config.json").is_file():
                 way = "a Hugging Face folder is imported with `python -m scripts.convert --from-hf`"
             raise UserError(f"{checkpoint_dir} holds no whole step: {way}")

@@ -96,7 +96,7 @@ def vocabulary_of(settings: Settings, tokenizer: Tokenizer) -> Vocabulary:
     return Vocabulary(tokenizer.vocab_size, modalities)
 
 
-def say_what_is_idle(settings: Settings, dataset: Dataset) -> None:
+def warn_unused_modalities(settings: Settings, dataset: Dataset) -> None:
     """Modalities that the data holds nothing of have parameters all the same."""
     if idle := [name for name in settings.modality_codes() if name != "audio" or dataset.codec is None]:
         logger.warning(f"{dataset.name} has no {' or '.join(idle)} data; its parameters keep their initial values")
@@ -142,7 +142,7 @@ def batches(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute:
     return PackedLoader(rows, *shape, count=settings.counted_modalities)
 
 
-def held_out_measure(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> Callable:
+def make_validation(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> Callable:
     """measure(model, stop) of the held-out split, as bits_per_byte() or, with sounds, packed_losses() returns it."""
     store = TokenStore(dataset, tokenizer, "val", vocabulary=vocabulary_of(settings, tokenizer))
     rows, _ = settings.batch_plan(compute.world_size)  # the training's shape, and no more than a step has

@@ -29,17 +29,17 @@ from nanochat.system.environment import (
     base_dir,
     check_launcher,
     keep_caches,
-    launched,
     own_mistake,
     rank_from_env,
     restarts_from_env,
+    under_torchrun,
     world_size_from_env,
 )
 from nanochat.system.storage_errors import describe, find_storage_error
 from nanochat.system.temporary import process_state
 
 EXIT_USER_ERROR = 2
-PATIENCE = timedelta(hours=3)  # for what one rank does alone: downloads, a tokenizer, compressor baselines
+LONG_TIMEOUT = timedelta(hours=3)  # for what one rank does alone: downloads, a tokenizer, compressor baselines
 
 
 def run_script(main) -> None:
@@ -63,7 +63,7 @@ def run_script(main) -> None:
     except RuntimeError as error:
         if (failed := find_storage_error(error)) is not None:
             fail(describe(failed, base_dir()))
-        if launched():  # a launcher that saw the dead rank before us ends us, too: not before it is named
+        if under_torchrun():  # a launcher that saw the dead rank before us ends us, too: not before it is named
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lost = lost_ranks()
         if not lost:
@@ -136,7 +136,7 @@ class Compute:
         dist.all_gather_object(found, value, _patient_group)
         return found
 
-    def agreed(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """True on every rank when it is true on any; a collective."""
         if self.world_size == 1:
             return flag
@@ -208,12 +208,12 @@ def init_compute(
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
     if world > 1 and not dist.is_initialized():
-        timeout = timedelta(seconds=rank_timeout) if rank_timeout else PATIENCE
+        timeout = timedelta(seconds=rank_timeout) if rank_timeout else LONG_TIMEOUT
         try:
             wait_for_master(timeout.total_seconds(), rank)
             dist.init_process_group(
                 "nccl" if kind == "cuda" else "gloo",
-                **_meeting_place(timeout),
+                **_rendezvous(timeout),
                 timeout=timeout,
                 device_id=device if kind == "cuda" else None,
             )
@@ -223,7 +223,7 @@ def init_compute(
                 f"({first_line(error)}): start all ranks, as torchrun does, or for a single process `unset "
                 f"{' '.join(name for name in (*LAUNCHER, *LOCAL) if name in os.environ)}`"
             ) from error
-        _patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        _patient_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
         _places[:] = [None] * world
         dist.all_gather_object(_places, (platform.node(), os.getpid(), process_state(os.getpid())[1]), _patient_group)
     random.seed(seed)
@@ -249,7 +249,7 @@ def wait_for_master(seconds: float, rank: int) -> None:
         time.sleep(0.1)
 
 
-def _meeting_place(timeout: timedelta = PATIENCE) -> dict:
+def _rendezvous(timeout: timedelta = LONG_TIMEOUT) -> dict:
     """Where the ranks find each other, free of what those before a restart left there.
 
     torchrun serves all attempts from one store, and the new ranks would now and then connect to the addresses of the

@@ -27,7 +27,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.runtime import Compute, rank0_first, run_script
 from nanochat.training import schedule
 from nanochat.training.background_saver import BackgroundSaver
-from nanochat.training.launch import begin
+from nanochat.training.launch import launch
 from nanochat.training.rank_agreement import agree_before_first_step
 from nanochat.training.resume import restore_progress
 from nanochat.training.tracker import MetricsLog
@@ -39,7 +39,7 @@ logger = logging.getLogger("nanochat")
 def main(argv: list[str] | None = None) -> dict:
     """Train; returns {"model_tag", "step", "val_loss/audio", "val_loss/text", "train_seconds", "stopped"}."""
     usage = "python -m scripts.adapter_train [config.py]"
-    return begin(lambda: from_command_line(argv, usage=usage, kind=AdapterSettings), train)
+    return launch(lambda: from_command_line(argv, usage=usage, kind=AdapterSettings), train)
 
 
 def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) -> dict:

@@ -23,10 +23,10 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.data_pipeline import (
     batches,
     codec_files,
-    held_out_measure,
+    make_validation,
     prepare_data,
-    say_what_is_idle,
     warn_repeated_rows,
+    warn_unused_modalities,
 )
 from nanochat.evaluation.suite import check_suite, evaluate_suite
 from nanochat.files import write_atomically
@@ -34,17 +34,24 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.hardware import device_name, memory_mb, peak_flops
 from nanochat.optim import MuonAdamW, build_optimizer, weight_norms
 from nanochat.runtime import Compute, run_script
-from nanochat.system.environment import launched
+from nanochat.system.environment import under_torchrun
 from nanochat.training import schedule
 from nanochat.training.background_saver import BackgroundSaver
 from nanochat.training.compilation import choose_kernels, compile_model, is_compiled
 from nanochat.training.due_work import DueWork, NonFiniteWeights, agree_where_run_is, evaluation_is_due
-from nanochat.training.grad_accumulation import accumulate, naming_the_batch_that_fits, smaller
+from nanochat.training.grad_accumulation import forward_backward, halve_micro_batch, suggest_batch_size_on_oom
 from nanochat.training.guard import MAX_BAD_STEPS, StepGuard
-from nanochat.training.launch import begin
+from nanochat.training.launch import launch
 from nanochat.training.progress import Progress, duration, median_rate
 from nanochat.training.rank_agreement import agree_before_first_step
-from nanochat.training.resume import RunState, begin_from, begun_config, first_weights, note_launcher, restore
+from nanochat.training.resume import (
+    RunState,
+    find_initial_checkpoint,
+    init_from_checkpoint,
+    merge_checkpoint_config,
+    record_launcher,
+    restore,
+)
 from nanochat.training.stop_signals import StopSignals
 from nanochat.training.tracker import MetricsLog, open_tracker
 
@@ -55,7 +62,7 @@ EXIT_CODES = {"done": 0, "nonfinite": 3, "preempted": 85}
 
 def main(argv: list[str] | None = None) -> dict:
     """Train as the settings say; returns {"model_tag", "step", "val_bpb", "train_seconds", "stopped"}."""
-    return begin(lambda: from_command_line(argv, usage="python -m scripts.base_train [config.py]"), train)
+    return launch(lambda: from_command_line(argv, usage="python -m scripts.base_train [config.py]"), train)
 
 
 def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict:
@@ -63,13 +70,13 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     # -- data and tokenizer -------------------------------------------------------------------------------------------
     logger.info(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
     folder = tag_dir(settings)
-    found = first_weights(settings, folder, resume_step)
+    found = find_initial_checkpoint(settings, folder, resume_step)
     dataset, tokenizer = prepare_data(settings, compute, found, resumed=resume_step is not None)
     agree_before_first_step(compute, dict(data_sha256=dataset.fingerprint["sha256"], tokenizer_hash=tokenizer.hash))
-    say_what_is_idle(settings, dataset)
+    warn_unused_modalities(settings, dataset)
     loader = batches(settings, dataset, tokenizer, compute)
     warn_repeated_rows(settings, loader)
-    held_out = held_out_measure(settings, dataset, tokenizer, compute)
+    held_out = make_validation(settings, dataset, tokenizer, compute)
     if settings.core_metric_every:
         check_suite(compute)
     micro_rows, _ = settings.batch_plan(compute.world_size)
@@ -77,7 +84,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     # -- model and optimizer ------------------------------------------------------------------------------------------
     config = GPTConfig.from_settings(settings, tokenizer.vocab_size, tokenizer.bos_id)
     era = settings.init_era if resume_step is None else None
-    config, split_before = begun_config(config, *found, era) if found else (config, False)
+    config, split_before = merge_checkpoint_config(config, *found, era) if found else (config, False)
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device=compute.device)
@@ -91,7 +98,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
     if resume_step is not None:
         run = restore(folder, resume_step, model, optimizer, loader, tokenizer, dataset)
     elif settings.init_from:
-        begin_from(*found, era, model, optimizer, tokenizer, dataset)
+        init_from_checkpoint(*found, era, model, optimizer, tokenizer, dataset)
     choose_kernels(model, settings)
     compile_seconds = compile_model(model, micro_rows, optimizer) if settings.compile else 0.0
 
@@ -205,8 +212,8 @@ def loop(training: Training) -> dict:
             log.write(run.step, event="done", train_seconds=run.train_seconds, **run.figures())
         return finish(settings, run, log, rows_log)
     if compute.rank == 0:
-        checkpoints.clear_litter(folder)
-        note_launcher(folder)
+        checkpoints.remove_stale_temp_files(folder)
+        record_launcher(folder)
         write_atomically(folder / "config.py", render_config(settings))
         tracker = open_tracker(settings.wandb_mode, settings.run, as_dict(settings), folder)
         again = run.step if training.resumed and evaluation_is_due(training) else None  # what is measured once more
@@ -238,7 +245,7 @@ def loop(training: Training) -> dict:
         while True:
             # -- what is due at this step, and at the end: checkpoint, evaluation, samples, in this order
             last = run.step >= steps
-            stopping = compute.agreed(signals.requested is not None)  # asked of any rank: all leave at this step
+            stopping = compute.any_rank(signals.requested is not None)  # asked of any rank: all leave at this step
             try:
                 due.save_if_due(ending=last or stopping)
                 if not stopping and not due.evaluate_if_due():
@@ -246,7 +253,7 @@ def loop(training: Training) -> dict:
                     due.save_if_due(ending=True)
             except NonFiniteWeights:  # the last update was too large
                 stopped = "nonfinite"
-                guard.leave_out(loader.last_rows(whole=True))
+                guard.record_skipped(loader.last_rows(whole=True))
                 logger.info(f"stopped: the update of step {run.step} left weights that are not finite; not saved")
                 break
             if last or stopping:
@@ -266,16 +273,16 @@ def loop(training: Training) -> dict:
             if compute.world_size > 1:
                 dist.all_reduce(scored)
             valid = scored.sum()
-            loss = accumulate(model, inputs, targets, micro_rows, valid, optimizer)
-            while compute.agreed(loss is None):  # no memory on some rank: all try the same batch in smaller parts
+            loss = forward_backward(model, inputs, targets, micro_rows, valid, optimizer)
+            while compute.any_rank(loss is None):  # no memory on some rank: all try the same batch in smaller parts
                 optimizer.drop_gradients()
                 model.zero_grad(set_to_none=True)
                 compute.free_memory()
-                settings = due.settings = smaller(settings, compute.world_size)
+                settings = due.settings = halve_micro_batch(settings, compute.world_size)
                 micro_rows, accumulation = settings.batch_plan(compute.world_size)
                 log.write(run.step, event="oom", device_batch_size=micro_rows)
                 logger.info(f"out of memory: going on with {micro_rows} rows x {accumulation} micro-batches")
-                loss = accumulate(model, inputs, targets, micro_rows, valid, optimizer)
+                loss = forward_backward(model, inputs, targets, micro_rows, valid, optimizer)
             if compute.world_size > 1:
                 dist.all_reduce(loss)
             multiplier = schedule.lr_multiplier(settings, run.step, steps)
@@ -284,10 +291,10 @@ def loop(training: Training) -> dict:
                 if group["kind"] == "muon":
                     group["momentum"] = schedule.muon_momentum(run.step)
                     group["weight_decay"] = schedule.weight_decay(settings, run.step, steps)
-            with naming_the_batch_that_fits(settings, compute.world_size):
+            with suggest_batch_size_on_oom(settings, compute.world_size):
                 grad_norm, group_norms = optimizer.reduce_gradients()
                 loss_value = loss.sum().item()
-                good = guard.look(run.step + 1, loss_value, grad_norm, group_norms)  # the same sums on all ranks
+                good = guard.check(run.step + 1, loss_value, grad_norm, group_norms)  # the same sums on all ranks
                 if good:
                     optimizer.step(schedule.clip_scale(grad_norm, settings.grad_clip))
                 else:
@@ -311,7 +318,7 @@ def loop(training: Training) -> dict:
                 run.skipped, run.bad_in_a_row = run.skipped + 1, run.bad_in_a_row + 1
                 log.write(run.step, event="skip", loss=loss_value, grad_norm=grad_norm, skipped=run.skipped)
                 logger.info(f"step {run.step}: loss {loss_value}, gradient norm {grad_norm}: step left out")
-                if guard.leave_out(loader.last_rows(whole=True)):
+                if guard.record_skipped(loader.last_rows(whole=True)):
                     stopped = "nonfinite"
                     logger.info(
                         f"stopped: {MAX_BAD_STEPS} non-finite steps in a row; earlier checkpoints are as they were"
@@ -384,7 +391,7 @@ def finish(settings: RunSettings, run: RunState, log: MetricsLog, rows_log: Metr
     """Close the logs, say where the model lies, and return the result of main()."""
     log.close(hurry=stopped == "preempted")
     rows_log.close()
-    if EXIT_CODES[stopped] and not launched():
+    if EXIT_CODES[stopped] and not under_torchrun():
         sys.exit(EXIT_CODES[stopped])  # under torchrun any code but 0 would start the same step again
     logger.info(f"{settings.tag}: {duration(run.train_seconds)} of training, {tag_dir(settings)}")
     told = dict(model_tag=settings.tag, step=run.step, train_seconds=run.train_seconds, stopped=stopped)

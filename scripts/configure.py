@@ -19,7 +19,16 @@ import torch
 from nanochat.adapters import estimate as adapter_estimate
 from nanochat.config.adapter_settings import TEXT_SOURCES, AdapterSettings, adapter_hardware_preset
 from nanochat.config.command_line import typed
-from nanochat.config.config_file import STAGES, facts, literal, meant, names_of, parse_value, read_config, render_config
+from nanochat.config.config_file import (
+    STAGES,
+    describe_setting,
+    did_you_mean,
+    literal,
+    names_of,
+    parse_value,
+    read_config,
+    render_config,
+)
 from nanochat.config.declaration import IllegalCombination, fields_of
 from nanochat.config.presets import hardware_preset
 from nanochat.config.settings import RunSettings, Settings, preset, type_name, validate
@@ -144,7 +153,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         if not equals:
             raise UserError(f"--set {pair!r} is not KEY=VALUE")
         if name not in fields_of(kind):
-            raise UserError(f"--set: unknown setting {name!r}{meant(name, kind)}")
+            raise UserError(f"--set: unknown setting {name!r}{did_you_mean(name, kind)}")
         if name in pairs:
             raise UserError(f"--set: {name} is given twice")
         pairs[name] = text
@@ -358,7 +367,7 @@ def _check_here(name: str, value, kind: type[RunSettings]) -> None:
 
 
 def _help(name: str, kind: type[RunSettings]) -> str:
-    declared, lines = fields_of(kind)[name], [facts(name, kind)]
+    declared, lines = fields_of(kind)[name], [describe_setting(name, kind)]
     limits = [("ge", "at least"), ("gt", "more than"), ("le", "at most")]
     data = declared.metadata
     bounds = [f"{words} {data[key]:,}" for key, words in limits if data[key] is not None]

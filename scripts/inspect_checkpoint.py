@@ -19,18 +19,18 @@ from nanochat.checkpoint_manager import (
     check_state,
     check_tokenizer,
     checkpoints_dir,
-    damage,
     find_checkpoint,
+    find_corruption,
     is_upstream,
     list_steps,
     model_config,
     newest_step,
     read_metadata,
     read_tensors,
-    seal,
     step_path,
     tokenizer_of,
     weights_hash,
+    write_manifest,
 )
 from nanochat.config.command_line import Parser
 from nanochat.data.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def reseal(folder: Path) -> None:
         raise UserError(f"{folder} is not the folder of a step: it has no state.json")
     read_metadata(folder)  # what cannot be loaded is mended before it is sealed
     read_tensors(folder / "model.safetensors")
-    seal(folder)
+    write_manifest(folder)
     print(f"resealed {folder}")
 
 
@@ -127,7 +127,7 @@ def recognised(path: Path, era: str | None) -> tuple[Path, Callable[[], dict]]:
 
 def of_ours(folder: Path) -> dict:
     """A step's folder; its manifest is checked first, and a step that fails it is not read any further."""
-    if reason := damage(folder):
+    if reason := find_corruption(folder):
         raise UserError(f"{reason}: take another step, or reseal what was edited by hand with --reseal")
     metadata, state = read_metadata(folder), read_tensors(folder / "model.safetensors")
     report = {"format": f"ours, step {metadata.get('step')}", "metadata": metadata}

@@ -57,7 +57,7 @@ def edit_state(folder: Path, **changes) -> None:
         else:
             inside[name] = value
     (folder / "state.json").write_text(json.dumps(state))
-    cm.seal(folder)
+    cm.write_manifest(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,7 +141,9 @@ def test_a_fault_at_any_call_leaves_the_earlier_step(root, monkeypatch, owner, n
                 assert error.errno == errno.ENOSPC
             except SystemExit:
                 assert kind == "killed"
-        committed = cm.damage(cm.step_dir(tag, 2)) is None  # only what fails after the rename, the parent's fsync
+        committed = (
+            cm.find_corruption(cm.step_dir(tag, 2)) is None
+        )  # only what fails after the rename, the parent's fsync
         assert cm.list_steps(tag) == ([1, 2] if committed else [1])
         assert cm.newest_step(tag) == (2 if committed else 1)
         cm.build_model(tag, 1, "cpu", "eval")
@@ -219,7 +221,7 @@ def test_a_damaged_step_is_walked_past_with_the_reason_and_refused_when_named(ro
     step = cm.step_dir(root / "m", 2)
     DAMAGES[how](step)
     assert cm.newest_step(root / "m") == 1
-    reason = cm.damage(step)
+    reason = cm.find_corruption(step)
     assert reason
     assert f"passing over {step}: {reason}" in capsys.readouterr().out
     assert cm.load_model("base", "cpu", "eval")[2]["step"] == 1
@@ -287,10 +289,10 @@ def test_prune_safety(root):
 def test_prune_reads_a_verified_step_once(root, monkeypatch):
     """Each step is hashed once, whatever the number kept; one that changed is hashed again, and does not count.
 
-    Red when prune() asks damage() of every kept step each time, or _is_complete() forgets the sizes and times.
+    Red when prune() asks find_corruption() of every kept step each time, or _is_complete() forgets the sizes and times.
     """
-    hashed, real = [], cm.damage
-    monkeypatch.setattr(cm, "damage", lambda folder: (hashed.append(cm.step_of(folder)), real(folder))[1])
+    hashed, real = [], cm.find_corruption
+    monkeypatch.setattr(cm, "find_corruption", lambda folder: (hashed.append(cm.step_of(folder)), real(folder))[1])
     for step in range(1, 7):
         save(root / "m", step)
         cm.prune(root / "m", 2)
@@ -360,7 +362,7 @@ def test_wrong_metadata_is_refused_by_name(root, name):
 def test_a_state_file_that_is_no_object_is_refused(root, text):
     step = save(root / "m", 1)
     (step / "state.json").write_text(text)
-    cm.seal(step)
+    cm.write_manifest(step)
     with pytest.raises(UserError, match=r"state\.json"):
         cm.load_model("base", "cpu", "eval")
 
@@ -378,7 +380,7 @@ def test_weights_that_do_not_fit_are_named(root):
     with pytest.raises(UserError, match=r"c_k\.weight has shape \(4, 8\), model_config says \(8, 8\)"):
         cm.load_model("base", "cpu", "eval")
     (step / "model.safetensors").write_bytes(b"no tensors at all")
-    cm.seal(step)
+    cm.write_manifest(step)
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
         cm.load_model("base", "cpu", "eval")
 
@@ -397,7 +399,7 @@ def test_another_tokenizer_is_refused_with_both_hashes(root):
 def test_training_needs_the_optimizers_state(root):
     step = save(root / "m", 1)
     (step / "optimizer.safetensors").unlink()
-    cm.seal(step)
+    cm.write_manifest(step)
     cm.load_model("base", "cpu", "eval")
     with pytest.raises(UserError, match="no optimizer state: training cannot be resumed"):
         cm.load_checkpoint(root / "m", 1, load_optimizer=True)
@@ -408,9 +410,9 @@ def test_sealing_again_covers_edited_and_added_files(root):
     state = load_file(step / "model.safetensors")
     state["lm_head.weight"] += 1
     save_file(state, step / "model.safetensors")
-    assert cm.damage(step)
-    cm.seal(step)
-    assert cm.damage(step) is None
+    assert cm.find_corruption(step)
+    cm.write_manifest(step)
+    assert cm.find_corruption(step) is None
     assert cm.weights_hash(cm.load_checkpoint(root / "m", 1)[0]) == cm.weights_hash(state)
     assert not (step / ".manifest.tmp").exists()
 
@@ -422,7 +424,7 @@ def test_sealing_again_covers_edited_and_added_files(root):
 def test_fsync_order(root, monkeypatch):
     """Every file is written, then synced, then the manifest, then all folders, then the rename, then the parent.
 
-    Red when any fsync() in seal() or save_checkpoint() is left out or moved.
+    Red when any fsync() in write_manifest() or save_checkpoint() is left out or moved.
     """
     calls, names = [], {}
     real_open, real_fsync, real_rename, real_replace, real_save = os.open, os.fsync, os.rename, os.replace, cm.save_file

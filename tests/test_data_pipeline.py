@@ -39,18 +39,18 @@ def model_of(settings: Settings) -> GPT:
 def test_validation_tokenises_no_more_than_it_measures(small_shards, tiny_corpus, tmp_path):
     """eval_tokens=1000 takes the first of many val shards, and the bpb of the same ids in one array, bit for bit.
 
-    Red when held_out_measure() calls store.stream() without eval_tokens.
+    Red when make_validation() calls store.stream() without eval_tokens.
     """
     settings = Settings(data=str(tiny_corpus), eval_tokens=1000, **TINY)
     dataset, model = prepare_for(settings), model_of(settings)
-    measured = training_data.held_out_measure(settings, dataset, BYTES, CPU)(model, never)
+    measured = training_data.make_validation(settings, dataset, BYTES, CPU)(model, never)
     store = TokenStore(dataset, BYTES, "val")
     assert [path.stem for path in store.directory.glob("val*.json")] == ["val_00000"]
     assert len(store.paths) > 4
     ids = np.concatenate([store.shard(shard)[0] for shard in range(len(store.paths))])
     how = dict(rows=4, seq_len=64, max_tokens=1000)
     assert measured == bits_per_byte(model, ids, BYTES.token_bytes, **how)
-    whole = training_data.held_out_measure(Settings(**{**vars(settings), "eval_tokens": None}), dataset, BYTES, CPU)
+    whole = training_data.make_validation(Settings(**{**vars(settings), "eval_tokens": None}), dataset, BYTES, CPU)
     assert whole(model, never) == bits_per_byte(model, ids, BYTES.token_bytes, rows=4, seq_len=64)
 
 

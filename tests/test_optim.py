@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from nanochat.config.settings import Settings
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import NEWTON_SCHULZ, POLAR_EXPRESS, MuonAdamW, build_optimizer, muon_update, orthogonalize
-from nanochat.training.grad_accumulation import accumulate
+from nanochat.training.grad_accumulation import forward_backward
 from tests.forked import spawn
 
 TINY = GPTConfig(sequence_len=8, vocab_size=11, n_layer=2, n_head=1, n_kv_head=1, n_embd=8)
@@ -404,7 +404,7 @@ def without_memory(rank: int, model: GPT, optimizer: MuonAdamW, rows: slice) -> 
 
     middle = model.transformer.h[1].attn.c_q.weight
     hook = middle.register_hook(starved) if rank == 1 else None
-    loss = accumulate(model, *batch, 2, torch.tensor(48), optimizer)
+    loss = forward_backward(model, *batch, 2, torch.tensor(48), optimizer)
     failed = torch.tensor(float(loss is None))
     dist.all_reduce(failed)
     assert failed == 1
@@ -414,7 +414,7 @@ def without_memory(rank: int, model: GPT, optimizer: MuonAdamW, rows: slice) -> 
         assert all(p.grad is None for p in model.parameters())  # they were sent, and their memory is free
     optimizer.drop_gradients()
     model.zero_grad(set_to_none=True)
-    assert accumulate(model, *batch, 1, torch.tensor(48), optimizer) is not None
+    assert forward_backward(model, *batch, 1, torch.tensor(48), optimizer) is not None
     assert optimizer.launched == len(optimizer.chunks)
     take_step(optimizer)
 

@@ -74,7 +74,7 @@ def test_malicious_pickle(tmp_path, monkeypatch):
         assert cm.load_model("base", "cpu", "eval", "m")[1].hash == tokenizer.hash
         assert find_or_train(Settings(tokenizer="named"), dataset=None).hash == tokenizer.hash
         (step / "tokenizer" / "ranks.tiktoken").unlink()
-        cm.seal(step)
+        cm.write_manifest(step)
         with pytest.raises(UserError, match=r"ranks\.tiktoken"):
             cm.load_model("base", "cpu", "eval", "m")
     assert not marker.exists()

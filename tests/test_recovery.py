@@ -254,7 +254,7 @@ def resumed_over(train, tag: str, capsys, damage) -> str:
 
 
 def test_bitflip(train, capsys):
-    """Red when damage() compares sizes alone."""
+    """Red when find_corruption() compares sizes alone."""
 
     def flip(step: Path) -> None:
         data = bytearray((step / "optimizer.safetensors").read_bytes())
@@ -281,7 +281,7 @@ def test_a_missing_manifest_or_an_empty_folder_is_no_step(train, capsys):
 
 
 def test_a_run_that_ended_before_its_first_step_starts_again_with_its_own_settings(train, capsys):
-    """`--resume` and a tag are enough. Red when settle() takes the command line's defaults for the run's settings."""
+    """`--resume` and a tag are enough. Red when resolve_run() takes the command line's defaults for its settings."""
     train("early", num_iterations=2, seed=7, save_every=1)
     wanted = state_hashes("early", 2)
     for step in (1, 2):
@@ -452,7 +452,7 @@ run_script(main)
 def test_what_one_rank_meets_all_ranks_agree_on(train, base, corpus, tmp_path, spoil):
     """One of two ranks runs out of memory, later it meets a NaN: both halve, both leave the step out.
 
-    Red when `compute.agreed` is left out (the ranks wait in different collectives), or when a rank looks at its own
+    Red when `compute.any_rank` is left out (the ranks wait in different collectives), or when a rank looks at its own
     loss only (their weights would drift apart).
     """
     shape = {"num_iterations": 8, "device_batch_size": 6, "muon_dtype": "float32"}

@@ -129,14 +129,14 @@ def test_ranks_that_were_started_anew_do_not_see_what_the_dead_left(monkeypatch)
     names = dict(MASTER_ADDR="localhost", MASTER_PORT=server.port, RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)
     for name, value in {**names, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}.items():
         monkeypatch.setenv(name, str(value))
-    first = runtime._meeting_place()
+    first = runtime._rendezvous()
     assert (first["rank"], first["world_size"]) == (0, 1)
     first["store"].set("address", "of a process that dies")
-    assert runtime._meeting_place()["store"].check(["address"])
+    assert runtime._rendezvous()["store"].check(["address"])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert not runtime._meeting_place()["store"].check(["address"])
+    assert not runtime._rendezvous()["store"].check(["address"])
     monkeypatch.setenv("WORLD_SIZE", "2")  # another node counts its own attempts
-    assert runtime._meeting_place() == {}
+    assert runtime._rendezvous() == {}
 
 
 def test_a_dead_rank_is_named_before_the_launcher_ends_us():

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.checkpoint_manager import checkpoints_dir, seal, step_dir
+from nanochat.checkpoint_manager import checkpoints_dir, step_dir, write_manifest
 from nanochat.config.config_file import as_dict, read_config
 from nanochat.config.preset_files import render_preset
 from nanochat.config.presets import PRESETS, REASONS
@@ -354,7 +354,7 @@ def run_folder(tmp_path, monkeypatch):
     state = {"derived": {"parameters": {"total": 1234567}}, "run": {"train_seconds": 61.5}}
     state["settings"] = as_dict(Settings(model_tag="t", num_iterations=20))
     (step / "state.json").write_text(json.dumps(state))
-    seal(step)
+    write_manifest(step)
     events(folder, "start", "eval", "done")
     return folder
 

@@ -11,7 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat.checkpoint_manager import build_model, damage, load_checkpoint, model_config, save_checkpoint, step_dir
+from nanochat.checkpoint_manager import (
+    build_model,
+    find_corruption,
+    load_checkpoint,
+    model_config,
+    save_checkpoint,
+    step_dir,
+)
 from nanochat.config.config_file import as_dict
 from nanochat.config.settings import FIELDS, Settings, checked
 from nanochat.data.tokenizer import Tokenizer
@@ -66,7 +73,7 @@ def add_entry(
 @pytest.mark.parametrize("name", ENTRIES)
 def test_an_entry_gives_the_logits_it_gave(name):
     """Red when a default of GPTConfig changes, a tensor is renamed, or any formula of the forward pass moves."""
-    assert damage(step_dir(ZOO / name, STEP)) is None
+    assert find_corruption(step_dir(ZOO / name, STEP)) is None
     model, tokenizer, metadata = build_model(ZOO / name, STEP, "cpu", "eval")
     expected = load_file(ZOO / name / "expected.safetensors")
     with torch.no_grad():

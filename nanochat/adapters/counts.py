@@ -12,7 +12,7 @@ from nanochat.adapters.model import Parts, count_parts
 from nanochat.checkpoint_manager import metadata_of, model_config
 from nanochat.config.adapter_settings import AdapterSettings
 from nanochat.data.hub import place_caches
-from nanochat.data.local_sources import looking_up
+from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.gpt import GPT
 from nanochat.runtime import first_line
 from nanochat.system.environment import UserError
@@ -47,7 +47,7 @@ def parameter_counts(settings: AdapterSettings) -> dict[str, int]:
 def host_on_meta(name: str) -> tuple[nn.Module, torch.Size, int]:
     """(the host without its weights, rows and width of its embedding, number of layers); nothing is downloaded."""
     kind, _, place = name.partition(":")
-    with looking_up("host", name):
+    with path_errors_as_user_errors("host", name):
         folder = Path(place if kind == "meta" else name).expanduser()
         here = folder.is_dir()
     if kind == "nanochat":

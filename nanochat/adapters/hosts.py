@@ -26,7 +26,7 @@ from nanochat.adapters import meta_host as meta_format
 from nanochat.adapters.transformers_host import FILES, HostTokenizer, model_folder, read_json, read_weights
 from nanochat.checkpoint_manager import build_model, find_checkpoint, step_path, weights_hash
 from nanochat.data.hub import place_caches
-from nanochat.data.local_sources import looking_up
+from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.gpt import GPT
 from nanochat.model.kv_cache import KVCache
 from nanochat.runtime import first_line
@@ -312,7 +312,7 @@ def _quiet():
 def _meta(name: str, place: str, device, dtype: torch.dtype) -> TransformersHost:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    with looking_up("host", name):
+    with path_errors_as_user_errors("host", name):
         folder = Path(place).expanduser()
         there = place and folder.is_dir()
     if not there:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from nanochat.checkpoint_manager import weights_hash
 from nanochat.data.hub import hub_errors, place_caches, probe
-from nanochat.data.local_sources import looking_up
+from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.runtime import first_line, nearest_name, shown
 from nanochat.system.environment import UserError
 
@@ -210,7 +210,7 @@ def _folder(source: str) -> Path | None:
     """The folder that the source names, None for a size or a hub name."""
     if source in SIZES:
         return None
-    with looking_up("musicgen", source):
+    with path_errors_as_user_errors("musicgen", source):
         folder = Path(source).expanduser()
         if folder.is_dir():
             return folder

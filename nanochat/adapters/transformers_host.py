@@ -11,7 +11,7 @@ import torch
 
 from nanochat.checkpoint_manager import read_tensors
 from nanochat.data.hub import hub_errors, probe
-from nanochat.data.local_sources import looking_up
+from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.runtime import first_line
 from nanochat.system.environment import UserError
 
@@ -22,7 +22,7 @@ FILES = "a folder with its config.json, *.safetensors, tokenizer.json and tokeni
 
 def model_folder(name: str) -> Path:
     """The folder of a host: the one named, or the hub's files in the local cache, fetched if they are not there."""
-    with looking_up("host", name):
+    with path_errors_as_user_errors("host", name):
         folder = Path(name).expanduser()
         if folder.is_dir():
             return folder

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.data.encodings import Corrupt, Undecodable, decode_text
-from nanochat.data.text_files import reading, text_of
+from nanochat.data.text_files import io_errors_as_corrupt, text_of
 from nanochat.runtime import first_line, nearest_name
 from nanochat.system.environment import UserError
 
@@ -181,7 +181,7 @@ def _add_texts(found: dict[str, Caption | None], files: dict[str, Path], beside:
             continue
         found[name] = None
         try:
-            with reading(files[text]):
+            with io_errors_as_corrupt(files[text]):
                 raw = files[text].read_bytes()
             found[name] = Caption(decode_text(raw))
         except Undecodable as error:
@@ -224,7 +224,7 @@ class _Reading:
 def _table_captions(path: Path, table: str, column: str, find: _Finder, skip: Skip) -> Iterator[tuple[str, Caption]]:
     """(what a row calls its sound, its caption) of every row that has both."""
     read = _read_jsonl if path.suffix.lower() == ".jsonl" else _read_csv
-    with reading(path):
+    with io_errors_as_corrupt(path):
         raw = path.read_bytes()
     try:
         text = decode_text(raw)

@@ -22,7 +22,7 @@ from pathlib import Path
 from nanochat.audio.codec_files import KINDS, _description
 from nanochat.audio.fitted_codec import FittedCodec
 from nanochat.checkpoint_manager import read_tensors
-from nanochat.data.local_sources import looking_up
+from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.system.environment import UserError, base_dir
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def open_codec(name: str, codebooks: int, codes: int):
 
 def _named(name: str) -> Path:
     root = base_dir() / "codecs"
-    with looking_up("codec", name):
+    with path_errors_as_user_errors("codec", name):
         for path in (Path(name).expanduser(), root / name):
             if (path / "codec.json").is_file():
                 return path

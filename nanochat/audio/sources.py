@@ -27,7 +27,7 @@ from nanochat.config.settings import Settings
 from nanochat.data import hub
 from nanochat.data import local_sources as sources
 from nanochat.data.folders import Found, find_files
-from nanochat.data.local_sources import digest, looking_up, slug_of
+from nanochat.data.local_sources import digest, path_errors_as_user_errors, slug_of
 from nanochat.data.splits import own_split
 from nanochat.data.text_files import text_of
 from nanochat.runtime import first_line, nearest_name, shown
@@ -174,7 +174,7 @@ def sound_source(settings: Settings) -> SoundSource:
     ways = "one of synth, hf:<dataset>, or the path of a folder of sounds"
     if data in ("stdlib", "packages", "climbmix"):
         raise UserError(f"data={data} holds no sounds: {ways}; text to mix in goes to --text_data={data}")
-    with looking_up("data", data):
+    with path_errors_as_user_errors("data", data):
         root = Path(data).expanduser()
         is_folder, is_file = root.is_dir(), root.is_file()
     if is_file:

@@ -65,7 +65,7 @@ def _read_with_lines(path: Path, kind: type[RunSettings]) -> dict[str, tuple[obj
             raise UserError(f"{where}: only lines of the form name = value are allowed, this is a Python {form}")
         name = statement.targets[0].id
         if name not in {*fields_of(kind), *REMOVED}:
-            raise UserError(f"{where}: unknown setting {name!r}{meant(name, kind)}")
+            raise UserError(f"{where}: unknown setting {name!r}{did_you_mean(name, kind)}")
         if name in found:
             raise UserError(f"{where}: {name} is assigned a second time (first in line {found[name][1]})")
         try:
@@ -84,7 +84,7 @@ def _read_with_lines(path: Path, kind: type[RunSettings]) -> dict[str, tuple[obj
     return found
 
 
-def meant(name: str, kind: type[RunSettings], *further: str) -> str:
+def did_you_mean(name: str, kind: type[RunSettings], *further: str) -> str:
     """What an unknown setting may be: one of another stage, or a misspelt one (further: other names that are known)."""
     for stage, other in STAGES.items():
         if name in fields_of(other):
@@ -185,7 +185,7 @@ def from_command_line(
         given, equals, text = word.partition("=")
         name = given.lstrip("-").replace("-", "_")
         if not given.startswith("--") or name not in {*fields_of(kind), *switches, *REMOVED}:
-            raise UserError(f"unknown flag {shown(given)}{meant(name, kind, *switches)}")
+            raise UserError(f"unknown flag {shown(given)}{did_you_mean(name, kind, *switches)}")
         if name in flags:
             raise UserError(f"--{name} is given twice")
         if name in switches:
@@ -265,7 +265,7 @@ def render_config(settings: RunSettings) -> str:
         lines += ["", "", f"# {'-' * 20} {group} {'-' * (96 - len(group))}"]
         for name in names_of(group, kind):
             note = settings.no_effect_reason(name)
-            text = f"{facts(name, kind)}{f' [{note}]' if note else ''}"
+            text = f"{describe_setting(name, kind)}{f' [{note}]' if note else ''}"
             lines += ["", *textwrap.wrap(text, 118, initial_indent="# ", subsequent_indent="# ")]
             lines.append(f"{name} = {literal(getattr(settings, name))}")
     return "\n".join(lines) + "\n"
@@ -276,7 +276,7 @@ def names_of(group: str, kind: type[RunSettings] = Settings) -> list[str]:
     return [name for name, declared in fields_of(kind).items() if declared.metadata["group"] == group]
 
 
-def facts(name: str, kind: type[RunSettings] = Settings) -> str:
+def describe_setting(name: str, kind: type[RunSettings] = Settings) -> str:
     """One line on a setting: what it is, its choices or range, and when it matters."""
     data = fields_of(kind)[name].metadata
     parts = [data["help"]]
@@ -302,7 +302,7 @@ def help_text(usage: str, switches: tuple[str, ...] = (), kind: type[RunSettings
         lines += ["", f"{group}:"]
         for name in names_of(group, kind):
             lines.append(f"  --{name}={type_name(name, kind)}")
-            about = f"{facts(name, kind)} (default {literal(fields_of(kind)[name].default)})"
+            about = f"{describe_setting(name, kind)} (default {literal(fields_of(kind)[name].default)})"
             lines += textwrap.wrap(about, 79, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ from nanochat.conversion.tying import KEEP, State, tied, untied
 from nanochat.data.prepare import climbmix_is_here
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.data.trained_data import find_prepared, with_other_data
-from nanochat.data_pipeline import held_out_measure, open_trained_data
+from nanochat.data_pipeline import make_validation, open_trained_data
 from nanochat.evaluation.bpb import never
 from nanochat.files import write_atomically
 from nanochat.gpt import GPT, GPTConfig
@@ -174,7 +174,7 @@ def held_out_loss(source: Source, settings: Settings, data: str | None) -> Loss 
         dataset = open_trained_data(settings, trained_on)
         check_codec(dataset, source.metadata, source.name)
         few = dataclasses.replace(settings, device_batch_size=1, eval_tokens=MEASURED_TOKENS)
-        measure = held_out_measure(few, dataset, source.tokenizer, Compute(torch.device("cpu"), torch.float32))
+        measure = make_validation(few, dataset, source.tokenizer, Compute(torch.device("cpu"), torch.float32))
     except UserError as error:
         if data:
             raise

@@ -61,7 +61,7 @@ class DataLoader:
         self._row_order = lru_cache(4)(lambda epoch, block, size: self._permutation(ROWS, epoch, block, size))
 
     @property
-    def mine(self) -> range:
+    def local_rows(self) -> range:
         """This rank's rows of a batch."""
         return range(self.rank * self.rows // self.world_size, (self.rank + 1) * self.rows // self.world_size)
 
@@ -80,13 +80,15 @@ class DataLoader:
         A document is "shard:row of the shard". Equal (epoch, row) mean the same tokens under the same seed.
         """
         assert self.cursor, "next() comes first"
-        places = [self._place(self.cursor - self.rows + i) for i in (range(self.rows) if whole else self.mine)]
+        places = [
+            self._locate_row(self.cursor - self.rows + i) for i in (range(self.rows) if whole else self.local_rows)
+        ]
         return [{"epoch": e, "row": r, "documents": list(self._documents(e, r))} for e, r in places]
 
     def epoch_rows(self) -> int | None:
         """Rows of an epoch; None where the first batch does not reach its end, which looks at no more shards."""
         self._position(self.rows - 1)
-        tokens = self._seen()
+        tokens = self._tokens_per_epoch()
         return None if tokens is None else (tokens - 1) // self.seq_len
 
     def state_dict(self) -> dict:
@@ -99,10 +101,10 @@ class DataLoader:
 
         Another number of tokens (a shard left out then or now) is found, and raised, by next().
         """
-        for name, mine in self._identity().items():
-            if mine != state[name]:
+        for name, here in self._identity().items():
+            if here != state[name]:
                 raise UserError(
-                    f"the data order cannot go on: {name}={mine} here, {state[name]} in the checkpoint; "
+                    f"the data order cannot go on: {name}={here} here, {state[name]} in the checkpoint; "
                     "use the checkpoint's, or start a new run"
                 )
         self.cursor, self.epoch, self.row, self.tokens = (state[key] for key in ("cursor", "epoch", "row", "tokens"))
@@ -128,22 +130,22 @@ class DataLoader:
         return future
 
     def _batch(self, cursor: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int, int | None]]:
-        ids = np.empty((len(self.mine), self.seq_len + 1), dtype=np.int64)
-        for i, row in enumerate(self.mine):
-            self._read(*self._place(cursor + row), out=ids[i])
+        ids = np.empty((len(self.local_rows), self.seq_len + 1), dtype=np.int64)
+        for i, row in enumerate(self.local_rows):
+            self._read(*self._locate_row(cursor + row), out=ids[i])
         # Copied by numpy: torch would start a second team of threads here, beside the one that trains.
-        halves = [torch.from_numpy(np.ascontiguousarray(half)) for half in self._halves(ids)]
+        halves = [torch.from_numpy(np.ascontiguousarray(half)) for half in self._split_inputs_targets(ids)]
         if self.device.type == "cuda":
             halves = [half.pin_memory() for half in halves]
         inputs, targets = (half.to(self.device, non_blocking=True) for half in halves)
         epoch, place, _ = self._position(cursor + self.rows - 1)
-        return inputs, targets, (epoch, place, self._seen())
+        return inputs, targets, (epoch, place, self._tokens_per_epoch())
 
-    def _seen(self) -> int | None:
+    def _tokens_per_epoch(self) -> int | None:
         """Tokens of an epoch, once all shards had to be looked at."""
         return self._first_ends[-1] if len(self._first_ends) > len(self.store.paths) else None
 
-    def _halves(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _split_inputs_targets(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows of ids [rows, seq_len + 1] -> inputs and targets [rows, seq_len]."""
         return ids[:, :-1], ids[:, 1:]
 
@@ -199,7 +201,7 @@ class DataLoader:
         epoch, place = divmod(cursor, rows)
         return epoch, place, min(BLOCK, rows - place // BLOCK * BLOCK)
 
-    def _place(self, cursor: int) -> tuple[int, int]:
+    def _locate_row(self, cursor: int) -> tuple[int, int]:
         """(epoch, row of its stream) of the cursor-th row since the start."""
         epoch, place, size = self._position(cursor)
         block, within = divmod(place, BLOCK)

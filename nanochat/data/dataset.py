@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanochat.data.encodings import Corrupt
-from nanochat.data.text_files import open_parquet, reading
+from nanochat.data.text_files import io_errors_as_corrupt, open_parquet
 from nanochat.files import sha256_of
 from nanochat.system.environment import UserError, base_dir
 
@@ -157,7 +157,7 @@ class Dataset:
 
 def read_shard(shard: Path) -> Iterator[tuple[str, str]]:
     """(name, text) of a parquet shard; without a `name` column documents are called file#row. Corrupt if unreadable."""
-    with reading(shard):
+    with io_errors_as_corrupt(shard):
         file = open_parquet(shard)
         columns = [column for column in ("name", "text") if column in file.schema_arrow.names]
         row = 0
@@ -176,7 +176,7 @@ def read_clips(shard: Path, codec: dict | None) -> Iterator[tuple[str, str, np.n
     if codec is None:
         yield from ((name, text, None, None) for name, text in read_shard(shard))
         return
-    with reading(shard):
+    with io_errors_as_corrupt(shard):
         file = open_parquet(shard)
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=["name", "text", "codes", "attributes"])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nanochat.data.encodings import Corrupt
 from nanochat.data.folders import find_files
-from nanochat.data.local_sources import Source, digest, looking_up, slug_of, stat_all
+from nanochat.data.local_sources import Source, digest, path_errors_as_user_errors, slug_of, stat_all
 from nanochat.data.text_files import text_of
 from nanochat.files import sha256_of
 from nanochat.runtime import first_line
@@ -111,7 +111,7 @@ def hub_dataset(name: str, column: str, split: str, config: str | None, limit: i
 
 def local_state(name: str) -> list | None:
     """[path, size, time of change] of every file below a local folder that stands for a hub dataset; None without."""
-    with looking_up("data", f"hf:{name}"):
+    with path_errors_as_user_errors("data", f"hf:{name}"):
         folder = Path(name).expanduser()
         if not folder.is_dir():
             return None
@@ -151,7 +151,7 @@ def _hub_documents(name: str, options: dict, manifest: dict, counts: Counter) ->
 
 def open_splits(name: str, options: dict) -> dict:
     """The split to read, and after it the one to hold out if the dataset has any, as streams by name."""
-    with looking_up("data", f"hf:{name}"):
+    with path_errors_as_user_errors("data", f"hf:{name}"):
         folder = Path(name).expanduser()
         local = folder.is_dir()
     if not local:

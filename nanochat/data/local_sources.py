@@ -191,7 +191,7 @@ def _docstrings(source: bytes) -> list[str]:
 
 def path(source: str, column: str, skip_corrupt: bool) -> Source:
     """The documents of a file or of all files below a folder; what a folder holds besides is named and counted."""
-    with looking_up("data", source):
+    with path_errors_as_user_errors("data", source):
         path = Path(source).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
     found = Found()
@@ -308,7 +308,7 @@ _stat_all = stat_all  # as audio_sources calls it
 
 
 @contextmanager
-def looking_up(name: str, value: str | Path) -> Iterator[None]:
+def path_errors_as_user_errors(name: str, value: str | Path) -> Iterator[None]:
     """Turn what expanduser() and a look at a path raise (no such home, a name too long, no access) into UserError."""
     try:
         yield

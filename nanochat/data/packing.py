@@ -193,10 +193,10 @@ class PackedLoader(DataLoader):
     def epoch_rows(self) -> int:
         return len(self.packed)
 
-    def _seen(self) -> int:
+    def _tokens_per_epoch(self) -> int:
         return self.packed.tokens
 
-    def _halves(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _split_inputs_targets(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return inputs_and_targets(ids, self.store, self.count)
 
 

@@ -78,7 +78,7 @@ def is_read(name: str, further: bool) -> bool:
 def file_documents(name: str, path: Path, column: str, single: bool, rows: Rows) -> Iterator[tuple[str, str | bytes]]:
     """(document name, text) of one file; a text file of a folder is one document, all else is called path#row."""
     suffix, compression = content_suffix(path.name)
-    with reading(path):
+    with io_errors_as_corrupt(path):
         if suffix in TEXT_SUFFIXES and not single:
             yield name, _whole(path, compression)
             return
@@ -332,7 +332,7 @@ def _not_one_column(where: str, column: str, names: list[str]) -> str:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def io_errors_as_corrupt(path: Path) -> Iterator[None]:
     """Turn what pyarrow, decompression and the disk raise about an unreadable file into Corrupt with its name."""
     try:
         yield

@@ -43,12 +43,12 @@ class TokenStore:
         split: str = "train",
         *,
         vocabulary: Vocabulary | None = None,
-        maker: bool | None = None,
+        is_writer: bool | None = None,
         workers: int | None = None,
-        patience_s: float = 1800,
+        timeout_s: float = 1800,
     ):
-        """vocabulary: the model's, None for text alone. maker: whether this process tokenises (None: local rank 0
-        does). workers: its threads (None: one a core, at most 8). patience_s: how long the others wait for one shard.
+        """vocabulary: the model's, None for text alone. is_writer: whether this process tokenises (None: local rank 0
+        does). workers: its threads (None: one a core, at most 8). timeout_s: how long the others wait for one shard.
         UserError: the split has no shards, or its sounds are not in the vocabulary."""
         self.dataset, self.tokenizer, self.split = dataset, tokenizer, split
         self.paths = dataset.shards(split)
@@ -56,9 +56,9 @@ class TokenStore:
             raise UserError(f"data {dataset.name} has no {split} shards: give more documents")
         self.vocabulary = vocabulary or Vocabulary(tokenizer.vocab_size)
         _check_sounds(dataset, self.vocabulary)
-        self.maker = os.environ.get("LOCAL_RANK", "0") == "0" if maker is None else maker
+        self.is_writer = os.environ.get("LOCAL_RANK", "0") == "0" if is_writer is None else is_writer
         self.workers = workers or min(8, os.cpu_count() or 1)
-        self.patience_s = patience_s
+        self.timeout_s = timeout_s
         self.directory = dataset.directory / f"tokens-{tokenizer.hash[:8]}{self._layout()}"
         self.dtype = np.dtype(np.uint16 if self.vocabulary.input_size <= 2**16 else np.uint32)
         self._sha256 = {entry["name"]: entry["sha256"] for entry in dataset.manifest["files"]}
@@ -143,10 +143,10 @@ class TokenStore:
                 raise self._failure
             if not self._running():
                 raise RuntimeError(f"stopped while waiting for the tokens of {self.paths[shard].name}")
-            if (not self.maker or shard in self._elsewhere) and time.monotonic() - start > self.patience_s:
-                maker = "another process" if self.maker else "the first process of this node"
+            if (not self.is_writer or shard in self._elsewhere) and time.monotonic() - start > self.timeout_s:
+                writer = "another process" if self.is_writer else "the first process of this node"
                 raise UserError(
-                    f"no tokens of {self.paths[shard]} after {self.patience_s:g} s of waiting for {maker} to make "
+                    f"no tokens of {self.paths[shard]} after {self.timeout_s:g} s of waiting for {writer} to make "
                     f"{self._file(shard, '.json')}: see its messages, or start again with one process"
                 )
             time.sleep(0.02)
@@ -157,7 +157,7 @@ class TokenStore:
 
     def require(self, shards: Iterable[int]) -> None:
         """Have these shards tokenised in the background, in this order; returns at once."""
-        if not self.maker:
+        if not self.is_writer:
             return
         with self._lock:
             self._queue.extend(s for s in shards if s not in self._entries and s not in self._queue)

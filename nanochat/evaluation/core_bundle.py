@@ -19,7 +19,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nanochat.data.local_sources import looking_up
+from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.files import sha256_of, write_atomically
 from nanochat.runtime import shown
 from nanochat.system.environment import UserError, base_dir
@@ -167,7 +167,7 @@ def find_bundle(path: str | Path | None = None, download: bool = True) -> Path |
     that is no bundle and for a bundle that changed since it was downloaded.
     """
     if path is not None:
-        with looking_up("--bundle", path):
+        with path_errors_as_user_errors("--bundle", path):
             folder = Path(path).expanduser()
             there = (folder / "core.yaml").is_file()
         if not there:

@@ -14,10 +14,10 @@ from nanochat.config.config_file import as_dict
 from nanochat.runtime import first_line
 from nanochat.system.environment import SharedError, UserError
 from nanochat.training import schedule
-from nanochat.training.grad_accumulation import naming_the_batch_that_fits
+from nanochat.training.grad_accumulation import suggest_batch_size_on_oom
 from nanochat.training.guard import StepGuard
 from nanochat.training.rank_agreement import agree_before_first_step, weights_checksum
-from nanochat.training.resume import evaluated_after_save, note_evaluated, progress_of
+from nanochat.training.resume import evaluated_after_save, progress_of, record_evaluated
 from nanochat.training.stop_signals import CutShort
 from nanochat.training.tracker import MetricsLog, last_event
 
@@ -81,7 +81,7 @@ class DueWork:
         """
         if self.compute.world_size == 1:
             return False
-        busy = self.compute.agreed(self.saver.is_writing(0 if self.put_off else self.settings.rank_timeout / 4))
+        busy = self.compute.any_rank(self.saver.is_writing(0 if self.put_off else self.settings.rank_timeout / 4))
         if busy and not self.put_off:
             logger.info(
                 f"step {self.run.step}: the save before is still being written: this one follows when it is done"
@@ -123,15 +123,19 @@ class DueWork:
         if not self.evaluation_due():
             return True
         self.check_weights()
-        if run.step != self.saved and self.compute.world_size > 1 and not self.compute.agreed(self.saver.is_writing()):
+        if (
+            run.step != self.saved
+            and self.compute.world_size > 1
+            and not self.compute.any_rank(self.saver.is_writing())
+        ):
             self.note_saved(self.saver.wait())
             self.saver.copy(*self._contents())  # when a rank fails in the evaluation, rank 0 can write without it
         try:
-            with naming_the_batch_that_fits(self.settings, self.compute.world_size):
+            with suggest_batch_size_on_oom(self.settings, self.compute.world_size):
                 training.evaluate(self.last, self.log, self.stop)
             run.evaluated = run.step
             if self.compute.rank == 0:
-                note_evaluated(tag_dir(self.settings), run)
+                record_evaluated(tag_dir(self.settings), run)
         except CutShort:
             return False
         except Exception as error:

@@ -12,7 +12,7 @@ from nanochat.runtime import first_line
 from nanochat.system.environment import UserError
 
 
-def accumulate(
+def forward_backward(
     model,
     inputs: torch.Tensor,
     targets: torch.Tensor,
@@ -53,7 +53,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def smaller(settings: Settings, world_size: int) -> Settings:
+def halve_micro_batch(settings: Settings, world_size: int) -> Settings:
     """The settings with at most half as many rows a micro-batch; UserError when one row was too much already."""
     micro, _ = settings.batch_plan(world_size)
     if micro == 1:
@@ -67,7 +67,7 @@ def smaller(settings: Settings, world_size: int) -> Settings:
 
 
 @contextlib.contextmanager
-def naming_the_batch_that_fits(settings: Settings, world_size: int) -> Iterator[None]:
+def suggest_batch_size_on_oom(settings: Settings, world_size: int) -> Iterator[None]:
     """Turn running out of memory, where ranks exchange gradients and a step cannot start over, into a UserError."""
     try:
         yield
@@ -75,7 +75,7 @@ def naming_the_batch_that_fits(settings: Settings, world_size: int) -> Iterator[
         if not is_out_of_memory(error):
             raise
         micro, _ = settings.batch_plan(world_size)
-        fits = smaller(settings, world_size).device_batch_size
+        fits = halve_micro_batch(settings, world_size).device_batch_size
         raise UserError(
             f"out of memory with device_batch_size={micro}, outside of a step's forward and backward, which would be "
             f"tried again in smaller parts: go on with --resume --device_batch_size={fits} ({first_line(error)})"

@@ -18,22 +18,22 @@ SPIKE_RATIO = 1.1  # and at least this much above it: early on, and on tiny data
 class StepGuard:
     """Looks at loss and gradient norm of every step, which are the same numbers on all ranks.
 
-    Use: look() at each step; then spikes() after a good one, leave_out() instead of a bad one.
+    Use: check() at each step; then spikes() after a good one, record_skipped() instead of a bad one.
     """
 
     def __init__(self, bad_before: int = 0):
         """bad_before: bad steps in a row that ended the run's last stretch, before it was resumed."""
         self.bad_before = bad_before
         self.recent = {"loss": deque(maxlen=WINDOW), "grad_norm": deque(maxlen=WINDOW)}
-        self.last: dict = {}  # what look() saw
+        self.last: dict = {}  # what check() saw
         self.bad: list[dict] = []  # the non-finite steps since the last good one
 
-    def look(self, step: int, loss: float, grad_norm: float, norms: dict[str, float]) -> bool:
+    def check(self, step: int, loss: float, grad_norm: float, norms: dict[str, float]) -> bool:
         """Whether the update of this step may be made. norms: of each group's gradient."""
         self.last = dict(step=step, loss=loss, grad_norm=grad_norm, norms=norms)
         return math.isfinite(loss) and math.isfinite(grad_norm)
 
-    def leave_out(self, rows: list[dict]) -> bool:
+    def record_skipped(self, rows: list[dict]) -> bool:
         """Remember the last step as bad, with the rows of its whole batch; True when the run has to end."""
         self.bad.append({**self.last, "rows": rows})
         del self.bad[:-MAX_BAD_STEPS]

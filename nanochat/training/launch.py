@@ -12,17 +12,17 @@ from nanochat import checkpoint_manager as checkpoints
 from nanochat.checkpoint_manager import tag_dir
 from nanochat.config.config_file import CommandLine, as_dict, differences
 from nanochat.config.settings import RunSettings, checked
-from nanochat.runtime import PATIENCE, Compute, first_line, init_compute
+from nanochat.runtime import LONG_TIMEOUT, Compute, first_line, init_compute
 from nanochat.system import logs
-from nanochat.system.environment import UserError, launched, restarts_from_env
+from nanochat.system.environment import UserError, restarts_from_env, under_torchrun
 from nanochat.training.rank_agreement import Meeting, refuse_differences, source_hashes
-from nanochat.training.resume import as_begun, begun_by_this_launcher, settle
+from nanochat.training.resume import apply_init_from, is_own_torchrun, resolve_run
 from nanochat.training.run_lock import run_lock
 
 logger = logging.getLogger(__name__)
 
 
-def begin(read: Callable[[], CommandLine], train: Callable[[RunSettings, int | None, Compute], dict]) -> dict:
+def launch(read: Callable[[], CommandLine], train: Callable[[RunSettings, int | None, Compute], dict]) -> dict:
     """Read the command line, resolve the run, lock its folder, open the device and train there; of any stage.
 
     Rank 0 decides which settings and which step count. The others have to have been started with the same settings
@@ -34,7 +34,7 @@ def begin(read: Callable[[], CommandLine], train: Callable[[RunSettings, int | N
         command = read()
         logs.set_log_level(command.settings.log_level)
         # torchrun starts every rank and ends all when one fails; by hand nobody does.
-        least = RunSettings.rank_timeout if launched() else 0
+        least = RunSettings.rank_timeout if under_torchrun() else 0
         meeting.timeout = timedelta(seconds=max(command.settings.rank_timeout, least))
         return command
 
@@ -42,11 +42,11 @@ def begin(read: Callable[[], CommandLine], train: Callable[[RunSettings, int | N
         command, reports = meeting.share(read_command, started_with)
         refuse_differences("how to train", reports)
         decided, reports = meeting.share(
-            lambda: decide(command, held) if meeting.rank == 0 else None, decision_facts, PATIENCE
+            lambda: decide(command, held) if meeting.rank == 0 else None, decision_facts, LONG_TIMEOUT
         )
         settings, resume_step = decided or follow(command, reports[0]["facts"])
         logs.set_log_level(settings.log_level)  # of a resumed run: the checkpoint's, unless given anew
-        meeting.share(lambda: check_step(settings, reports[0]["facts"], meeting.rank), timeout=PATIENCE)
+        meeting.share(lambda: check_step(settings, reports[0]["facts"], meeting.rank), timeout=LONG_TIMEOUT)
         # Meant this once, not for who copies the config.
         settings = dataclasses.replace(settings, overwrite=False, ignore_lock=False)
         compute = init_compute(
@@ -65,12 +65,12 @@ def started_with(command: CommandLine) -> dict:
 
 def decide(command: CommandLine, held: contextlib.ExitStack) -> tuple[RunSettings, int | None]:
     """On rank 0: lock the run's folder, then (settings, step to resume from or None)."""
-    command = as_begun(command)
+    command = apply_init_from(command)
     folder = tag_dir(command.settings)
     # A launcher that starts the ranks of this very run anew means: go on.
-    resume = "resume" in command.switches or (restarts_from_env() > 0 and begun_by_this_launcher(folder))
+    resume = "resume" in command.switches or (restarts_from_env() > 0 and is_own_torchrun(folder))
     held.enter_context(run_lock(folder, command.settings.ignore_lock))
-    settings, resume_step = settle(command, resume)
+    settings, resume_step = resolve_run(command, resume)
     held.enter_context(logs.run_log(folder / "run.log", settings.log_level))
     for line in differences(settings, command.origins):
         logger.info(f"  {line}")
@@ -98,7 +98,7 @@ def check_step(settings: RunSettings, decision: dict, rank: int) -> None:
         return
     folder = checkpoints.step_dir(tag_dir(settings), decision["step"])
     way_out = "copy rank 0's step there, or let all ranks share one NANOCHAT_BASE_DIR"
-    if reason := checkpoints.damage(folder):
+    if reason := checkpoints.find_corruption(folder):
         there = "" if folder.is_dir() else f" (steps there: {checkpoints.own_steps(folder.parent) or 'none'})"
         raise UserError(
             f"rank 0 resumes from step {decision['step']}, {folder} is not complete here: {reason}{there}: {way_out}"

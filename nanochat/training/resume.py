@@ -20,7 +20,7 @@ from nanochat.data.trained_data import PLACE, check_same, is_local
 from nanochat.files import write_atomically
 from nanochat.gpt import GPTConfig
 from nanochat.runtime import process_state
-from nanochat.system.environment import UserError, launched, rank_from_env, world_size_from_env
+from nanochat.system.environment import UserError, rank_from_env, under_torchrun, world_size_from_env
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class RunState:
         self.smooth_loss_at_eval = self.smooth_loss
 
 
-def settle(command: CommandLine, resume: bool) -> tuple[RunSettings, int | None]:
+def resolve_run(command: CommandLine, resume: bool) -> tuple[RunSettings, int | None]:
     """The settings that count and the step to resume from (None: a new run). All checks that need no device."""
     settings = command.settings
     tag_dir = checkpoints.tag_dir(settings)
@@ -101,13 +101,13 @@ def _launcher() -> dict:
     )
 
 
-def note_launcher(tag_dir: Path) -> None:
+def record_launcher(tag_dir: Path) -> None:
     """Under torchrun, leave in launcher.json whose run this is."""
-    if launched():
+    if under_torchrun():
         write_atomically(tag_dir / "launcher.json", json.dumps(_launcher()))
 
 
-def begun_by_this_launcher(tag_dir: Path) -> bool:
+def is_own_torchrun(tag_dir: Path) -> bool:
     """Whether the run in the folder was begun by the torchrun that started this process, perhaps from another host.
 
     A start that was refused, because the folder holds somebody else's run, must not turn into a resume when torchrun
@@ -153,7 +153,7 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
     return validate(merged, world_size_from_env())
 
 
-def as_begun(command: CommandLine) -> CommandLine:
+def apply_init_from(command: CommandLine) -> CommandLine:
     """Under init_from: what neither config.py nor a flag says of the model is as that checkpoint has it."""
     init_from, resume = getattr(command.settings, "init_from", None), "resume" in command.switches
     if init_from is None or (resume and command.settings.model_tag):  # then the run's own checkpoint tells
@@ -168,7 +168,7 @@ def as_begun(command: CommandLine) -> CommandLine:
     return dataclasses.replace(command, settings=settings, origins=origins | command.origins)
 
 
-def begun_config(config: GPTConfig, tag_dir: Path, step: int, era: str | None) -> tuple[GPTConfig, bool]:
+def merge_checkpoint_config(config: GPTConfig, tag_dir: Path, step: int, era: str | None) -> tuple[GPTConfig, bool]:
     """The configuration with what no setting names as a checkpoint has it, and whether untie_at has split its tables.
 
     No setting names what a gate reads and its range, nor the number of ids where the tokenizer does not use them all.
@@ -181,14 +181,14 @@ def begun_config(config: GPTConfig, tag_dir: Path, step: int, era: str | None) -
     return dataclasses.replace(config, **{name: getattr(saved, name) for name in names}), split
 
 
-def first_weights(settings: Settings, tag_dir: Path, resume_step: int | None) -> tuple[Path, int] | None:
+def find_initial_checkpoint(settings: Settings, tag_dir: Path, resume_step: int | None) -> tuple[Path, int] | None:
     """(tag folder, step) of the weights that a run goes on from, or begins with; None for one that begins with none."""
     if resume_step is not None:
         return tag_dir, resume_step
     return checkpoints.find_checkpoint(settings.init_from, None) if settings.init_from else None
 
 
-def begin_from(tag_dir: Path, step: int, era: str | None, model, optimizer, tokenizer, dataset) -> None:
+def init_from_checkpoint(tag_dir: Path, step: int, era: str | None, model, optimizer, tokenizer, dataset) -> None:
     """The weights of a step, for a new run; UserError where they are of another kind.
 
     Of a run of ours nothing else: it has ended its schedule. One of nanochat's goes on with its optimizer's state where
@@ -249,7 +249,7 @@ def progress_of(run: RunState, loader) -> dict:
     )
 
 
-def note_evaluated(tag_dir: Path, run: RunState) -> None:
+def record_evaluated(tag_dir: Path, run: RunState) -> None:
     """Leave what an evaluation found beside the steps: the checkpoint of its step was written before it."""
     write_atomically(tag_dir / "evaluated.json", json.dumps(dataclasses.asdict(run)) + "\n")
 

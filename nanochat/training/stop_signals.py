@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 
-from nanochat.system.environment import launched
+from nanochat.system.environment import under_torchrun
 
 ECHO = 2.0  # seconds: a scheduler signals the whole job, and torchrun passes its own copy on to its workers
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -44,7 +44,7 @@ class StopSignals:
             return
         failed = kind is not None and issubclass(kind, RuntimeError)
         for number, handler in self._before.items():
-            if number == signal.SIGTERM and failed and launched():
+            if number == signal.SIGTERM and failed and under_torchrun():
                 handler = signal.SIG_IGN  # the launcher may end us because a rank died: run_script names it first
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -58,7 +58,7 @@ class StopSignals:
                     continue
                 if self.requested is None:
                     self.requested, first = signal.Signals(number[0]).name, time.monotonic()
-                elif not (launched() and time.monotonic() - first < ECHO):
+                elif not (under_torchrun() and time.monotonic() - first < ECHO):
                     os._exit(128 + number[0])  # what is half-written is under a temporary name
 
 

@@ -189,7 +189,7 @@ def read_meta(folder: Path, step: int) -> dict:
     return meta
 
 
-def damage(folder: Path, step: int) -> str | None:
+def find_corruption(folder: Path, step: int) -> str | None:
     """Why a step of nanochat's cannot be read, or None; a file that was cut off is seen, a changed byte is not."""
     try:
         read_meta(folder, step)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from nanochat.data.local_sources import looking_up
+from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.system.environment import UserError, base_dir
 
@@ -24,7 +24,7 @@ def find_folders(root: Path, name: str) -> list[Path]:
 
 def _named(wish: str, root: Path) -> Path:
     """The folder meant by a path, by a folder's whole name under root, or by its name without the hash."""
-    with looking_up("tokenizer", wish):
+    with path_errors_as_user_errors("tokenizer", wish):
         for path in (Path(wish).expanduser(), root / wish):
             if any((path / name).is_file() for name in ("ranks.tiktoken", "tokenizer.pkl")):
                 return path

@@ -19,7 +19,7 @@ from nanochat.hardware import device_name
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import init_compute, run_script
 from nanochat.system.environment import UserError
-from nanochat.training.grad_accumulation import accumulate
+from nanochat.training.grad_accumulation import forward_backward
 from scripts.bench.load import MadeUpStore
 from scripts.bench.timing import alternate, matmul_peak, table
 from scripts.bench.train import Contender, settings_of
@@ -119,7 +119,7 @@ def marked_step(contender: Contender):
                 inputs, targets = inputs % settings.vocab_size, targets % settings.vocab_size
             else:
                 inputs, targets = contender.ids, contender.targets
-        accumulate(contender.model, inputs, targets, contender.rows, contender.valid)
+        forward_backward(contender.model, inputs, targets, contender.rows, contender.valid)
         with mark(MARK + "gradient sums"):
             for optimizer in optimizers.values():
                 optimizer.reduce_gradients()

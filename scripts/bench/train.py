@@ -18,7 +18,7 @@ from nanochat.optim import build_optimizer
 from nanochat.runtime import nearest_name, pick_device_type, pick_dtype
 from nanochat.system.environment import UserError
 from nanochat.training.compilation import compile_model
-from nanochat.training.grad_accumulation import accumulate
+from nanochat.training.grad_accumulation import forward_backward
 from scripts.bench.plain import PlainGPT
 from scripts.bench.timing import alternate, matmul_peak, settled, summary, table
 
@@ -164,7 +164,7 @@ class Contender:
 
     def gradients(self) -> float:
         """Loss of the batch in nats a token; the gradients are left in the parameters."""
-        return accumulate(self.model, self.ids, self.targets, self.rows, self.valid).sum().item()
+        return forward_backward(self.model, self.ids, self.targets, self.rows, self.valid).sum().item()
 
     def step(self) -> float:
         """One step as scripts.base_train makes it; returns the loss."""

@@ -388,7 +388,9 @@ class Bench:
         renames = [(line[-1], int(line[1])) for line in log if line[2:5] == ["save", "rename", "step_"]]
         renamed = before | {step for spot, step in renames if spot == "after"}
         if damaged := [
-            f"{step}: {reason}" for step in now if (reason := checkpoints.damage(checkpoints.step_dir(folder, step)))
+            f"{step}: {reason}"
+            for step in now
+            if (reason := checkpoints.find_corruption(checkpoints.step_dir(folder, step)))
         ]:
             tally.damaged += len(damaged)
             raise PromiseBroken(f"damaged steps {'; '.join(damaged)}")

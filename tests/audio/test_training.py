@@ -335,11 +335,11 @@ def test_a_checkpoint_whose_parts_do_not_belong_together(spoken, train):
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "codec")
     shutil.copytree(cm.step_dir(tag_dir("other"), 1) / "codec", copy / "codec")
-    cm.seal(copy)
+    cm.write_manifest(copy)
     with pytest.raises(UserError, match="is not the codec of the training data"):
         opened("mixed")
     shutil.rmtree(copy / "codec")
-    cm.seal(copy)
+    cm.write_manifest(copy)
     with pytest.raises(UserError, match="holds no codec"):
         opened("mixed")
     train("words", num_iterations=1)

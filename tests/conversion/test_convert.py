@@ -185,7 +185,7 @@ def test_a_model_keeps_its_codec(tmp_path, monkeypatch):
         "x", 5, model.config, model.state_dict(), None, None, metadata, False, tmp_path / "codec"
     )
     step = conversion.write(source, "y", 0, source.config, source.state, conversion.settings_for(source.config))
-    assert (step / "codec" / "codec.json").is_file() and cm.damage(step) is None
+    assert (step / "codec" / "codec.json").is_file() and cm.find_corruption(step) is None
     assert metadata.items() <= cm.read_metadata(step).items()
 
 

@@ -381,11 +381,11 @@ def test_corrupt_shards_stop_the_reader_or_are_left_out(tmp_path):
 def test_other_ranks_wait_for_the_files(tmp_path):
     """A process that does not make tokens writes nothing, sees them when they are there, and gives up in the end."""
     dataset = make_dataset(tmp_path)
-    waiting = make_store(dataset, maker=False, patience_s=0.1)
+    waiting = make_store(dataset, is_writer=False, timeout_s=0.1)
     with pytest.raises(UserError, match=r"no tokens of .*shard_00000\.parquet after 0\.1 s"):
         waiting.stream()
     assert not waiting.directory.exists()
-    waiting.patience_s = 30
+    waiting.timeout_s = 30
     loader = DataLoader(waiting, 2, 5, 0)
     timer = threading.Timer(0.1, make_store(dataset).stream)
     timer.start()
@@ -395,9 +395,9 @@ def test_other_ranks_wait_for_the_files(tmp_path):
 
 def test_local_rank_decides_who_makes(tmp_path, monkeypatch):
     dataset = make_dataset(tmp_path)
-    assert make_store(dataset).maker
+    assert make_store(dataset).is_writer
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert not make_store(dataset).maker
+    assert not make_store(dataset).is_writer
 
 
 MAKER = """
@@ -408,7 +408,7 @@ from nanochat.data.dataset import Dataset
 sys.path.insert(0, sys.argv[2])
 from tests.data.test_dataloader import TOKENIZER
 manifest = json.loads(Path(sys.argv[1], "words.json").read_text())
-store = TokenStore(Dataset(Path(sys.argv[1]), manifest, False), TOKENIZER, maker=True)
+store = TokenStore(Dataset(Path(sys.argv[1]), manifest, False), TOKENIZER, is_writer=True)
 make = store._make
 store._make = lambda shard: (print("made", shard, flush=True), time.sleep(0.2), make(shard))
 print("ready", flush=True)
@@ -441,7 +441,7 @@ def test_two_nodes_on_one_folder_make_each_shard_once(tmp_path):
 
 
 def test_a_shard_made_twice_keeps_the_file_that_may_be_mapped(tmp_path, monkeypatch):
-    """On a file system without locks the second maker leaves equal files as they are.
+    """On a file system without locks the second writer leaves equal files as they are.
 
     Red without keep_equal=True: the file gets another inode, and a host that has it mapped over NFS loses it.
     """
@@ -465,14 +465,14 @@ def test_a_maker_waits_for_another_process_and_gives_up_in_the_end(tmp_path):
 
     Red when _put_off() does not note the shard, or _work() waits for the lock.
     """
-    store = make_store(make_dataset(tmp_path), patience_s=0.3)
+    store = make_store(make_dataset(tmp_path), timeout_s=0.3)
     store.directory.mkdir(parents=True)
     with file_lock(store.directory / ".shard_00000.lock"):
         store.require([0, 1])
         assert store.tokens(1) == len(flat(SHARDS[1:2]))
         with pytest.raises(UserError, match=r"no tokens of .*shard_00000.* waiting for another process"):
             store.tokens(0)
-    store.patience_s = 30
+    store.timeout_s = 30
     assert store.stream().tolist() == flat(SHARDS)
 
 
@@ -543,7 +543,7 @@ store.require([0])
 started.wait()
 if sys.argv[2] == "wait":
     store.tokens(0)
-DataLoader(TokenStore(store.dataset, store.tokenizer, "val", maker=False), 1, 8, seed=0)._start(0)
+DataLoader(TokenStore(store.dataset, store.tokenizer, "val", is_writer=False), 1, 8, seed=0)._start(0)
 """
 
 

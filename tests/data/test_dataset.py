@@ -765,7 +765,7 @@ def test_no_network_is_one_line(no_hub, source):
 
 @pytest.mark.parametrize("source", ["~nosuchuser/x", "x" * 300, "hf:~nosuchuser/x", "hf:" + "x" * 300])
 def test_a_path_that_cannot_be_looked_up_is_one_line(source):
-    """Red when looking_up catches no RuntimeError (no such home) or no OSError (a name too long)."""
+    """Red when path_errors_as_user_errors catches no RuntimeError (no such home) or no OSError (a name too long)."""
     with pytest.raises(UserError, match=r"^data='.* cannot be looked up \(.*\): name one that exists$"):
         prepare(source)
 

@@ -393,7 +393,7 @@ def test_named_tokenizers(base, tmp_path):
         assert find_or_train(replace(settings, tokenizer=wish), fake_dataset()).hash == trained.hash
     with pytest.raises(UserError, match=f"'nope' is neither .*{trained.name}"):
         find_or_train(replace(settings, tokenizer="nope"), fake_dataset())
-    for wish in ("~nosuchuser/x", "x" * 300):  # red without looking_up
+    for wish in ("~nosuchuser/x", "x" * 300):  # red without path_errors_as_user_errors
         with pytest.raises(UserError, match=r"^tokenizer='.* cannot be looked up"):
             find_or_train(replace(settings, tokenizer=wish), fake_dataset())
     twin = base / "tokenizers" / (trained.name[:-8] + "0" * 8)

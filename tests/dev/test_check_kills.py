@@ -64,7 +64,7 @@ def finished(bench, tmp_path) -> Path:
 def test_kill9(bench):
     """Killed in the very first save, around the rename, inside a prune, in half a line, the run ends as if it had not.
 
-    Red with `os.rename(temporary, final)` before `seal(temporary)` in save_checkpoint, with `shutil.rmtree(folder)`
+    Red with `os.rename(temporary, final)` before write_manifest() in save_checkpoint, with `shutil.rmtree(folder)`
     instead of the renamed `doomed` in prune, and with `if True` for the condition on lines in MetricsLog.
     """
     hands = [

@@ -708,7 +708,7 @@ def test_folders_that_are_there(base, tmp_path):
     assert find_bundle(folder) == folder
     with pytest.raises(UserError, match=r"no CORE bundle there \(looked for .*core\.yaml\)"):
         find_bundle(tmp_path / "nowhere")
-    for wish in ("~nosuchuser/x", "x" * 300):  # red without looking_up
+    for wish in ("~nosuchuser/x", "x" * 300):  # red without path_errors_as_user_errors
         with pytest.raises(UserError, match=r"^--bundle='.* cannot be looked up"):
             find_bundle(wish)
     (base / "eval_bundle").mkdir(parents=True)

@@ -346,7 +346,7 @@ def test_another_host_expert_or_codec_is_refused(teach, speaks, base, models, tm
     other = load_codec(cm.step_dir(tag_dir("speaks", STAGE), 4) / "codec")
     shutil.rmtree(folder / "codec")
     other.save(folder / "codec")
-    cm.seal(folder)
+    cm.write_manifest(folder)
     with pytest.raises(UserError, match="is not the codec of the training data"):
         open_adapters("owned", None, "cpu")
     shutil.rmtree(folder / "codec")
@@ -363,11 +363,11 @@ def test_what_else_must_agree(speaks, base, name):
     state = json.loads(before)
     state["adapters"][name] = "another"
     (folder / "state.json").write_text(json.dumps(state))
-    cm.seal(folder)
+    cm.write_manifest(folder)
     with pytest.raises(UserError, match=f"{name} is .* here, 'another' in the checkpoint"):
         open_adapters(speaks, None, "cpu")
     (folder / "state.json").write_bytes(before)
-    cm.seal(folder)
+    cm.write_manifest(folder)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_tensors_that_do_not_fit_are_named(teach, base, change, said):
     state = load_file(folder / "model.safetensors")
     change(state)
     save_file(state, folder / "model.safetensors")
-    cm.seal(folder)
+    cm.write_manifest(folder)
     with pytest.raises(UserError, match=said):
         open_adapters("tensors", None, "cpu")
 

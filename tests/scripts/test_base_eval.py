@@ -21,9 +21,9 @@ from nanochat.checkpoint_manager import (
     load_checkpoint,
     load_model,
     save_checkpoint,
-    seal,
     step_dir,
     weights_hash,
+    write_manifest,
 )
 from nanochat.config.settings import Settings
 from nanochat.data_pipeline import find_or_train, prepare_for
@@ -88,7 +88,7 @@ def edited(name: str, **changes) -> Path:
     shutil.copytree(step_dir(checkpoints_dir() / "tiny", 5), folder)
     state = json.loads((folder / "state.json").read_text()) | changes
     (folder / "state.json").write_text(json.dumps({k: v for k, v in state.items() if v is not None}))
-    seal(folder)
+    write_manifest(folder)
     return folder
 
 
@@ -223,7 +223,7 @@ def test_metadata_with_keys_removed(fresh, capsys):
 def test_a_checkpoint_without_tokenizer_uses_its_settings(fresh, capsys):
     folder = edited("bare")
     shutil.rmtree(folder / "tokenizer")
-    seal(folder)
+    write_manifest(folder)
     result = base_eval.main(["--model-tag", "bare", "--eval", "bpb"])
     assert result["bpb"]["val"] == base_eval.main(["--model-tag", "tiny", "--eval", "bpb"])["bpb"]["val"]
     assert "holds no tokenizer" in capsys.readouterr().out
@@ -235,7 +235,7 @@ def test_a_foreign_tokenizer_is_refused_with_both_hashes(fresh):
     with pytest.raises(UserError, match=f"{mine}.*{'0' * 64}"):
         base_eval.main(["--model-tag", "foreign"])
     shutil.rmtree(folder / "tokenizer")
-    seal(folder)
+    write_manifest(folder)
     with pytest.raises(UserError, match=f"{mine}.*{'0' * 64}"):
         base_eval.main(["--model-tag", "foreign"])
 

@@ -246,7 +246,7 @@ def reseal_with(step: Path, change) -> None:
     state = json.loads((step / "state.json").read_text())
     change(state)
     (step / "state.json").write_text(json.dumps(state))
-    cm.seal(step)
+    cm.write_manifest(step)
 
 
 WRONG = {
@@ -448,13 +448,13 @@ def test_the_logs_speed_is_tokens_over_the_time_of_training(train):
 
 @pytest.mark.parametrize("tensor", ["lm_head.weight", "transformer.h.0.attn.c_q.weight"])
 def test_weights_that_are_not_finite_are_neither_resumed_nor_begun_with(train, tensor, capsys):
-    """Red when restore() or begin_from() does not call check_finite(): the run would end at its first step."""
+    """Red when restore() or init_from_checkpoint() does not call check_finite(): the run would end at once."""
     train("sound", num_iterations=2, overwrite=True)
     folder = cm.step_dir(tag_dir("sound"), 2)
     state = load_file(folder / "model.safetensors")
     state[tensor][1, 2:4] = float("nan")
     save_file(state, folder / "model.safetensors")
-    cm.seal(folder)
+    cm.write_manifest(folder)
     size = state[tensor].numel()
     for words in (["--model_tag=sound", "--resume", "--num_iterations=4"], ["--init_from=sound", "--model_tag=new"]):
         with pytest.raises(
@@ -476,7 +476,7 @@ def test_a_step_larger_than_the_data_says_how_often_a_row_comes(train, capsys):
 
 
 def test_a_device_batch_size_beyond_any_batch_is_that_of_a_step(train):
-    """Red when held_out_measure() takes device_batch_size rows: 477 GB of ids."""
+    """Red when make_validation() takes device_batch_size rows: 477 GB of ids."""
     assert train("wide", num_iterations=1, device_batch_size=10**9)["val_bpb"] > 0
 
 

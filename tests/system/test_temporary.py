@@ -165,7 +165,7 @@ def export_a_model(folder: Path) -> None:
 
 PLACES = {
     "saving a step": (".step_000001.tmp-{}", save_a_step),
-    "the start of a run": (".metrics.jsonl.{}.tmp", checkpoints.clear_litter),
+    "the start of a run": (".metrics.jsonl.{}.tmp", checkpoints.remove_stale_temp_files),
     "a tokenizer": (
         ".target.{}.tmp",
         lambda folder: Tokenizer([bytes([i]) for i in range(256)]).save(folder / "target"),

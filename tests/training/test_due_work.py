@@ -67,7 +67,7 @@ def test_a_due_checkpoint_is_written_before_the_evaluation_of_its_step(train, mo
 def test_a_final_evaluation_that_was_killed_is_made_up_once(train, monkeypatch):
     """The process ends inside the evaluation of the last step: the step is there, and --resume measures it.
 
-    Red when note_evaluated() is not called, or agree_where_run_is() does not read it: the third start would evaluate
+    Red when record_evaluated() is not called, or agree_where_run_is() does not read it: the third start would evaluate
     again; and when a half-done evaluation's line stays in metrics.jsonl.
     """
     whole = train("whole-end")
@@ -116,19 +116,19 @@ def test_figures_stay_in_the_log_when_the_resumed_run_does_not_measure_them_agai
 def test_figures_that_cannot_be_written_beside_the_steps_go_into_one(train, monkeypatch, capsys):
     """No save is due at step 2, and evaluated.json cannot be written there: the step is saved, with its figures.
 
-    Red when note_evaluated() is called outside of what _rescue() guards.
+    Red when record_evaluated() is called outside of what _rescue() guards.
     """
 
     def full(*_):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "evaluated.json")
 
-    real = due_work.note_evaluated
-    monkeypatch.setattr(due_work, "note_evaluated", full)
+    real = due_work.record_evaluated
+    monkeypatch.setattr(due_work, "record_evaluated", full)
     assert exit_code(lambda: train("noted", eval_every=2)) == 2
     assert capsys.readouterr().err.startswith("error: Disk quota exceeded: evaluated.json (")
     run = cm.read_metadata(cm.step_dir(tag_dir("noted"), 2))["run"]
     assert (run["step"], run["evaluated"]) == (2, 2)
-    monkeypatch.setattr(due_work, "note_evaluated", real)
+    monkeypatch.setattr(due_work, "record_evaluated", real)
     assert main(["--model_tag=noted", "--resume"])["stopped"] == "done"
     assert [step for step, _ in evaluations("noted", "val_bpb")] == [2, 4]
 
@@ -142,7 +142,7 @@ def test_ranks_that_share_an_error_wait_until_rank_0_has_saved(monkeypatch):
     compute = types.SimpleNamespace(
         world_size=2,
         rank=1,
-        agreed=lambda flag: False,
+        any_rank=lambda flag: False,
         barrier=lambda patient=False: order.append(("barrier", patient)),
     )
 
@@ -250,7 +250,7 @@ def test_a_save_that_is_due_while_one_is_written_is_put_off_but_not_the_last(mon
     barriers, saver = [], Writer()
     settings = types.SimpleNamespace(save_every=2, rank_timeout=40, eval_every=None)
     compute = types.SimpleNamespace(
-        world_size=2, rank=0, agreed=lambda flag: flag, barrier=lambda patient=False: barriers.append(patient)
+        world_size=2, rank=0, any_rank=lambda flag: flag, barrier=lambda patient=False: barriers.append(patient)
     )
     run = types.SimpleNamespace(step=0, evaluated=0)
     training = types.SimpleNamespace(

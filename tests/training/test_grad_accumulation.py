@@ -5,7 +5,12 @@ import torch
 
 from nanochat.config.settings import Settings
 from nanochat.system.environment import UserError
-from nanochat.training.grad_accumulation import accumulate, is_out_of_memory, naming_the_batch_that_fits, smaller
+from nanochat.training.grad_accumulation import (
+    forward_backward,
+    halve_micro_batch,
+    is_out_of_memory,
+    suggest_batch_size_on_oom,
+)
 
 
 def settings(rows: int, device_rows: int) -> Settings:
@@ -21,11 +26,11 @@ def test_at_most_half_and_always_a_divisor(rows, start, ranks, sizes):
     now = settings(rows, start)
     for size in sizes:
         before, _ = now.batch_plan(ranks)
-        now = smaller(now, ranks)
+        now = halve_micro_batch(now, ranks)
         assert now.batch_plan(ranks) == (size, rows // ranks // size)
         assert size <= before / 2
     with pytest.raises(UserError, match="out of memory with a single row of max_seq_len=8"):
-        smaller(settings(rows, 1), ranks)
+        halve_micro_batch(settings(rows, 1), ranks)
 
 
 def test_a_model_out_of_memory_gives_none_and_other_errors_pass():
@@ -39,11 +44,14 @@ def test_a_model_out_of_memory_gives_none_and_other_errors_pass():
         return model
 
     valid = torch.tensor(32)
-    assert accumulate(failing(torch.OutOfMemoryError("CUDA out of memory")), ids, ids, 2, valid) is None
-    assert accumulate(failing(RuntimeError("DefaultCPUAllocator: can't allocate memory")), ids, ids, 2, valid) is None
+    assert forward_backward(failing(torch.OutOfMemoryError("CUDA out of memory")), ids, ids, 2, valid) is None
+    assert (
+        forward_backward(failing(RuntimeError("DefaultCPUAllocator: can't allocate memory")), ids, ids, 2, valid)
+        is None
+    )
     with pytest.raises(RuntimeError, match="shapes"):
-        accumulate(failing(RuntimeError("shapes do not match")), ids, ids, 2, valid)
-    with pytest.raises(RuntimeError, match="shapes"), naming_the_batch_that_fits(settings(4, 4), 1):
+        forward_backward(failing(RuntimeError("shapes do not match")), ids, ids, 2, valid)
+    with pytest.raises(RuntimeError, match="shapes"), suggest_batch_size_on_oom(settings(4, 4), 1):
         raise RuntimeError("shapes do not match")
 
 
@@ -63,9 +71,9 @@ def test_a_masked_micro_batch_adds_nothing():
 
     x = torch.arange(8.0).view(4, 2)
     y = torch.tensor([[-100, -100], [-100, -100], [1, -100], [1, 1]])
-    loss = accumulate(model, x, y, 2, (y != -100).sum())
+    loss = forward_backward(model, x, y, 2, (y != -100).sum())
     assert loss.item() == pytest.approx((4 + 6 + 7) / 3)
     weight.grad = None
     masked = torch.full_like(y, -100)
-    assert accumulate(model, x, masked, 2, (masked != -100).sum()).item() == 0
+    assert forward_backward(model, x, masked, 2, (masked != -100).sum()).item() == 0
     assert weight.grad.item() == 0

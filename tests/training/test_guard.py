@@ -8,28 +8,28 @@ import pytest
 from nanochat.training.guard import MAX_BAD_STEPS, StepGuard
 
 
-def look(guard: StepGuard, step: int, loss: float, norm: float = 1.0) -> bool:
-    return guard.look(step, loss, norm, {"matrix": norm})
+def check(guard: StepGuard, step: int, loss: float, norm: float = 1.0) -> bool:
+    return guard.check(step, loss, norm, {"matrix": norm})
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)])
 def test_what_is_not_finite_is_bad(loss, norm):
     """Red when the gradient's norm is not looked at."""
     guard = StepGuard()
-    assert look(guard, 1, 1.0)
-    assert not look(guard, 2, loss, norm)
+    assert check(guard, 1, 1.0)
+    assert not check(guard, 2, loss, norm)
 
 
 def test_only_bad_steps_in_a_row_end_the_run_and_the_report_is_json(tmp_path):
     guard = StepGuard()
     for step in range(1, MAX_BAD_STEPS):
-        look(guard, step, math.nan, math.inf)
-        assert not guard.leave_out([{"row": step}])
-    look(guard, 10, 2.0)
+        check(guard, step, math.nan, math.inf)
+        assert not guard.record_skipped([{"row": step}])
+    check(guard, 10, 2.0)
     guard.spikes()
     for step in range(11, 11 + MAX_BAD_STEPS):
-        look(guard, step, math.nan, math.inf)
-        assert guard.leave_out([{"row": step}]) == (step == 10 + MAX_BAD_STEPS)
+        check(guard, step, math.nan, math.inf)
+        assert guard.record_skipped([{"row": step}]) == (step == 10 + MAX_BAD_STEPS)
     guard.write_report(tmp_path / "bad_batch.json")
     report = json.loads((tmp_path / "bad_batch.json").read_text(), parse_constant=lambda word: pytest.fail(word))
     assert report["step"] == 20
@@ -41,14 +41,14 @@ def test_only_bad_steps_in_a_row_end_the_run_and_the_report_is_json(tmp_path):
 def test_bad_steps_before_a_resume_count():
     """Red when a run that is preempted often never reaches the end of its patience."""
     guard = StepGuard(MAX_BAD_STEPS - 2)
-    look(guard, 9, math.nan)
-    assert not guard.leave_out([])
-    look(guard, 10, math.nan)
-    assert guard.leave_out([])
-    look(guard, 11, 1.0)
+    check(guard, 9, math.nan)
+    assert not guard.record_skipped([])
+    check(guard, 10, math.nan)
+    assert guard.record_skipped([])
+    check(guard, 11, 1.0)
     guard.spikes()
-    look(guard, 12, math.nan)
-    assert not guard.leave_out([])
+    check(guard, 12, math.nan)
+    assert not guard.record_skipped([])
 
 
 def test_a_spike_stands_out_of_a_falling_and_of_a_noisy_curve():
@@ -56,7 +56,7 @@ def test_a_spike_stands_out_of_a_falling_and_of_a_noisy_curve():
     for curve in (lambda i: 8 * 0.97**i, lambda i: 3 + 0.1 * math.sin(7.3 * i), lambda i: 2.0):
         guard, found = StepGuard(), {}
         for i in range(100):
-            look(guard, i, curve(i) + (4 if i == 80 else 0), 30.0 if i == 60 else 1 + 0.1 * math.cos(i))
+            check(guard, i, curve(i) + (4 if i == 80 else 0), 30.0 if i == 60 else 1 + 0.1 * math.cos(i))
             if spikes := guard.spikes():
                 found[i] = sorted(spikes)
         assert found == {60: ["grad_norm"], 80: ["loss"]}
@@ -66,7 +66,7 @@ def spikes_of(curve: list[float]) -> dict[int, float]:
     """What the guard finds in the losses of good steps: {index: median that it names}."""
     guard, found = StepGuard(), {}
     for i, loss in enumerate(curve):
-        look(guard, i, loss)
+        check(guard, i, loss)
         if spikes := guard.spikes():
             found[i] = spikes["loss"]
     return found
@@ -94,12 +94,12 @@ def test_a_spike_is_compared_with_at_least_25_and_at_most_50_good_steps():
 
 
 def test_a_good_step_forgives_the_bad_ones_before_it():
-    """Red when spikes() does not clear what leave_out() has kept: nine and one would end the run."""
+    """Red when spikes() does not clear what record_skipped() has kept: nine and one would end the run."""
     guard = StepGuard()
     for step in range(MAX_BAD_STEPS - 1):
-        look(guard, step, math.nan)
-        assert not guard.leave_out([])
-    look(guard, 9, 1.0)
+        check(guard, step, math.nan)
+        assert not guard.record_skipped([])
+    check(guard, 9, 1.0)
     guard.spikes()
-    look(guard, 10, math.nan)
-    assert not guard.leave_out([])
+    check(guard, 10, math.nan)
+    assert not guard.record_skipped([])

@@ -47,7 +47,7 @@ def together(apart, *words: str) -> tuple[int, str, list[str]]:
 def test_a_rank_without_rank_0s_step_is_refused(apart):
     """Rank 1 lacks the newest step, or has another of that number; with that very step it trains.
 
-    Red when begin() lets each rank settle() for itself (8 against 4), or check_step() does not compare the manifests.
+    Red when launch() lets each rank resolve_run() for itself (8 against 4), or check_step() compares no manifests.
     """
     folder, _ = apart
     run = [folder / f"base{rank}" / "base_checkpoints" / "m" for rank in (0, 1)]

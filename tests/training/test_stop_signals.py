@@ -79,17 +79,17 @@ def test_an_ignored_signal_stays_ignored(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])
-@pytest.mark.parametrize("launched", [False, True])
-def test_a_launcher_cannot_end_a_rank_that_has_yet_to_name_the_dead_one(monkeypatch, error, launched):
+@pytest.mark.parametrize("under_torchrun", [False, True])
+def test_a_launcher_cannot_end_a_rank_that_has_yet_to_name_the_dead_one(monkeypatch, error, under_torchrun):
     """Red when SIGTERM has its default again between a collective's error and run_script, or stays ignored for ever."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    if launched:
+    if under_torchrun:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(error), StopSignals():
             raise error("connection closed by peer")
         ignored = signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-        assert ignored == (launched and error is RuntimeError)
+        assert ignored == (under_torchrun and error is RuntimeError)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -256,7 +256,7 @@ def test_bad_files_are_refused_in_one_line_and_inspected(base, case, capsys):
     with pytest.raises(UserError, match=message) as caught:
         cm.build_model(folder, 7, "cpu", "eval")
     assert "\n" not in str(caught.value) and re.search(r"(model|meta)_000007", str(caught.value))
-    assert inspect_checkpoint.main([str(folder)])["damage"] == str(caught.value)
+    assert inspect_checkpoint.main([str(folder)])["find_corruption"] == str(caught.value)
 
 
 def test_absent_sizes_are_nanochats_defaults(base, capsys):
@@ -280,7 +280,7 @@ def test_what_the_inspector_says_of_nanochats_files(base, capsys):
     fixtures.write_optimizer(folder, fixtures.optimizer_files(state, fixtures.moments(state), "one"))
     for path in (folder, folder / MODEL):
         report = inspect_checkpoint.main([str(path), "--tensors"])
-        assert (report["folder"], report["damage"], report["era"]) == (str(folder / MODEL), None, "2026-03-14")
+        assert (report["folder"], report["find_corruption"], report["era"]) == (str(folder / MODEL), None, "2026-03-14")
         assert report["weights_hash"] == cm.weights_hash(state)
         out = capsys.readouterr().out
         told = ["whole\n", "by smear_gate.weight", "2 of keys", "qk_scale=1.2", "value_embeds 10,240", "265 ids"]
@@ -288,7 +288,7 @@ def test_what_the_inspector_says_of_nanochats_files(base, capsys):
         assert [text for text in told if text not in out] == []
     state["lm_head.weight"][0, 0] = float("inf")
     torch.save(state, folder / MODEL)
-    assert "lm_head.weight the first" in inspect_checkpoint.main([str(folder)])["damage"]
+    assert "lm_head.weight the first" in inspect_checkpoint.main([str(folder)])["find_corruption"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

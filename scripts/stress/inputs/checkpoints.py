@@ -36,12 +36,12 @@ def _damaged() -> list[Case]:
         import torch
         from safetensors.torch import load_file, save_file
 
-        from nanochat.checkpoint_manager import seal
+        from nanochat.checkpoint_manager import write_manifest
 
         state = load_file(folder / STEP / "model.safetensors")
         state["lm_head.weight"][3, 5] = torch.nan
         save_file(state, folder / STEP / "model.safetensors")
-        seal(folder / STEP)
+        write_manifest(folder / STEP)
 
     generate = ("scripts.base_generate", "--max-tokens=8")
     named = ("scripts.base_eval", "--step=4", "--eval=bpb")
