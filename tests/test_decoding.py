@@ -34,7 +34,7 @@ def steps(model, ids: torch.Tensor, prompt: int, compiled: bool) -> torch.Tensor
         return torch.stack([step(ids[:, t : t + 1]).clone() for t in range(prompt, ids.size(1))], dim=1)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     variant=st.sampled_from(sorted(VARIANTS)),
     features=st.sets(st.sampled_from(sorted(FEATURES))),
@@ -65,19 +65,20 @@ def test_experts_of_every_row(untie, uncompiled):
 
 
 def test_one_graph_for_all_texts(monkeypatch):
-    """Traced, past growths of what a step sees and around a ring of 101: eager's text, and one graph for each number
+    """Traced, past growths of what a step sees and around a ring of 26: eager's text, and one graph for each number
     of rows, whatever the prompt's length, the text's, and the model's weights.
 
     Red when a view is not marked dynamic, when a ring is cut to `view_end`, when `last` keeps the strides of the
     prompt, or when the sum for one row in product() leaves out a channel.
     """
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(decoding, "VIEW_BLOCK", 16)  # the growths of longer texts
     monkeypatch.setattr(decoding, "compiled_last_logits", functools.cache(decoding.compiled_last_logits.__wrapped__))
     made = torch._dynamo.utils.counters["stats"]
     for rows in (1, 3):
         before = made["unique_graphs"]
-        for seed, prompt, new in ((0, 60, 80), (1, 9, 140), (0, 70, 60)):
-            model, prompts = build(seed=seed, **{**LONG, "short_window": 100}), random_ids(rows, prompt)
+        for seed, prompt, new in ((0, 15, 20), (1, 3, 35), (0, 17, 15)):
+            model, prompts = build(seed=seed, **{**LONG, "short_window": 25}), random_ids(rows, prompt)
             options = dict(temperature=0) if seed == 0 else dict(seed=3, top_k=5)
             eager = torch.stack(list(decode(model, prompts, new, **options)))
             found = torch.stack(list(decode(model, prompts, new, compiled=True, **options)))
@@ -91,7 +92,7 @@ def test_experts_and_bfloat16_compiled():
     step sees. Red when product() rounds each term to bfloat16."""
     torch.use_deterministic_algorithms(True)
     try:
-        model = build(**{**BOTH, "untie": "all"}, **MODERN)
+        model = build(n_layer=1, **{**BOTH, "untie": "all"}, **MODERN)
         ids = mixture("interleaved", rows=1, length=70)
         exact = model(ids)[:, 60:]
         model.compute_dtype = torch.bfloat16

@@ -42,7 +42,7 @@ def step(model, optimizer) -> torch.Tensor:
 
 def test_a_compiled_and_an_eager_model_take_turns(calls):
     """Red when compile() sets what all models use: a state of the module or class."""
-    models = [build() for _ in range(2)]
+    models = [build(n_layer=1) for _ in range(2)]
     optimizers = [build_optimizer(model, Settings(), torch.float32) for model in models]
     models[0].compile()
     optimizers[0].compile()
