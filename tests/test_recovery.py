@@ -96,23 +96,23 @@ def test_second_resume(train, stop_after):
 
 
 def test_reshard_1_2_3_1(train, base, tiny_corpus):
-    """50 float32 steps with 1 rank, then 2, 3 and 1 again: the 1-rank curve to 1e-4, and the same rows throughout.
+    """15 float32 steps with 1 rank, then 2, 3 and 1 again: the 1-rank curve to 1e-4, and the same rows throughout.
 
     Red when the cursor counts a rank's own rows, or when the optimizer's state is saved in shards of the ranks.
     """
     shape = {"data": tiny_corpus, "device_batch_size": 2, "log_rows": True, "muon_dtype": "float32", "max_seq_len": 32}
     shape |= dict(total_batch_size=384, depth=1, model_dim=32, head_dim=16, **TIED)
     shape |= dict(warmdown_ratio=0.0)  # a rate that does not depend on the horizon
-    train("switched", num_iterations=50, **shape)
-    for ranks, end in ((2, 100), (3, 150)):
+    train("switched", num_iterations=15, **shape)
+    for ranks, end in ((2, 30), (3, 45)):
         words = ("--model_tag=switched", "--resume", f"--num_iterations={end}")
         process = start(base, *words, ranks=ranks)
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 0, output
         assert f"on {ranks} x cpu" in output
-    main(["--model_tag=switched", "--resume", "--num_iterations=200"])
-    train("alone", num_iterations=200, **shape)
-    assert len(losses("alone")) == 200
+    main(["--model_tag=switched", "--resume", "--num_iterations=60"])
+    train("alone", num_iterations=60, **shape)
+    assert len(losses("alone")) == 60
     assert losses("switched") == pytest.approx(losses("alone"), rel=1e-4)
     assert rows_of("switched", 3) == rows_of("alone", 1)
     assert [line["world_size"] for line in metrics("switched") if "world_size" in line] == [1, 2, 3, 1]
