@@ -87,7 +87,7 @@ class StaticCache:
         self.position = torch.full((1,), filled, device=model.device)
         # Contiguous whatever the prompt's length was: strides are compiled in.
         self.last = cache.last.clone(memory_format=torch.contiguous_format)
-        self.begun = cache.begun.clone(memory_format=torch.contiguous_format)
+        self.document_begin = cache.document_begin.clone(memory_format=torch.contiguous_format)
         self.filled, self.length = filled, length
 
         # A power of two shares its graph among many lengths; never seen whole, it keeps its strides in any view.
@@ -122,14 +122,14 @@ class StaticCache:
                 torch._dynamo.maybe_mark_dynamic(view, 3)
             self.views.append(view)
 
-    def places(self, count: int) -> torch.Tensor:
+    def positions(self, count: int) -> torch.Tensor:
         return self.position
 
     def advance(self, ids: torch.Tensor, begins: torch.Tensor | None) -> None:
         self.position += 1
         self.last.copy_(ids)
         if begins is not None:
-            self.begun.copy_(begins)
+            self.document_begin.copy_(begins)
 
     def attend(self, layer: int, q, k, v, window: int | None, mask: torch.Tensor | None) -> torch.Tensor:
         """q [B, 1, H, D] to all positions so far, of which the newest has k and v [B, 1, H_kv, D] -> [B, 1, H, D]."""

@@ -465,7 +465,7 @@ class GPT(nn.Module):
     def features(self, idx: torch.Tensor, kv_cache=None) -> torch.Tensor:
         """idx int64 [B, T] -> [B, T, C], what the output matrix is multiplied with."""
         T = idx.size(1)
-        positions = slice(T) if kv_cache is None else kv_cache.places(T)
+        positions = slice(T) if kv_cache is None else kv_cache.positions(T)
         cos, sin = self.cos[:, positions], self.sin[:, positions]
         assert cos.size(1) == T, f"{positions} is beyond the rotary table of {self.rotary_length} positions"
 

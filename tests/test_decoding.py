@@ -42,7 +42,7 @@ def steps(model, ids: torch.Tensor, prompt: int, compiled: bool) -> torch.Tensor
     window=st.integers(1, 12),
     prompt=st.integers(1, 20),
 )
-def test_a_static_cache_is_a_growing_one(variant, features, kv_heads, window, prompt):
+def test_static_cache_matches_growing_cache(variant, features, kv_heads, window, prompt):
     """Any features, windows shorter and longer than the prompt, past the end of the ring.
 
     Red when the ring holds `window` tokens instead of window + 1, or when the prompt's are put in from slot 0 on.
@@ -64,7 +64,7 @@ def test_experts_of_every_row(untie, uncompiled):
     torch.testing.assert_close(steps(model, ids, 4, True), model(ids)[:, 4:], rtol=1e-5, atol=1e-5)
 
 
-def test_one_graph_for_all_texts(monkeypatch):
+def test_one_graph_serves_all_texts(monkeypatch):
     """Traced, past growths of what a step sees and around a ring of 26: eager's text, and one graph for each number
     of rows, whatever the prompt's length, the text's, and the model's weights.
 
@@ -138,7 +138,7 @@ def test_weights_are_cast_once_and_float32_is_shared():
         assert torch.equal(cast(ids), model(ids))
 
 
-def test_memory_of_a_window_is_the_windows(uncompiled):
+def test_windowed_layers_keep_only_the_window(uncompiled):
     """Of 150 positions a layer with a window of 7 keeps 8. Red without min(length, window + 1)."""
     model = cast_for_inference(build(n_layer=2, window_pattern="SL", short_window=7))
     with torch.inference_mode():

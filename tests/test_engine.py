@@ -26,7 +26,7 @@ def uncached(model, ids: list[int], max_tokens: int, temperature=1.0, top_k=None
 @pytest.mark.parametrize(
     ("variant", "kv_heads"), [*((n, 4) for n in VARIANTS_AND_FEATURES), ("untied", 1), ("tied", 2), ("modern", 2)]
 )
-def test_cached_is_uncached(variant, kv_heads):
+def test_cached_generation_matches_uncached(variant, kv_heads):
     """Greedy and drawn, past the training context. Red when the cached step takes the rotation of position 0."""
     model = build(n_kv_head=kv_heads, **VARIANTS_AND_FEATURES[variant])
     for how in (dict(temperature=0.0), dict(temperature=0.8, top_k=7, seed=5), dict(temperature=1.3, seed=6)):
@@ -36,7 +36,7 @@ def test_cached_is_uncached(variant, kv_heads):
 
 
 @pytest.mark.parametrize("features", [{}, MODERN])
-def test_logits_of_a_prompt_read_in_pieces(features):
+def test_prefill_in_chunks_gives_the_same_logits(features):
     """A prompt in one piece, or 4 + 1 + 6 tokens behind a growing cache: the same logits.
 
     Red when the smear gate forgets the last token of the piece before.
@@ -61,7 +61,7 @@ def test_logits_of_a_prompt_read_in_pieces(features):
     window=st.integers(1, 12),
     pieces=st.lists(st.integers(1, 7), min_size=1, max_size=4),
 )
-def test_any_combination_of_features_in_pieces(variant, features, layers, kv_heads, pattern, window, pieces):
+def test_any_combination_of_features_prefilled_in_chunks(variant, features, layers, kv_heads, pattern, window, pieces):
     """Every feature with every other, windows shorter and longer than a piece: cached logits are those of one forward.
 
     Red when a window is cut from the end of the cache without the new tokens (`[:, -window:]`), or by one token wrong.
@@ -99,7 +99,7 @@ def test_a_document_knows_nothing_of_the_one_before(features):
         torch.testing.assert_close(torch.cat(pieces, dim=1)[:, 8:], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_a_repeated_cache_goes_on_for_every_row():
+def test_a_repeated_cache_continues_every_row():
     """Red when the smeared embedding of the prompt's last token is not repeated, or where its document begins."""
     model, ids = build(**MODERN), random_ids(3, 9)
     ids[:, :5] = ids[0, :5]
@@ -122,7 +122,7 @@ def test_several_samples_differ_and_are_repeatable():
     assert greedy == [greedy[0]] * 3
 
 
-def test_stop_ends_each_sample_for_itself_and_is_left_out():
+def test_stop_ends_each_sample_and_is_not_returned():
     """Red when `running` is forgotten: a stopped row would go on after its stop token."""
     model = build()
     free = generate(model, PROMPT, 30, num_samples=4, seed=3)

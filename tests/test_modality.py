@@ -15,7 +15,7 @@ IMAGE = Modality("image", codebooks=1, codes=512, start=14)
 VOCABULARY = Vocabulary(20, (AUDIO, IMAGE))  # text 0..19, audio 20..29 and end 30, image 31..542 and end 543
 
 
-def test_ids_lie_one_range_behind_the_other():
+def test_id_ranges_are_contiguous():
     """V + q*K + c, then `end`. Red when a codebook's offset is forgotten, or `end` belongs to the next modality."""
     assert VOCABULARY.names == ("text", "audio", "image")
     assert VOCABULARY.ranges == [(0, 20), (20, 31), (31, 544)]
@@ -36,7 +36,7 @@ def test_start_is_text_that_goes_through_the_expert():
     assert by_expert[[13, 14]].tolist() == [1, 2]
 
 
-def test_only_wanted_targets_count():
+def test_mask_targets_keeps_the_named_modalities():
     """Rows whose captions differ in length: found from the ids. Red when the mask goes by position."""
     targets = torch.tensor([[1, 2, 13, 20, 26, 30, 0], [5, 13, 29, 30, 0, 7, -100]])
     audio = VOCABULARY.mask_targets(targets, ("audio",))
@@ -47,7 +47,7 @@ def test_only_wanted_targets_count():
     assert text.tolist() == [[1, 2, 13, ignored, ignored, ignored, 0], [5, 13, ignored, ignored, 0, 7, ignored]]
 
 
-def test_what_is_wrong_is_named():
+def test_wrong_codes_ids_and_names_are_refused_by_name():
     for codes, said in (([[0, 5]], "code 5 is outside"), ([[-1, 0]], "code -1"), ([[1]], r"not \[frames, 2")):
         with pytest.raises(UserError, match=said):
             VOCABULARY.ids_of("audio", np.array(codes))

@@ -50,7 +50,7 @@ def take_step(optimizer: MuonAdamW, scale: float = 1.0) -> float:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_adamw_is_torchs(decay):
+def test_adamw_matches_torch(decay):
     """60 steps of changing rate. Red when the step counter starts at 1, or the betas are swapped."""
     ours = [nn.Parameter(randn(7, 5, seed=1)), nn.Parameter(randn(3, seed=2))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
@@ -88,7 +88,7 @@ def reference_orthogonalize(g: torch.Tensor, method: str) -> torch.Tensor:
 
 @hypothesis_settings(max_examples=30)
 @given(st.integers(1, 20), st.integers(1, 20), st.sampled_from(["polar_express", "newton_schulz"]), st.integers(0, 5))
-def test_float32_orthogonalisation_is_the_float64_iteration(m, n, method, seed):
+def test_float32_orthogonalisation_matches_the_float64_iteration(m, n, method, seed):
     """To 1e-4, for wide, tall and stacked matrices. Red when the tall transpose is not undone."""
     stack = randn(3, m, n, seed=seed) * 1e-3
     ours = orthogonalize(stack, method)
@@ -124,7 +124,7 @@ def test_a_zero_gradient_stays_zero():
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
-def test_muon_is_torchs(shape, nesterov):
+def test_muon_matches_torch(shape, nesterov):
     """bf16 Newton-Schulz without extras: every update within 1e-2 of torch.optim.Muon's.
 
     Red when the momentum's `lerp` weight is turned around, or the sqrt(m / n) of tall matrices is left out.
@@ -303,7 +303,7 @@ def test_every_parameter_is_in_exactly_one_group(variant):
     assert by_name["matrix"]["weight_decay"] == 0.2
 
 
-def test_gates_lambdas_and_value_embeddings_have_their_own_rates():
+def test_gates_lambdas_and_value_embeddings_have_their_own_learning_rates():
     """Red when a gate of one row goes to Muon, which would push every update of it to full size."""
     model = tiny_model(value_embeddings=True, smear=True, residual_scalars=True, backout=True, bigram_rows=11)
     optimizer = build_optimizer(model, Settings(value_embedding_lr=0.3, bigram_lr=0.4, scalar_lr=0.02), torch.float32)
@@ -419,7 +419,7 @@ def without_memory(rank: int, model: GPT, optimizer: MuonAdamW, rows: slice) -> 
     take_step(optimizer)
 
 
-def test_three_ranks_are_one(tmp_path):
+def test_three_ranks_match_one(tmp_path):
     """Stacks of 8, 2 and 2 matrices and 88 numbers over 3 ranks; state saved by 3 loaded by 1 and by 3.
 
     Red when `_Bucket.reduce_scatter` does not call REDUCE_SCATTER (each rank would go its own way), when the padding is
@@ -475,7 +475,7 @@ def test_gradients_are_summed_while_the_backward_pass_runs_in_one_order_on_all_r
     spawn(one_of_two, (str(tmp_path),), ranks=2)
 
 
-def test_a_step_that_is_left_out_leaves_nothing_behind():
+def test_a_skipped_step_leaves_nothing_behind():
     """Red without drop_gradients: the gradients of a bad step would be held through the next backward pass."""
     matrix = torch.nn.Parameter(torch.ones(4, 4))
     groups = [dict(name="m", kind="muon", params=[matrix], param_names=["m"], lr=0.1, initial_lr=0.1, weight_decay=0.0)]

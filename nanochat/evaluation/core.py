@@ -185,7 +185,7 @@ class Prefixes:
         self.shared, self.width = batch.shared, batch.width - batch.shared
         shape = (config.n_layer, 2, B, self.shared + batch.options * self.width, config.n_kv_head, config.head_dim)
         self.store = torch.empty(shape, dtype=model.compute_dtype, device=model.device)
-        self.position, self.last, self.begun = 0, None, 0
+        self.position, self.last, self.document_begin = 0, None, 0
         ids = torch.tensor([family[0].tokens[: batch.shared] for family in batch.families])
         ids = ids.to(model.device)
         with suppress(_Read):
@@ -194,9 +194,9 @@ class Prefixes:
         self.last = ids[:, -1:].repeat_interleave(batch.options, dim=0)  # the newest token of each row: [B n, 1]
         begins = document_begins(ids, model.config.document_start)
         if begins is not None:
-            self.begun = begins[:, -1:].repeat_interleave(batch.options, dim=0)
+            self.document_begin = begins[:, -1:].repeat_interleave(batch.options, dim=0)
 
-    def places(self, count: int) -> slice:
+    def positions(self, count: int) -> slice:
         return slice(self.position, self.position + count)
 
     def advance(self, ids: torch.Tensor, begins: torch.Tensor | None) -> None:

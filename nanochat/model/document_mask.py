@@ -19,8 +19,8 @@ def document_begins(idx: torch.Tensor, start: int | None, kv_cache=None) -> torc
     if start is None:
         return None
     place = torch.arange(idx.size(1), device=idx.device) + (0 if kv_cache is None else kv_cache.position)
-    begun = 0 if kv_cache is None else kv_cache.begun
-    return torch.where(idx == start, place, begun).cummax(dim=1).values
+    before = 0 if kv_cache is None else kv_cache.document_begin
+    return torch.where(idx == start, place, before).cummax(dim=1).values
 
 
 def previous(

@@ -13,7 +13,9 @@ class KVCache:
         self.store = torch.empty(shape, dtype=dtype, device=device)
         self.position = 0
         self.last: torch.Tensor | None = None  # ids [B, 1] of the newest token
-        self.begun = torch.zeros(batch, 1, dtype=torch.long, device=device)  # position where its document began
+        self.document_begin = torch.zeros(
+            batch, 1, dtype=torch.long, device=device
+        )  # position where its document began
 
     def insert(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store k and v [B, T, H_kv, D] behind the filled positions; returns all up to and including them.
@@ -26,7 +28,7 @@ class KVCache:
         self.store[layer, 1, :, self.position : end] = v
         return self.store[layer, 0, :, :end], self.store[layer, 1, :, :end]
 
-    def places(self, count: int) -> slice:
+    def positions(self, count: int) -> slice:
         """Positions of the next `count` tokens."""
         return slice(self.position, self.position + count)
 
@@ -35,7 +37,7 @@ class KVCache:
         self.position += ids.size(1)
         self.last = ids[:, -1:]
         if begins is not None:
-            self.begun = begins[:, -1:]
+            self.document_begin = begins[:, -1:]
 
     def attend(self, layer: int, q, k, v, window: int | None, mask: torch.Tensor | None) -> torch.Tensor:
         """q [B, T, H, D] to all positions so far, of which the newest have k and v [B, T, H_kv, D] -> [B, T, H, D]."""
@@ -46,5 +48,5 @@ class KVCache:
         other = object.__new__(KVCache)
         other.store, other.position = self.store.repeat(1, 1, batch, 1, 1, 1), self.position
         other.last = self.last if self.last is None else self.last.repeat(batch, 1)
-        other.begun = self.begun.repeat(batch, 1)
+        other.document_begin = self.document_begin.repeat(batch, 1)
         return other

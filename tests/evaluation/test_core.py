@@ -237,8 +237,8 @@ def plain_score(model, row: Row) -> tuple[float, bool]:
 def test_batched_equals_one_by_one(kind, features):
     """A real transformer: shared prefixes in batches of any size give the losses of one whole row at a time, to 1e-4.
 
-    Red when batches are padded on the left, when results are not put back into their order, when cache.position,
-    cache.last or cache.begun is not set before an option, or when a batch's prefixes are cut to the longest one.
+    Red when batches are padded on the left, when results are not put back into their order, when the cache's position,
+    last or document_begin is not set before an option, or when a batch's prefixes are cut to the longest one.
     """
     model, task = small_gpt(**features), make_task(kind, 8, 3)
     for max_len in (40, 500):  # the shorter one truncates the options of an item by different lengths

@@ -63,7 +63,7 @@ def begins_of(documents: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 300])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
 @pytest.mark.parametrize("window", [None, 1, 64, 100, 200])
-def test_blocked_attention_at_block_edges(length, heads, window):
+def test_blocked_attention_matches_the_reference_at_block_edges(length, heads, window):
     """Red when a block's keys end one position early or late (`:end`), begin late (`start - window + 1`), or
     `triu(start - first + 1)` loses its 1."""
     q, k, v = qkv(2, length, length, *heads, 4)
@@ -81,7 +81,7 @@ def test_blocked_attention_at_block_edges(length, heads, window):
     ends=st.none() | st.lists(st.integers(0, 20), min_size=2, max_size=6),
     seed=st.integers(0, 3),
 )
-def test_every_path_is_the_reference(T, past, heads, grad, window, ends, seed):
+def test_every_attention_path_matches_the_reference(T, past, heads, grad, window, ends, seed):
     """One new token, several behind a cache, none cached, with windows, with documents (ends: in turn of both rows).
     Red when `place[-T:` becomes `place[:T`, or the parts of a window do not get their part of `begins`."""
     q, k, v = qkv(2, T, T + past, *heads, 6, seed)
@@ -98,7 +98,7 @@ def test_every_path_is_the_reference(T, past, heads, grad, window, ends, seed):
 
 @pytest.mark.parametrize("window", [None, 2, 4])
 @pytest.mark.parametrize("bound", [50.0, float("inf")])
-def test_gradients_through_the_blocks(monkeypatch, window, bound):
+def test_gradients_of_blocked_attention_match_the_reference(monkeypatch, window, bound):
     """Small blocks, many of them, with shared key heads. Red when `mean` is not subtracted, or keeps the sum of the
     weights."""
 
@@ -114,7 +114,7 @@ def test_gradients_through_the_blocks(monkeypatch, window, bound):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_scores_of_any_size():
+def test_large_scores_do_not_overflow():
     """Without a known bound the largest score of a row is taken off first. Red when SAFE_BOUND is infinite."""
     q, k, v = qkv(1, 20, 20, 2, 2, 8)
     out = causal_attention((100 * q).requires_grad_(), k, v)
@@ -139,7 +139,7 @@ def test_bfloat16_keeps_its_dtype_and_stays_close():
 
 @pytest.mark.parametrize("past", [0, 50])
 @pytest.mark.parametrize("window", [1, 100, 140, 400])
-def test_a_window_is_worked_off_in_parts(window, past):
+def test_windowed_sdpa_in_chunks_matches_the_reference(window, past):
     """More tokens than a part has, behind a cache or not. Red when a part's keys end elsewhere (`k[:, :end - 1]`)."""
     q, k, v = qkv(2, 300, 300 + past, 4, 2, 8)
     with torch.no_grad():
@@ -216,7 +216,7 @@ NUMBERS = numbered(150, [70], [140])
 
 @pytest.mark.parametrize("documents", [None, NUMBERS], ids=["whole", "documents"])
 @pytest.mark.parametrize("window", [None, 20])
-def test_flex_attention_is_the_reference(interpreter, window, documents):
+def test_flex_attention_matches_the_reference(interpreter, window, documents):
     """Red when visible() loses its `<= window`, or the block mask's its `begins`."""
     inputs = qkv(2, 150, 150, 4, 2, 16)
     begins = None if documents is None else begins_of(documents)
@@ -232,7 +232,7 @@ def test_flex_attention_is_the_reference(interpreter, window, documents):
     length=st.integers(1, 700), window=st.none() | st.integers(1, 600), ends=st.lists(st.integers(0, 700), max_size=7)
 )
 @settings(max_examples=60)
-def test_blocks_of_documents_are_those_that_torch_finds(length, window, ends):
+def test_document_block_mask_equals_torchs(length, window, ends):
     """Every list of blocks, also where rows end within one. Red when a block that sees something is left out, or one
     is taken as whole that is not: when `first` and `last` of a pair change places, or the window loses its equality."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -302,7 +302,7 @@ def test_flash_attention_3_is_tried_on_hopper_alone(monkeypatch, capability):
     assert rejection_reason(kernels.flash_attention_3, (4, 2, 16), CPU, torch.bfloat16) == "made for Hopper GPUs"
 
 
-def test_a_kernel_that_is_wrong_or_fails_is_passed_over(interpreter):
+def test_a_kernel_that_is_wrong_or_fails_is_rejected(interpreter):
     """The trial notices a window that is one too long, NaN and what is raised; torch's own flash is right on a CPU.
     Red when the trial compares only outputs (`found = (out,)`) or lets NaN through (`error > TOLERANCE`)."""
 
@@ -320,7 +320,7 @@ def test_a_kernel_that_is_wrong_or_fails_is_passed_over(interpreter):
     assert trial(kernels.cudnn, None).startswith("RuntimeError: ")
 
 
-def test_windows_go_into_torchs_flash_attention():
+def test_torch_flash_attention_gets_the_window():
     """Torch's own account of shapes and gradients, where nothing is computed. Red when the window is not passed on, or
     is one too long."""
     asked = []
@@ -385,7 +385,7 @@ def test_a_chosen_kernel_trains_and_does_nothing_else():
     same([causal_attention(q[:, -2:], k, v, 3, kernel=other)], [reference(q, k, v, 3)[:, -2:]])
 
 
-def test_a_kernel_that_breaks_the_graph_is_not_for_compiled_blocks(packages, monkeypatch):
+def test_a_kernel_that_breaks_the_graph_is_rejected_for_compiled_blocks(packages, monkeypatch):
     """Red when rejection_reason() compiles without fullgraph."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
@@ -399,14 +399,14 @@ def test_a_kernel_that_breaks_the_graph_is_not_for_compiled_blocks(packages, mon
         assert rejection_reason(kernel, (4, 2, 8), CPU, torch.float32, compiled=True) is None
 
 
-def test_the_reason_is_what_was_raised_not_what_the_compiler_makes_of_it(monkeypatch):
+def test_the_rejection_reason_is_the_kernels_own_error(monkeypatch):
     """Red when rejection_reason() does not ask again without the compiler ("Unsupported: Observed exception")."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     for kernel, words in ((kernels.cudnn, "it has neither windows"), (kernels.flash_attention_2, "No module named")):
         assert words in rejection_reason(kernel, (4, 2, 8), CPU, torch.float32, 9, compiled=True)
 
 
-def test_flex_attention_lies_in_one_graph_of_a_compiled_block(interpreter, monkeypatch):
+def test_flex_attention_compiles_into_one_graph(interpreter, monkeypatch):
     """No break, and no graph anew for another batch of documents. Red when block_mask() keeps what a tracer made."""
     inputs, graphs = qkv(2, 256, 256, 4, 2, 16), []
 
@@ -441,7 +441,7 @@ def test_shapes_and_dtypes_without_data(window):
     assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
 
 
-def test_behind_a_cache_a_gpu_leaves_cudnn_out(monkeypatch):
+def test_cudnn_is_not_used_behind_a_cache(monkeypatch):
     """It plans for every new shape: a generated token took 50 ms. Red when sdpa() does not ask, or asks always."""
     from torch.backends import cuda
 
@@ -462,7 +462,7 @@ def test_behind_a_cache_a_gpu_leaves_cudnn_out(monkeypatch):
 
 
 @pytest.mark.parametrize("scoring", ["prompts", "sounds"])
-def test_what_is_scored_in_many_shapes_leaves_cudnn_out_too(monkeypatch, scoring):
+def test_cudnn_is_not_used_for_scoring_in_many_shapes(monkeypatch, scoring):
     """Every call of the kernel within CORE's scorer and within the loss of sounds. Red without their `with` line."""
     from nanochat.audio import loss as audio_loss_eval
     from nanochat.evaluation import core as core_eval

@@ -87,7 +87,7 @@ def test_another_attention_kernel_is_its_models_alone():
     assert usual.kernels == Kernels()
 
 
-def test_selecting_anew_forgets_what_was_selected():
+def test_selecting_again_replaces_the_kernels():
     model = build()
     model.kernels.attention = {True: torch.add, False: torch.add}
     select_attention(model)

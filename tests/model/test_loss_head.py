@@ -40,7 +40,7 @@ def reference(
     reduction=st.sampled_from(["mean", "sum"]),
     softcap=st.sampled_from([15.0, 20.0]),
 )
-def test_loss_and_gradients_in_chunks(rows, chunk, vocab, scale, ignored, reduction, softcap):
+def test_chunked_loss_and_gradients_match_the_reference(rows, chunk, vocab, scale, ignored, reduction, softcap):
     """Red when the last, shorter chunk is dropped, `(1 - squashed^2)` is left out, or -100 counts in the mean."""
     x, weight, targets = problem(rows, 5, vocab, scale, ignored)
     with pytest.MonkeyPatch.context() as patch:
@@ -60,7 +60,7 @@ def test_loss_and_gradients_in_chunks(rows, chunk, vocab, scale, ignored, reduct
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, scale, b.abs().max().item()))
 
 
-def test_only_ignored_targets():
+def test_loss_of_ignored_targets_alone_is_zero():
     x, weight, _ = problem(6, 4, 9)
     loss = chunked_cross_entropy(x, weight, torch.full((6,), -100))
     loss.backward()
@@ -80,7 +80,7 @@ def test_bfloat16_features_give_a_float32_loss_and_master_gradient():
     assert (got - wanted).norm() < 0.02 * wanted.norm()
 
 
-def test_bfloat16_where_products_hand_out_their_sums(monkeypatch):
+def test_bfloat16_gradients_from_float32_sums(monkeypatch):
     """As on NVIDIA's GPUs, the gradient is a multiple until rows are divided. Red when the target's part or `scale` is
     left out, or when -100 pulls at the weights."""
     x, weight, targets = problem(700, 16, 40, 3.0, 0.3)
@@ -112,7 +112,7 @@ def test_bfloat16_where_products_hand_out_their_sums(monkeypatch):
         (True, None, torch.bfloat16, True),
     ],  # the last is ROCm
 )
-def test_who_hands_out_float32_sums(monkeypatch, gpu, cuda, dtype, rounded):
+def test_which_devices_return_float32_sums(monkeypatch, gpu, cuda, dtype, rounded):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     assert loss_head.rounds(types.SimpleNamespace(is_cuda=gpu, dtype=dtype)) is rounded
 

@@ -67,7 +67,7 @@ def plain_features(model: GPT, ids: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("expert_dim", [None, 24])
 @pytest.mark.parametrize("untie", ["mlp", "all"])
 @pytest.mark.parametrize("kind", ["text", "audio", "prefix", "interleaved"])
-def test_all_routes_are_one_token_at_a_time(kind, untie, expert_dim):
+def test_all_routes_match_routing_one_token_at_a_time(kind, untie, expert_dim):
     """Outputs and gradients in float64 to 1e-12. Red when the way back from sorted order uses the way there."""
     modalities = tuple(dataclasses.replace(m, expert_dim=expert_dim) for m in (AUDIO, IMAGE))
     model = build(**{**BOTH, "modalities": modalities, "untie": untie}, **MODERN).double()
@@ -114,7 +114,7 @@ THEN = dict(softcap=15.0, vocab_multiple=1, window_pattern="L", bigram_rows=0, d
 @pytest.mark.parametrize(
     ("features", "expected"), [({}, PLAIN), ({**MODERN, **THEN, "tie_weights": True}, PLAIN_MODERN)]
 )
-def test_without_modalities_the_model_is_what_it_was(features, expected):
+def test_text_only_model_matches_recorded_values(features, expected):
     """Start, loss and gradient recorded before there were modalities, under the same seed."""
     torch.manual_seed(1)
     model = GPT(GPTConfig(sequence_len=32, vocab_size=293, n_layer=4, n_head=2, n_kv_head=1, n_embd=64, **features))
@@ -130,7 +130,7 @@ def test_without_modalities_the_model_is_what_it_was(features, expected):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_without_modalities_nothing_is_new():
+def test_modality_settings_do_not_change_a_text_only_model():
     """Keys, parameters and logits of the plain model, whatever untie and output_layers say."""
     plain, same = build(), build(untie="all", output_layers="separate")
     assert plain.state_dict().keys() == same.state_dict().keys()
@@ -237,7 +237,7 @@ def test_later_tokens_of_any_modality_change_no_earlier_logit(untie):
 
 @pytest.mark.parametrize("name", ["sort", "where"])
 @pytest.mark.parametrize("untie", ["none", "mlp", "all"])
-def test_cached_is_uncached_with_mixed_modalities(untie, name):
+def test_cached_generation_matches_uncached_with_mixed_modalities(untie, name):
     """Rows of different modalities at the same step. Red when the cached step takes row 0's expert for all."""
     model = build(**{**BOTH, "untie": untie}, **MODERN)
     model.route = name
@@ -269,7 +269,7 @@ def test_generation_emits_legal_ids_only(layers):
     assert seen & set(range(50, 66))
 
 
-def test_several_samples_of_a_prompt_go_on_where_it_stops():
+def test_several_samples_continue_where_the_prompt_stops():
     """Within a sound, from one prefill. Red when the copies of the grammar begin anew."""
     model = build(**BOTH, sequence_len=32)
     samples = generate(model, [3, AUDIO.start, 51], 9, num_samples=3, temperature=5.0, frames=5)
@@ -313,7 +313,7 @@ def test_grouped_mm_is_a_matmul_for_each_expert():
     torch.testing.assert_close(out, torch.cat([x[:3] @ weights[0].T, x[3:] @ weights[2].T]), rtol=1e-5, atol=1e-5)
 
 
-def test_eight_clips_are_learnt_by_heart():
+def test_eight_clips_are_memorised():
     """Captions of different lengths, then codes: the loss over codes falls under 0.05 nats."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**dataclasses.asdict(build().config), **BOTH, "n_embd": 64, "sequence_len": 24}))
@@ -336,7 +336,7 @@ def test_eight_clips_are_learnt_by_heart():
     assert loss.item() < 0.05
 
 
-def test_rows_in_multiples_cost_one_size():
+def test_padded_rows_keep_one_total_size():
     """Every expert's rows in training are a multiple, and batches of one size keep one size; results are equal.
 
     Red when the last expert takes what is missing to its own multiple only (the sum then changes with the batch).

@@ -116,7 +116,7 @@ def test_the_reason_for_running_eager_is_the_compilers_own(monkeypatch, capsys):
     assert "expected ';'" in said
 
 
-def test_a_compiled_model_is_called_that():
+def test_is_compiled_reports_the_models_state():
     """What metrics.jsonl says. Red when is_compiled() looks at the settings instead of the model."""
     model = GPT(GPTConfig(sequence_len=8, vocab_size=300, n_layer=1, n_head=2, n_kv_head=2, n_embd=16))
     assert not is_compiled(model)

@@ -35,7 +35,7 @@ def nearest(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1.0, 1e5])
-def test_products_are_those_of_the_nearest_numbers(scale):
+def test_products_match_those_of_the_nearest_fp8_numbers(scale):
     """Forward and both gradients, whatever the size of the activations. Red when product() does not undo the scale, a
     factor is not transposed, or the gradient is rounded to e4m3."""
     _, matrix = matrices()
@@ -116,7 +116,7 @@ UNTIED = {"none": 0, "mlp": 8, "all": 24}  # of them in parts that have experts,
 
 @pytest.mark.parametrize("untie", MATRICES)
 @pytest.mark.parametrize("route", ROUTES)
-def test_every_matrix_that_is_named_multiplies_in_fp8(monkeypatch, route, untie):
+def test_converted_matrices_multiply_in_fp8(monkeypatch, route, untie):
     """In batches of an odd number of tokens, one of them without sound, each call of a converted matrix makes the three
     products of FP8; under route=sort experts get rows in multiples of 16, so that nothing is padded matrix by matrix.
 
@@ -199,7 +199,7 @@ def test_other_devices_are_refused(monkeypatch, capability, said):
     assert len(enable_fp8(model)) == 6
 
 
-def test_a_run_says_its_kernels_and_refuses_fp8_elsewhere(capsys):
+def test_chosen_kernels_are_logged_and_fp8_is_refused_elsewhere(capsys):
     """Red when choose_kernels() leaves the setting out, or says nothing."""
     model = GPT(GPTConfig(sequence_len=8, vocab_size=32, n_layer=1, n_head=1, n_kv_head=1, n_embd=16))
     choose_kernels(model, Settings())
