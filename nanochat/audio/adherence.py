@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
 from nanochat.system.environment import UserError
 
@@ -297,14 +298,12 @@ def derangement(n: int, seed: int) -> np.ndarray:
     return order
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share; (0, 1) without a trial."""
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a share; (0, 1) without a trial."""
     if n == 0:
         return 0.0, 1.0
-    share, scale = hits / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    interval = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    return interval.low, interval.high
 
 
 def adherence_text(table: dict) -> str:

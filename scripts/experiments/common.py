@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from scipy import stats
+
+from nanochat.config.settings import Settings
 from nanochat.files import write_atomically
 from nanochat.system.environment import UserError, base_dir
 from scripts.experiments.validation_part import choose_on_training
@@ -17,7 +20,6 @@ from scripts.experiments.validation_part import choose_on_training
 NO_CONFIG = "no_config.py"  # an empty file, so that a ./config.py has no say
 # A run with this among its settings trains and is judged on parts of the training split (validation_part.py).
 CHOOSING = {"validation": "a tenth of the training split"}
-T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # two-sided 95%
 
 
 def tag_of(key: str) -> str:
@@ -55,7 +57,7 @@ def run_missing(
 ) -> dict[str, dict]:
     """Do what the file lacks, `workers` at a time, a line for each; returns all lines by key. score: what to print."""
     have = read(results)
-    missing = {key: wish for key, wish in runs.items() if key not in have or have[key]["settings"] != wish}
+    missing = {key: wish for key, wish in runs.items() if key not in have or _differ(have[key]["settings"], wish)}
     results.open("a").close()  # what hours of runs are to go into
     print(f"{len(runs)} runs, {len(runs) - len(missing)} there already", flush=True)
     with ThreadPoolExecutor(workers) as pool:
@@ -65,6 +67,12 @@ def run_missing(
                 file.write(json.dumps(line) + "\n")
             print(f"{line['key']:40s} {score} {line[score]:.4f}  {line['seconds']:.0f} s", flush=True)
     return read(results)
+
+
+def _differ(one: dict, other: dict) -> bool:
+    """Whether two runs of base training differ, where one may spell out what the other leaves at its default."""
+    defaults = vars(Settings())
+    return {**defaults, **one} != {**defaults, **other}
 
 
 def sweep_runs(variants: dict[str, dict], rate: str, rates: Iterable[float], steps: int) -> dict[str, dict]:
@@ -136,4 +144,4 @@ def read(results: Path) -> dict[str, dict]:
 def paired(differences: list[float]) -> tuple[float, float]:
     """Mean and half width of the 95% interval (Student's t) of paired differences."""
     n = len(differences)
-    return statistics.fmean(differences), T_95[n - 1] * statistics.stdev(differences) / n**0.5
+    return statistics.fmean(differences), stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / n**0.5
