@@ -143,7 +143,7 @@ def batches(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute:
 
 
 def make_validation(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> Callable:
-    """measure(model, stop) of the held-out split, as bits_per_byte() or, with sounds, packed_losses() returns it."""
+    """measure(model, stop=None) of the held-out split: bits_per_byte() or, with sounds, packed_losses()."""
     store = TokenStore(dataset, tokenizer, "val", vocabulary=vocabulary_of(settings, tokenizer))
     rows, _ = settings.batch_plan(compute.world_size)  # the training's shape, and no more than a step has
     how = dict(rows=rows, max_tokens=settings.eval_tokens, rank=compute.rank, world_size=compute.world_size)
@@ -153,7 +153,7 @@ def make_validation(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, 
     else:
         rows = Rows(store, settings.max_seq_len, max_tokens=settings.eval_tokens)
         measure, scored = packed_losses, rows
-    return lambda model, stop: measure(model, scored, tokenizer.token_bytes, stop=stop, **how)
+    return lambda model, stop=None: measure(model, scored, tokenizer.token_bytes, stop=stop, **how)
 
 
 def prepare_for(settings: Settings) -> Dataset:

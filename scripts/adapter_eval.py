@@ -9,7 +9,7 @@ import argparse
 import logging
 
 from nanochat.adapters.checkpoint import add_adapters, open_adapters
-from nanochat.adapters.model import HostAlone
+from nanochat.adapters.model import FrozenHostBaseline
 from nanochat.adapters.text_loss import text_measure
 from nanochat.audio.adherence import needs_librosa
 from nanochat.audio.evaluation import check_places, listen, write_result
@@ -17,7 +17,6 @@ from nanochat.audio.loss import evaluate_audio
 from nanochat.checkpoint_manager import check_codec
 from nanochat.config.command_line import Parser, number
 from nanochat.data_pipeline import open_trained_data
-from nanochat.evaluation.bpb import never
 from nanochat.evaluation.suite import warn_of_other_data
 from nanochat.runtime import init_compute, run_script
 
@@ -53,11 +52,11 @@ def main(argv: list[str] | None = None) -> dict:
         f"sounds; {', '.join(f'{name} {nats:.4f}' for name, nats in loss['baselines'].items())}"
     )
     measure, _ = text_measure(settings, model, compute, metadata.get("text_fingerprint"))
-    after = measure(model, never) if measure else None
+    after = measure(model) if measure else None
     # By this device and dtype, where the host is still there as it was.
     before = metadata["run"].get("text_before")
     if measure and not model.config.trains_host:
-        before = measure(HostAlone(model), never)
+        before = measure(FrozenHostBaseline(model))
     if measure and before is not None:
         told = "the same to the last bit" if after == before else f"{after - before:+.4f}"
         logger.info(f"the host's text loss {after:.6f} nats a token, {before:.6f} before the training: {told}")

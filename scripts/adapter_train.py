@@ -13,7 +13,7 @@ import torch
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.adapters.checkpoint import AdapterRun, build, check_facts, load_trained
 from nanochat.adapters.hosts import state_hash
-from nanochat.adapters.model import AdapterModel, HostAlone
+from nanochat.adapters.model import AdapterModel, FrozenHostBaseline
 from nanochat.adapters.text_loss import text_measure
 from nanochat.audio.loss import evaluate_audio
 from nanochat.config.adapter_settings import AdapterSettings
@@ -21,7 +21,6 @@ from nanochat.config.config_file import from_command_line
 from nanochat.data.packing import PackedLoader, Rows
 from nanochat.data.token_store import TokenStore
 from nanochat.data_pipeline import codec_files, prepare_for, resumed_data, warn_repeated_rows
-from nanochat.evaluation.bpb import never
 from nanochat.hardware import device_name
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import Compute, rank0_first, run_script
@@ -93,9 +92,9 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
         )
     changes = model.config.changes_text
     if text_loss and (begins or not changes):  # by the same device and dtype as afterwards
-        run.text_before = text_loss(HostAlone(model), never)
+        run.text_before = text_loss(FrozenHostBaseline(model))
     if text_loss and begins and changes:
-        run.text_begin = text_loss(model, never)
+        run.text_begin = text_loss(model)
     counts = model.num_parameters()
     logger.info(f"parameters: {', '.join(f'{name} {n:,}' for name, n in counts.items() if n)}")
     size = 4 * counts["trained"] / 1e6

@@ -176,7 +176,7 @@ class Training:
     run: RunState
     steps: int
     rate: float  # the learning rate that the log tells
-    evaluate: Callable  # (last, log, stop) -> None: what is due at run.step; CutShort when stop() said so
+    evaluate: Callable  # (last, log, stop) -> None: what is due at run.step; EvaluationInterrupted when stop() said so
     saver: BackgroundSaver
     trained: Callable[[], Iterable[tuple[str, torch.Tensor]]]  # what a checkpoint holds of the model
     facts: dict  # and says about it, besides progress

@@ -176,34 +176,34 @@ def _bpb_lines(bpb: dict) -> list[str]:
     lines = [f"val bpb     {bpb['val']:.4f}{train}"]
     for key, name in (("xz", "xz -9e"), ("xz_primed", "xz -9e primed with the training split")):
         if bpb.get(key) is not None:
-            verdict = "beaten" if bpb["val"] < bpb[key] else "not beaten"
+            verdict = "the model is better" if bpb["val"] < bpb[key] else "the model is not better"
             lines.append(f"            {bpb[key]:.4f} is {name}: {verdict}")
     return lines
 
 
 def _suite_lines(evaluation: dict) -> list[str]:
-    from nanochat.evaluation.report import beaten  # heavy, and only a finished evaluation needs it
+    from nanochat.evaluation.report import find_exceeded_baselines  # heavy, and only a finished evaluation needs it
 
     lines = []
     for key, name in (("core", "CORE"), ("offline", "offline")):
         if key in evaluation:
             tasks = evaluation[key]["tasks"].values()
-            ahead = Counter(bar for task in tasks for bar in beaten(task))
-            counts = ", ".join(f"{bar} in {n}" for bar, n in ahead.items()) or "nothing"
+            ahead = Counter(baseline for task in tasks for baseline in find_exceeded_baselines(task))
+            counts = ", ".join(f"{baseline} in {n}" for baseline, n in ahead.items()) or "nothing"
             score = evaluation[key]["score"] or 0.0  # None: the corpus yields no task at all
-            lines.append(f"{name:<12}{score:.4f} mean centered accuracy; of {len(tasks)} tasks it beats {counts}")
+            lines.append(f"{name:<12}{score:.4f} mean centered accuracy; of {len(tasks)} tasks it exceeds {counts}")
     return lines
 
 
 def _sample_lines(evaluation: dict, width: int = 300) -> list[str]:
-    """One continuation of held-out text and one text from nothing, as far as there are both."""
+    """One continuation of held-out text and one unconditional sample, as far as there are both."""
     from nanochat.evaluation.report import printable  # as above
 
     lines = []
     for prompted in (True, False):
         sample = next((s for s in evaluation["samples"] if bool(s["prompt"]) == prompted), None)
         if sample is not None:
-            lines.append(f"sample      {'continuing a held-out document' if prompted else 'from nothing'}:")
+            lines.append(f"sample      {'continuing a held-out document' if prompted else 'unconditional'}:")
             text = printable(sample["prompt"] + sample["text"][:width])
             lines += [f"            | {line}" for line in text.splitlines()]
     return lines

@@ -13,7 +13,7 @@ from nanochat.data.prepare import prepare
 from nanochat.data.token_store import TokenStore
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.data_pipeline import prepare_for
-from nanochat.evaluation.bpb import bits_per_byte, never, packed_losses
+from nanochat.evaluation.bpb import bits_per_byte, packed_losses
 from nanochat.evaluation.suite import draw_samples
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Compute
@@ -43,7 +43,7 @@ def test_validation_tokenises_no_more_than_it_measures(small_shards, tiny_corpus
     """
     settings = Settings(data=str(tiny_corpus), eval_tokens=1000, **TINY)
     dataset, model = prepare_for(settings), model_of(settings)
-    measured = training_data.make_validation(settings, dataset, BYTES, CPU)(model, never)
+    measured = training_data.make_validation(settings, dataset, BYTES, CPU)(model)
     store = TokenStore(dataset, BYTES, "val")
     assert [path.stem for path in store.directory.glob("val*.json")] == ["val_00000"]
     assert len(store.paths) > 4
@@ -51,7 +51,7 @@ def test_validation_tokenises_no_more_than_it_measures(small_shards, tiny_corpus
     how = dict(rows=4, seq_len=64, max_tokens=1000)
     assert measured == bits_per_byte(model, ids, BYTES.token_bytes, **how)
     whole = training_data.make_validation(Settings(**{**vars(settings), "eval_tokens": None}), dataset, BYTES, CPU)
-    assert whole(model, never) == bits_per_byte(model, ids, BYTES.token_bytes, rows=4, seq_len=64)
+    assert whole(model) == bits_per_byte(model, ids, BYTES.token_bytes, rows=4, seq_len=64)
 
 
 def test_validation_of_sounds_looks_at_the_first_shards(monkeypatch, base):

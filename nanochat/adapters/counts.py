@@ -8,7 +8,7 @@ import torch.nn as nn
 from nanochat.adapters import meta_host as meta_format
 from nanochat.adapters.checkpoint import config_of, expert_shape
 from nanochat.adapters.hosts import find_nanochat
-from nanochat.adapters.model import Parts, count_parts
+from nanochat.adapters.model import AdapterModules, count_parts
 from nanochat.checkpoint_manager import metadata_of, model_config
 from nanochat.config.adapter_settings import AdapterSettings
 from nanochat.data.hub import place_caches
@@ -35,7 +35,7 @@ def parameter_counts(settings: AdapterSettings) -> dict[str, int]:
     shape = expert_shape(settings, known_ok=True)
     config = config_of(settings, rows, width, n_layer, shape)
     with torch.device("meta"):
-        parts = Parts(config)
+        parts = AdapterModules(config)
         if settings.finetune_host or settings.unfreeze:
             parts.host_model = host
             for name, parameter in host.named_parameters():

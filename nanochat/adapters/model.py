@@ -88,7 +88,7 @@ class Expert(nn.Module):
         return self.up_proj(self.fc2(F.gelu(self.fc1(x))))
 
 
-class Parts(nn.Module):
+class AdapterModules(nn.Module):
     """All that is added to a host of this shape: experts, audio embedding, audio output; also on the meta device."""
 
     def __init__(self, config: AdapterConfig):
@@ -106,7 +106,7 @@ class Parts(nn.Module):
                     part.requires_grad_(False)
 
 
-class AdapterModel(Parts):
+class AdapterModel(AdapterModules):
     """Host and parts as one model, called like GPT: ids in, float32 logits of all ids or a loss out."""
 
     def __init__(self, host, config: AdapterConfig, experts: list[dict[str, torch.Tensor]] | None, seed: int = 0):
@@ -300,7 +300,8 @@ class AdapterModel(Parts):
         met -= sum(p.numel() for mlp in host.mlps for p in mlp.parameters())
         if not host.tied and (config.output_layers == "separate" or config.train_output == "whole"):
             met -= host.output_weight.numel()
-        ours = [(p.numel(), p.requires_grad) for name, p in Parts.named_parameters(self) if "host_model" not in name]
+        named = self.named_parameters()
+        ours = [(p.numel(), p.requires_grad) for name, p in named if not name.startswith("host_model.")]
         flops = sum((6 if trained else 4) * count for count, trained in ours) - 6 * self.audio_embedding.weight.numel()
         attention = 12 * config.n_layer * config.width * config.sequence_len
         return flops + (6 if config.finetune_host else 4) * met + attention
@@ -344,7 +345,7 @@ def check_trained(model: AdapterModel) -> None:
         )
 
 
-def count_parts(parts: Parts, of_host: int) -> dict[str, int]:
+def count_parts(parts: AdapterModules, of_host: int) -> dict[str, int]:
     """Parameters by kind; "trained" and "total" over all."""
     kinds = dict.fromkeys(("experts", "adapters", "audio embedding", "audio output", "whole output"), 0)
     prefixes = {"audio_embedding": "audio embedding", "audio_output": "audio output", "output": "whole output"}
@@ -358,7 +359,7 @@ def count_parts(parts: Parts, of_host: int) -> dict[str, int]:
     return {"host": of_host, **kinds, "trained": trained, "total": of_host + sum(kinds.values())}
 
 
-class HostAlone:
+class FrozenHostBaseline:
     """The untouched host as bits_per_byte() calls a model: nats of text targets [B, T], 0 where ignored."""
 
     training = False

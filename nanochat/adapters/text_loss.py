@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 def text_measure(
     settings: AdapterSettings, model: AdapterModel, compute: Compute, known: dict | None = None
 ) -> tuple[Callable | None, dict | None]:
-    """(measure(model, stop) -> nats a token of held-out text, of at most check_tokens; the text's fingerprint).
+    """(measure(model, stop=None) -> nats a token of held-out text, of at most check_tokens; the text's fingerprint).
 
     None without check_text. known: the fingerprint in a checkpoint, by which the prepared text is found again.
     """
@@ -42,7 +42,7 @@ def text_measure(
     counts = torch.ones(model.config.vocab_size, dtype=torch.int64).numpy()
     counts[tokenizer.bos_id] = 0  # the beginning of a document is nobody's to predict
 
-    def measure(scored, stop: Callable[[], bool]) -> float:
+    def measure(scored, stop: Callable[[], bool] | None = None) -> float:
         found = bits_per_byte(
             scored,
             stream,

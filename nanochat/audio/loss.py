@@ -14,7 +14,7 @@ import torch
 from nanochat.data.dataset import Dataset
 from nanochat.data.token_store import sound_ids
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.evaluation.bpb import never, sum_over_ranks
+from nanochat.evaluation.bpb import eval_mode, sum_over_ranks
 from nanochat.modality import IGNORED, Vocabulary
 from nanochat.model.attention import kernels_for
 from nanochat.system.environment import UserError
@@ -41,7 +41,7 @@ def evaluate_audio(
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], bool] | None = None,
     counted: dict | None = None,
 ) -> dict:
     """{"nats", "bits", "bits_per_second", "clips", "codes", "baselines": {...}, "splits": {...}} of held-out sounds.
@@ -110,25 +110,23 @@ def _nats(model, documents: list[tuple[list, list]], rows: int, rank: int, world
     result = np.zeros(len(documents))
     order = sorted(range(len(documents)), key=lambda i: len(documents[i][0]) + len(documents[i][1]))
     groups = [order[i : i + rows] for i in range(0, len(order), rows)]
-    was_training = model.training
-    model.eval()
-    for group in groups[rank::world_size]:
-        if stop():
-            break
-        longest = max(len(documents[i][0]) + len(documents[i][1]) for i in group)
-        ids = np.zeros((len(group), longest), np.int64)
-        targets = np.full((len(group), longest), IGNORED, np.int64)
-        for place, i in enumerate(group):
-            before, sound = documents[i]
-            ids[place, : len(before) + len(sound)] = before + sound
-            targets[place, len(before) - 1 : len(before) - 1 + len(sound)] = sound
-        inputs, wanted = (torch.from_numpy(array).to(model.device) for array in (ids[:, :-1], targets[:, :-1]))
-        with kernels_for(model.device, many_shapes=True):
-            losses = model(inputs, wanted, loss_reduction="none").double().sum(dim=1).tolist()
-        for i, loss in zip(group, losses, strict=True):
-            result[i] = loss
-    model.train(was_training)
-    return np.array(sum_over_ranks(result, model.device, world_size, stop()))
+    with eval_mode(model):
+        for group in groups[rank::world_size]:
+            if stop is not None and stop():
+                break
+            longest = max(len(documents[i][0]) + len(documents[i][1]) for i in group)
+            ids = np.zeros((len(group), longest), np.int64)
+            targets = np.full((len(group), longest), IGNORED, np.int64)
+            for place, i in enumerate(group):
+                before, sound = documents[i]
+                ids[place, : len(before) + len(sound)] = before + sound
+                targets[place, len(before) - 1 : len(before) - 1 + len(sound)] = sound
+            inputs, wanted = (torch.from_numpy(array).to(model.device) for array in (ids[:, :-1], targets[:, :-1]))
+            with kernels_for(model.device, many_shapes=True):
+                losses = model(inputs, wanted, loss_reduction="none").double().sum(dim=1).tolist()
+            for i, loss in zip(group, losses, strict=True):
+                result[i] = loss
+    return np.array(sum_over_ranks(result, model.device, world_size, stop))
 
 
 def count_baselines(dataset: Dataset, vocabulary: Vocabulary, sounds: list[list[int]]) -> dict[str, float]:

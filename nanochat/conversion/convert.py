@@ -29,7 +29,6 @@ from nanochat.data.prepare import climbmix_is_here
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.data.trained_data import find_prepared, with_other_data
 from nanochat.data_pipeline import make_validation, open_trained_data
-from nanochat.evaluation.bpb import never
 from nanochat.files import write_atomically
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Compute
@@ -182,7 +181,7 @@ def held_out_loss(source: Source, settings: Settings, data: str | None) -> Loss 
         return None
 
     def loss(config: GPTConfig, state: State) -> float:
-        found = measure(model_from_state(config, state, "cpu", source.name), never)
+        found = measure(model_from_state(config, state, "cpu", source.name))
         parts = found.get("losses", {"text": dict(nats=found["nats"] / found["tokens"], tokens=found["tokens"])})
         return sum(p["nats"] * p["tokens"] for p in parts.values()) / sum(p["tokens"] for p in parts.values())
 

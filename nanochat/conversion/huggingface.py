@@ -111,7 +111,7 @@ ABOUT_WORDS = """Every document of its training began with `<|bos|>`, which the 
 Special tokens in a text count as ordinary text."""
 
 
-def name_there(name: str, model_type: str) -> str:
+def to_hf_name(name: str, model_type: str) -> str:
     """What a tensor of ours is called in a folder."""
     if model_type == CLASSIC:
         for ours, theirs in PARTS.items():
@@ -123,7 +123,7 @@ def name_there(name: str, model_type: str) -> str:
 # writing
 
 
-def plain(config: GPTConfig) -> GPTConfig:
+def drop_inactive_fields(config: GPTConfig) -> GPTConfig:
     """The same model with every field that has no effect under the others at its default, and unpadded tables."""
     off = {"vocab_multiple"}
     if not config.modalities:
@@ -167,7 +167,7 @@ def write_hf(
         if not config.use_output_projection:
             raise UserError("--fold-projection: the model has no output projection, export it without the flag")
         config, state, _ = untied(config, state)
-    config = plain(config)
+    config = drop_inactive_fields(config)
     if lost := changed(config, MODERN_FIELDS):
         raise UserError(f"{lost[0]}={getattr(config, lost[0])!r} has no equivalent in transformers")
     newer = changed(config, CLASSIC_FIELDS)
@@ -182,7 +182,7 @@ def write_hf(
         remove_abandoned(out.parent, f".{glob_escape(out.name)}.tmp-*")  # of an export that was killed
         temporary.mkdir(parents=True)
         weights = temporary / "model.safetensors"
-        tensors = {name_there(name, model_type): tensor.contiguous() for name, tensor in state.items()}
+        tensors = {to_hf_name(name, model_type): tensor.contiguous() for name, tensor in state.items()}
         save_file(tensors, weights, metadata={"format": "pt"})  # without it transformers reads no weights
         weights.chmod(temporary.stat().st_mode & 0o666)  # safetensors keeps them to their owner
         files = {"config.json": described, "generation_config.json": generation(described)}
@@ -317,7 +317,7 @@ def read_hf(folder: Path | str) -> tuple[GPTConfig, dict[str, torch.Tensor], Tok
     state = {}
     tied = found.pop("lm_head.weight", None) if config.tie_weights else None
     for name, shape in expected.items():
-        theirs = name_there(name, model_type)
+        theirs = to_hf_name(name, model_type)
         if theirs not in found:
             raise UserError(f"{folder}: the weights lack {theirs}, which config.json asks for")
         tensor = found.pop(theirs)

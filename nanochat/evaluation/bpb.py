@@ -7,9 +7,9 @@ import json
 import logging
 import lzma
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -19,15 +19,22 @@ from nanochat.data.packing import inputs_and_targets
 from nanochat.files import write_atomically
 from nanochat.modality import IGNORED
 from nanochat.system.environment import UserError
-from nanochat.training.stop_signals import CutShort
+from nanochat.training.stop_signals import EvaluationInterrupted
 
 logger = logging.getLogger(__name__)
 
 LARGEST_COMPRESSED = 200_000_000  # bytes; xz -9e takes about a second for each megabyte
 
 
-def never() -> bool:
-    return False
+@contextmanager
+def eval_mode(model) -> Iterator[None]:
+    """The model in eval mode, and afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -41,47 +48,45 @@ def bits_per_byte(
     max_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], bool] | None = None,
 ) -> dict:
     """Score one stream (BOS + document, BOS + document, ...) so that every byte counts exactly once.
 
     model: called as model(idx, targets, loss_reduction="none") with int64 [rows, seq_len] on model.device; gives nats.
     stream: integer array [N]; its first token is only context (a BOS). Windows of seq_len inputs lie side by side
     (stride seq_len); the last one is padded with ignored targets. Tokens of 0 bytes (specials) are not scored.
-    token_bytes: bytes of each id [V]. rows: windows in one forward. max_tokens: score at most so many targets from
-    the start. Ranks take windows round-robin; each gets the sums over all of them, added in float64.
+    token_bytes: bytes of each id [V]. rows: windows in one forward. max_tokens: number of targets to score, from the
+    start. Ranks take windows round-robin; each gets the sums over all of them, added in float64.
     Returns bpb, nats, bytes, tokens (scored ones). UserError when there is not one byte to score.
-    stop: asked before every forward; when it says yes on any rank, CutShort is raised on all.
+    stop: called before every forward; if it returns True on any rank, all ranks raise EvaluationInterrupted.
     """
-    targets = max(0, len(stream) - 1)
-    targets = targets if max_tokens is None else min(targets, max_tokens)
-    windows = range(rank, math.ceil(targets / seq_len), world_size)
+    num_targets = max(0, len(stream) - 1)
+    num_targets = num_targets if max_tokens is None else min(num_targets, max_tokens)
+    windows = range(rank, math.ceil(num_targets / seq_len), world_size)
     byte_table = np.asarray(token_bytes, dtype=np.int64)
     nats, num_bytes, num_tokens = 0.0, 0, 0
-    was_training = model.training
-    model.eval()
-    for first in range(0, len(windows), rows):
-        if stop():
-            break
-        inputs = np.full((rows, seq_len), int(stream[0]), dtype=np.int64)
-        labels = np.full((rows, seq_len), IGNORED, dtype=np.int64)  # one shape always: a compiled model compiles once
-        for row, window in enumerate(windows[first : first + rows]):
-            start = window * seq_len
-            end = min(start + seq_len, targets)
-            inputs[row, : end - start] = stream[start:end]
-            labels[row, : end - start] = stream[start + 1 : end + 1]
-        lengths = np.where(labels >= 0, byte_table[labels.clip(min=0)], 0)
-        labels[lengths == 0] = IGNORED
-        device = model.device
-        loss = model(torch.from_numpy(inputs).to(device), torch.from_numpy(labels).to(device), loss_reduction="none")
-        nats += loss.cpu().double().sum().item()  # on the CPU: mps has no float64
-        num_bytes += int(lengths.sum())
-        num_tokens += int((lengths > 0).sum())
-    model.train(was_training)
-    nats, num_bytes, num_tokens = sum_over_ranks([nats, num_bytes, num_tokens], model.device, world_size, stop())
-    if num_bytes == 0:
-        raise UserError(f"nothing to score: {len(stream)} tokens hold no byte of text")
-    return dict(bpb=nats / (math.log(2) * num_bytes), nats=nats, bytes=int(num_bytes), tokens=int(num_tokens))
+
+    with eval_mode(model):
+        for first in range(0, len(windows), rows):
+            if stop is not None and stop():
+                break
+
+            # One shape always, so that a compiled model compiles once.
+            inputs = np.full((rows, seq_len), int(stream[0]), dtype=np.int64)
+            targets = np.full((rows, seq_len), IGNORED, dtype=np.int64)
+            for row, window in enumerate(windows[first : first + rows]):
+                start = window * seq_len
+                end = min(start + seq_len, num_targets)
+                inputs[row, : end - start] = stream[start:end]
+                targets[row, : end - start] = stream[start + 1 : end + 1]
+            lengths = np.where(targets >= 0, byte_table[targets.clip(min=0)], 0)
+            targets[lengths == 0] = IGNORED
+
+            nats += _losses(model, inputs, targets).sum().item()
+            num_bytes += int(lengths.sum())
+            num_tokens += int((lengths > 0).sum())
+
+    return _bits_per_byte(*sum_over_ranks([nats, num_bytes, num_tokens], model.device, world_size, stop))
 
 
 @torch.no_grad()
@@ -94,99 +99,116 @@ def packed_losses(
     max_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], bool] | None = None,
 ) -> dict:
     """Score captioned sounds, row by row: bpb, bytes and tokens of all text, losses {modality: {"nats", "tokens"}}.
 
-    packed: nanochat.data.packing.Rows, in their order, so that each sound has its caption before it. nats: the mean
-    of a target of that modality, its `end` included. The rest as in bits_per_byte; max_tokens counts positions.
+    packed: nanochat.data.packing.Rows, in their order, so that each sound has its caption before it. nats: mean over
+    the targets of that modality, its `end` included. The rest as in bits_per_byte; max_tokens counts positions.
     """
-    device, names = model.device, packed.store.vocabulary.names
-    seq_len = packed.capacity - 1
-    total = len(packed) if max_tokens is None else min(len(packed), -(-max_tokens // seq_len))
-    mine = range(rank, total, world_size)
-    byte_table = np.zeros(packed.store.vocabulary.size, np.int64)
+    vocabulary = packed.store.vocabulary
+    names, modality_of_id = vocabulary.names, vocabulary.table(by_expert=False).numpy()
+    byte_table = np.zeros(vocabulary.size, np.int64)
     byte_table[: len(token_bytes)] = token_bytes
-    of_id = packed.store.vocabulary.table(by_expert=False).numpy()
+    seq_len = packed.capacity - 1
+    num_rows = len(packed) if max_tokens is None else min(len(packed), -(-max_tokens // seq_len))
+    local_rows = range(rank, num_rows, world_size)
     nats, tokens = np.zeros((2, len(names)))
     text_nats = num_bytes = num_tokens = 0
-    was_training = model.training
-    model.eval()
-    for first in range(0, len(mine), rows):
-        if stop():
-            break
-        ids = np.full((rows, packed.capacity), -1, dtype=np.int64)
-        for place, row in enumerate(mine[first : first + rows]):
-            packed.read(row, ids[place])
-        inputs, targets = inputs_and_targets(ids, packed.store)
-        loss = model(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device), loss_reduction="none")
-        loss, valid = loss.cpu().double().numpy(), targets >= 0
-        modality, lengths = of_id[targets[valid]], byte_table[targets[valid]]
-        nats += np.bincount(modality, loss[valid], len(names))
-        tokens += np.bincount(modality, minlength=len(names))
-        text_nats += loss[valid][lengths > 0].sum()
-        num_bytes += lengths.sum()
-        num_tokens += (lengths > 0).sum()
-    model.train(was_training)
-    sums = sum_over_ranks([*nats, *tokens, text_nats, num_bytes, num_tokens], device, world_size, stop())
-    *both, text_nats, num_bytes, num_tokens = sums
+
+    with eval_mode(model):
+        for first in range(0, len(local_rows), rows):
+            if stop is not None and stop():
+                break
+
+            ids = np.full((rows, packed.capacity), -1, dtype=np.int64)
+            for place, row in enumerate(local_rows[first : first + rows]):
+                packed.read(row, ids[place])
+            inputs, targets = inputs_and_targets(ids, packed.store)
+            valid = targets >= 0
+            loss = _losses(model, inputs, targets).numpy()[valid]
+
+            modality, lengths = modality_of_id[targets[valid]], byte_table[targets[valid]]
+            nats += np.bincount(modality, loss, len(names))
+            tokens += np.bincount(modality, minlength=len(names))
+            text_nats += loss[lengths > 0].sum()
+            num_bytes += lengths.sum()
+            num_tokens += (lengths > 0).sum()
+
+    sums = sum_over_ranks([*nats, *tokens, text_nats, num_bytes, num_tokens], model.device, world_size, stop)
+    by_modality = zip(names, sums[: len(names)], sums[len(names) : -3], strict=True)
+    losses = {name: dict(nats=total / count, tokens=int(count)) for name, total, count in by_modality if count}
+    return _bits_per_byte(*sums[-3:]) | dict(losses=losses)
+
+
+def _losses(model, inputs: np.ndarray, targets: np.ndarray) -> torch.Tensor:
+    """Nats of each target, float64 [rows, seq_len] on the CPU, for mps has no float64."""
+    inputs, targets = (torch.from_numpy(array).to(model.device) for array in (inputs, targets))
+    return model(inputs, targets, loss_reduction="none").cpu().double()
+
+
+def _bits_per_byte(nats: float, num_bytes: float, num_tokens: float) -> dict:
     if num_bytes == 0:
-        raise UserError("nothing to score: the rows hold no byte of text")
-    pairs = zip(names, both[: len(names)], both[len(names) :], strict=True)
-    losses = {name: dict(nats=total / count, tokens=int(count)) for name, total, count in pairs if count}
-    bpb = text_nats / (math.log(2) * num_bytes)
-    return dict(bpb=bpb, nats=text_nats, bytes=int(num_bytes), tokens=int(num_tokens), losses=losses)
+        raise UserError("nothing to score: the held-out tokens hold no byte of text")
+    bpb = nats / (math.log(2) * num_bytes)
+    return dict(bpb=bpb, nats=nats, bytes=int(num_bytes), tokens=int(num_tokens))
 
 
-def sum_over_ranks(values: Iterable[float], device, world_size: int, cut: bool = False) -> list[float]:
-    """Element-wise float64 sums over all ranks; the values themselves for one rank. CutShort when any rank is cut."""
-    total = torch.tensor([float(cut), *values], dtype=torch.float64)
+def sum_over_ranks(
+    values: Iterable[float], device, world_size: int, stop: Callable[[], bool] | None = None
+) -> list[float]:
+    """Element-wise float64 sums over all ranks. EvaluationInterrupted on all of them if stop() is True on any."""
+    total = torch.tensor([stop is not None and stop(), *values], dtype=torch.float64)
     if world_size > 1:
         total = total.to(device)
         dist.all_reduce(total)
-    cuts, *sums = total.tolist()
-    if cuts:
-        raise CutShort
+    interrupted, *sums = total.tolist()
+    if interrupted:
+        raise EvaluationInterrupted
     return sums
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what a compressor makes of the same bytes
+# compressor baselines
 
 
 def compressor_baselines(dataset) -> dict[str, float | None]:
     """Bits per byte of `xz -9e` on the held-out documents in path order, alone and primed with the training split.
 
-    primed: len(xz(train + val)) - len(xz(train)). Splits of more than 200 MB are not compressed: None, and said.
-    xz looks back 64 MB, so a larger training split primes only with its end. Kept beside the dataset by fingerprint.
+    primed: len(xz(train + val)) - len(xz(train)). Splits over 200 MB are not compressed: None, with a message.
+    xz looks back 64 MB, so a larger training split primes only with its end. Cached beside the dataset by fingerprint.
     """
     cache = dataset.directory / "compressors.json"
     fingerprint = dataset.fingerprint["sha256"]
-    with suppress(OSError, ValueError, KeyError):  # absent, damaged or of another fingerprint: compute it
-        kept = json.loads(cache.read_text(encoding="utf-8"))
-        if kept["fingerprint"] == fingerprint:
-            return {name: kept[name] for name in ("xz", "xz_primed")}
-    held_out = dataset.text_bytes("val")
-    result: dict[str, float | None] = {"xz": None, "xz_primed": None}
-    jobs = {}
-    with ThreadPoolExecutor(2) as pool:  # liblzma works outside the interpreter lock, in up to 0.7 GB each
-        if 0 < held_out <= LARGEST_COMPRESSED:
-            jobs["val"] = pool.submit(xz_size, dataset, "val")
-            if dataset.text_bytes("train") <= LARGEST_COMPRESSED:
-                jobs["both"] = pool.submit(xz_size, dataset, "train", "val")
-                jobs["train"] = pool.submit(xz_size, dataset, "train")
-    sizes = {name: job.result() for name, job in jobs.items()}
-    if "val" in sizes:
-        result["xz"] = 8 * sizes["val"] / held_out
-    if "both" in sizes:
-        result["xz_primed"] = 8 * (sizes["both"] - sizes["train"]) / held_out
+    with suppress(OSError, ValueError, KeyError):  # absent, corrupt or of another fingerprint: compute it
+        cached = json.loads(cache.read_text(encoding="utf-8"))
+        if cached["fingerprint"] == fingerprint:
+            return {name: cached[name] for name in ("xz", "xz_primed")}
+
+    result = _compress(dataset)
+
     if absent := [name for name, value in result.items() if value is None]:
         limit = f"{LARGEST_COMPRESSED // 10**6} MB"
         logger.info(f"compressor baseline not computed ({', '.join(absent)}): the text is empty or more than {limit}")
     try:
         write_atomically(cache, json.dumps({"fingerprint": fingerprint, **result}))
-    except OSError as error:  # they save the next evaluation a minute; this one has them
-        logger.info(f"compressor baselines are not kept for the next evaluation ({error.strerror}: {cache})")
+    except OSError as error:  # the cache saves the next evaluation a minute; this one has its figures
+        logger.info(f"compressor baselines are not cached for the next evaluation ({error.strerror}: {cache})")
+    return result
+
+
+def _compress(dataset) -> dict[str, float | None]:
+    result: dict[str, float | None] = {"xz": None, "xz_primed": None}
+    held_out = dataset.text_bytes("val")
+    if not 0 < held_out <= LARGEST_COMPRESSED:
+        return result
+
+    with ThreadPoolExecutor(2) as pool:  # liblzma works outside the interpreter lock, in up to 0.7 GB each
+        val = pool.submit(xz_size, dataset, "val")
+        if dataset.text_bytes("train") <= LARGEST_COMPRESSED:
+            both, train = pool.submit(xz_size, dataset, "train", "val"), pool.submit(xz_size, dataset, "train")
+            result["xz_primed"] = 8 * (both.result() - train.result()) / held_out
+        result["xz"] = 8 * val.result() / held_out
     return result
 
 

@@ -1,7 +1,7 @@
-"""CORE: in-context tasks scored as DCLM scores them (arXiv 2406.11794).
+"""CORE: in-context learning tasks, scored as in DCLM (arXiv 2406.11794).
 
-One scorer serves CORE and the offline suite. The model picks the option with the lowest mean loss over the tokens in
-which the options differ (schema: over their common ending); in language_modeling every greedy token of the
+The same scorer serves CORE and the offline suite. The model picks the option with the lowest mean loss over the tokens
+in which the options differ (schema: over their common suffix); in language_modeling every greedy token of the
 continuation has to be right.
 """
 
@@ -11,7 +11,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nanochat.evaluation.bpb import never, sum_over_ranks
+from nanochat.evaluation.bpb import eval_mode, sum_over_ranks
 from nanochat.evaluation.core_bundle import Task, load_bundle
 from nanochat.gpt import GPT
 from nanochat.model.attention import kernels_for, sdpa
@@ -41,14 +41,14 @@ def select_items(items: list[dict], max_items: int | None) -> list[dict]:
     return items[:max_items]
 
 
-def fewshot_examples(items: list[dict], index: int, shots: int) -> list[dict]:
-    """The solved examples in front of item `index`: drawn from the other items, at most as many as there are."""
+def draw_fewshot_examples(items: list[dict], index: int, shots: int) -> list[dict]:
+    """The solved examples in front of item `index`: drawn from the other items, fewer where there are not enough."""
     others = [i for i in range(len(items)) if i != index]
     return [items[i] for i in random.Random(1234 + index).sample(others, min(shots, len(others)))]
 
 
-def prompts(task: Task, item: dict, shots: list[dict]) -> list[str]:
-    """The texts to compare: one an option; for language_modeling the prompt without and with its continuation."""
+def render_prompts(task: Task, item: dict, shots: list[dict]) -> list[str]:
+    """The texts to compare: one per option; for language_modeling the prompt without and with its continuation."""
     if task.kind == "multiple_choice":
         start = "".join(f"{s['query']}{task.delimiter}{s['choices'][s['gold']]}\n\n" for s in shots)
         return [f"{start}{item['query']}{task.delimiter}{choice}" for choice in item["choices"]]
@@ -62,7 +62,7 @@ def prompts(task: Task, item: dict, shots: list[dict]) -> list[str]:
 
 @dataclass
 class Row:
-    """One sequence to score: tokens[start:end] given what stands before. cut: a part of the span was truncated away."""
+    """One sequence to score: tokens[start:end] given those before. cut: a part of that span was truncated away."""
 
     item: int
     tokens: list[int]
@@ -72,37 +72,37 @@ class Row:
     cut: bool = False
 
 
-def rows_of(task: Task, index: int, sequences: list[list[int]], max_len: int) -> list[Row]:
+def make_rows(task: Task, index: int, sequences: list[list[int]], max_len: int) -> list[Row]:
     """The rows of one item from its tokenised prompts (BOS in front), truncated on the left to max_len tokens."""
     if task.kind == "schema":
-        shared = _common(tokens[::-1] for tokens in sequences)
+        shared = _common_prefix_length(tokens[::-1] for tokens in sequences)
         spans = [(len(tokens) - shared, len(tokens)) for tokens in sequences]
     else:
         # For language_modeling the prompt without its continuation is the common prefix.
-        shared = _common(sequences)
+        shared = _common_prefix_length(sequences)
         if task.kind == "language_modeling":
             sequences = sequences[1:]
         spans = [(shared, len(tokens)) for tokens in sequences]
     rows = []
     for tokens, (start, end) in zip(sequences, spans, strict=True):
-        gone = max(0, len(tokens) - max_len)
+        dropped = max(0, len(tokens) - max_len)
         # The first scored token needs one token before it.
-        cut = start < end and start - gone < 1
-        rows.append(Row(index, tokens[gone:], max(1, start - gone), end - gone, gone > 0, cut))
+        cut = start < end and start - dropped < 1
+        rows.append(Row(index, tokens[dropped:], max(1, start - dropped), end - dropped, dropped > 0, cut))
     return rows
 
 
-def all_rows(tokenizer, task: Task, items: list[dict], mine: Iterable[int], max_len: int) -> list[Row]:
-    """The rows of the items with the indices `mine`, one item after the other; all items are there to be examples."""
-    texts = {i: prompts(task, items[i], fewshot_examples(items, i, task.num_fewshot)) for i in mine}
+def make_task_rows(tokenizer, task: Task, items: list[dict], indices: Iterable[int], max_len: int) -> list[Row]:
+    """The rows of the items at `indices`, one item after the other; few-shot examples are drawn from all items."""
+    texts = {i: render_prompts(task, items[i], draw_fewshot_examples(items, i, task.num_fewshot)) for i in indices}
     encoded = iter(tokenizer.encode_batch([text for group in texts.values() for text in group], os.cpu_count() or 1))
     rows: list[Row] = []
     for i, group in texts.items():
-        rows += rows_of(task, i, [[tokenizer.bos_id, *next(encoded)] for _ in group], max_len)
+        rows += make_rows(task, i, [[tokenizer.bos_id, *next(encoded)] for _ in group], max_len)
     return rows
 
 
-def _common(sequences: Iterable[list[int]]) -> int:
+def _common_prefix_length(sequences: Iterable[list[int]]) -> int:
     """Length of the longest common prefix."""
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False)))
 
@@ -111,15 +111,15 @@ def _common(sequences: Iterable[list[int]]) -> int:
 # rows -> losses
 
 
-BEGINNING = 8  # tokens: rows of an item that differ in one of them have nothing worth sharing
-MOST_AGAIN = 1 / 8  # of a batch's prefixes: tokens that every option reads because the shortest prefix rules
+FAMILY_PREFIX = 8  # tokens: rows of an item that differ in one of them share no prefill
+MAX_REREAD = 1 / 8  # of a batch's prefixes: tokens beyond the shortest prefix, which every option reads itself
 
 
 @dataclass
 class Batch:
-    """Families of rows that go through a model together: each has `options` rows with its first `shared` tokens.
+    """Families of rows in one forward: the `options` rows of a family have the first `shared` tokens in common.
 
-    width: the tokens of the longest row of all.
+    width: tokens of the longest row of all.
     """
 
     families: list[list[Row]]
@@ -133,33 +133,35 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Of all prefixes, and of all options padded."""
+        """Those of all prefixes, and of all options with padding."""
         return len(self.families) * (self.shared + self.options * (self.width - self.shared))
 
 
-def batches_of(rows: list[Row], share: bool, batch_tokens: int) -> Iterator[Batch]:
-    """The rows that have a span to score, those with the longest prefix first; at most batch_tokens, or one family.
+def make_batches(rows: list[Row], share: bool, batch_tokens: int) -> Iterator[Batch]:
+    """Batch the rows that have a span to score, longest prefix first; at most batch_tokens each, or one family.
 
-    share: the rows of an item are one family if they begin alike, else each row is its own. A truncated prompt has
-    lost as many tokens as its option is longer, so options of other lengths are families of their own.
+    share: the rows of an item are one family if their first tokens are equal, else each row is its own. A truncated
+    prompt has lost as many tokens as its option is longer, so options of other lengths are families of their own.
     """
-    found: dict[tuple, list[Row]] = {}
+    families: dict[tuple, list[Row]] = {}
     for number, row in enumerate(rows):
         if row.start < row.end and not row.cut:
-            found.setdefault((row.item, *row.tokens[:BEGINNING]) if share else (number,), []).append(row)
+            families.setdefault((row.item, *row.tokens[:FAMILY_PREFIX]) if share else (number,), []).append(row)
+
     queue = []
-    for family in found.values():
+    for family in families.values():
         # The token before a span is read with the span: its features predict the first token.
-        shared = _common(row.tokens[: row.start - 1] for row in family) if len(family) > 1 else 0
+        shared = _common_prefix_length(row.tokens[: row.start - 1] for row in family) if len(family) > 1 else 0
         queue.append((len(family), shared, max(len(row.tokens) for row in family), family))
     queue.sort(key=lambda entry: entry[:3], reverse=True)
+
     batch, prefixes = None, 0
     for options, shared, width, family in queue:
         if batch is not None and batch.options == options:
-            more = Batch([*batch.families, family], options, shared, max(width, batch.width))
-            again = options * (prefixes + shared - len(more.families) * shared)
-            if more.tokens <= batch_tokens and again <= MOST_AGAIN * (prefixes + shared):
-                batch, prefixes = more, prefixes + shared
+            larger = Batch([*batch.families, family], options, shared, max(width, batch.width))
+            reread = options * (prefixes + shared - len(larger.families) * shared)
+            if larger.tokens <= batch_tokens and reread <= MAX_REREAD * (prefixes + shared):
+                batch, prefixes = larger, prefixes + shared
                 continue
         if batch is not None:
             yield batch
@@ -168,57 +170,61 @@ def batches_of(rows: list[Row], share: bool, batch_tokens: int) -> Iterator[Batc
         yield batch
 
 
-class _Read(Exception):
-    """All keys and values are there: what the last layer still made of a prefix, nobody would look at."""
+class _PrefillDone(Exception):
+    """All keys and values are stored: nobody reads the last layer's output for a prefix."""
 
 
-class Prefixes:
-    """The cache of a batch for GPT.features: B prefixes of S tokens are read, then all n options of each at once.
+class PrefixCache:
+    """KV cache of a batch for GPT.features: prefills B prefixes of S tokens, then takes all n options of each at once.
 
-    Keys and values are [B, S + n T, H_kv, D] a layer: an option sees the prefix, of which there is no copy, and itself
-    (the mask of a tree of one branching, as in arXiv 2305.09781).
+    Keys and values are [B, S + n T, H_kv, D] per layer: an option attends to the prefix, which is not copied, and to
+    itself (tree attention with one branching, as in arXiv 2305.09781).
     """
 
     def __init__(self, model: GPT, batch: Batch):
-        """Reads the prefixes: one forward."""
+        """Prefill the prefixes in one forward."""
         config, B = model.config, len(batch.families)
         self.shared, self.width = batch.shared, batch.width - batch.shared
         shape = (config.n_layer, 2, B, self.shared + batch.options * self.width, config.n_kv_head, config.head_dim)
         self.store = torch.empty(shape, dtype=model.compute_dtype, device=model.device)
         self.position, self.last, self.document_begin = 0, None, 0
-        ids = torch.tensor([family[0].tokens[: batch.shared] for family in batch.families])
-        ids = ids.to(model.device)
-        with suppress(_Read):
+
+        ids = torch.tensor([family[0].tokens[: batch.shared] for family in batch.families]).to(model.device)
+        with suppress(_PrefillDone):
             model.features(ids, self)
+
         self.position = self.shared
         self.last = ids[:, -1:].repeat_interleave(batch.options, dim=0)  # the newest token of each row: [B n, 1]
-        begins = document_begins(ids, model.config.document_start)
-        if begins is not None:
+        if (begins := document_begins(ids, model.config.document_start)) is not None:
             self.document_begin = begins[:, -1:].repeat_interleave(batch.options, dim=0)
 
     def positions(self, count: int) -> slice:
         return slice(self.position, self.position + count)
 
     def advance(self, ids: torch.Tensor, begins: torch.Tensor | None) -> None:
-        """Nothing comes behind the options."""
+        """Nothing is decoded after the options."""
 
     def attend(self, layer: int, q, k, v, window: int | None, mask: torch.Tensor | None) -> torch.Tensor:
-        """q [B, S, H, D] with k and v [B, S, H_kv, D] of the prefixes, or [B n, T, ...] of the options -> as q."""
+        """Attend from q [B, S, H, D] with k and v [B, S, H_kv, D] of the prefixes, or [B n, T, ...] of the options.
+
+        Returns a tensor of q's shape.
+        """
         own = self.store[layer, :, :, self.position :] if self.position else self.store[layer, :, :, : self.shared]
         own[0], own[1] = k.reshape(own[0].shape), v.reshape(own[1].shape)
         if self.position == 0:
             if layer == len(self.store) - 1:
-                raise _Read
+                raise _PrefillDone
             return sdpa(q, k, v, window, mask)
+
         keys, values = self.store[layer].transpose(2, 3)  # [B, H_kv, S + n T, D]
         queries = q.reshape(len(keys), -1, *q.shape[2:]).transpose(1, 2)
         gqa = queries.size(1) != keys.size(1)
-        seen = self.seen(window, None if mask is None else mask.view(len(keys), 1, -1, 1))
+        seen = self.options_mask(window, None if mask is None else mask.view(len(keys), 1, -1, 1))
         out = F.scaled_dot_product_attention(queries, keys, values, seen, enable_gqa=gqa)
         return out.transpose(1, 2).reshape(q.shape)
 
-    def seen(self, window: int | None, begins: torch.Tensor | None) -> torch.Tensor:
-        """What each of the n T tokens of a family's options sees of the prefix and them all: bool [n T, S + n T].
+    def options_mask(self, window: int | None, begins: torch.Tensor | None) -> torch.Tensor:
+        """Attention mask of the n T tokens of a family's options over the prefix and themselves: bool [n T, S + n T].
 
         begins: where their documents begin, [B, 1, n T, 1]; the result is [B, 1, n T, S + n T] then.
         """
@@ -231,53 +237,53 @@ class Prefixes:
 
 @torch.no_grad()
 def score_rows(
-    model, rows: list[Row], pad_id: int, batch_tokens: int, stop: Callable[[], bool] = never
+    model, rows: list[Row], pad_id: int, batch_tokens: int, stop: Callable[[], bool] | None = None
 ) -> tuple[list[float], list[bool]]:
     """(mean loss in nats over the span, whether every token of the span is the greedy one) of each row.
 
-    What the rows of an item have in common is read once: for several items in one forward, up to the shortest prefix
-    among them; a second one reads the rest of all their rows. Rows are padded on the right, which a causal model does
-    not see: the same as row by row up to rounding. A forward and its cache hold at most batch_tokens tokens (one item
-    at least). Models other than GPT share nothing. An empty or cut span has loss +inf. stop: asked before every
-    forward; the rows left then have no result.
+    The prefix that the rows of an item share is prefilled once: for several items in one forward, up to the shortest
+    prefix among them; a second forward reads the rest of all their rows. Rows are padded on the right, which a causal
+    model does not see: the same as row by row up to rounding. A forward and its cache hold at most batch_tokens tokens
+    (one item at least). Models other than GPT share nothing. An empty or cut span has loss +inf. stop: called before
+    every forward; the remaining rows have no result.
     """
     results: dict[int, tuple[float, bool]] = {}
-    was_training = model.training
-    model.eval()
-    with kernels_for(model.device, many_shapes=True):
-        for batch in batches_of(rows, isinstance(model, GPT), batch_tokens):
-            if stop():
+    with eval_mode(model), kernels_for(model.device, many_shapes=True):
+        for batch in make_batches(rows, isinstance(model, GPT), batch_tokens):
+            if stop is not None and stop():
                 break
-            cache = Prefixes(model, batch) if batch.shared else None
-            if cache is not None and stop():
+            cache = PrefixCache(model, batch) if batch.shared else None
+            if cache is not None and stop is not None and stop():
                 break
             results |= zip(map(id, batch.rows), _score(model, batch, cache, pad_id), strict=True)
-    model.train(was_training)
-    found = [results.get(id(row), (math.inf, False)) for row in rows]
-    return [loss for loss, _ in found], [greedy for _, greedy in found]
+
+    scores = [results.get(id(row), (math.inf, False)) for row in rows]
+    return [loss for loss, _ in scores], [greedy for _, greedy in scores]
 
 
-def _score(model, batch: Batch, cache: Prefixes | None, pad_id: int) -> list[tuple[float, bool]]:
-    """What score_rows gives for the rows of a batch, whose prefixes the cache holds: one forward."""
+def _score(model, batch: Batch, cache: PrefixCache | None, pad_id: int) -> list[tuple[float, bool]]:
+    """(loss, greedy) of the rows of a batch in one forward; the cache holds their prefixes."""
     rows, done = batch.rows, batch.shared
     ids = torch.tensor([row.tokens[done:] + [pad_id] * (batch.width - len(row.tokens)) for row in rows])
     ids = ids.to(model.device)
     features = model.features(ids, cache) if cache is not None else model.features(ids)
+
     # Position p predicts token p + 1.
     line, place = zip(*((n, p - done) for n, row in enumerate(rows) for p in range(row.start, row.end)), strict=True)
     line, place = torch.tensor(line, device=ids.device), torch.tensor(place, device=ids.device)
     # Logits only where a span is scored: with a large vocabulary they cost more than the layers.
-    spans, wanted = model.text_logits(features[line, place - 1]), ids[line, place]
-    loss = F.cross_entropy(spans, wanted, reduction="none").cpu()
-    right = (spans.argmax(dim=-1) == wanted).cpu()
+    logits, targets = model.text_logits(features[line, place - 1]), ids[line, place]
+    loss = F.cross_entropy(logits, targets, reduction="none").cpu()
+    right = (logits.argmax(dim=-1) == targets).cpu()
+
     lengths = [row.end - row.start for row in rows]
     means = [nats.double().mean().item() for nats in loss.split(lengths)]
     hits = [bool(part.all()) for part in right.split(lengths)]
     return [(mean if math.isfinite(mean) else math.inf, hit) for mean, hit in zip(means, hits, strict=True)]
 
 
-def is_correct(task: Task, item: dict, losses: list[float], greedy: list[bool]) -> bool:
-    """Whether the item's rows answer it. The first lowest loss wins; no finite loss at all is a wrong answer."""
+def is_correct(task: Task, item: dict, losses: Sequence[float], greedy: Sequence[bool]) -> bool:
+    """Whether the item's rows answer it: the first of the lowest losses wins; no finite loss is a wrong answer."""
     if task.kind == "language_modeling":
         return greedy[0]
     best = min(losses)
@@ -294,44 +300,41 @@ def evaluate_task(
     batch_tokens: int = 8192,
     rank: int = 0,
     world_size: int = 1,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], bool] | None = None,
 ) -> dict:
     """Score one task; the ranks share its items and all get the same result.
 
     model: logits(features(idx [B, T])) -> [B, T, V] on its device. max_len: longest sequence in tokens, None takes
     model.config.sequence_len; longer ones lose their left end. batch_tokens: tokens of one forward and its cache.
-    stop: asked before every forward; when it says yes on any rank, CutShort is raised on all.
+    stop: called before every forward; if it returns True on any rank, all ranks raise EvaluationInterrupted.
     Returns accuracy, centered = (accuracy - chance) / (1 - chance), chance, items, seconds, truncated (items with a
-    truncated prompt), cut (those whose scored span was hit: they count as wrong) and correct: 0.0 or 1.0 an item, in
-    the order of select_items.
+    truncated prompt), cut (those that lost a part of the scored span, which counts as wrong) and correct: 0.0 or 1.0
+    per item, in the order of select_items.
     """
-    begun = time.perf_counter()
+    started = time.perf_counter()
     items = select_items(task.items, max_items)
     if task.num_fewshot > len(items) - 1:
         logger.info(f"{task.label}: {task.num_fewshot}-shot with {len(items)} items: using {len(items) - 1} examples")
     max_len = max_len or model.config.sequence_len
-    mine = range(rank, len(items), world_size)
-    rows = all_rows(tokenizer, task, items, mine, max_len)
-    losses, greedy = score_rows(model, rows, tokenizer.bos_id, batch_tokens, stop)
-    by_item: dict[int, list[int]] = {}
-    for n, row in enumerate(rows):
-        by_item.setdefault(row.item, []).append(n)
+    rows = make_task_rows(tokenizer, task, items, range(rank, len(items), world_size), max_len)
+    scored = zip(rows, *score_rows(model, rows, tokenizer.bos_id, batch_tokens, stop), strict=True)
+
     correct, truncated, cut = [0.0] * len(items), 0, 0
-    for i, lines in by_item.items():
-        truncated += any(rows[n].truncated for n in lines)
-        hit = any(rows[n].cut for n in lines)
-        cut += hit
-        correct[i] = float(
-            not hit and is_correct(task, items[i], [losses[n] for n in lines], [greedy[n] for n in lines])
-        )
-    truncated, cut, *correct = sum_over_ranks([truncated, cut, *correct], model.device, world_size, stop())
+    for i, options in itertools.groupby(scored, key=lambda option: option[0].item):
+        rows, losses, greedy = zip(*options, strict=True)
+        is_cut = any(row.cut for row in rows)
+        truncated += any(row.truncated for row in rows)
+        cut += is_cut
+        correct[i] = float(not is_cut and is_correct(task, items[i], losses, greedy))
+    truncated, cut, *correct = sum_over_ranks([truncated, cut, *correct], model.device, world_size, stop)
+
     accuracy = sum(correct) / len(items)
     return dict(
         accuracy=accuracy,
         centered=(accuracy - task.chance) / (1 - task.chance),
         chance=task.chance,
         items=len(items),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - started,
         truncated=int(truncated),
         cut=int(cut),
         correct=correct,
@@ -339,7 +342,7 @@ def evaluate_task(
 
 
 def evaluate_tasks(model, tokenizer, tasks: list[Task], **options) -> dict:
-    """{"score": plain mean of the centered accuracies, "tasks": {label: evaluate_task's result without `correct`}}."""
+    """{"score": mean of the centered accuracies, "tasks": {label: evaluate_task's result without `correct`}}."""
     results = {}
     for task in tasks:
         results[task.label] = evaluate_task(model, tokenizer, task, **options)

@@ -8,26 +8,24 @@ import math
 import sys
 from pathlib import Path
 
-from nanochat.evaluation.suite import _name
+from nanochat.evaluation.suite import describe_data
 from nanochat.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-BARS = {"chance": "chance", "char_5gram": "5-gram", "word_overlap": "overlap"}
-
-
+BASELINES = {"chance": "chance", "char_5gram": "5-gram", "word_overlap": "overlap"}
 TASK_COLUMNS = ("accuracy", "centered", "chance", "char_5gram", "word_overlap", "items", "truncated", "cut", "seconds")
 
 
-def beaten(task: dict) -> list[str]:
-    """The bars that an accuracy is above by more than chance would explain: 1.96 standard errors."""
-    error = 1.96 * math.sqrt(task["accuracy"] * (1 - task["accuracy"]) / task["items"])
-    return [name for key, name in BARS.items() if task.get(key) is not None and task["accuracy"] - error > task[key]]
+def find_exceeded_baselines(task: dict) -> list[str]:
+    """The baselines that an accuracy exceeds by more than 1.96 standard errors."""
+    lower = task["accuracy"] - 1.96 * math.sqrt(task["accuracy"] * (1 - task["accuracy"]) / task["items"])
+    return [name for key, name in BASELINES.items() if task.get(key) is not None and lower > task[key]]
 
 
 def report(result: dict) -> None:
     """Print the results on the terminal."""
-    print(f"\n{result['model_tag']} step {result['step']} on {_name(result['data_fingerprint'] or {})}")
+    print(f"\n{result['model_tag']} step {result['step']} on {describe_data(result['data_fingerprint'] or {})}")
     if read := result.get("data_settings"):
         print(f"read with {', '.join(f'{name}={value!r}' for name, value in read.items())}")
     if bpb := result.get("bpb"):
@@ -55,7 +53,7 @@ def report(result: dict) -> None:
         if part in result and result[part]["tasks"]:
             report_suite(title, result[part])
     for sample in result.get("samples", ()):
-        title = f"continuing {sample['prompt']!r}" if sample["prompt"] else "from nothing"
+        title = f"continuing {sample['prompt']!r}" if sample["prompt"] else "unconditional"
         print(printable(f"\n--- {title}:\n{sample['text']}"))
 
 
@@ -66,25 +64,28 @@ def report_audio(audio: dict) -> None:
     rate = audio["bits_per_second"] / audio["nats"]
     rows = [[k, f"{v:.4f}", f"{v / math.log(2):.4f}", f"{v * rate:.0f}"] for k, v in nats.items()]
     show(f"sound: {audio['clips']:,} clips, {audio['codes']:,} codes", ["", "nats", "bits a code", "bits/s"], rows)
-    print("shuffled captions less model: what is taken from the caption")
+    print("shuffled captions minus model: what the model takes from the caption")
 
 
 def report_suite(title: str, suite: dict) -> None:
-    """The table of a suite, at most 80 columns wide; a star marks the bars that a task is above."""
-    bars = {key: name for key, name in BARS.items() if any(key in task for task in suite["tasks"].values())}
+    """The table of a suite, at most 80 columns wide; a star marks the baselines that a task exceeds."""
+    baselines = {key: name for key, name in BASELINES.items() if any(key in task for task in suite["tasks"].values())}
     rows = []
     for label, task in suite["tasks"].items():
-        won = beaten(task)
-        cells = [f"{task[key]:.3f}{'*' if name in won else ' '}" if key in task else "" for key, name in bars.items()]
+        exceeded = find_exceeded_baselines(task)
+        cells = [
+            f"{task[key]:.3f}{'*' if name in exceeded else ' '}" if key in task else ""
+            for key, name in baselines.items()
+        ]
         accuracy, centered = f"{task['accuracy']:.3f}", f"{task['centered']:.3f}"
         rows.append([label, accuracy, centered, *cells, str(task["items"]), f"{task['seconds']:.1f}"])
     score = "" if suite["score"] is None else f"{suite['score']:.4f}"
-    rows.append(["mean", "", score, *[""] * (len(bars) + 2)])
-    show(title, ["task", "accur.", "centered", *(f"{name} " for name in bars.values()), "items", "sec."], rows)
-    print("* beaten by more than 1.96 standard errors")
+    rows.append(["mean", "", score, *[""] * (len(baselines) + 2)])
+    show(title, ["task", "accur.", "centered", *(f"{name} " for name in baselines.values()), "items", "sec."], rows)
+    print("* exceeded by more than 1.96 standard errors")
     shortened = [f"{label} {t['truncated']} ({t['cut']})" for label, t in suite["tasks"].items() if t["truncated"]]
     if shortened:
-        print(f"items that lost their left end (and part of the scored text: wrong): {', '.join(shortened)}")
+        print(f"items truncated on the left (of which into the scored text: wrong): {', '.join(shortened)}")
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,7 @@ from nanochat.data.packing import Rows
 from nanochat.data.token_store import TokenStore
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.engine import generate
-from nanochat.evaluation.bpb import bits_per_byte, never, packed_losses
+from nanochat.evaluation.bpb import bits_per_byte, packed_losses
 from nanochat.evaluation.core import evaluate_core
 from nanochat.evaluation.core_bundle import find_bundle, load_bundle
 from nanochat.evaluation.offline import build_tasks, evaluate_offline, kept_tasks
@@ -22,54 +22,55 @@ SAMPLE_TOKENS = 64
 
 
 def settings_of(metadata: dict) -> Settings:
-    """The settings of the training; names that this version does not know and absent ones mean the default."""
+    """The settings of the training; unknown names are ignored, absent ones take their default."""
     saved = metadata.get("settings")
     if not isinstance(saved, dict):
-        logger.info(f"the checkpoint does not say its settings: assuming the defaults, data={Settings().data}")
+        logger.info(f"the checkpoint holds no settings: assuming the defaults, data={Settings().data}")
         saved = {}
     return Settings(**{name: checked(name, value) for name, value in saved.items() if name in FIELDS})
 
 
 def warn_of_other_data(dataset: Dataset, trained: dict | None) -> None:
-    """Say so when the documents are not those of the training: bits per byte do not compare then."""
+    """Warn when the documents are not those of the training: bits per byte are not comparable then."""
     now = dataset.fingerprint
     if not trained:
-        logger.info("the checkpoint has no data fingerprint: whether this is the data it was trained on is unknown")
+        logger.info("the checkpoint has no data fingerprint: its training data is unknown and may differ from this")
     elif trained.get("sha256") != now["sha256"]:
         logger.warning(
-            f"trained on {_name(trained)}, evaluated on {_name(now)}: the numbers do not compare, "
+            f"trained on {describe_data(trained)}, evaluated on {describe_data(now)}: the numbers are not comparable, "
             "and documents held out here may have been trained on"
         )
 
 
-def _name(fingerprint: dict) -> str:
-    facts = [str(fingerprint.get(key)) for key in ("source", "version")]
-    return f"{' '.join(facts)} ({str(fingerprint.get('sha256'))[:8]})"
+def describe_data(fingerprint: dict) -> str:
+    """'source version (hash)' of a data fingerprint."""
+    parts = [str(fingerprint.get(key)) for key in ("source", "version")]
+    return f"{' '.join(parts)} ({str(fingerprint.get('sha256'))[:8]})"
 
 
 def evaluate_bpb(
     model, tokenizer: Tokenizer, dataset: Dataset, settings: Settings, rows: int, compute: Compute
 ) -> dict:
-    """Bits per byte of the whole val split, and of the start of train: eval_tokens of it, or as many as val has."""
+    """Bits per byte of the complete val split, and of the first eval_tokens of train, by default as many as val has."""
     ranks = dict(rank=compute.rank, world_size=compute.world_size)
     result = {}
     limit = settings.eval_tokens
     seq_len = model.config.sequence_len
     for split in ("val", "train"):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         store = TokenStore(dataset, tokenizer, split, vocabulary=model.vocabulary)
         if dataset.codec is None:
             stream = store.stream(None if split == "val" else limit + 1)
             limit = limit or len(stream)
             found = bits_per_byte(model, stream, tokenizer.token_bytes, rows=rows, seq_len=seq_len, **ranks)
         else:
-            most = None if split == "val" else limit
-            packed = Rows(store, seq_len, max_tokens=most)
+            max_tokens = None if split == "val" else limit
+            packed = Rows(store, seq_len, max_tokens=max_tokens)
             limit = limit or len(packed) * seq_len
-            found = packed_losses(model, packed, tokenizer.token_bytes, rows=rows, max_tokens=most, **ranks)
+            found = packed_losses(model, packed, tokenizer.token_bytes, rows=rows, max_tokens=max_tokens, **ranks)
         store.close()
         result |= {split: found["bpb"], f"{split}_bytes": found["bytes"], f"{split}_tokens": found["tokens"]}
-        result[f"{split}_seconds"] = time.perf_counter() - begun
+        result[f"{split}_seconds"] = time.perf_counter() - started
         if "losses" in found:
             result[f"{split}_losses"] = found["losses"]
     if result["val_bytes"] != dataset.text_bytes("val"):
@@ -78,7 +79,7 @@ def evaluate_bpb(
 
 
 def check_suite(compute: Compute) -> None:
-    """Before a training that will score CORE: UserError for a bundle that is damaged, on every rank."""
+    """Called before a training that will score CORE: a corrupt bundle is a UserError on every rank."""
 
     def check() -> None:
         if (bundle := find_bundle(download=False)) is not None:
@@ -95,13 +96,13 @@ def evaluate_suite(
     *,
     rank: int = 0,
     world_size: int = 1,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """{"core": score} where the CORE bundle lies in the base folder, else {"offline": score}; {} without any task.
 
-    For use during training: nothing is downloaded, the cheap baselines are left out, and OFFLINE's items are made once,
-    by rank 0. All ranks call it together.
-    stop: asked before every forward; when it says yes on any rank, CutShort is raised on all.
+    For use during training: nothing is downloaded, no cheap baselines, and rank 0 makes OFFLINE's items once. All ranks
+    call it together.
+    stop: called before every forward; if it returns True on any rank, all ranks raise EvaluationInterrupted.
     """
     options = dict(max_per_task=max_per_task, rank=rank, world_size=world_size, stop=stop)
     bundle = from_rank0(lambda: find_bundle(download=False), rank, world_size, model.device)
@@ -113,7 +114,7 @@ def evaluate_suite(
 
 
 def draw_samples(model, tokenizer: Tokenizer, dataset: Dataset, seed: int) -> list[dict]:
-    """Continuations of the first lines of four held-out documents, then two texts from nothing (after BOS)."""
+    """Continuations of the first lines of four held-out documents, then two unconditional samples (after BOS)."""
     count = dataset.num_documents("val")
     prompts = []
     for _, text in dataset.documents_at("val", {count * n // 4 for n in range(4)}):

@@ -18,7 +18,7 @@ from nanochat.training.grad_accumulation import suggest_batch_size_on_oom
 from nanochat.training.guard import StepGuard
 from nanochat.training.rank_agreement import agree_before_first_step, weights_checksum
 from nanochat.training.resume import evaluated_after_save, progress_of, record_evaluated
-from nanochat.training.stop_signals import CutShort
+from nanochat.training.stop_signals import EvaluationInterrupted
 from nanochat.training.tracker import MetricsLog, last_event
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class DueWork:
             run.evaluated = run.step
             if self.compute.rank == 0:
                 record_evaluated(tag_dir(self.settings), run)
-        except CutShort:
+        except EvaluationInterrupted:
             return False
         except Exception as error:
             told = self._rescue()

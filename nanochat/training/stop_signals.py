@@ -62,5 +62,5 @@ class StopSignals:
                     os._exit(128 + number[0])  # what is half-written is under a temporary name
 
 
-class CutShort(Exception):
+class EvaluationInterrupted(Exception):
     """An evaluation was asked to stop before its end, on any rank; raised on all, after the same collectives."""

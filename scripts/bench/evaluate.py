@@ -14,7 +14,7 @@ import statistics
 import torch
 import torch.nn.functional as F
 
-from nanochat.evaluation.core import Row, all_rows, score_rows
+from nanochat.evaluation.core import Row, make_task_rows, score_rows
 from nanochat.evaluation.core_bundle import Task
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.system.environment import UserError
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict:
     model, rng = random_model(args.seed, args.compute.device), random.Random(args.seed)
     tasks = [random_task(rng, size, args.shots) for _ in range(args.rounds)]
     losses: dict[str, list[list[float]]] = {PLAIN: [], SHARED: []}
-    rows = [all_rows(Numbers(), task, task.items, range(size), SHAPE["sequence_len"]) for task in tasks]
+    rows = [make_task_rows(Numbers(), task, task.items, range(size), SHAPE["sequence_len"]) for task in tasks]
     for warm in (one_by_one, shared_prefixes):
         warm(model, Task("warm", "multiple_choice", tasks[0].items[: args.shots + 1], args.shots))
     peaks: list[float] = []
@@ -109,7 +109,7 @@ def random_task(rng: random.Random, count: int, shots: int) -> Task:
 
 def shared_prefixes(model: GPT, task: Task) -> list[float]:
     """The mean loss over the span of each row in nats, as evaluate_task comes by it."""
-    rows = all_rows(Numbers(), task, task.items, range(len(task.items)), SHAPE["sequence_len"])
+    rows = make_task_rows(Numbers(), task, task.items, range(len(task.items)), SHAPE["sequence_len"])
     return score_rows(model, rows, Numbers.bos_id, BATCH_TOKENS)[0]
 
 
@@ -118,7 +118,7 @@ def one_by_one(model: GPT, task: Task) -> list[float]:
     """The same without any of it: an item is a forward, its options padded to one length, and all logits are made."""
     losses = []
     for index in range(len(task.items)):
-        rows = all_rows(Numbers(), task, task.items, [index], SHAPE["sequence_len"])
+        rows = make_task_rows(Numbers(), task, task.items, [index], SHAPE["sequence_len"])
         width = max(len(row.tokens) for row in rows)
         ids = torch.tensor([row.tokens + [0] * (width - len(row.tokens)) for row in rows], device=model.device)
         for row, line, logits in zip(rows, ids, model(ids), strict=True):

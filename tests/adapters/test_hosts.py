@@ -77,7 +77,8 @@ def test_features_and_logits_are_those_of_the_model(pair):
         assert torch.equal(host.logits(ids), wanted.logits)
         assert torch.equal(host.text_logits(host.features(ids)), wanted.logits)
         assert torch.equal(host.features(ids) @ host.output_weight.T, wanted.logits)
-    assert wanted.logits.std() > 0.3 and host.softcap is None
+    assert wanted.logits.std() > 0.3
+    assert host.softcap is None
 
 
 def test_attributes_tell_the_shape(pair):
@@ -85,8 +86,10 @@ def test_attributes_tell_the_shape(pair):
     host, model = pair
     config = model.config
     assert (host.width, host.n_layer, host.vocab_size, host.context) == (32, 3, 272, 512)
-    assert host.tied == config.tie_word_embeddings and host.tied == (host.output_weight is host.embeddings[0].weight)
-    assert host.output_weight.shape == (272, 32) and len(host.embeddings) == 1
+    assert host.tied == config.tie_word_embeddings
+    assert host.tied == (host.output_weight is host.embeddings[0].weight)
+    assert host.output_weight.shape == (272, 32)
+    assert len(host.embeddings) == 1
     assert [type(mlp).__name__ for mlp in host.mlps] == [type(model.model.layers[0].mlp).__name__] * 3
 
 
@@ -159,7 +162,8 @@ def test_nothing_is_trainable_and_gradients_pass_through(pair):
     """A part put in front of an MLP learns. Red when a parameter keeps requires_grad, the model is left in train mode,
     or features() are computed without gradients."""
     host, _ = pair
-    assert not any(p.requires_grad for p in host.model.parameters()) and not host.model.training
+    assert not any(p.requires_grad for p in host.model.parameters())
+    assert not host.model.training
     scale, forward = torch.ones(1, requires_grad=True), host.mlps[0].forward
     before = state_hash(host)
     host.mlps[0].forward = lambda x: forward(x * scale)
@@ -167,7 +171,8 @@ def test_nothing_is_trainable_and_gradients_pass_through(pair):
         host.features(ids_of(1, 5)).sum().backward()
     finally:
         del host.mlps[0].forward
-    assert scale.grad.abs() > 0 and all(p.grad is None for p in host.model.parameters())
+    assert scale.grad.abs() > 0
+    assert all(p.grad is None for p in host.model.parameters())
     assert state_hash(host) == before
 
 
@@ -244,10 +249,13 @@ def test_a_checkpoint_of_ours_is_a_host(base, variant):
     said = []
     with record_messages(said):
         host, ids = load("nanochat:small"), ids_of(2, 11, below=290)
-    assert "GPT" in said[0] and host.hash[:8] in said[0] and len(said) == 1
+    assert "GPT" in said[0]
+    assert host.hash[:8] in said[0]
+    assert len(said) == 1
     with torch.no_grad():
         wanted = model(ids)
-        assert torch.equal(host.logits(ids), wanted) and torch.equal(host.text_logits(host.features(ids)), wanted)
+        assert torch.equal(host.logits(ids), wanted)
+        assert torch.equal(host.text_logits(host.features(ids)), wanted)
         plain = host.features(ids) @ host.output_weight.T
         torch.testing.assert_close(host.softcap * torch.tanh(plain / host.softcap), wanted, rtol=1e-5, atol=1e-5)
         cache = host.new_cache(2, 11)
@@ -255,8 +263,10 @@ def test_a_checkpoint_of_ours_is_a_host(base, variant):
         torch.testing.assert_close(torch.cat(pieces, dim=1), host.features(ids), rtol=1e-5, atol=1e-5)
     config = model.config
     assert (host.width, host.n_layer, host.vocab_size) == (config.n_embd, config.n_layer, 290)
-    assert host.context == config.sequence_len and host.tied == config.tie_weights
-    assert len(host.mlps) == config.n_layer and not any(p.requires_grad for p in host.model.parameters())
+    assert host.context == config.sequence_len
+    assert host.tied == config.tie_weights
+    assert len(host.mlps) == config.n_layer
+    assert not any(p.requires_grad for p in host.model.parameters())
     called = []
     for table in host.embeddings:
         table.register_forward_hook(lambda module, *_: called.append(module))
@@ -264,8 +274,10 @@ def test_a_checkpoint_of_ours_is_a_host(base, variant):
     tables = {id(module) for module in host.model.modules() if isinstance(module, torch.nn.Embedding)}
     if variant != "untied":  # that of bigrams is not called with ids
         tables -= {id(host.model.bigram_embed)}
-    assert {id(module) for module in called} == tables and len(tables) == (1 if variant == "untied" else 2)
-    assert host.hash == by_hand(model.state_dict()) and host.tokenizer.hash == TOKENIZER.hash
+    assert {id(module) for module in called} == tables
+    assert len(tables) == (1 if variant == "untied" else 2)
+    assert host.hash == by_hand(model.state_dict())
+    assert host.tokenizer.hash == TOKENIZER.hash
 
 
 def test_a_checkpoint_of_ours_computes_in_the_dtype_asked_for(base):
@@ -282,7 +294,9 @@ def test_nanochats_own_files_are_a_host(base):
     host, ids = load("nanochat:theirs"), ids_of(1, 9, below=265)
     expected = upstream_fixtures.reference_logits("2026-03-14", sizes, state, ids[0])
     torch.testing.assert_close(host.logits(ids)[0], expected.float(), rtol=1e-4, atol=1e-4)
-    assert host.vocab_size == 265 and host.output_weight.shape == (265, 64) and host.hash == by_hand(state)
+    assert host.vocab_size == 265
+    assert host.output_weight.shape == (265, 64)
+    assert host.hash == by_hand(state)
 
 
 def test_checkpoints_that_are_no_text_hosts(base):
@@ -365,7 +379,9 @@ def test_a_host_that_was_saved_wrapped(prefix, llama, tmp_path):
         host, ids = load(tmp_path / "host"), ids_of(2, 11)
     with torch.no_grad():
         assert torch.equal(host.logits(ids), model(ids).logits)
-    assert host.hash == load(folder).hash and host.tied and host.stop == (5, 6)
+    assert host.hash == load(folder).hash
+    assert host.tied
+    assert host.stop == (5, 6)
     count = len(state)
     assert all(
         f"{count} of {count} tensors are named with `{part}.`" in "".join(said) for part in prefix[:-1].split(".")
@@ -425,7 +441,8 @@ def test_tensors_that_do_not_fit_the_configuration(tmp_path):
         write(**changes)
         with pytest.raises(UserError, match=told) as caught:
             load(tmp_path)
-        assert "fetch" in str(caught.value) and "\n" not in str(caught.value)
+        assert "fetch" in str(caught.value)
+        assert "\n" not in str(caught.value)
     write(novelty=torch.ones(2))
     with record_messages(said):
         load(tmp_path)
@@ -439,7 +456,8 @@ def test_a_tied_configuration_with_an_output_of_its_own_is_untied(tmp_path):
     state["lm_head.weight"] = state["model.embed_tokens.weight"] * 2
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     host = load(tmp_path)
-    assert not host.tied and torch.equal(host.output_weight, state["lm_head.weight"])
+    assert not host.tied
+    assert torch.equal(host.output_weight, state["lm_head.weight"])
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):

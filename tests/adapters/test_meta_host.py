@@ -95,8 +95,10 @@ def test_logits_are_those_of_the_same_model_in_transformers(tmp_path, tied, outp
     write_meta(tmp_path / "meta", model, output)
     host = load(tmp_path / "meta")
     check_logits(host, model)
-    assert host.tied == tied and (host.width, host.n_layer, host.vocab_size) == (WIDTH, 2, len(RANKS) + 256)
-    assert host.context == 4096 and host.model.config.intermediate_size == 128
+    assert host.tied == tied
+    assert (host.width, host.n_layer, host.vocab_size) == (WIDTH, 2, len(RANKS) + 256)
+    assert host.context == 4096
+    assert host.model.config.intermediate_size == 128
     without, shape, layers = host_on_meta(f"meta:{tmp_path / 'meta'}")  # for the wizard's counts
     assert (tuple(shape), layers) == ((host.vocab_size, WIDTH), 2)
     assert sum(p.numel() for p in without.parameters()) == sum(p.numel() for p in host.model.parameters())
@@ -134,7 +136,8 @@ def test_scaled_rotary_positions(tmp_path):
     host = load(tmp_path / "meta")
     check_logits(host, model)
     frequencies = [m.model.rotary_emb.inv_freq for m in (host.model, model)]
-    assert torch.equal(*frequencies) and host.context == 131072
+    assert torch.equal(*frequencies)
+    assert host.context == 131072
     plain = 500000.0 ** -(torch.arange(0, HEAD, 2) / HEAD)
     torch.testing.assert_close(frequencies[0][-1], plain[-1] / 32)
     torch.testing.assert_close(frequencies[0][0], plain[0])
@@ -236,7 +239,8 @@ def test_shapes_of_the_published_models(tmp_path, params, hidden, factor, contex
     """Red when the width is not rounded up, ffn_dim_multiplier comes before the 2/3, or 3.2's factor serves 3.1."""
     (tmp_path / "params.json").write_text(json.dumps(params))
     config = _config(tmp_path / "params.json")
-    assert config["intermediate_size"] == hidden and config["rope_parameters"].get("factor") == factor
+    assert config["intermediate_size"] == hidden
+    assert config["rope_parameters"].get("factor") == factor
     assert config["max_position_embeddings"] == context
     assert config["num_key_value_heads"] == params.get("n_kv_heads", params["n_heads"])
     if (params["dim"], factor) == (2048, 32.0):
@@ -252,7 +256,8 @@ def test_the_hash_is_of_the_tensors_as_the_file_has_them(tmp_path):
     state = write_meta(tmp_path / "meta", llama(tmp_path), True)
     host = load_host(f"meta:{tmp_path / 'meta'}", "cpu", torch.bfloat16)
     assert host.hash == weights_hash(state) == read_weights(tmp_path / "meta")[2]
-    assert {p.dtype for p in host.model.parameters()} == {torch.bfloat16} and not host.model.training
+    assert {p.dtype for p in host.model.parameters()} == {torch.bfloat16}
+    assert not host.model.training
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,8 +270,11 @@ def test_ids_are_the_longest_ranks_and_specials_never_come_from_text(tmp_path):
     ours = MetaTokenizer(tmp_path)
     text = "the king\n\n 1234 <|begin_of_text|> être 東"
     ids = ours.encode(text)
-    assert max(ids) < len(RANKS) and ours.decode(ids) == text and ids[:2] == [257, 261]
-    assert ours.encode(text, bos=True)[0] == ours.bos_id == len(RANKS) and ours.vocab_size == len(RANKS) + 256
+    assert max(ids) < len(RANKS)
+    assert ours.decode(ids) == text
+    assert ids[:2] == [257, 261]
+    assert ours.encode(text, bos=True)[0] == ours.bos_id == len(RANKS)
+    assert ours.vocab_size == len(RANKS) + 256
     assert ours.encode_batch([text, "", "x" * 30_000], 2) == [ids, [], ours.encode("x" * 30_000)]
     assert ours.decode([ours.bos_id, *ids[:1], ours.bos_id + 1]) == "<|begin_of_text|>the<|end_of_text|>"
     assert [ours.decode([ours.bos_id + i]) for i in (6, 9, 10, 255)] == [
@@ -287,7 +295,8 @@ def test_texts_that_tiktoken_cannot_take_whole(tmp_path):
     ours = MetaTokenizer(tmp_path)
     for text in (" " * 1_000_000, "the" * 300_000, "\n" * 25_001 + "a" * 25_000 + " a"):
         ids = ours.encode(text)
-        assert ours.decode(ids) == text and ours.encode_batch([text]) == [ids]
+        assert ours.decode(ids) == text
+        assert ours.encode_batch([text]) == [ids]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +306,8 @@ def test_texts_that_tiktoken_cannot_take_whole(tmp_path):
 def refusal(name) -> str:
     with pytest.raises(UserError) as caught:
         load_host(str(name), "cpu", torch.float32)
-    assert "\n" not in str(caught.value) and str(caught.value).startswith("host='meta:")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("host='meta:")
     return str(caught.value)
 
 
@@ -305,7 +315,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     """Red when a part of a model, a damaged file or a Llama 2 tokenizer ends in another error than the user's."""
     folder = tmp_path / "meta"
     name = f"meta:{folder}"
-    assert "there is no folder" in refusal(name) and "there is no folder" in refusal("meta:")
+    assert "there is no folder" in refusal(name)
+    assert "there is no folder" in refusal("meta:")
     state = write_meta(folder, llama(tmp_path), False)
     weights, params, ranks = (folder / file for file in ("consolidated.00.pth", "params.json", "tokenizer.model"))
 
@@ -328,7 +339,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
     params.write_text(json.dumps(PARAMS))
 
     ranks.write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00")
-    assert "is not Llama 3's" in refusal(name) and "Llama 2's is not read" in refusal(name)
+    assert "is not Llama 3's" in refusal(name)
+    assert "Llama 2's is not read" in refusal(name)
     ranks.write_bytes(b"YQ== 0\n")
     assert "255 of the 256 single bytes are missing" in refusal(name)
     ranks.unlink()
@@ -348,4 +360,5 @@ def test_what_cannot_be_read_is_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1000])
     assert "is refused: it is damaged" in refusal(name)
     weights.unlink()
-    assert "holds no consolidated.00.pth" in refusal(name) and "transformers' format" in refusal(name)
+    assert "holds no consolidated.00.pth" in refusal(name)
+    assert "transformers' format" in refusal(name)

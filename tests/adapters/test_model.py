@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from nanochat.adapters.counts import parameter_counts
 from nanochat.adapters.hosts import load_host, state_hash
-from nanochat.adapters.model import AdapterConfig, AdapterModel, Expert, HostAlone
+from nanochat.adapters.model import AdapterConfig, AdapterModel, Expert, FrozenHostBaseline
 from nanochat.adapters.musicgen import Shape, random_experts, read_experts
 from nanochat.config.adapter_settings import AdapterSettings
 from nanochat.engine import decode, generate
@@ -98,7 +98,7 @@ def test_text_loss_is_the_hosts_to_the_last_bit(folders):
     text = torch.randint(0, 200, (2, 12))
     targets = text.roll(-1, 1).masked_fill(torch.arange(12) == 11, -100)
     with torch.no_grad():
-        before = HostAlone(model)(text, targets, "none")
+        before = FrozenHostBaseline(model)(text, targets, "none")
         with torch.enable_grad():
             fit(model)
         after = model(text, targets, loss_reduction="none")
@@ -203,7 +203,7 @@ def test_training_the_whole_output_on_sounds_alone_costs_the_text(tmp_path):
     model = adapters(tmp_path, train_output="whole", output_layers="shared")
     hashed = state_hash(model.host)
     with torch.no_grad():
-        alone = HostAlone(model)(text, targets, "none").mean()
+        alone = FrozenHostBaseline(model)(text, targets, "none").mean()
         before = model(text, targets, loss_reduction="none").mean()
     fit(model, 60)
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_one_softmax_leaks_and_two_do_not(folders):
     with torch.no_grad():
         assert torch.equal(model(text)[..., : model.config.vocab_size], wanted)
         leaking = model(text, text.roll(-1, 1), loss_reduction="none").mean()
-        assert leaking > HostAlone(model)(text, text.roll(-1, 1), "none").mean()
+        assert leaking > FrozenHostBaseline(model)(text, text.roll(-1, 1), "none").mean()
 
 
 @pytest.mark.parametrize("output_layers", ["separate", "shared"])
@@ -247,7 +247,8 @@ def test_losses_by_hand(folders, output_layers):
         assert found.tolist() == pytest.approx(sums, rel=1e-5)
         assert model(inputs, targets).item() == pytest.approx(sum(sums) / counts.sum().item(), rel=1e-5)
         none = model(inputs, targets, loss_reduction="none")
-        assert none.sum().item() == pytest.approx(sum(sums), rel=1e-5) and (none[targets == -100] == 0).all()
+        assert none.sum().item() == pytest.approx(sum(sums), rel=1e-5)
+        assert (none[targets == -100] == 0).all()
     told = model.loss_by_modality(found / counts.sum(), counts)
     assert told == pytest.approx({"loss/text": sums[0] / 2, "loss/audio": sums[1] / counts[1].item()}, rel=1e-5)
 
@@ -270,7 +271,8 @@ def test_a_batch_without_sounds_trains_nothing_and_does_not_fail(folders):
     text = torch.randint(0, 200, (2, 8))
     loss = model(text, torch.full_like(text, -100))
     loss.backward()
-    assert loss.item() == 0 and all((p.grad == 0).all() for _, p in model.trained())
+    assert loss.item() == 0
+    assert all((p.grad == 0).all() for _, p in model.trained())
 
 
 def test_audio_goes_through_the_expert_and_text_does_not(folders):
@@ -314,7 +316,8 @@ def test_generation_is_legal_and_learnt(folders):
     drawn = [int(t) for t in decode(wild, torch.tensor([[1, start]]), 13, temperature=5.0, frames=6)]
     V, end = wild.config.vocab_size, wild.vocabulary.end("audio")
     books = [(t - V) // K for t in drawn[: drawn.index(end)] if t != end]
-    assert books == [i % Q for i in range(len(books))] and len(books) % Q == 0
+    assert books == [i % Q for i in range(len(books))]
+    assert len(books) % Q == 0
 
 
 def test_guidance_is_its_formula(folders):
@@ -360,7 +363,8 @@ def test_what_starts_where(folders):
     model, again = adapters(folders / "tied"), adapters(folders / "tied")
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    assert (model.audio_output.weight == 0).all() and all((e.up_proj.weight == 0).all() for e in model.experts)
+    assert (model.audio_output.weight == 0).all()
+    assert all((e.up_proj.weight == 0).all() for e in model.experts)
     host = model.host.model.get_input_embeddings().weight.std().item()
     assert model.audio_embedding.weight.std().item() == pytest.approx(host, rel=0.1)
     assert model.experts[0].down_proj.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
@@ -385,7 +389,8 @@ def test_the_host_never_drops_out(folders):
     """Red when train() reaches a host that is trained."""
     model = adapters(folders / "tied", finetune_host=True)
     model.eval().train()
-    assert model.training and not any(module.training for module in model.host.model.modules())
+    assert model.training
+    assert not any(module.training for module in model.host.model.modules())
 
 
 def test_counts_at_real_size():
@@ -393,7 +398,8 @@ def test_counts_at_real_size():
     rows = parameter_counts(AdapterSettings(codebooks=4))
     assert rows["adapters"] == 16 * 2 * 2048 * 1024 == 67_108_864
     assert rows["experts"] == 16 * (2 * 1024 * 4096 + 2 * 1024)
-    assert rows["audio embedding"] == (4 * 2048 + 2) * 2048 and rows["audio output"] == (4 * 2048 + 1) * 2048
+    assert rows["audio embedding"] == (4 * 2048 + 2) * 2048
+    assert rows["audio output"] == (4 * 2048 + 1) * 2048
     recipe = dict(vocabulary="expanded", train_output="whole", output_layers="shared")
     whole = parameter_counts(AdapterSettings(**recipe))
     assert whole["whole output"] == 130304 * 2048 == 266_862_592

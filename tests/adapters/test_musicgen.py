@@ -151,10 +151,12 @@ def test_random_experts_are_drawn_as_an_untrained_musicgen_is(models):
     shape = Shape(96, 24, 384)
     experts = random_experts(shape, 3, seed=7)
     for expert in experts:
-        assert torch.equal(expert["norm.weight"], torch.ones(96)) and torch.equal(expert["norm.bias"], torch.zeros(96))
+        assert torch.equal(expert["norm.weight"], torch.ones(96))
+        assert torch.equal(expert["norm.bias"], torch.zeros(96))
         assert {name: tuple(tensor.shape) for name, tensor in expert.items()} == musicgen._sizes(shape)
         for name in ("fc1.weight", "fc2.weight"):
-            assert expert[name].std().item() == pytest.approx(0.02, rel=0.02) and expert[name].mean().abs() < 5e-4
+            assert expert[name].std().item() == pytest.approx(0.02, rel=0.02)
+            assert expert[name].mean().abs() < 5e-4
     linears = [tensor.flatten() for expert in experts for name, tensor in expert.items() if name.startswith("fc")]
     assert torch.stack(linears).corrcoef().fill_diagonal_(0).abs().max() < 0.03
     hashes = [experts_hash(e) for e in (experts, random_experts(shape, 3, seed=7), random_experts(shape, 3, seed=8))]
@@ -175,9 +177,13 @@ def test_layer_maps():
     spread = (0, 2, 3, 5, 6, 8, 9, 11, 12, 14, 15, 17, 18, 20, 21, 23)
     assert layer_map("even", 24, 16) == spread
     assert layer_map("even", 24, 24) == layer_map("first", 24, 24) == layer_map("last", 24, 24) == tuple(range(24))
-    assert layer_map("even", 2, 4) == (0, 0, 1, 1) and layer_map("even", 1, 3) == (0, 0, 0)
-    assert layer_map("even", 24, 1) == (12,) and layer_map("even", 1, 1) == (0,) and layer_map("even", 24, 2) == (0, 23)
-    assert layer_map("first", 24, 3) == (0, 1, 2) and layer_map("last", 24, 3) == (21, 22, 23)
+    assert layer_map("even", 2, 4) == (0, 0, 1, 1)
+    assert layer_map("even", 1, 3) == (0, 0, 0)
+    assert layer_map("even", 24, 1) == (12,)
+    assert layer_map("even", 1, 1) == (0,)
+    assert layer_map("even", 24, 2) == (0, 23)
+    assert layer_map("first", 24, 3) == (0, 1, 2)
+    assert layer_map("last", 24, 3) == (21, 22, 23)
     assert layer_map("5, 0,5", 6, 3) == (5, 0, 5)
 
 
@@ -238,7 +244,9 @@ def test_the_licence_is_told_once_and_only_when_weights_are_read(models, monkeyp
         read_experts(models["decoder"][0], (0,))
     with record_messages(lines):
         say_licence()
-    assert len(lines) == 1 and "CC-BY-NC 4.0" in lines[0] and lines[0].count("\n") <= 1
+    assert len(lines) == 1
+    assert "CC-BY-NC 4.0" in lines[0]
+    assert lines[0].count("\n") <= 1
 
 
 def refused(folder, message, layers=(2,)):

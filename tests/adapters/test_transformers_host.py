@@ -36,7 +36,8 @@ def folder(made, tmp_path):
 def refusal(name) -> str:
     with pytest.raises(UserError) as caught:
         load_host(str(name), "cpu", torch.float32)
-    assert "\n" not in str(caught.value) and str(caught.value).startswith("host=")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("host=")
     return str(caught.value)
 
 
@@ -51,7 +52,8 @@ def test_damaged_weights_are_named(folder):
     index = folder / "model.safetensors.index.json"
     whole, known = first.read_bytes(), json.loads(index.read_text())["weight_map"]
     first.write_bytes(whole[:-100])
-    assert f"{first.name} cannot be read" in refusal(folder) and "fetch it again" in refusal(folder)
+    assert f"{first.name} cannot be read" in refusal(folder)
+    assert "fetch it again" in refusal(folder)
     first.write_bytes(b"")
     assert f"{first.name} cannot be read" in refusal(folder)
     first.unlink()
@@ -72,7 +74,8 @@ def test_pickles_are_not_read(folder):
     for path in folder.glob("model*"):
         path.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    assert "too old" in refusal(folder) and "save_pretrained(NEW_FOLDER)" in refusal(folder)
+    assert "too old" in refusal(folder)
+    assert "save_pretrained(NEW_FOLDER)" in refusal(folder)
     (folder / "pytorch_model.bin").rename(folder / "consolidated.00.pth")
     assert f"--host=meta:{folder}" in refusal(folder)
 
@@ -113,7 +116,9 @@ def test_absent_or_damaged_tokenizers(folder):
 def test_a_hub_name_that_is_not_here(monkeypatch):
     """Red when the network is tried although it is forbidden, or the way out is not told."""
     told = refusal("some/model")
-    assert "HF_HUB_OFFLINE forbids the network" in told and "hf auth login" in told and "tokenizer.json" in told
+    assert "HF_HUB_OFFLINE forbids the network" in told
+    assert "hf auth login" in told
+    assert "tokenizer.json" in told
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert "http://127.0.0.1:9 cannot be reached" in refusal("some/model")
@@ -129,7 +134,8 @@ def test_a_hub_name_in_the_local_cache_needs_no_network(made, tmp_path, monkeypa
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     host = load_host("some/model", "cpu", torch.float32)
-    assert host.name == "some/model" and host.hash == load_host(str(made), "cpu", torch.float32).hash
+    assert host.name == "some/model"
+    assert host.hash == load_host(str(made), "cpu", torch.float32).hash
     next((repository / "snapshots" / commit).glob("model-*")).unlink()
     assert "forbids the network" in refusal("some/model")
 
@@ -204,11 +210,13 @@ def test_a_hub_name_is_fetched_once(hub, made, tmp_path):
     assert fetched == {path.name for path in made.iterdir()}
     hub.clear()
     with record_messages(said):
-        assert load_host("some/model", "cpu", torch.float32).hash == wanted and not hub
+        assert load_host("some/model", "cpu", torch.float32).hash == wanted
+        assert not hub
     for pattern in ("model-00002*", "tokenizer.json"):
         next((tmp_path / "cache").glob(f"*/snapshots/*/{pattern}")).unlink()
         with record_messages(said):
-            assert load_host("some/model", "cpu", torch.float32).hash == wanted and hub
+            assert load_host("some/model", "cpu", torch.float32).hash == wanted
+            assert hub
     assert "404" in refusal("some/other")
 
 
@@ -220,8 +228,10 @@ def test_ids_are_those_of_transformers_and_no_text_gives_a_special_one(made):
     """Red when special tokens are looked for in the text, or added around it."""
     ours, theirs = HostTokenizer("host", made), AutoTokenizer.from_pretrained(made, split_special_tokens=True)
     ids = ours.encode(TEXT)
-    assert ids == theirs(TEXT, add_special_tokens=False).input_ids and max(ids) < 262
-    assert ours.encode(TEXT, bos=True) == [262, *ids] and ours.decode([262, *ids, 263]) == BOS + TEXT + EOS
+    assert ids == theirs(TEXT, add_special_tokens=False).input_ids
+    assert max(ids) < 262
+    assert ours.encode(TEXT, bos=True) == [262, *ids]
+    assert ours.decode([262, *ids, 263]) == BOS + TEXT + EOS
     assert ours.encode_batch([TEXT, "", "on"], 2) == [ids, [], ours.encode("on")]
     assert (ours.bos_id, ours.vocab_size, ours.name) == (262, 264, "host")
     assert ours.decode([*ids, 271]) == TEXT  # a padding row of the model's
@@ -262,4 +272,5 @@ def test_long_documents_are_neither_cut_nor_filled(made, tmp_path):
         ),
     )
     ours = HostTokenizer("host", tmp_path)
-    assert len(ours.encode("12345678")) == 8 and ours.encode_batch(["12", "12345678"])[0] == ours.encode("12")
+    assert len(ours.encode("12345678")) == 8
+    assert ours.encode_batch(["12", "12345678"])[0] == ours.encode("12")

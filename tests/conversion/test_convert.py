@@ -39,16 +39,19 @@ def test_untie_and_tie_a_run(train, capsys):
     capsys.readouterr()
     assert convert.main(["--model-tag=words", "--untie"]) == "words-untied"
     told = capsys.readouterr().out
-    assert "held-out tokens of corpus" in told and "(+0.0000)" in told.replace("(-0.0000)", "(+0.0000)")
+    assert "held-out tokens of corpus" in told
+    assert "(+0.0000)" in told.replace("(-0.0000)", "(+0.0000)")
     settings = config_of("words-untied")
-    assert not settings["tie_weights"] and not settings["use_output_projection"]
+    assert not settings["tie_weights"]
+    assert not settings["use_output_projection"]
     assert settings["embedding_lr"] == settings["unembedding_lr"] == 0.03
     base_train.main([str(tag_dir("words-untied") / "config.py"), *flags(dict(model_tag="on", num_iterations=1))])
     assert losses("on")[0] < losses("words")[0] - 0.2  # of the same batch, after six steps
 
     assert convert.main(["--model-tag=words-untied", "--tie", "--output-tag=again"]) == "again"
     told = capsys.readouterr().out
-    assert "tied, keeping projection" in told and told.count(" -> ") == 4
+    assert "tied, keeping projection" in told
+    assert told.count(" -> ") == 4
     models = [cm.build_model(tag_dir(tag), step, "cpu", "eval")[0] for tag, step in (("words", 6), ("again", 0))]
     ids = random_ids(2, 40, vocab=300)
     torch.testing.assert_close(models[1](ids), models[0](ids), rtol=1e-4, atol=1e-4)
@@ -91,7 +94,8 @@ def test_nanochats_own_files_become_ours(base, tmp_path, monkeypatch, capsys):
     assert "with its optimizer state" in capsys.readouterr().out
     step = upstream_fixtures.STEP
     weights, optimizer, metadata = cm.load_checkpoint(tag_dir("d2-converted"), step, load_optimizer=True)
-    assert weights.keys() == state.keys() and all(torch.equal(weights[name], state[name]) for name in state)
+    assert weights.keys() == state.keys()
+    assert all(torch.equal(weights[name], state[name]) for name in state)
     assert torch.equal(optimizer["lm_head.weight.exp_avg"], memory["lm_head.weight"]["exp_avg"])
     assert metadata["converted_from"] == dict(model_tag="d2", step=step, era="2026-03-02")
     config = cm.model_config(metadata)
@@ -100,7 +104,8 @@ def test_nanochats_own_files_become_ours(base, tmp_path, monkeypatch, capsys):
     ids = random_ids(30, vocab=265)
     expected = upstream_fixtures.reference_logits("2026-03-02", sizes, state, ids)
     torch.testing.assert_close(model(ids[None])[0], expected.float(), rtol=1e-4, atol=1e-4)
-    assert tokenizer.vocab_size == 265 and config_of("d2-converted")["init_from"] == "d2-converted"
+    assert tokenizer.vocab_size == 265
+    assert config_of("d2-converted")["init_from"] == "d2-converted"
     with pytest.raises(UserError, match="in our format already"):
         convert.main(["--model-tag=d2-converted"])
 
@@ -111,7 +116,8 @@ def test_a_hugging_face_folder_becomes_ours(base, tmp_path, monkeypatch):
     write_hf(tmp_path / "friend", model.config, model.state_dict())
     tag = convert.main([f"--from-hf={tmp_path / 'friend'}"])
     state = load_file(cm.step_dir(tag_dir(tag), 0) / "model.safetensors")
-    assert tag == "friend-converted" and all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert tag == "friend-converted"
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("wrapped", ["", "_orig_mod.", "module.", "module._orig_mod."])
@@ -142,7 +148,8 @@ def test_a_wrapped_folder_with_nan(wrapped, tmp_path, monkeypatch, capsys):
     write_hf(tmp_path / "sane", sane.config, sane.state_dict())
     convert.main([f"--from-hf={tmp_path / 'sane'}"])
     told = capsys.readouterr().out
-    assert "bit for bit, without" in told and "warning" not in told
+    assert "bit for bit, without" in told
+    assert "warning" not in told
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
@@ -169,7 +176,9 @@ def test_a_disk_that_takes_no_more(code, tmp_path, monkeypatch, capsys):
             capsys.readouterr()
             assert exit_code(lambda main=main, argv=argv: main(argv)) == 2
         said = capsys.readouterr().err
-        assert said.count("\n") == 1 and os.strerror(code) in said and ("elsewhere" in said or "another place" in said)
+        assert said.count("\n") == 1
+        assert os.strerror(code) in said
+        assert "elsewhere" in said or "another place" in said
         assert sorted(parent.rglob("*")) == before
         main(argv)
         assert sorted(parent.rglob("*")) != before
@@ -185,7 +194,8 @@ def test_a_model_keeps_its_codec(tmp_path, monkeypatch):
         "x", 5, model.config, model.state_dict(), None, None, metadata, False, tmp_path / "codec"
     )
     step = conversion.write(source, "y", 0, source.config, source.state, conversion.settings_for(source.config))
-    assert (step / "codec" / "codec.json").is_file() and cm.find_corruption(step) is None
+    assert (step / "codec" / "codec.json").is_file()
+    assert cm.find_corruption(step) is None
     assert metadata.items() <= cm.read_metadata(step).items()
 
 
@@ -200,4 +210,5 @@ def test_settings_describe_the_model(changes, length):
         dataclasses.replace(GPTConfig.from_settings(settings, config.vocab_size, config.document_start), **free)
         == config
     )
-    assert 8192 * 0.6 < settings.total_batch_size <= 8192 and settings.batch_plan()
+    assert 8192 * 0.6 < settings.total_batch_size <= 8192
+    assert settings.batch_plan()

@@ -49,7 +49,8 @@ def test_experts_begin_as_texts_or_anew():
     copied, fresh = grow(text.state_dict(), config), grow(text.state_dict(), config, copy_experts=False)
     of_text = text.state_dict()["transformer.h.1.mlp.c_proj.weight"]
     name = "transformer.h.1.mlp.experts.{}.c_proj.weight"
-    assert torch.equal(copied[name.format("audio")], of_text) and not fresh[name.format("audio")].any()
+    assert torch.equal(copied[name.format("audio")], of_text)
+    assert not fresh[name.format("audio")].any()
     assert copied[name.format("image")].shape == (24, 96)
     assert not copied["transformer.h.1.mlp.experts.image.up_proj.weight"].any()
     assert torch.equal(fresh[name.format("image")], copied[name.format("image")])  # the seed's
@@ -68,7 +69,8 @@ def test_a_text_run_grows_and_trains_on(train, capsys):
     """By the script: the grown model begins a run whose first text loss is that of the trained one."""
     train("words", num_iterations=6)
     tag = convert.main(["--model-tag=words", "--add-modality=audio:32", "--codebooks=2"])
-    assert tag == "words-audio" and "audio added" in capsys.readouterr().out
+    assert tag == "words-audio"
+    assert "audio added" in capsys.readouterr().out
     saved = json.loads((cm.step_dir(tag_dir(tag), 0) / "state.json").read_text())
     assert saved["model_config"]["modalities"] == [
         dict(name="audio", codebooks=2, codes=32, start=TINY["vocab_size"] - 7, expert_dim=None)
@@ -96,8 +98,7 @@ def test_a_text_run_grows_and_trains_on(train, capsys):
     base_train.main([str(tag_dir(tag) / "config.py"), *flags(short | dict(model_tag="on"))])
     assert f"beginning with the weights of {cm.step_dir(tag_dir(tag), 0)}" in capsys.readouterr().out
     first = next(line for line in metrics("on") if "loss" in line)
-    assert first["loss/text"] < losses("words")[0] - 0.2 and first["loss/audio"] == pytest.approx(
-        4.17, abs=0.1
-    )  # ln 65
+    assert first["loss/text"] < losses("words")[0] - 0.2
+    assert first["loss/audio"] == pytest.approx(4.17, abs=0.1)
     with pytest.raises(UserError, match=r"init_from=.words. holds another model.*modalities"):
         base_train.main([str(tag_dir(tag) / "config.py"), *flags(short | dict(model_tag="off", init_from="words"))])

@@ -35,11 +35,13 @@ def test_an_export_of_the_first_commit_is_refreshed(first, capsys, monkeypatch):
     before = {path.name: path.read_bytes() for path in first.iterdir()}
     changes = export_hf.main([f"--refresh={first}"])["changes"]
     printed = capsys.readouterr().out
-    assert len(changes) == 3 and all(line in printed for line in changes)
+    assert len(changes) == 3
+    assert all(line in printed for line in changes)
     assert 'config.json: model_type "nanochat_modern" -> "nanochat"' in changes
     after = {path.name: path.read_bytes() for path in first.iterdir()}
     kept = after.keys() - before.keys()
-    assert [after[name] for name in kept] == [before[MODELING]] and changes[0].endswith(*kept)
+    assert [after[name] for name in kept] == [before[MODELING]]
+    assert changes[0].endswith(*kept)
     assert after[MODELING] == Path(hf_format.__file__).with_name(MODELING).read_bytes()
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {MODELING, "config.json"}
@@ -62,7 +64,8 @@ def test_an_export_of_the_first_commit_is_refreshed(first, capsys, monkeypatch):
     assert told[0, 12:].tolist() == generate(model, ids[0].tolist(), 9, temperature=0)[0]
 
     assert export_hf.main([f"--refresh={first}"])["changes"] == []
-    assert "up to date" in capsys.readouterr().out and len(list(first.iterdir())) == len(after)
+    assert "up to date" in capsys.readouterr().out
+    assert len(list(first.iterdir())) == len(after)
 
 
 def test_an_export_of_today_is_up_to_date(tmp_path):
@@ -71,7 +74,8 @@ def test_an_export_of_today_is_up_to_date(tmp_path):
     write_hf(tmp_path / "out", model.config, model.state_dict())
     assert refresh(tmp_path / "out") == []
     (tmp_path / "out" / MODELING).unlink()
-    assert refresh(tmp_path / "out") == [f"{MODELING}: new"] and refresh(tmp_path / "out") == []
+    assert refresh(tmp_path / "out") == [f"{MODELING}: new"]
+    assert refresh(tmp_path / "out") == []
 
 
 def test_a_refresh_that_fails_leaves_a_folder_that_works(first, monkeypatch):

@@ -13,7 +13,7 @@ from transformers import __version__ as transformers_version
 
 from nanochat.checkpoint_manager import save_checkpoint, weights_hash
 from nanochat.conversion import huggingface as hf_format
-from nanochat.conversion.huggingface import MODERN_FIELDS, plain, read_hf, write_hf
+from nanochat.conversion.huggingface import MODERN_FIELDS, drop_inactive_fields, read_hf, write_hf
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.engine import generate
 from nanochat.gpt import GPT, GPTConfig
@@ -85,7 +85,7 @@ def assert_same_text(model: GPT, there) -> None:
 def assert_comes_back(model: GPT, folder) -> None:
     """read_hf: the model that says the same, and each tensor bit for bit but for padding rows."""
     config, state, _ = read_hf(folder)
-    wanted = plain(model.config)
+    wanted = drop_inactive_fields(model.config)
     assert dataclasses.replace(config, mlp_ratio=1.0) == dataclasses.replace(wanted, mlp_ratio=1.0)
     assert round(config.mlp_ratio * config.n_embd) == round(wanted.mlp_ratio * wanted.n_embd)
     assert state.keys() == model.state_dict().keys()
@@ -348,7 +348,8 @@ def test_a_folded_projection_is_plain(residual, tmp_path):
     """Red when write_hf folds nothing, or says tie_weights after that."""
     model = build(**TIED_PROJECTION, output_projection_residual=residual)
     facts, there = export(model, tmp_path / "out", fold=True)
-    assert is_transformers_own(there) and not facts["newer"]
+    assert is_transformers_own(there)
+    assert not facts["newer"]
     assert_same_logits(model, there)
     assert_same_text(model, there)
     with pytest.raises(UserError, match="no output projection"):
@@ -410,7 +411,8 @@ def folders(tmp_path_factory, tokenizer):
 def refusal(folder) -> str:
     with pytest.raises(UserError) as caught:
         read_hf(folder)
-    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
     return str(caught.value)
 
 
@@ -536,12 +538,16 @@ def test_the_script(tokenizer, tmp_path, monkeypatch, capsys):
     out = tmp_path / "deep" / "out"
     told = export_hf.main(["--model-tag=tiny", "--step=3", f"--out={out}"])
     printed = capsys.readouterr().out
-    assert told["weights_hash"] == weights_hash(model.state_dict()) and told["weights_hash"] in printed
-    assert "use_output_projection" in printed and "trust_remote_code=True" in printed and "--fold-proj" in printed
+    assert told["weights_hash"] == weights_hash(model.state_dict())
+    assert told["weights_hash"] in printed
+    assert "use_output_projection" in printed
+    assert "trust_remote_code=True" in printed
+    assert "--fold-proj" in printed
     assert "trust_remote_code=True" in (out / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(out)("the <|bos|>").input_ids == tokenizer.encode("the <|bos|>")
     told = export_hf.main(["--model-tag=tiny", f"--out={out}-2", "--fold-projection", "--dtype=bfloat16"])
-    assert told["architecture"] == "NanoChatForCausalLM" and told["bytes"] < 2.5 * told["parameters"]
+    assert told["architecture"] == "NanoChatForCausalLM"
+    assert told["bytes"] < 2.5 * told["parameters"]
     assert "no tokenizer" in capsys.readouterr().out
     assert "trust" not in (tmp_path / "deep" / "out-2" / "README.md").read_text()
     assert exit_code(lambda: export_hf.main(["--model-tag=tiny", f"--out={out}"])) == 2

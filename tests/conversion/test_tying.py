@@ -33,7 +33,9 @@ def test_untied_gives_the_same_logits(variant, layers):
     model = build(**TIED[variant], **LAYERS[layers], **MODERN | dict(vocab_multiple=16))
     ids = IDS if layers != "text" else random_ids(2, 9)
     config, state, nothing = untied(model.config, model.state_dict())
-    assert nothing is None and not config.tie_weights and not config.use_output_projection
+    assert nothing is None
+    assert not config.tie_weights
+    assert not config.use_output_projection
     torch.testing.assert_close(opened(config, state)(ids), model(ids), rtol=1e-5, atol=1e-5)
     assert len(state["lm_head.weight"]) % 16 == 0  # the padding is kept
     with pytest.raises(UserError, match="untied already"):
@@ -136,7 +138,8 @@ def test_the_first_moment_is_folded():
     average = before["transformer.wte.weight.exp_avg"] / (1 - 0.8**2)
     expected = torch.einsum("vk,kc->vc", average, model.output_projection.weight.detach())
     torch.testing.assert_close(after["lm_head.weight.exp_avg"] / (1 - 0.8), expected)
-    assert after["lm_head.weight.step"] == 1 and not any(name.startswith("output_projection") for name in after)
+    assert after["lm_head.weight.step"] == 1
+    assert not any(name.startswith("output_projection") for name in after)
     for name in ("step", "exp_avg", "exp_avg_sq"):  # the embedding goes on as it was
         assert torch.equal(after[f"transformer.wte.weight.{name}"], before[f"transformer.wte.weight.{name}"])
 
@@ -159,4 +162,5 @@ def test_a_modality_that_never_trained_has_no_state():
     model = build(**PROJECTED, **LAYERS["separate"])
     state = {name: t for name, t in stepped(model).state_dict().items() if "wtes.audio" not in name}
     _, _, after = untied(model.config, model.state_dict(), state)
-    assert "lm_head.weight.step" in after and not any(name.startswith("lm_heads.audio") for name in after)
+    assert "lm_head.weight.step" in after
+    assert not any(name.startswith("lm_heads.audio") for name in after)

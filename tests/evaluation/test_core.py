@@ -21,11 +21,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.evaluation import core_bundle
-from nanochat.evaluation.core import Row, all_rows, batches_of, evaluate_core, evaluate_task, rows_of, score_rows
+from nanochat.evaluation.core import (
+    Row,
+    evaluate_core,
+    evaluate_task,
+    make_batches,
+    make_rows,
+    make_task_rows,
+    score_rows,
+)
 from nanochat.evaluation.core_bundle import Task, find_bundle, load_bundle, write_bundle
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.system.environment import UserError
-from nanochat.training.stop_signals import CutShort
+from nanochat.training.stop_signals import EvaluationInterrupted
 from tests.forked import spawn
 from tests.messages import record_messages
 
@@ -220,7 +228,7 @@ def test_the_default_length_is_the_models():
 
 
 def rows_for(task: Task, max_len: int) -> list[Row]:
-    return all_rows(Bytes(), task, task.items, range(len(task.items)), max_len)
+    return make_task_rows(Bytes(), task, task.items, range(len(task.items)), max_len)
 
 
 def plain_score(model, row: Row) -> tuple[float, bool]:
@@ -247,14 +255,15 @@ def test_batched_equals_one_by_one(kind, features):
             losses, greedy = zip(*(plain_score(model, row) for row in rows), strict=True)
         for batch_tokens in (1, 900):
             found, hits = score_rows(model, rows, BOS, batch_tokens)
-            assert found == pytest.approx(losses, abs=1e-4) and hits == list(greedy)
+            assert found == pytest.approx(losses, abs=1e-4)
+            assert hits == list(greedy)
     assert evaluate_task(model, Bytes(), task)["correct"] == reference(model, task, max_len=64)
 
 
 def test_common_prefixes_go_through_the_model_once(monkeypatch):
     """Three shots and the query are read once for four options, in batches and caches of at most batch_tokens.
 
-    And the last layer's MLP sees no prefix. Red with share=False, without MOST_AGAIN, or without _Read.
+    And the last layer's MLP sees no prefix. Red with share=False, without MAX_REREAD, or without _PrefillDone.
     """
     model, rows = small_gpt(), rows_for(make_task("multiple_choice", 40, 3), 500)
     read, features, last = [], model.features, []
@@ -264,7 +273,8 @@ def test_common_prefixes_go_through_the_model_once(monkeypatch):
     prefixes = sum(row.start for row in rows[::4])
     options = sum(len(row.tokens) - row.start for row in rows)
     assert prefixes + 2.5 * options < 0.6 * sum(len(row.tokens) for row in rows)
-    assert sum(read) < prefixes + 2.5 * options and sum(last) < 2.5 * options
+    assert sum(read) < prefixes + 2.5 * options
+    assert sum(last) < 2.5 * options
     assert max(read) <= 1500
 
 
@@ -282,11 +292,12 @@ def test_batches_of_any_rows(items, batch_tokens):
         for item, (begin, spans) in enumerate(items)
         for n, span in enumerate(spans, 100)
     ]
-    batches = list(batches_of(rows, True, batch_tokens))
+    batches = list(make_batches(rows, True, batch_tokens))
     assert sorted(id(row) for batch in batches for family in batch.families for row in family) == sorted(map(id, rows))
     for batch in batches:
         members = [row for family in batch.families for row in family]
-        assert {len(family) for family in batch.families} == {batch.options} and members == batch.rows
+        assert {len(family) for family in batch.families} == {batch.options}
+        assert members == batch.rows
         assert all(len({(row.item, *row.tokens[: batch.shared]) for row in family}) == 1 for family in batch.families)
         assert all(batch.shared < row.start and len(row.tokens) <= batch.width for row in members)
         kept = len(batch.families) * batch.shared + len(members) * (batch.width - batch.shared)
@@ -346,13 +357,15 @@ def test_shots_are_clamped_with_a_warning():
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), min_size=2, max_size=4))
 def test_spans(sequences):
     """Multiple choice: equal up to the start, different there; schema: equal from the start on, different before."""
-    rows = rows_of(Task("t", "multiple_choice", []), 0, [[9, *s] for s in sequences], 100)
+    rows = make_rows(Task("t", "multiple_choice", []), 0, [[9, *s] for s in sequences], 100)
     heads = {tuple(row.tokens[: row.start]) for row in rows}
-    assert len(heads) == 1 and all(row.end == len(row.tokens) for row in rows)
+    assert len(heads) == 1
+    assert all(row.end == len(row.tokens) for row in rows)
     assert any(row.start == row.end for row in rows) or len({row.tokens[row.start] for row in rows}) > 1
-    rows = rows_of(Task("t", "schema", []), 0, [[9, *s, 7] for s in sequences], 100)
+    rows = make_rows(Task("t", "schema", []), 0, [[9, *s, 7] for s in sequences], 100)
     tails = {tuple(row.tokens[row.start :]) for row in rows}
-    assert len(tails) == 1 and next(iter(tails))[-1] == 7
+    assert len(tails) == 1
+    assert next(iter(tails))[-1] == 7
     before = {tuple(row.tokens[row.start - 1 : row.start]) for row in rows}
     assert len(before) > 1 or any(row.start == 1 for row in rows)
 
@@ -366,7 +379,7 @@ def test_a_task_stops_before_its_next_forward(monkeypatch, make):
     model, forwards = make(), []
     monkeypatch.setattr(model, "features", lambda *args, real=model.features: (forwards.append(1), real(*args))[1])
     answers = iter([False, True, True])
-    with pytest.raises(CutShort):
+    with pytest.raises(EvaluationInterrupted):
         evaluate_task(model, Bytes(), make_task("schema", 40, 1), batch_tokens=50, stop=lambda: next(answers))
     assert len(forwards) == 1
 
@@ -533,7 +546,9 @@ def refusal(base: Path) -> str:
         assert find_bundle() is None
     assert [path.name for path in base.glob("**/*") if path.name != "eval_bundle.json"] == []
     head, tail = "CORE bundle not available (", "); scoring the OFFLINE suite instead (not comparable with CORE)"
-    assert said[-1].startswith(head) and said[-1].endswith(tail) and "\n" not in said[-1]
+    assert said[-1].startswith(head)
+    assert said[-1].endswith(tail)
+    assert "\n" not in said[-1]
     return said[-1].removeprefix(head).removesuffix(tail)
 
 
@@ -546,7 +561,8 @@ def test_download_records_and_verifies(base, server, tmp_path):
     record = json.loads((base / "eval_bundle.json").read_text())
     assert (record["size"], record["sha256"]) == (len(server.body), hashlib.sha256(server.body).hexdigest())
     assert sorted(path.name for path in base.iterdir()) == ["eval_bundle", "eval_bundle.json"]
-    assert find_bundle() == folder and server.requests == 1
+    assert find_bundle() == folder
+    assert server.requests == 1
     path = folder / "eval_data" / "say.jsonl"
     path.write_text(path.read_text(encoding="utf-8").replace("aab", "aaa"), encoding="utf-8")
     with pytest.raises(UserError, match=r"say\.jsonl is not the file that was downloaded"):
@@ -644,7 +660,8 @@ def test_a_zip_cannot_write_elsewhere(base, server, tmp_path, name, mode):
         archive.writestr(info, "../../outside")
     server.body = buffer.getvalue()
     assert "unsafe name" in refusal(base)
-    assert not (tmp_path / "outside").exists() and not Path("/tmp/nanochat-outside").exists()
+    assert not (tmp_path / "outside").exists()
+    assert not Path("/tmp/nanochat-outside").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -683,7 +700,8 @@ def test_zip_bombs(base, server, tmp_path, monkeypatch):
     (folder / "inner.zip").write_bytes(inner.getvalue())
     server.body = zipped(folder)
     found = find_bundle()
-    assert (found / "inner.zip").read_bytes() == inner.getvalue() and not (tmp_path / "outside").exists()
+    assert (found / "inner.zip").read_bytes() == inner.getvalue()
+    assert not (tmp_path / "outside").exists()
     shutil.rmtree(base)
     monkeypatch.setattr(core_bundle, "MOST_FILES", 10)
     monkeypatch.setattr(core_bundle.zipfile, "ZipFile", None)  # not even asked
@@ -714,7 +732,8 @@ def test_folders_that_are_there(base, tmp_path):
     (base / "eval_bundle").mkdir(parents=True)
     said: list[str] = []
     with record_messages(said):
-        assert find_bundle() is None and "holds no core.yaml" in said[0]
+        assert find_bundle() is None
+        assert "holds no core.yaml" in said[0]
     (base / "eval_bundle").rmdir()
     hand_made(base / "eval_bundle")
     assert find_bundle() == base / "eval_bundle"

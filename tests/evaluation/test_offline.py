@@ -76,10 +76,13 @@ def test_next_line(corpus, tasks):
         golds[item["gold"]] += 1
         others = [line for i, line in enumerate(item["choices"]) if i != item["gold"]]
         places = [(p, i) for p in pages for i in range(8, len(p)) if p[i] == true and p[i - 8 : i] == context]
-        assert len(context) == 8 and any(all(x in p[i + 2 : i + 41] for x in others) for p, i in places)
-        assert len(set(item["choices"])) == 4 and not set(others) & {true, *context}
+        assert len(context) == 8
+        assert any(all(x in p[i + 2 : i + 41] for x in others) for p, i in places)
+        assert len(set(item["choices"])) == 4
+        assert not set(others) & {true, *context}
         sizes = [len(line.strip()) / len(true.strip()) for line in others]
-        assert min(sizes) >= 0.7 and max(sizes) <= 1 / 0.7
+        assert min(sizes) >= 0.7
+        assert max(sizes) <= 1 / 0.7
     assert min(golds[i] for i in range(4)) > 60  # no position gives the answer away
 
 
@@ -119,7 +122,8 @@ def test_signature_doc_takes_the_closest():
 def test_keyword_is_balanced(tasks):
     """As many items of each keyword, so that a constant answer is chance. Red when the smallest count does not rule."""
     golds = Counter(item["gold"] for item in tasks["keyword"].items)
-    assert len(golds) == 4 and len(set(golds.values())) == 1
+    assert len(golds) == 4
+    assert len(set(golds.values())) == 1
     for item in tasks["keyword"].items:
         assert [choice.strip() for choice in item["choices"]] == ["return", "raise", "if", "for"]
         assert len(set(len(choice) - len(choice.lstrip()) for choice in item["choices"])) == 1
@@ -133,7 +137,9 @@ def test_word_swap(tasks):
         golds[item["gold"]] += 1
         a, b = re.split(r"\b([a-z]+)\b", true), re.split(r"\b([a-z]+)\b", false)
         changed = [i for i in range(len(a)) if a[i] != b[i]]
-        assert len(a) == len(b) and len(changed) == 2 and changed[1] - changed[0] == 2
+        assert len(a) == len(b)
+        assert len(changed) == 2
+        assert changed[1] - changed[0] == 2
         assert (a[changed[0]], a[changed[1]]) == (b[changed[1]], b[changed[0]])
     assert min(golds.values()) > 140
 
@@ -142,7 +148,8 @@ def test_cloze_copy(corpus, tasks):
     """59 words and an identifier that occurred among them; the document goes on as continued."""
     for item in tasks["cloze_copy"].items:
         assert len(item["context"].split()) == 59
-        assert item["continuation"].isidentifier() and item["continuation"] in re.findall(r"\w+", item["context"])
+        assert item["continuation"].isidentifier()
+        assert item["continuation"] in re.findall(r"\w+", item["context"])
         whole = f"{item['context']} {item['continuation']}"
         assert any(re.search(re.escape(whole) + r"\b", text) for text in corpus.texts["val"])
 
@@ -159,7 +166,8 @@ def test_the_same_items_in_every_process(corpus):
     texts = json.dumps(corpus.texts["val"])
     other = subprocess.run([sys.executable, "-c", code], input=texts, env=env, stdout=subprocess.PIPE, text=True)
     items = json.dumps([task.items for task in build_tasks(corpus)])
-    assert other.stdout == items + "\n" and len(items) > 1000
+    assert other.stdout == items + "\n"
+    assert len(items) > 1000
 
 
 def test_prose_leaves_tasks_out_with_counts(tmp_path):
@@ -228,7 +236,8 @@ def test_char_model_sums_to_one():
 def test_char_model_writes_the_commonest_continuation():
     """After `the ` comes `cat`; after an unseen history the model backs off. Red when only the longest order counts."""
     model = CharModel("the cat. the cat. the dog. the cat. ")
-    assert model.is_greedy("I saw the ", "cat") and not model.is_greedy("I saw the ", "dog")
+    assert model.is_greedy("I saw the ", "cat")
+    assert not model.is_greedy("I saw the ", "dog")
     assert model.is_greedy("??e ", "cat")
     assert not CharModel("").is_greedy("a", "b")
 
@@ -280,10 +289,12 @@ def test_the_suite_as_a_whole(corpus, tasks):
     said: list[str] = []
     with record_messages(said):
         found = evaluate_offline(Coin(), Bytes(), corpus, max_per_task=8)
-    assert list(found["tasks"]) == list(tasks) and said == []
+    assert list(found["tasks"]) == list(tasks)
+    assert said == []
     assert found["score"] == pytest.approx(np.mean([task["centered"] for task in found["tasks"].values()]))
     for task in found["tasks"].values():
-        assert task["items"] == 8 and task.keys() >= {"char_5gram", "word_overlap", "seconds", "truncated", "chance"}
+        assert task["items"] == 8
+        assert task.keys() >= {"char_5gram", "word_overlap", "seconds", "truncated", "chance"}
     assert load_bundle(corpus.directory / "offline_eval") == list(tasks.values())
     json.dumps(found, allow_nan=False)
 
@@ -292,4 +303,5 @@ def test_no_items_no_score(tmp_path):
     said: list[str] = []
     with record_messages(said):
         found = evaluate_offline(Coin(), Bytes(), Corpus(tmp_path, ["a"], ["b"]))
-    assert found == {"score": None, "tasks": {}} and len(said) == 5
+    assert found == {"score": None, "tasks": {}}
+    assert len(said) == 5

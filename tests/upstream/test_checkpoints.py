@@ -97,7 +97,8 @@ def refused(read: Callable, path: Path, content: bytes) -> str:
     path.write_bytes(content)
     with pytest.raises(UserError, match=re.escape(str(path))) as caught:
         read(path)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
     return str(caught.value)
 
 
@@ -256,10 +257,10 @@ def test_tensors_come_back(tmp_path, capsys):
     report = inspect_checkpoint.main([str(path), "--tensors"])
     assert report["weights_hash"] == inspect_checkpoint.weights_hash(state)
     out = capsys.readouterr().out
-    assert re.search(r"transformer\.wte\.weight +float32 +\[5, 4\]", out) and re.search(
-        r"half +bfloat16 +\[3, 2\]", out
-    )
-    assert r"\x1b[2J" in out and "\x1b" not in out
+    assert re.search(r"transformer\.wte\.weight +float32 +\[5, 4\]", out)
+    assert re.search(r"half +bfloat16 +\[3, 2\]", out)
+    assert r"\x1b[2J" in out
+    assert "\x1b" not in out
 
 
 def test_hostile_pt_files(tmp_path):
@@ -324,7 +325,8 @@ def test_trees_come_back(tmp_path):
     wide = {"m": torch.ones(1).expand(10**6, 10**6)}
     for thing, reason in (([wide], "claims 4,000"), ({"s": {1, 2}}, "holds a set"), ([b"x"], "holds a bytes")):
         assert reason in refused(read_pt_tree, path, saved(thing))
-    assert "damaged" in refused(read_pt_tree, path, saved([torch.ones(9)])[:-9]) and not marker.exists()
+    assert "damaged" in refused(read_pt_tree, path, saved([torch.ones(9)])[:-9])
+    assert not marker.exists()
 
 
 def test_damaged_pt_files(tmp_path):

@@ -69,10 +69,12 @@ def test_logits_of_every_era(base, era):
         with torch.no_grad():
             logits = model(ids[None])[0]
         expected = fixtures.reference_logits(era, sizes, state, ids)
-        assert (logits.double() - expected).abs().max() < 1e-5 and expected.abs().max() > 7
+        assert (logits.double() - expected).abs().max() < 1e-5
+        assert expected.abs().max() > 7
         told = metadata["upstream"]["era"]
         assert told == era or (number == 2 and (told, era) == ("2025-10-13", "2025-12-09"))  # 256 is a multiple of 64
-        assert tokenizer is None and model.config.vocab_size == sizes["vocab_size"]
+        assert tokenizer is None
+        assert model.config.vocab_size == sizes["vocab_size"]
         loaded = cm.load_checkpoint(folder, fixtures.STEP, era=named)[0]
         assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
 
@@ -82,7 +84,8 @@ def test_an_ambiguous_era_is_said_and_can_be_named(base, capsys):
     folder, _ = small(base / "m", "2026-03-02")
     config = cm.build_model(folder, 7, "cpu", "eval")[0].config
     out = capsys.readouterr().out
-    assert "era 2026-01-16; a model of the first week of March" in out and "--era 2026-03-02" in out
+    assert "era 2026-01-16; a model of the first week of March" in out
+    assert "--era 2026-03-02" in out
     named = cm.build_model(folder, 7, "cpu", "eval", "2026-03-02")[0].config
     assert "note: " in (inspect_checkpoint.main([str(folder)]), capsys.readouterr().out)[1]
     assert (config.softcap, named.softcap) == (15.0, 20.0)
@@ -130,7 +133,9 @@ def test_stages_paths_and_tokenizers_of_nanochats_own_folders(base, tmp_path, ca
     before = contents(base)
     for stage, step in (("base", 7), ("sft", 12)):
         model, tokenizer, metadata = cm.load_model(stage, "cpu", "train")
-        assert metadata["step"] == step and tokenizer.vocab_size == 265 and model.training
+        assert metadata["step"] == step
+        assert tokenizer.vocab_size == 265
+        assert model.training
         assert f"d2/model_{step:06d}.pt" in capsys.readouterr().out
     assert cm.find_checkpoint("d2", None) == (base / "base_checkpoints" / "d2", 7)
     for tag in (flat, flat / MODEL):
@@ -143,7 +148,8 @@ def test_stages_paths_and_tokenizers_of_nanochats_own_folders(base, tmp_path, ca
         cm.load_model("base", "cpu", "eval", str(flat), 8)
     assert cm.tokenizer_of(flat, 7) is None  # the base folder's has another size
     out = capsys.readouterr().out
-    assert "has 265 ids, the model 264: not its tokenizer" in out and f"{flat} has no tokenizer" in out
+    assert "has 265 ids, the model 264: not its tokenizer" in out
+    assert f"{flat} has no tokenizer" in out
     assert contents(base) == before
     (flat / "tokenizer.pkl").write_bytes(fixtures.tokenizer_pickle())
     with pytest.raises(UserError, match="the tokenizer has 265 ids, the model only 264"):
@@ -176,7 +182,8 @@ def test_base_eval_of_a_folder_from_the_hub(base, corpus, monkeypatch):
     second = base_eval.main(["--model-tag", str(folder), *flags, "--era=2026-03-02"])
     assert first["model_file_sha256"] == second["model_file_sha256"] == sha256_of(folder / MODEL)
     assert first["bpb"]["val"] != second["bpb"]["val"]  # another softcap
-    assert len(first["samples"]) > 1 and (base / "base_eval").is_dir()
+    assert len(first["samples"]) > 1
+    assert (base / "base_eval").is_dir()
     assert contents(folder) == before
     (folder / "tokenizer.pkl").unlink()
     with pytest.raises(UserError, match="has no tokenizer, without which no text can be scored"):
@@ -255,8 +262,9 @@ def test_bad_files_are_refused_in_one_line_and_inspected(base, case, capsys):
     change(folder)
     with pytest.raises(UserError, match=message) as caught:
         cm.build_model(folder, 7, "cpu", "eval")
-    assert "\n" not in str(caught.value) and re.search(r"(model|meta)_000007", str(caught.value))
-    assert inspect_checkpoint.main([str(folder)])["find_corruption"] == str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert re.search(r"(model|meta)_000007", str(caught.value))
+    assert inspect_checkpoint.main([str(folder)])["damage"] == str(caught.value)
 
 
 def test_absent_sizes_are_nanochats_defaults(base, capsys):
@@ -280,7 +288,7 @@ def test_what_the_inspector_says_of_nanochats_files(base, capsys):
     fixtures.write_optimizer(folder, fixtures.optimizer_files(state, fixtures.moments(state), "one"))
     for path in (folder, folder / MODEL):
         report = inspect_checkpoint.main([str(path), "--tensors"])
-        assert (report["folder"], report["find_corruption"], report["era"]) == (str(folder / MODEL), None, "2026-03-14")
+        assert (report["folder"], report["damage"], report["era"]) == (str(folder / MODEL), None, "2026-03-14")
         assert report["weights_hash"] == cm.weights_hash(state)
         out = capsys.readouterr().out
         told = ["whole\n", "by smear_gate.weight", "2 of keys", "qk_scale=1.2", "value_embeds 10,240", "265 ids"]
@@ -288,7 +296,7 @@ def test_what_the_inspector_says_of_nanochats_files(base, capsys):
         assert [text for text in told if text not in out] == []
     state["lm_head.weight"][0, 0] = float("inf")
     torch.save(state, folder / MODEL)
-    assert "lm_head.weight the first" in inspect_checkpoint.main([str(folder)])["find_corruption"]
+    assert "lm_head.weight the first" in inspect_checkpoint.main([str(folder)])["damage"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,9 +400,12 @@ def test_an_optimizer_state_in_parts_is_left_out_and_said(base, case, capsys):
     files = make(state)
     fixtures.write_optimizer(folder, files, named_by_rank=len(files) > 1)
     model, optimizer, metadata = cm.load_checkpoint(folder, 7, load_optimizer=True)
-    assert optimizer is None and model and metadata["step"] == 7
+    assert optimizer is None
+    assert model
+    assert metadata["step"] == 7
     lines = [line for line in capsys.readouterr().out.splitlines() if "optimizer state" in line]
-    assert len(lines) == 1 and re.search(message, lines[0]), lines
+    assert len(lines) == 1, lines
+    assert re.search(message, lines[0]), lines
     assert "training would begin with a fresh one" in lines[0]
 
 
@@ -407,6 +418,7 @@ def test_damaged_optimizer_files(base):
     for size in (0, 100, first.stat().st_size - 10):
         first.write_bytes(first.read_bytes()[:size].ljust(size, b"x"))
         found, told = read_optimizer(folder, 7, config)
-        assert found is None and "rank0.pt is refused: it is damaged" in told
+        assert found is None
+        assert "rank0.pt is refused: it is damaged" in told
     first.unlink()
     assert read_optimizer(folder, 7, config) == (None, "none: of the ranks' files only those of 1 are there")
