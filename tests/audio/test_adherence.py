@@ -52,8 +52,10 @@ def test_clean_melodies_are_heard_as_their_captions_say(clips, references):
     assert references.tempi == (60, 90, 135, 200)
     assert references.instruments == ("bell", "organ", "pluck", "sine", "square")
     shares = shares_of_hits([clip.wav for clip in clips[80:]], clips[80:], references)
-    assert shares["pitch"] >= 0.99 and shares["tempo"] >= 0.97
-    assert shares["contour"] >= 0.95 and shares["instrument"] >= 0.95
+    assert shares["pitch"] >= 0.99
+    assert shares["tempo"] >= 0.97
+    assert shares["contour"] >= 0.95
+    assert shares["instrument"] >= 0.95
 
 
 def test_melodies_through_a_codec_with_guessed_phases_are_heard(clips, references):
@@ -61,8 +63,10 @@ def test_melodies_through_a_codec_with_guessed_phases_are_heard(clips, reference
     codec = fit_codec("frame", [clip.wav for clip in clips], codebooks=2, codes=256)
     wavs = codec.decode_batch(codec.encode_batch(np.stack([clip.wav for clip in clips[130:]])))
     shares = shares_of_hits(wavs, clips[130:], references)
-    assert shares["pitch"] >= 0.95 and shares["tempo"] >= 0.95
-    assert shares["contour"] >= 0.9 and shares["instrument"] >= 0.85
+    assert shares["pitch"] >= 0.95
+    assert shares["tempo"] >= 0.95
+    assert shares["contour"] >= 0.9
+    assert shares["instrument"] >= 0.85
 
 
 @pytest.mark.parametrize("decay", [0.0, 12.0])
@@ -74,7 +78,8 @@ def test_every_repeated_note_has_its_onset_and_pitch(decay):
     heard = hear(np.sin(2 * np.pi * 220 * time) * envelope, RATE)
     np.testing.assert_allclose(heard.onsets, np.arange(7) * 0.3, atol=0.05)
     assert np.all(np.abs(1200 * np.log2(heard.pitches / 220)) < 10)
-    assert heard.contour == "steady" and heard.tempo((60, 90, 135, 200)) == 200
+    assert heard.contour == "steady"
+    assert heard.tempo((60, 90, 135, 200)) == 200
 
 
 SPECTRA = {
@@ -218,12 +223,14 @@ def test_the_table_counts_each_split_against_its_floor_and_chance():
     assert [seen[row]["n"] for row in audio_eval.ROWS] == [1, 10, 10]
     assert [unseen[row]["n"] for row in audio_eval.ROWS] == [0, 4, 4]
     assert unseen["codec"]["pitch"] == {"hits": 0, "share": None, "low": 0.0, "high": 1.0}
-    assert seen["generated"]["pitch"]["hits"] == 6 and unseen["generated"]["pitch"]["share"] == 1.0
+    assert seen["generated"]["pitch"]["hits"] == 6
+    assert unseen["generated"]["pitch"]["share"] == 1.0
     assert seen["shuffled"]["pitch"]["hits"] == 0  # all captions ask for another pitch
     assert seen["shuffled"]["tempo"]["hits"] == 6  # all captions ask for the same tempo: a hit by chance is a hit
     assert seen["chance"] == {"pitch": 0.1, "tempo": 1.0, "contour": 1.0, "instrument": 0.1}
     text = adherence_text(table)
-    assert "0.60 [0.31, 0.83]" in text and text.count("shuffled (floor)") == 2
+    assert "0.60 [0.31, 0.83]" in text
+    assert text.count("shuffled (floor)") == 2
     assert adherence_text(adherence_table([], [])) == ""
 
 
@@ -232,9 +239,11 @@ def test_a_derangement_moves_everything_and_hits_every_other_place():
     targets = Counter()
     for seed in range(400):
         order = derangement(5, seed)
-        assert sorted(order) == list(range(5)) and not any(order == np.arange(5))
+        assert sorted(order) == list(range(5))
+        assert not any(order == np.arange(5))
         targets[int(order[0])] += 1
-    assert set(targets) == {1, 2, 3, 4} and min(targets.values()) > 60
+    assert set(targets) == {1, 2, 3, 4}
+    assert min(targets.values()) > 60
     assert [derangement(n, 0).tolist() for n in (0, 1, 2)] == [[], [], [1, 0]]
     assert derangement(50, 1).tolist() != derangement(50, 2).tolist()
 

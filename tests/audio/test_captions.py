@@ -58,7 +58,8 @@ def test_stray_quotes_in_a_tsv_are_letters(tmp_path, odd, header):
     captions = {name: odd.get(number, f"caption {number}") for number, name in enumerate(names(40))}
     lines = ["file_name\ttext"] * header + [f"{name}\t{text}" for name, text in captions.items()]
     found, skipped, _ = read(tmp_path, "\n".join(lines) + "\n", names(40), "captions.tsv")
-    assert found == captions and not skipped
+    assert found == captions
+    assert not skipped
 
 
 def test_stray_quotes_beside_quoted_cells(tmp_path):
@@ -68,7 +69,8 @@ def test_stray_quotes_beside_quoted_cells(tmp_path):
     for name, text in captions.items():
         lines.append(f"{name},{text}" if text == '"stray' else '{},"{}"'.format(name, text.replace('"', '""')))
     found, skipped, _ = read(tmp_path, "\r\n".join(lines), names(20))
-    assert found == captions and not skipped
+    assert found == captions
+    assert not skipped
 
 
 def test_quotes_that_are_marks_are_no_letters(tmp_path):
@@ -76,7 +78,8 @@ def test_quotes_that_are_marks_are_no_letters(tmp_path):
     rows = [("file_name", "text"), *((name, f'a "{name}"\tand\nmore') for name in names(5))]
     csv.writer(out := io.StringIO(newline=""), delimiter="\t", quoting=csv.QUOTE_ALL).writerows(rows)
     found, skipped, _ = read(tmp_path, out.getvalue(), names(5), "captions.tsv")
-    assert found == dict(rows[1:]) and not skipped
+    assert found == dict(rows[1:])
+    assert not skipped
 
 
 def test_rows_that_do_not_fit_are_named(tmp_path):
@@ -87,7 +90,8 @@ def test_rows_that_do_not_fit_are_named(tmp_path):
     assert skipped == {"row with too few or too many cells": ["captions.csv line 3"]}
     table = "file_name,text,who\n00.wav,one,me\n01.wav,one, two,you\n02.wav,x,us\n"
     found, skipped, _ = read(tmp_path, table, names(3))
-    assert found == {"00.wav": "one", "02.wav": "x"} and list(skipped.values()) == [["captions.csv line 3"]]
+    assert found == {"00.wav": "one", "02.wav": "x"}
+    assert list(skipped.values()) == [["captions.csv line 3"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,7 +106,8 @@ def test_ljspeech(tmp_path):
     table = "".join(f"LJ001-{number:04d}|{row}\n" for number, row in enumerate(rows))
     found, skipped, lines = read(tmp_path, table, sounds, "metadata.csv")
     assert found == dict(zip(sounds, ("Printing, in the only sense, with which,", "is two", "a"), strict=True))
-    assert not skipped and lines == [
+    assert not skipped
+    assert lines == [
         "data: metadata.csv has no header: names in column 1, captions in column 3 (--data_column takes another)"
     ]
     found, _, _ = read(tmp_path, table, sounds, "metadata.csv", column="2")
@@ -120,7 +125,8 @@ def test_the_delimiter_is_the_one_that_gives_file_names(tmp_path, mark, header):
     }
     lines = [header.format(mark), *(f"{name}{mark}{text}" for name, text in captions.items())]
     found, skipped, _ = read(tmp_path, "\n".join(lines), names(4))
-    assert found == captions and not skipped
+    assert found == captions
+    assert not skipped
 
 
 @pytest.mark.parametrize("mark", [",", ";"])
@@ -128,7 +134,8 @@ def test_a_line_for_excel_names_the_delimiter(tmp_path, mark):
     """sep=; in front of the header is no row. Red when it is read as the header."""
     lines = [f"sep={mark}", f"file_name{mark}text", *(f"{name}{mark}of {name}" for name in names(3))]
     found, skipped, _ = read(tmp_path, "\r\n".join(lines), names(3))
-    assert found == {name: f"of {name}" for name in names(3)} and not skipped
+    assert found == {name: f"of {name}" for name in names(3)}
+    assert not skipped
 
 
 @pytest.mark.parametrize("name", ["captions.csv", "captions.jsonl"])
@@ -139,14 +146,16 @@ def test_the_column_of_names_is_the_one_whose_values_exist(tmp_path, name):
     if name.endswith("csv"):
         table = "\n".join(",".join(row) for row in [list(rows[0]), *(row.values() for row in rows)])
     found, skipped, _ = read(tmp_path, table, [row["audio"] for row in rows], name)
-    assert found == {row["audio"]: row["text"] for row in rows} and not skipped
+    assert found == {row["audio"]: row["text"] for row in rows}
+    assert not skipped
 
 
 def test_a_row_without_the_column_is_named(tmp_path):
     """The other rows are used; a column that no row has is an error. Red when one such row ends the preparation."""
     table = '{"file": "00.wav", "text": "a"}\n{"file": "01.wav"}\n\n{"file": "02.wav", "text": null}\n'
     found, skipped, _ = read(tmp_path, table, names(3), "captions.jsonl")
-    assert found == {"00.wav": "a", "02.wav": ""} and skipped == {"row without a caption": ["captions.jsonl line 2"]}
+    assert found == {"00.wav": "a", "02.wav": ""}
+    assert skipped == {"row without a caption": ["captions.jsonl line 2"]}
     with pytest.raises(UserError, match=r"has no column 'txt', did you mean 'text'\?: choose with --data_column"):
         read(tmp_path, table, names(3), "captions.jsonl", column="txt")
 
@@ -162,7 +171,8 @@ def test_composed_and_decomposed_names_are_one(tmp_path, on_disk, in_table):
     assert sound != row
     for title in (row, row[:-4], row.rpartition("/")[2]):
         found, skipped, _ = read(tmp_path, f"file_name,text\n{title},apples\n", [sound])
-        assert found == {sound: "apples"} and not skipped
+        assert found == {sound: "apples"}
+        assert not skipped
 
 
 def test_what_a_table_may_call_a_file():
@@ -199,12 +209,14 @@ def test_what_a_table_may_call_a_file():
     ):
         name, said = known.find(title, folder)
         assert name is None and said.startswith(why), (title, folder, said)
-    assert known.find("two.flac", "a", anywhere=False)[0] is None and known.find("two", "b", anywhere=False)[0]
+    assert known.find("two.flac", "a", anywhere=False)[0] is None
+    assert known.find("two", "b", anywhere=False)[0]
 
 
 def test_ambiguous_names_are_named(tmp_path):
     found, skipped, _ = read(tmp_path, "file_name,text\none,x\ntwo,y\n", ["a/one.wav", "b/one.wav", "b/two.wav"])
-    assert found == {"b/two.wav": "y"} and skipped == {"name of several sounds (a/one.wav, b/one.wav)": ["one"]}
+    assert found == {"b/two.wav": "y"}
+    assert skipped == {"name of several sounds (a/one.wav, b/one.wav)": ["one"]}
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
@@ -215,7 +227,8 @@ def test_encodings(tmp_path, encoding, name):
     table = {"captions.csv": f'file_name,text\r\na.wav,"{caption}"\r\n', "a.txt": caption}
     table["captions.jsonl"] = json.dumps({"file_name": "a.wav", "text": caption}, ensure_ascii=False) + "\n"
     found, skipped, _ = read(tmp_path, table[name].encode(encoding), ["a.wav"], name)
-    assert found == {"a.wav": caption} and not skipped
+    assert found == {"a.wav": caption}
+    assert not skipped
 
 
 def test_texts_beside_sounds(tmp_path):
@@ -279,4 +292,5 @@ def test_tables_as_csv_writes_them(drawn):
     table, captions = drawn
     with tempfile.TemporaryDirectory() as folder:
         found, skipped, _ = read(Path(folder) / "in", table, list(captions))
-    assert found == captions and not skipped
+    assert found == captions
+    assert not skipped

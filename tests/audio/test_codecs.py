@@ -150,7 +150,8 @@ def test_silence_is_silence_and_loudness_stays(codecs, sounds, kind):
     """A codec that has learnt from loud and quiet sounds brings each back within 3 dB. Red when code 0 may drift away
     from silence, or the frame's level is dropped."""
     codes = codecs[kind].encode(np.zeros(4000, np.float32))
-    assert not codes.any() and not codecs[kind].decode(codes).any()
+    assert not codes.any()
+    assert not codecs[kind].decode(codes).any()
     both = fit_codec(kind, [gain * wav for wav in sounds[:40] for gain in (1.0, 0.03)], *KINDS[kind])
     for wav in (clip(90_100).wav, clip(90_105).wav):
         for gain in (1.0, 0.03):
@@ -166,11 +167,15 @@ def test_lengths_batches_and_any_legal_code(small, kind):
     random = np.random.default_rng(0)
     for samples, count in ((0, 1), (1, 1), (319, 1), (320, 1), (321, 2), (16000, 50)):
         codes = codec.encode(random.normal(0, 0.1, samples).astype(np.float32))
-        assert codes.dtype == np.int64 and codes.shape == (3, count) and 0 <= codes.min() <= codes.max() < 64
+        assert codes.dtype == np.int64
+        assert codes.shape == (3, count)
+        assert 0 <= codes.min() <= codes.max() < 64
         assert codec.decode(codes).shape == (320 * count,)
     codes = random.integers(0, 64, (9, 3, 60))
     decoded = codec.decode_batch(codes)
-    assert decoded.dtype == np.float32 and decoded.shape == (9, 19200) and np.isfinite(decoded).all()
+    assert decoded.dtype == np.float32
+    assert decoded.shape == (9, 19200)
+    assert np.isfinite(decoded).all()
     np.testing.assert_allclose(decoded[7], codec.decode(codes[7]), atol=1e-4)
     wavs = random.normal(0, 0.1, (9, 19200)).astype(np.float32)
     assert np.array_equal(codec.encode_batch(wavs)[7], codec.encode(wavs[7]))

@@ -89,12 +89,15 @@ def test_codes_are_the_codecs_own(folder):
         for name, text, codes, attributes in clips_of(data, split):
             with wave.open(str(folder / name)) as file:
                 wav = np.frombuffer(file.readframes(file.getnframes()), "<i2") / np.float32(2**15)
-            assert codes.dtype == np.int64 and np.array_equal(codes.T, codec.encode(wav))
-            assert text == f"tone number {int(name[:2])}" and attributes is None
+            assert codes.dtype == np.int64
+            assert np.array_equal(codes.T, codec.encode(wav))
+            assert text == f"tone number {int(name[:2])}"
+            assert attributes is None
             assert (split == "val") == held_out(name)
             seen.append(name)
     assert sorted(seen) == [f"{number:02d}.wav" for number in range(30)]
-    assert data.fingerprint["files"] == 30 and data.manifest["left_out"] == {} == data.manifest["altered"]
+    assert data.fingerprint["files"] == 30
+    assert data.manifest["left_out"] == {} == data.manifest["altered"]
     total = {key: sum(e[key] for s in ("train", "val") for e in data.entries(s)) for key in ("clips", "codes")}
     assert total == {"clips": 30, "codes": 2 * sum(-(-len(a_sound(i)) // 320) for i in range(30))}
 
@@ -120,7 +123,8 @@ def test_many_codes_take_wider_integers(tmp_path):
     entries = prepare_module._write(documents, tmp_path, {"codebooks": 1, "codes": 40_000})
     assert [entry["codes"] for entry in entries] == [2, 2]
     (found,) = dataset.read_clips(tmp_path / "shard_00000.parquet", {"codebooks": 1, "codes": 40_000})
-    assert found[2].tolist() == [[39_999], [0]] and found[3] == {"root": 60}
+    assert found[2].tolist() == [[39_999], [0]]
+    assert found[3] == {"root": 60}
 
 
 def test_synth_keeps_attributes_and_its_split(monkeypatch):
@@ -156,17 +160,21 @@ def test_nothing_held_out_was_trained_on(codec):
     found = {split: clips_of(data, split) for split in ("train", "val")}
     codes = [{clip[2].tobytes() for clip in found[split]} for split in found]
     waves = [{clip(int(item[0][6:]), seconds=0.1).wav.tobytes() for item in found[split]} for split in found]
-    assert not codes[0] & codes[1] and not waves[0] & waves[1] and min(map(len, waves)) > 5
+    assert not codes[0] & codes[1]
+    assert not waves[0] & waves[1]
+    assert min(map(len, waves)) > 5
     seen = sum(not attributes["unseen"] for *_, attributes in found["val"])
     assert seen > (10 if codec == "pitch" else 0)
     left = data.manifest["left_out"].get("held-out sound with the codes of a training sound", 0)
-    assert sum(map(len, found.values())) + left == 200 and (left > 5) == (codec == "frame")
+    assert sum(map(len, found.values())) + left == 200
+    assert (left > 5) == (codec == "frame")
 
 
 def test_a_copy_of_a_training_sound_is_not_held_out(folder):
     """Named and counted, wherever it stands in the order of names. Red when held-out sounds are encoded first."""
     copy, kept = (f"{number:02d}.wav" for number in range(30) if held_out(f"{number:02d}.wav"))
-    assert not held_out("29.wav") and copy < "29.wav"
+    assert not held_out("29.wav")
+    assert copy < "29.wav"
     soundfile.write(folder / copy, a_sound(29), RATE)
     lines = []
     with record_messages(lines):
@@ -199,7 +207,9 @@ def test_the_codec_learns_from_a_bounded_part_of_the_training_sounds(folder, mon
         room -= len(expected[-1])
         if not room:
             break
-    assert len(expected) < len(train) and len(expected[-1]) < 3680 and sum(map(len, heard[0])) == RATE
+    assert len(expected) < len(train)
+    assert len(expected[-1]) < 3680
+    assert sum(map(len, heard[0])) == RATE
     for wav, wanted in zip(heard[0], expected, strict=True):
         assert np.abs(wav - wanted).max() < 1e-4
 
@@ -210,7 +220,8 @@ def test_a_fitted_codec_can_be_named(folder, monkeypatch):
     monkeypatch.setattr(fitted_codec, "fit_codec", None)
     for named in (Path(first.codec["directory"]).name, first.codec["directory"]):
         again = prepare_for(settings_of(folder, codec=named))
-        assert again.codec == first.codec and again.directory != first.directory
+        assert again.codec == first.codec
+        assert again.directory != first.directory
         assert again.fingerprint["sha256"] == first.fingerprint["sha256"]
     with pytest.raises(UserError, match="2"):
         prepare_for(settings_of(folder, codec=named, codebooks=1))
@@ -226,7 +237,8 @@ def test_an_unchanged_source_is_only_opened(folder, monkeypatch):
     monkeypatch.setattr("nanochat.audio.sources.decode", None)
     with no_messages():
         again = prepare_for(settings_of(folder, depth=9))
-    assert again.directory == first.directory and again.manifest == first.manifest
+    assert again.directory == first.directory
+    assert again.manifest == first.manifest
 
 
 @pytest.mark.parametrize(
@@ -247,7 +259,8 @@ def test_other_settings_give_another_folder(folder, corpus, change):
     before = {"text_data": str(corpus)} if "text_share" in change else {}
     first = prepare_for(settings_of(folder, **before))
     other = prepare_for(settings_of(folder, **change))
-    assert other.directory != first.directory and other.fingerprint["sha256"] != first.fingerprint["sha256"]
+    assert other.directory != first.directory
+    assert other.fingerprint["sha256"] != first.fingerprint["sha256"]
     with no_messages():
         assert prepare_for(settings_of(folder, **change)).directory == other.directory
 
@@ -260,7 +273,8 @@ def test_the_fingerprint_covers_codes_and_a_changed_sound_is_met(folder):
     with record_messages(lines):
         other = prepare_for(settings_of(folder))
     assert "changed since it was prepared" in lines[0]
-    assert other.fingerprint["sha256"] != first.fingerprint["sha256"] and other.directory != first.directory
+    assert other.fingerprint["sha256"] != first.fingerprint["sha256"]
+    assert other.directory != first.directory
     assert [e["text_sha256"] for e in other.entries("train")] == [e["text_sha256"] for e in first.entries("train")]
 
 
@@ -271,7 +285,8 @@ def test_a_lost_codec_is_fitted_again(folder):
         path.unlink()
     Path(first.codec["directory"]).rmdir()
     again = prepare_for(settings_of(folder))
-    assert again.directory == first.directory and audio.load_codec(again.codec["directory"]).hash == first.codec["hash"]
+    assert again.directory == first.directory
+    assert audio.load_codec(again.codec["directory"]).hash == first.codec["hash"]
 
 
 def test_a_kill_leaves_nothing_that_counts(folder, base):
@@ -311,7 +326,8 @@ def test_text_takes_its_share_of_both_splits(folder, text, share):
     for split, documents in zip(("train", "val"), known, strict=True):
         clips = clips_of(data, split)
         alone = [(name, words) for name, words, codes, _ in clips if codes is None]
-        assert alone and all(documents[name] == words for name, words in alone)
+        assert alone
+        assert all(documents[name] == words for name, words in alone)
         positions = np.cumsum([0] + [len(words) / 3 for _, words in alone])
         sounds = sum(codes.size + len(words) / 3 for _, words, codes, _ in clips if codes is not None)
         without_last, reached = positions[-2:] / (positions[-2:] + sounds)
@@ -374,7 +390,8 @@ def test_single_bad_sounds_are_counted_in_the_manifest(folder):
     lines = []
     with record_messages(lines):
         data = prepare_for(settings_of(folder, clip_seconds=0.25))
-    assert data.manifest["left_out"] == {"unreadable": 4} and data.manifest["altered"] == {"cut to 0.25 s": 5}
+    assert data.manifest["left_out"] == {"unreadable": 4}
+    assert data.manifest["altered"] == {"cut to 0.25 s": 5}
     assert sum("unreadable" in line and ".wav" in line for line in lines) == 4
 
 
@@ -473,14 +490,16 @@ def test_script(folder, text, capsys):
     assert re.search(
         rf"train +{len(train)} clips +{sum(map(len, train)) / 50:.1f} s +{2 * sum(map(len, train)):,} codes", out
     )
-    assert "mdct 2 x 16 at 16000 Hz, 50 frames/s, 400 bit/s" in out and str(data.directory) in out
+    assert "mdct 2 x 16 at 16000 Hz, 50 frames/s, 400 bit/s" in out
+    assert str(data.directory) in out
     printed = re.findall(r"([\d,]+) bytes of text alone, ([\d.]+) of the positions", out)
     for split, (size, share) in zip(("train", "val"), printed, strict=True):
         alone = sum(len(words) for _, words, codes, _ in clips_of(data, split) if codes is None)
         positions = sum(
             len(words) / 3 + (codes is not None and codes.size) for _, words, codes, _ in clips_of(data, split)
         )
-        assert int(size.replace(",", "")) == alone and share == f"{alone / 3 / positions:.3f}"
+        assert int(size.replace(",", "")) == alone
+        assert share == f"{alone / 3 / positions:.3f}"
     assert data_script.main([*flags, f"--text_data={text}", "--text_share=0.2", "--verify"]).directory == data.directory
     named = audio_data.main([*flags, "--caption-from-names"])
     assert "data_column='file_name'" in capsys.readouterr().out

@@ -31,7 +31,8 @@ def test_si_sdr_is_the_ratio_of_powers_and_ignores_the_scale():
 
 def test_spectral_distances_of_known_changes():
     """Red when stft_convergence divides by the other, or log_mel_l1 takes log10."""
-    assert stft_convergence(NOISE, NOISE) == 0 and log_mel_l1(NOISE, NOISE) == 0
+    assert stft_convergence(NOISE, NOISE) == 0
+    assert log_mel_l1(NOISE, NOISE) == 0
     assert stft_convergence(NOISE, -NOISE) == 0  # magnitudes alone count
     assert stft_convergence(NOISE, np.zeros_like(NOISE)) == pytest.approx(1)
     assert stft_convergence(NOISE, 3 * NOISE) == pytest.approx(2, rel=1e-4)
@@ -57,7 +58,8 @@ def test_frechet_dsp_tells_sets_of_other_sounds_apart():
     assert frechet_dsp(plucked, plucked, RATE) == pytest.approx(0, abs=1e-6)
     assert frechet_dsp(plucked[:1], organ, RATE) is None
     silent = [np.zeros(RATE), np.zeros(100)]
-    assert np.isfinite(frechet_dsp(silent, organ, RATE)) and np.isfinite(frechet_dsp(organ, silent, RATE))
+    assert np.isfinite(frechet_dsp(silent, organ, RATE))
+    assert np.isfinite(frechet_dsp(organ, silent, RATE))
 
 
 def test_the_use_of_codebooks():
@@ -75,6 +77,9 @@ def test_the_table_takes_means_over_sounds_that_are_there():
         (OTHER_NOISE, OTHER_NOISE),
     ]
     row = distance_table(pairs, RATE)
-    assert row["n"] == 2 and row["silent"] == 2 and row["stft_convergence"] == pytest.approx(1, rel=1e-4)
-    assert row["si_sdr"] == pytest.approx(100, abs=0.1) and row["frechet_dsp"] > 0
+    assert row["n"] == 2
+    assert row["silent"] == 2
+    assert row["stft_convergence"] == pytest.approx(1, rel=1e-4)
+    assert row["si_sdr"] == pytest.approx(100, abs=0.1)
+    assert row["frechet_dsp"] > 0
     assert distance_table([], RATE)["log_mel_l1"] is None

@@ -56,13 +56,15 @@ def test_codes_and_sounds_are_those_of_transformers(models, wavs, name, rate, fr
     always taken."""
     folder, model = models[name]
     whole = model.encode(torch.from_numpy(wavs)[:, None], bandwidth=model.config.target_bandwidths[-1]).audio_codes
-    assert whole.shape[2] == most and len(whole.unique()) > 20
+    assert whole.shape[2] == most
+    assert len(whole.unique()) > 20
     for codebooks in (1, most - 1, most):
         codec = open_codec(f"encodec:{folder}", codebooks, 64)
         assert (codec.sample_rate, codec.frame_rate, codec.codebooks, codec.codes) == (rate, frame_rate, codebooks, 64)
         assert codec.name == name
         codes = codec.encode_batch(wavs)
-        assert same(codes, whole[0, :, :codebooks].numpy()) and same(codec.encode(wavs[1]), codes[1])
+        assert same(codes, whole[0, :, :codebooks].numpy())
+        assert same(codec.encode(wavs[1]), codes[1])
         sound = model.decode(torch.from_numpy(codes)[None], [None]).audio_values[:, 0].detach().numpy()
         np.testing.assert_allclose(codec.decode_batch(codes), sound, atol=1e-5)
         np.testing.assert_allclose(codec.decode(codes[2]), sound[2], atol=1e-5)
@@ -73,7 +75,8 @@ def test_any_length_gives_whole_frames(models):
     codec = open_codec(f"encodec:{models['at24'][0]}", 2, 64)
     for samples, count in ((0, 1), (1, 1), (319, 1), (320, 1), (321, 2), (6400, 20)):
         codes = codec.encode(np.zeros(samples, np.float32))
-        assert codes.shape == (2, count) and codec.decode(codes).shape == (320 * count,)
+        assert codes.shape == (2, count)
+        assert codec.decode(codes).shape == (320 * count,)
 
 
 def test_a_gpu_is_used_where_there_is_one(models, wavs, monkeypatch):
@@ -97,12 +100,14 @@ def test_a_gpu_is_used_where_there_is_one(models, wavs, monkeypatch):
         patch.setattr(torch.nn.Module, "to", to("model", torch.nn.Module.to))
         patch.setattr(torch.Tensor, "cpu", lambda self: moved.append("back") or self)
         codec = open_codec(f"encodec:{models['at24'][0]}", 2, 64)
-        assert codec.device == gpu and moved[-1] == "model"
+        assert codec.device == gpu
+        assert moved[-1] == "model"
         moved.clear()
         codes = codec.encode_batch(np.tile(wavs, 14))  # 14 s each: one a group
         assert moved == ["batch", "back"] * 3
         codec.decode_batch(codes[:, :, :300])
-        assert moved[6:] == ["batch", "back"] * len(moved[6:][::2]) and len(moved) > 7
+        assert moved[6:] == ["batch", "back"] * len(moved[6:][::2])
+        assert len(moved) > 7
     assert same(codes[:, :, :50], open_codec(f"encodec:{models['at24'][0]}", 2, 64).encode_batch(wavs)[:, :, :50])
 
 
@@ -114,7 +119,8 @@ def test_long_sounds_are_coded_in_pieces(models, wavs, monkeypatch):
     monkeypatch.setattr(codec._model, "encode", lambda x, **more: lengths.append(x.shape[2]) or real(x, **more))
     sound = np.concatenate([*wavs, *wavs])[: 5 * 24000 + 7]
     codes = codec.encode(sound)
-    assert lengths == [48000, 48000, 24007] and codes.shape == (2, 5 * 75 + 1)
+    assert lengths == [48000, 48000, 24007]
+    assert codes.shape == (2, 5 * 75 + 1)
     assert same(codes[:, 150:300], codec.encode(sound[48000:96000]))
     decoded = codec.decode(codes)
     assert decoded.shape == (376 * 320,)
@@ -128,7 +134,8 @@ def test_a_saved_codec_refers_to_its_model_and_knows_it_again(models, wavs, tmp_
     codec = open_codec(f"encodec:{folder}", 3, 64)
     codec.save(tmp_path / "codec")
     again = load_codec(tmp_path / "codec")
-    assert again.hash == codec.hash and same(again.encode(wavs[0]), codec.encode(wavs[0]))
+    assert again.hash == codec.hash
+    assert same(again.encode(wavs[0]), codec.encode(wavs[0]))
     assert open_codec(str(tmp_path / "codec"), 3, 64).hash == codec.hash
     assert open_codec(f"encodec:{folder}", 2, 64).hash != codec.hash
     assert [path.name for path in (tmp_path / "codec").iterdir()] == ["codec.json"]

@@ -45,7 +45,8 @@ def test_sound_is_clipped_not_wrapped_and_comes_back(tmp_path):
     assert pcm.tolist() == [0, 16384, -16384, 32767, 32767, -32767, 0, 32767, -32767]
     wav, rate = read_wav(path)
     np.testing.assert_allclose(wav, np.clip([0, 0.5, -0.5, 1, 2, -7, 0, 9, -9], -1, 1), atol=1e-4)
-    assert rate == 24000 and os.listdir(path.parent) == ["x.wav"]
+    assert rate == 24000
+    assert os.listdir(path.parent) == ["x.wav"]
 
 
 @pytest.mark.parametrize("content", [None, b"", b"RIFF", b"text" * 20])
@@ -67,7 +68,8 @@ def test_pictures_are_png_files_in_our_colours():
     with Image.open(io.BytesIO(png(levels))) as image:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape == (5, 12, 3)
-    assert tuple(pixels[0, 0]) == COLOURS[0] and tuple(pixels[-1, -1]) == COLOURS[-1]
+    assert tuple(pixels[0, 0]) == COLOURS[0]
+    assert tuple(pixels[-1, -1]) == COLOURS[-1]
     assert tuple(np.asarray(pixels[2, 5], int)) == pytest.approx(COLOURS[2], abs=3)
 
 
@@ -76,9 +78,11 @@ def test_a_spectrogram_shows_a_tone_in_its_row_and_when_it_sounds():
     levels = spectrogram(np.concatenate([np.zeros(RATE), TONE]), RATE)
     frequencies = np.geomspace(8000, 60, levels.shape[0])
     assert frequencies[levels[:, 240].argmax()] == pytest.approx(440, rel=0.06)
-    assert levels[:, :140].max() <= 0 and levels.max() == pytest.approx(1)
+    assert levels[:, :140].max() <= 0
+    assert levels.max() == pytest.approx(1)
     for odd in (np.zeros(0), np.zeros(5), np.full(100, np.nan), np.zeros(RATE)):
-        assert np.isfinite(spectrogram(odd, RATE)).all() and spectrogram(odd, RATE).max() <= 0
+        assert np.isfinite(spectrogram(odd, RATE)).all()
+        assert spectrogram(odd, RATE).max() <= 0
 
 
 def test_the_page_holds_everything_and_nothing_from_elsewhere(tmp_path):
@@ -98,15 +102,18 @@ def test_the_page_holds_everything_and_nothing_from_elsewhere(tmp_path):
     ]
     path = write_page(tmp_path / "tag" / "listen.html", "Sounds of <d4>", items, "pitch  0.9 < 1")
     page = Page(path)
-    assert not page.values("script", "src") and "http" not in path.read_text(encoding="utf-8")
+    assert not page.values("script", "src")
+    assert "http" not in path.read_text(encoding="utf-8")
     for text in (nasty, "Sounds of <d4>", "pitch  0.9 < 1", "seen: 1", "held out: 1", "f0 440.1", "bpm none"):
         assert text in page.text
-    assert "pitch hit" in page.text and "tempo miss" in page.text
+    assert "pitch hit" in page.text
+    assert "tempo miss" in page.text
     assert len(page.values("audio", "src")) == len(page.values("img", "src")) == 3
     for source in page.values("audio", "src"):
         np.testing.assert_allclose(read_wav(path.parent / source)[0], TONE, atol=1e-4)
     assert all((path.parent / source).read_bytes().startswith(b"\x89PNG") for source in page.values("img", "src"))
-    assert set(page.values("audio", "preload")) == {"none"} and "controls" in dict(page.tags)["audio"]
+    assert set(page.values("audio", "preload")) == {"none"}
+    assert "controls" in dict(page.tags)["audio"]
     assert all(nasty in text for text in page.values("img", "alt")[:2] + page.values("audio", "aria-label")[:2])
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
 
@@ -121,7 +128,8 @@ def test_a_new_page_replaces_the_old_one_and_nothing_else(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == first  # the same sounds, the same folder
     write_page(path, "two", [{"caption": "b", "sound": (-TONE, RATE)}])
     second = {file.name for file in tmp_path.iterdir()}
-    assert len(second) == 3 and first & second == {"listen.html", "listen-mine"}
+    assert len(second) == 3
+    assert first & second == {"listen.html", "listen-mine"}
     assert all((tmp_path / source).is_file() for source in Page(path).values("audio", "src"))
 
 
@@ -131,7 +139,8 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="absent"):
         write_page(path, "two", [{"caption": "b", "sound": (TONE, RATE)}, {"caption": "c", "sound": "absent.wav"}])
-    assert sorted(tmp_path.rglob("*")) == before and "one" in Page(path).text
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "one" in Page(path).text
 
 
 def test_the_check_says_when_there_is_no_browser_or_no_page(tmp_path, monkeypatch):
@@ -165,4 +174,5 @@ def test_two_pages_at_once_leave_the_last_one_whole(tmp_path, monkeypatch):
     write_page(path, "first", [dict(caption="a", sound=(wav, 16000))])
     others[0].join()
     [folder] = [entry for entry in tmp_path.iterdir() if entry.is_dir()]
-    assert folder.name in path.read_text() and not list(tmp_path.glob(".*"))
+    assert folder.name in path.read_text()
+    assert not list(tmp_path.glob(".*"))

@@ -110,16 +110,19 @@ def test_text_files_and_file_names(tmp_path):
     assert {name: sound.caption for name, sound in sounds.items()} == {"snare.flac": "a snare"}
     assert log.left_out == {"sound without a caption": 1}
     sounds, log = read_all(data=str(tmp_path / "in"), data_column="file_name")
-    assert sorted(sound.caption for sound in sounds.values()) == ["kick drum 1.5", "snare"] and not log.left_out
+    assert sorted(sound.caption for sound in sounds.values()) == ["kick drum 1.5", "snare"]
+    assert not log.left_out
 
 
 def test_synth(tmp_path):
     """The clips are synth_audio's own, and their sounds decide the split. Red when an item's split is None."""
     sounds, log = read_all(data="synth", data_limit=12, clip_seconds=0.5)
-    assert list(sounds) == [f"synth/{i}" for i in range(12)] and not log.left_out
+    assert list(sounds) == [f"synth/{i}" for i in range(12)]
+    assert not log.left_out
     for i, sound in enumerate(sounds.values()):
         clip = synth_audio.clip(i, seconds=0.5)
-        assert np.array_equal(sound.wav, clip.wav) and sound.caption == clip.caption
+        assert np.array_equal(sound.wav, clip.wav)
+        assert sound.caption == clip.caption
         assert sound.attributes == clip.attributes
     items = sound_source(Settings(modalities="audio:64", data="synth", data_limit=100, clip_seconds=0.5)).fetch(log)
     for i, item in enumerate(items):
@@ -231,7 +234,9 @@ def test_any_format_gives_the_same_wave(tmp_path, suffix, rate, options):
     path = write_sound(tmp_path / f"a.{suffix}", tone(0.5, rate), rate, **options)
     log = Log()
     wav = decode(path, "a", RATE, None, log)
-    assert wav.dtype == np.float32 and wav.ndim == 1 and abs(len(wav) - RATE / 2) <= 1
+    assert wav.dtype == np.float32
+    assert wav.ndim == 1
+    assert abs(len(wav) - RATE / 2) <= 1
     middle = slice(2000, 6000)
     assert np.abs(wav[middle] - tone(0.5)[middle]).max() < (0.1 if suffix in ("ogg", "mp3") else 0.02)
 
@@ -268,7 +273,8 @@ def test_channels_are_mixed_and_long_sounds_cut(tmp_path):
     assert np.allclose(wav, (left + right)[:2000] / 2, atol=1e-4)
     assert log.altered == {"several channels mixed to one": 1, "cut to 0.25 s": 1}
     log = Log()
-    assert len(decode(path, "a", 8000, 1.0, log)) == 8000 and "cut to 1 s" not in log.altered
+    assert len(decode(path, "a", 8000, 1.0, log)) == 8000
+    assert "cut to 1 s" not in log.altered
 
 
 def test_a_long_file_costs_no_more_than_its_part(tmp_path):
@@ -282,7 +288,9 @@ def test_a_long_file_costs_no_more_than_its_part(tmp_path):
     wav = decode(tmp_path / "long.wav", "long", 8000, 2.0, log := Log())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(wav) == 16000 and log.altered == {"cut to 2 s": 1} and peak < 32e6
+    assert len(wav) == 16000
+    assert log.altered == {"cut to 2 s": 1}
+    assert peak < 32e6
 
 
 def test_a_sound_written_into_a_pipe_is_whole(tmp_path):
@@ -391,14 +399,16 @@ def test_the_first_of_a_kind_are_named_the_rest_counted(tmp_path):
     write_sound(tmp_path / "in" / "good.wav")
     lines: list[str] = []
     sounds, log = read_all(lines, data=str(tmp_path / "in"), data_column="file_name")
-    assert list(sounds) == ["good.wav"] and log.left_out == {"silent": 17}
+    assert list(sounds) == ["good.wav"]
+    assert log.left_out == {"silent": 17}
     assert lines == [f"data: '{i:02d}.wav': silent: left out" for i in range(5)] + ["data: ... and 12 more: silent"]
 
 
 def test_a_file_that_vanishes_is_unreadable(tmp_path):
     """Red when decode() looks at the file's size outside its try."""
     log = Log()
-    assert decode(tmp_path / "gone.wav", "gone", RATE, None, log) is None and log.left_out == {"unreadable": 1}
+    assert decode(tmp_path / "gone.wav", "gone", RATE, None, log) is None
+    assert log.left_out == {"unreadable": 1}
 
 
 @pytest.mark.parametrize(
@@ -552,7 +562,8 @@ def test_hub_dataset_of_files(tmp_path, hub_cache, packed):
                 path.unlink()
         (tmp_path / "all.zip").rename(folder / "all.zip")
     sounds, log = read_all(data=f"hf:{folder}")
-    assert sorted(sound.caption for sound in sounds.values()) == ["tone 0", "tone 1", "tone 2"] and not log.left_out
+    assert sorted(sound.caption for sound in sounds.values()) == ["tone 0", "tone 1", "tone 2"]
+    assert not log.left_out
 
 
 @pytest.mark.parametrize(

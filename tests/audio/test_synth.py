@@ -37,7 +37,8 @@ def test_a_clip_depends_on_its_number_and_seed_alone(clips):
     assert np.array_equal(again.wav, clips[137].wav)
     assert (again.caption, again.attributes) == (clips[137].caption, clips[137].attributes)
     other = clip(137, seed=1)
-    assert other.attributes != again.attributes and not np.array_equal(other.wav, again.wav)
+    assert other.attributes != again.attributes
+    assert not np.array_equal(other.wav, again.wav)
 
 
 def test_the_series_is_the_same_everywhere(clips):
@@ -70,7 +71,8 @@ def test_held_out_pairs_are_one_in_seven_and_spread():
     """Every instrument keeps 20 roots or more, every root 4 instruments or more. Red with `% 4` in the rule."""
     pairs = [(root, name) for root, name in itertools.product(ROOTS, INSTRUMENTS) if is_unseen(root, name)]
     assert len(pairs) / (24 * 5) == pytest.approx(1 / 7, abs=0.02)
-    assert set(Counter(name for _, name in pairs).values()) <= {3, 4} and len({name for _, name in pairs}) == 5
+    assert set(Counter(name for _, name in pairs).values()) <= {3, 4}
+    assert len({name for _, name in pairs}) == 5
     assert max(Counter(root for root, _ in pairs).values()) == 1
 
 
@@ -102,7 +104,8 @@ def test_no_sound_and_no_caption_is_on_both_sides(clips, held_out, unseen):
         out = is_held_out(attributes, 2.0)
         sounds[out].add(sound_key(attributes, 2.0)), captions[out].add(caption)
         counts[out, attributes["unseen"]] += 1
-    assert not sounds[True] & sounds[False] and not captions[True] & captions[False]
+    assert not sounds[True] & sounds[False]
+    assert not captions[True] & captions[False]
     assert (counts[True, False], counts[True, True], counts[False, True]) == (held_out, unseen, 0)
     assert 0.08 < held_out / (clips - unseen) < 0.12
 
@@ -147,8 +150,12 @@ def test_sounds_are_clean(clips):
     """float32 within half of full scale, without a jump, and nothing above 7.8 kHz that could have been an alias. Red
     when harmonics beyond the Nyquist frequency are kept."""
     for c in clips[:60]:
-        assert c.wav.dtype == np.float32 and c.wav.shape == (32000,)
-        assert np.abs(c.wav).max() <= 0.5 and c.wav[0] == 0 and np.abs(c.wav[-100:]).max() < 1e-6
+        assert c.wav.dtype == np.float32
+        assert c.wav.shape == (32000,)
+        assert np.abs(c.wav).max() <= 0.5
+        assert c.wav[0] == 0
+        assert np.abs(c.wav[-100:]).max() < 1e-6
         spectrum = np.abs(np.fft.rfft(c.wav.astype(float))) ** 2
         assert spectrum[(7800 * 2) :].sum() < 1e-6 * spectrum.sum(), c.caption
-    assert clip(3, seconds=0.5).wav.shape == (8000,) and clip(3, seconds=7.3).wav.shape == (116800,)
+    assert clip(3, seconds=0.5).wav.shape == (8000,)
+    assert clip(3, seconds=7.3).wav.shape == (116800,)

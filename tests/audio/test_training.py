@@ -53,10 +53,10 @@ def test_a_run_logs_losses_of_each_modality(train):
     """And the checkpoint holds the codec. Red when the parts are not divided by their own targets."""
     train("sounds", **SOUNDS, eval_every=3)
     step = next(line for line in metrics("sounds") if "tokens" in line)
-    assert step["loss/text"] == pytest.approx(np.log(300), abs=0.1) and step["loss/audio"] == pytest.approx(
-        np.log(65), abs=0.05
-    )
-    assert step["loss"] < step["loss/text"] and step["loss"] > step["loss/audio"]
+    assert step["loss/text"] == pytest.approx(np.log(300), abs=0.1)
+    assert step["loss/audio"] == pytest.approx(np.log(65), abs=0.05)
+    assert step["loss"] < step["loss/text"]
+    assert step["loss"] > step["loss/audio"]
     evaluations = [line for line in metrics("sounds") if line.get("event") == "eval"]
     assert [line["step"] for line in evaluations] == [3, 6]
     assert evaluations[1]["val_loss/audio"] < evaluations[0]["val_loss/audio"] < np.log(65)
@@ -90,7 +90,8 @@ def test_another_number_of_ranks(train, base, corpus):
     base_train.main(["--model_tag=switched", "--resume", "--num_iterations=30"])
     train("alone", **shape | dict(num_iterations=30))
     sounds = [line.get("norm/grad_matrix_audio") for line in metrics("alone") if "tokens" in line]
-    assert 0 in sounds and max(sounds) > 0
+    assert 0 in sounds
+    assert max(sounds) > 0
     assert losses("switched") == pytest.approx(losses("alone"), rel=1e-4)
     assert rows_of("switched", 2) == rows_of("alone", 1)
 
@@ -126,8 +127,10 @@ def test_an_expert_without_tokens_in_the_whole_batch_stays_as_it_is():
     momentum = {k: v for k, v in optimizer.state_dict().items() if ".experts.audio." in k}
     second = step(text)
     audio = [name for name in first if "audio" in name]
-    assert len(audio) == 6 and all(torch.equal(first[name], second[name]) for name in audio)
-    assert all(torch.equal(optimizer.state_dict()[k], v) for k, v in momentum.items()) and momentum
+    assert len(audio) == 6
+    assert all(torch.equal(first[name], second[name]) for name in audio)
+    assert all(torch.equal(optimizer.state_dict()[k], v) for k, v in momentum.items())
+    assert momentum
     assert not torch.equal(first["transformer.h.0.mlp.c_fc.weight"], second["transformer.h.0.mlp.c_fc.weight"])
     third = step(300 + text % 8)  # sounds alone: then it is text's expert that stays
     assert torch.equal(third["transformer.h.0.mlp.c_fc.weight"], second["transformer.h.0.mlp.c_fc.weight"])
@@ -162,7 +165,8 @@ def test_the_ids_of_a_document_are_caption_start_codes_end(spoken):
     caption, codes, attributes = next(clips(dataset, "train"))
     expected = [tokenizer.bos_id, *tokenizer.encode(caption), 293]
     expected += [300 + 32 * q + int(codes[t, q]) for t in range(len(codes)) for q in range(2)] + [364]
-    assert ids[offsets[0] : offsets[1]].tolist() == expected and len(codes) == 15
+    assert ids[offsets[0] : offsets[1]].tolist() == expected
+    assert len(codes) == 15
     assert attributes["unseen"] is False
 
 
@@ -173,7 +177,8 @@ def test_generated_sound(spoken, tmp_path, capsys):
     words = ["--prompt", prompt, "--out", str(out), "--model-tag=spoken", "--seconds=0.4"]
     assert audio_generate.main(words) == [out]
     first, rate = read_wav(out)
-    assert rate == 16_000 and 0.02 <= len(first) / rate <= 0.4
+    assert rate == 16_000
+    assert 0.02 <= len(first) / rate <= 0.4
     three = audio_generate.main([*words, "--num=3"])
     assert [path.name for path in three] == ["x-1.wav", "x-2.wav", "x-3.wav"]
     audio_generate.main(words)
@@ -210,7 +215,8 @@ def test_streamed_sound_is_the_sound(spoken, monkeypatch):
     seed, codes = next((seed, codes) for seed, codes in enumerate(drawn) if codes.shape[1] in (10, 11))
     pieces = list(stream_sound(model, tokenizer, codec, prompt, frames=14, seed=seed, temperature=1.0))
     whole = codec.decode(codes)
-    assert len(pieces) > 2 and sum(map(len, pieces)) == len(whole)
+    assert len(pieces) > 2
+    assert sum(map(len, pieces)) == len(whole)
     monkeypatch.setattr("nanochat.audio.generation.STREAM_CONTEXT", 3)
     pieces = list(stream_sound(model, tokenizer, Steps(), prompt, frames=14, seed=seed, temperature=1.0))
     assert np.allclose(np.concatenate(pieces), Steps().decode(codes), atol=1e-4)
@@ -231,7 +237,8 @@ def test_sound_is_judged(spoken, base, capsys):
     found = audio_eval.main(["--model-tag=spoken", "--num=8"])
     assert found["adherence"]["seen"]["generated"]["n"] + found["adherence"]["unseen"]["generated"]["n"] == 8
     page = (base / "audio" / "spoken" / "listen.html").read_text()
-    assert page.count("<audio") == 16 and "combinations never heard" in page
+    assert page.count("<audio") == 16
+    assert "combinations never heard" in page
     assert json.loads((base / "audio_eval" / "spoken_000008.json").read_text())["clips"] == 8
 
 
@@ -245,7 +252,9 @@ def test_a_bounded_loss_reads_no_more_sounds_than_it_scores(spoken, monkeypatch)
 
     monkeypatch.setattr(audio_loss_eval, "clips", counted)
     found = evaluate_audio(model, tokenizer, dataset, rows=5, max_clips=3, counted=dict(uniform=1.0))
-    assert found["clips"] == 3 and read == ["val"] * 4 and sum(1 for _ in every(dataset, "val")) > 4
+    assert found["clips"] == 3
+    assert read == ["val"] * 4
+    assert sum(1 for _ in every(dataset, "val")) > 4
 
 
 def test_the_loss_over_codes_by_hand(spoken):
@@ -260,7 +269,8 @@ def test_the_loss_over_codes_by_hand(spoken):
         logits = model(ids[:, :-1])[0, len(prompt) :, 300:].log_softmax(dim=-1)
         nats -= logits[range(len(sound) - 1), torch.tensor(sound[1:]) - 300].sum().item()
         count += len(sound) - 1
-    assert found["nats"] == pytest.approx(nats / count, rel=1e-5) and found["codes"] == count
+    assert found["nats"] == pytest.approx(nats / count, rel=1e-5)
+    assert found["codes"] == count
     assert found["baselines"]["shuffled_captions"] != found["nats"]
     captions = ["a", "b", "a", "c", "d", "c"]
     assert all(captions[i] != captions[other] for i, other in enumerate(derangement(captions, 0)))
@@ -378,7 +388,8 @@ def test_sounds_of_another_codec(spoken, train, tmp_path, capsys):
 def test_a_model_with_audio_on_text_alone(spoken, corpus):
     """Its text can be compared with any other model's. Red when a folder of text is searched for sounds."""
     result = base_eval.main(["--model-tag=spoken", "--eval=bpb,audio", f"--data={corpus}"])
-    assert result["bpb"]["val"] > 0 and "audio" not in result
+    assert result["bpb"]["val"] > 0
+    assert "audio" not in result
 
 
 def test_an_audio_head_has_no_say_in_a_suite(spoken):
@@ -416,7 +427,8 @@ def test_ids_are_made_anew_for_another_layout(spoken):
     for spec, first in (("audio:32", 300), ("image:64, audio:32", 365)):
         vocabulary = Vocabulary(300, modalities_of(Settings(**SOUNDS | dict(modalities=spec)), 300))
         ids, offsets = TokenStore(dataset, tokenizer, "train", vocabulary=vocabulary).shard(0)
-        assert ids[offsets[1] - 1] == vocabulary.end("audio") and ids.max() < first + 65
+        assert ids[offsets[1] - 1] == vocabulary.end("audio")
+        assert ids.max() < first + 65
 
 
 def test_sounds_need_a_model_with_audio(spoken):

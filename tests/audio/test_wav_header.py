@@ -78,7 +78,8 @@ def test_every_sample_of_a_wav_is_read(drawn):
     sound, does not know ds64, or leaves a tag in front."""
     raw, exact = drawn
     wav = decode(io.BytesIO(raw), "a", RATE, None, log := Log())
-    assert not log.left_out and len(wav) == len(exact)
+    assert not log.left_out
+    assert len(wav) == len(exact)
     np.testing.assert_allclose(wav, exact, atol=2e-7 if len(exact) else 0)
 
 
@@ -108,7 +109,8 @@ def test_other_formats_of_a_pipe(kind, mark, behind, size):
     place = raw.index(mark) + behind
     raw[place : place + 4] = struct.pack(">I", size)
     wav = decode(io.BytesIO(bytes(raw)), "a", RATE, None, log := Log())
-    assert len(wav) == 1000 and not log.left_out
+    assert len(wav) == 1000
+    assert not log.left_out
 
 
 def test_what_is_cut_or_empty_is_named(tmp_path):
@@ -125,17 +127,24 @@ def test_what_is_cut_or_empty_is_named(tmp_path):
     ):
         log = Log()
         wav = decode(io.BytesIO(b"RIFF" + struct.pack("<I", 2036) + body + content), "a", RATE, None, log)
-        assert (wav is None) == bool(left_out) and (log.left_out, log.altered) == (left_out, altered)
+        assert (wav is None) == bool(left_out)
+        assert (log.left_out, log.altered) == (left_out, altered)
 
 
 def test_a_view_reads_and_seeks_like_a_file():
     """A head and a part of another file. Red when seek() or read() takes the other file's places for its own."""
     view = Joined(b"abc", io.BytesIO(bytes(range(100))), 10, 5)
-    assert view.read() == b"abc" + bytes(range(10, 15)) and view.tell() == 8 and view.read(1) == b""
-    assert view.seek(2) == 2 and view.read(3) == b"c" + bytes([10, 11])
-    assert view.seek(-1, 2) == 7 and view.read(4) == bytes([14]) and view.seek(-8, 1) == 0
+    assert view.read() == b"abc" + bytes(range(10, 15))
+    assert view.tell() == 8
+    assert view.read(1) == b""
+    assert view.seek(2) == 2
+    assert view.read(3) == b"c" + bytes([10, 11])
+    assert view.seek(-1, 2) == 7
+    assert view.read(4) == bytes([14])
+    assert view.seek(-8, 1) == 0
     plain = io.BytesIO(b"RIFF" + struct.pack("<I", 40) + b"WAVE" + chunk(b"fmt ", bytes(16)) + chunk(b"data", bytes(4)))
-    assert mend_header(plain) is plain and plain.tell() == 0
+    assert mend_header(plain) is plain
+    assert plain.tell() == 0
 
 
 def test_more_than_four_gigabytes(tmp_path):
@@ -162,7 +171,8 @@ def test_a_header_that_says_too_little_is_said():
 
     def altered(*parts: bytes) -> dict:
         wav = decode(io.BytesIO(b"RIFF\0\0\0\0WAVE" + b"".join(parts)), "a", RATE, None, log := Log())
-        assert wav is not None and not log.left_out
+        assert wav is not None
+        assert not log.left_out
         return log.altered
 
     said = "longer than its header says, which alone is read"

@@ -59,7 +59,8 @@ def wizard(answers: dict[str, list[str]], *argv: str) -> tuple[AdapterSettings |
             result = configure.main(["--stage=adapters", *argv])
     finally:
         sys.stdin = stdin
-    assert max(map(len, out.getvalue().splitlines())) <= 80 and not any(left.values())
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    assert not any(left.values())
     return result, " ".join(out.getvalue().split())
 
 
@@ -74,8 +75,10 @@ def test_what_both_stages_have_is_declared_once():
         if name in shared:
             differing = {fact for fact, value in shared[name].metadata.items() if field.metadata[fact] != value}
             assert differing <= {"help", "group", "when", "ask"}, name
-    assert len(shared) > 30 and AdapterSettings().text_data is None
-    assert not hasattr(AdapterSettings(), "depth") and not isinstance(AdapterSettings(), Settings)
+    assert len(shared) > 30
+    assert AdapterSettings().text_data is None
+    assert not hasattr(AdapterSettings(), "depth")
+    assert not isinstance(AdapterSettings(), Settings)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +167,8 @@ def test_settings_without_effect_say_why():
     assert own.no_effect_reason("layer_map") == "layer_map has no effect while musicgen=None"
     # red when a tuple in `when` is compared as one value: the layer map would count for no expert at all
     assert AdapterSettings(expert="trained").no_effect_reason("layer_map") is None
-    assert (
-        AdapterSettings().no_effect_reason("codec") is None
-        and AdapterSettings().no_effect_reason("clip_seconds") is None
-    )
+    assert AdapterSettings().no_effect_reason("codec") is None
+    assert AdapterSettings().no_effect_reason("clip_seconds") is None
 
 
 def test_the_tag_says_host_expert_and_variant():
@@ -211,7 +212,8 @@ def test_every_preset_s_config_round_trips(name):
     assert result == preset(name, AdapterSettings)
     assert AdapterSettings(**read_config("config.py", AdapterSettings)) == result
     assert f"{sys.executable} -m scripts.adapter_train config.py" in text
-    assert "--standalone --nproc_per_node=1 -m scripts.adapter_train config.py" in text and "base_train" not in text
+    assert "--standalone --nproc_per_node=1 -m scripts.adapter_train config.py" in text
+    assert "base_train" not in text
 
 
 def test_enter_keeps_everything_and_the_table_comes_before_the_consent():
@@ -284,7 +286,8 @@ def test_the_stages_are_kept_apart(argv, message):
     Path("base.py").write_text(render_config(Settings()))
     with pytest.raises(UserError, match=message):
         wizard({}, "--defaults", *argv)
-    assert os.listdir() == ["base.py"] and Path("base.py").read_text() == render_config(Settings())
+    assert os.listdir() == ["base.py"]
+    assert Path("base.py").read_text() == render_config(Settings())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,7 +332,8 @@ def test_the_table_counts_what_is_trained_and_what_it_takes(monkeypatch):
 )
 def test_the_table_says_what_happens_to_each_part(changes, label):
     table = "\n".join(adapter_estimate.parameter_table(AdapterSettings(**changes), COUNTS))
-    assert label in table and table.count("whole output") == 1
+    assert label in table
+    assert table.count("whole output") == 1
     none = adapter_estimate.parameter_table(AdapterSettings(**changes), COUNTS | {"experts": 0})
     assert not any("experts" in line for line in none)
 

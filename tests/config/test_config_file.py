@@ -167,7 +167,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults():
     line = from_command_line(["--depth=8", "--resume"])
     assert (line.settings.depth, line.settings.seed, line.settings.head_dim) == (8, 7, 64)
     assert line.origins == {"depth": "command line", "seed": "config.py:2"}
-    assert line.switches == {"resume"} and str(line.config_path) == "config.py"
+    assert line.switches == {"resume"}
+    assert str(line.config_path) == "config.py"
     config("depth = 5\n", "other.py")
     assert from_command_line(["other.py"]).settings == Settings(depth=5)
     os.remove("config.py")
@@ -260,9 +261,11 @@ def test_help_names_every_setting_within_80_columns(capsys, kind):
     with pytest.raises(SystemExit) as end:
         from_command_line(["missing.py", "--help"], usage=usage, kind=kind)
     text = capsys.readouterr().out
-    assert end.value.code == 0 and text.strip() == help_text(usage, ("resume",), kind)
+    assert end.value.code == 0
+    assert text.strip() == help_text(usage, ("resume",), kind)
     assert [name for name in fields_of(kind) if f"--{name}=" not in text] == []
-    assert "[--resume]" in text and max(map(len, text.splitlines())) <= 80
+    assert "[--resume]" in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in fields_of(kind)])

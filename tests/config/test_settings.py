@@ -42,7 +42,8 @@ def test_a_number_that_elsewhere_means_off_names_none(kind):
     numbers, none = {int, float}, type(None)
     parts = {name: set(typing.get_args(hint)) for name, hint in types_of(kind).items()}
     optional = {name for name, some in parts.items() if none in some and numbers & some}
-    assert {"eval_every", "save_every", "keep_last", "grad_clip"} <= optional and "rank_timeout" not in optional
+    assert {"eval_every", "save_every", "keep_last", "grad_clip"} <= optional
+    assert "rank_timeout" not in optional
     reason = r"(is too small: (at least|more than) \d+|is not a finite number), or None \(\w.*\)$"
     for name in optional:
         for value in (-1, 0, math.inf):
@@ -87,7 +88,8 @@ def test_a_wrong_value_is_refused_with_name_and_value(name, value, message):
 
 
 def test_values_take_the_setting_s_own_type():
-    assert checked("depth", 6.0) == 6 and isinstance(checked("depth", 6.0), int)
+    assert checked("depth", 6.0) == 6
+    assert isinstance(checked("depth", 6.0), int)
     assert isinstance(checked("weight_decay", 0), float)
     assert checked("adam_betas", [0, 0.5]) == (0.0, 0.5)
     assert checked("eval_every", None) is None
@@ -170,9 +172,12 @@ def test_settings_without_effect_say_why():
     assert "while tie_weights=True" in Settings(tie_weights=True).no_effect_reason("unembedding_lr")
     ratio = "target_param_data_ratio"
     assert Settings(num_iterations=5).no_effect_reason(ratio) == f"{ratio} has no effect while num_iterations=5"
-    assert Settings(model_dim=128).no_effect_reason("aspect_ratio") and not Settings().no_effect_reason("aspect_ratio")
-    assert Settings().no_effect_reason("run") and not Settings(wandb_mode="offline").no_effect_reason("run")
-    assert Settings().no_effect_reason("keep_last") and not Settings(save_every=5).no_effect_reason("keep_last")
+    assert Settings(model_dim=128).no_effect_reason("aspect_ratio")
+    assert not Settings().no_effect_reason("aspect_ratio")
+    assert Settings().no_effect_reason("run")
+    assert not Settings(wandb_mode="offline").no_effect_reason("run")
+    assert Settings().no_effect_reason("keep_last")
+    assert not Settings(save_every=5).no_effect_reason("keep_last")
     assert Settings().no_effect_reason("depth") is None
 
 
@@ -258,14 +263,11 @@ def test_adapters_say_the_same_of_their_data():
     assert all(
         "data='/sounds'" in folder.no_effect_reason(n) for n in ("data_limit", "data_split", "data_audio_column")
     )
-    assert (
-        folder.no_effect_reason("data_column") is None
-        and AdapterSettings(data="synth").no_effect_reason("data_limit") is None
-    )
+    assert folder.no_effect_reason("data_column") is None
+    assert AdapterSettings(data="synth").no_effect_reason("data_limit") is None
     assert "data='synth'" in AdapterSettings(data="synth").no_effect_reason("data_column")
-    assert AdapterSettings(eval_every=None).no_effect_reason("stall_evals") and not AdapterSettings().no_effect_reason(
-        "stall_evals"
-    )
+    assert AdapterSettings(eval_every=None).no_effect_reason("stall_evals")
+    assert not AdapterSettings().no_effect_reason("stall_evals")
     assert AdapterSettings(data="hf:x").no_effect_reason("data_audio_column") is None
 
 

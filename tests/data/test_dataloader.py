@@ -119,9 +119,12 @@ def test_batches_follow_the_stated_order(store, seq_len, rows, seed, block):
             logged = loader.last_rows()
             assert [(set(r["documents"]), r["epoch"], r["row"]) for r in logged] == [w[1:] for w in wanted]
             assert all(len(r["documents"]) == len(set(r["documents"])) for r in logged)
-            assert loader.epoch == wanted[-1][2] and loader.cursor == (batch + 1) * rows
-        assert inputs.dtype == targets.dtype == torch.int64 and inputs.shape == (rows, seq_len)
-        assert inputs.is_contiguous() and targets.is_contiguous()
+            assert loader.epoch == wanted[-1][2]
+            assert loader.cursor == (batch + 1) * rows
+        assert inputs.dtype == targets.dtype == torch.int64
+        assert inputs.shape == (rows, seq_len)
+        assert inputs.is_contiguous()
+        assert targets.is_contiguous()
 
 
 def test_an_epoch_shows_every_row_once_and_epochs_differ(store):
@@ -131,7 +134,8 @@ def test_an_epoch_shows_every_row_once_and_epochs_differ(store):
     for _ in range(2):
         batches = [loader.next()[0].tolist() for _ in range(rows_per_epoch)]
         orders.append(batches)
-    assert loader.epoch == 1 and loader.row == rows_per_epoch - 1
+    assert loader.epoch == 1
+    assert loader.row == rows_per_epoch - 1
     assert orders[0] != orders[1]
 
 
@@ -158,8 +162,10 @@ def test_resume_at_any_cursor_is_the_same_run(store, seq_len, rows, before, seed
     assert resumed.state_dict() == straight.state_dict()
     for _ in range(4):
         a, b = straight.next(), resumed.next()
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    assert resumed.state_dict() == straight.state_dict() and resumed.last_rows() == straight.last_rows()
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+    assert resumed.state_dict() == straight.state_dict()
+    assert resumed.last_rows() == straight.last_rows()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -244,7 +250,8 @@ def test_stream_is_bos_and_document_in_path_order(store):
     for length in (0, 1, len(expected) // 2, len(expected), len(expected) + 9):
         assert store.stream(length).tolist() == expected[:length]
     val = make_store(store.dataset, "val").stream()
-    assert val.tolist() == flat([["held out", "twice"]]) and val.dtype == np.uint16
+    assert val.tolist() == flat([["held out", "twice"]])
+    assert val.dtype == np.uint16
 
 
 def test_stream_takes_no_more_shards_than_it_needs(tmp_path):
@@ -276,7 +283,8 @@ def test_files_are_those_of_the_contract(store):
     ids = np.fromfile(store.directory / "shard_00002.bin", np.uint16)
     offsets = np.load(store.directory / "shard_00002.npy")
     assert ids.tolist() == flat([SHARDS[2]])
-    assert np.flatnonzero(ids == TOKENIZER.bos_id).tolist() == offsets[:-1].tolist() and offsets[-1] == len(ids)
+    assert np.flatnonzero(ids == TOKENIZER.bos_id).tolist() == offsets[:-1].tolist()
+    assert offsets[-1] == len(ids)
     assert not list(store.directory.glob(".*"))
 
 
@@ -372,7 +380,8 @@ def test_corrupt_shards_stop_the_reader_or_are_left_out(tmp_path):
     dataset = corrupt(True)
     store = make_store(dataset)
     DataLoader(store, 2, 5, seed=0).next()
-    assert "shard_00001.parquet" in dataset.skipped and store.stream().tolist() == flat([SHARDS[0], SHARDS[2]])
+    assert "shard_00001.parquet" in dataset.skipped
+    assert store.stream().tolist() == flat([SHARDS[0], SHARDS[2]])
     with pytest.raises(Corrupt, match=r"shard_00001\.parquet"):  # the same files, but nobody asked to leave any out
         make_store(replace(dataset, skip_corrupt=False, skipped={})).stream()
     assert make_store(make_dataset(tmp_path, skip_corrupt=True)).stream().tolist() == flat(SHARDS)
@@ -456,7 +465,8 @@ def test_a_shard_made_twice_keeps_the_file_that_may_be_mapped(tmp_path, monkeypa
     first._file(0, ".json").unlink()
     made, second = [], make_store(first.dataset)
     make, second._make = second._make, lambda shard: (made.append(shard), make(shard))
-    assert second.stream().tolist() == flat(SHARDS) and made == [0]
+    assert second.stream().tolist() == flat(SHARDS)
+    assert made == [0]
     assert [file.stat().st_ino for file in files] == before
 
 

@@ -120,8 +120,10 @@ def test_prepared_once(lines, base):
     said, written = len(lines), (first.directory / "manifest.json").stat().st_mtime_ns
     with record_messages(lines):
         again = prepare("stdlib")
-    assert again.directory == first.directory == base / "data" / "stdlib" and again.manifest == first.manifest
-    assert len(lines) == said and (first.directory / "manifest.json").stat().st_mtime_ns == written
+    assert again.directory == first.directory == base / "data" / "stdlib"
+    assert again.manifest == first.manifest
+    assert len(lines) == said
+    assert (first.directory / "manifest.json").stat().st_mtime_ns == written
 
 
 def test_an_interpreter_without_sources(tmp_path, monkeypatch):
@@ -191,10 +193,12 @@ def test_packages_drop_held_out_copies(tmp_path, monkeypatch, lines):
     monkeypatch.setattr(sources, "LEAST_STDLIB_BYTES", 1000)
     with record_messages(lines):
         data = prepare("packages")
-    assert [name for name, _ in data.documents("val")] == sorted(outside[1:]) and len(outside) > 1
+    assert [name for name, _ in data.documents("val")] == sorted(outside[1:])
+    assert len(outside) > 1
     assert data.num_documents("train") == 40 - len(outside)
     assert data.manifest["left_out"] == {"held-out equal to a training document": 1}
-    assert data.verify() == 2 and "1 held-out equal to a training document" in lines[-1]
+    assert data.verify() == 2
+    assert "1 held-out equal to a training document" in lines[-1]
 
 
 def test_packages_closure_is_that_of_pip():
@@ -256,7 +260,8 @@ def test_folder_of_every_kind_of_file(tmp_path, lines):
     with record_messages(lines):
         data = prepare(str(folder))
     assert texts_of(data) == expected
-    assert data.name.startswith("my-texts-") and data.directory.name == data.name
+    assert data.name.startswith("my-texts-")
+    assert data.directory.name == data.name
     assert {name for name, _ in data.documents("val")} == {name for name in expected if held_out(name)}
     assert data.manifest["left_out"] == {"empty": 2, "undecodable": 1, "hidden": 2, "of other kinds": 1}
     assert "1 undecodable" in lines[-1]
@@ -270,7 +275,8 @@ def test_a_folder_elsewhere_has_the_same_fingerprint(tmp_path, tiny_corpus):
         {p.relative_to(tiny_corpus).as_posix(): p.read_bytes() for p in tiny_corpus.rglob("*.py")},
     )
     one, two = prepare(str(tiny_corpus)), prepare(str(copy))
-    assert one.directory != two.directory and one.fingerprint == two.fingerprint
+    assert one.directory != two.directory
+    assert one.fingerprint == two.fingerprint
 
 
 def test_datasets_of_text_stay_what_they_were(tmp_path):
@@ -304,13 +310,15 @@ def test_a_changed_folder_is_prepared_again(tmp_path, lines):
     with record_messages(lines):
         second = prepare(str(folder))
     assert any("changed since it was prepared" in line for line in lines)
-    assert second.directory != first.directory and second.fingerprint["sha256"] != first.fingerprint["sha256"]
+    assert second.directory != first.directory
+    assert second.fingerprint["sha256"] != first.fingerprint["sha256"]
     assert texts_of(second)["part0/text000.txt"] == "something else\n" * 20
     assert texts_of(first)["part0/text000.txt"] == old.decode()
     changed.write_bytes(old)
     with record_messages(lines):
         third = prepare(str(folder))
-    assert third.directory == first.directory and third.fingerprint == first.fingerprint
+    assert third.directory == first.directory
+    assert third.fingerprint == first.fingerprint
     with no_messages():
         assert prepare(str(folder)).directory == first.directory
 
@@ -324,7 +332,8 @@ def test_single_text_file_is_read_in_blocks(tmp_path):
     assert [name for name, _ in documents] == [f"book.txt#{i}" for i in range(len(documents))]
     assert "".join(text for _, text in documents) == path.read_text()
     for _, text in documents[:-1]:
-        assert 4096 <= len(text) < 6000 and text.endswith("\n\n")
+        assert 4096 <= len(text) < 6000
+        assert text.endswith("\n\n")
 
 
 @hypothesis.given(st.lists(st.sampled_from(["\n", "a\n", "b" * 5000 + "\n", "c" * 900 + "\r\n", "\r\n"]), max_size=60))
@@ -332,7 +341,8 @@ def test_blocks_lose_nothing(tmp_path_factory, pieces):
     path = tmp_path_factory.getbasetemp() / "blocks.txt"
     path.write_bytes("".join(pieces).encode())
     blocks = list(text_files.blocks(path))
-    assert b"".join(blocks) == path.read_bytes() and all(len(block) < 16384 + 5001 for block in blocks)
+    assert b"".join(blocks) == path.read_bytes()
+    assert all(len(block) < 16384 + 5001 for block in blocks)
 
 
 def test_shards_are_cut_and_numbered(tmp_path, monkeypatch, tiny_corpus):
@@ -340,7 +350,8 @@ def test_shards_are_cut_and_numbered(tmp_path, monkeypatch, tiny_corpus):
     monkeypatch.setattr(prepare_module, "SHARD_BYTES", 50_000)
     data = prepare(str(tiny_corpus))
     names = [path.name for path in data.shards("train")]
-    assert names == [f"shard_{i:05d}.parquet" for i in range(len(names))] and len(names) > 2
+    assert names == [f"shard_{i:05d}.parquet" for i in range(len(names))]
+    assert len(names) > 2
     order = [name for name, _ in data.documents("train")]
     assert order == sorted(order)
 
@@ -448,7 +459,8 @@ def test_unreadable_file_is_skipped_only_when_asked(tmp_path, lines):
     usable = {name: text for name, text in expected.items() if "rows.parquet" not in name}
     assert texts_of(data) == usable | {"bad.jsonl#0": "good row"}
     assert data.manifest["left_out"]["corrupt"] == data.manifest["left_out"]["corrupt rows"] == 1
-    assert any("bad.jsonl line 2" in line for line in lines) and any("rows.parquet cannot" in line for line in lines)
+    assert any("bad.jsonl line 2" in line for line in lines)
+    assert any("rows.parquet cannot" in line for line in lines)
     with pytest.raises(Corrupt), record_messages(lines):
         prepare(str(folder))
 
@@ -484,7 +496,9 @@ def test_corrupt_shard(many_shards, lines, harm):
         tolerant = Dataset(many_shards.directory, many_shards.manifest, skip_corrupt=True)
         found = texts_of(tolerant)
     assert found == {name: text for name, text in everything.items() if name not in lost}
-    assert list(tolerant.skipped) == ["shard_00001.parquet"] and len(lines) == 1 and "left out" in lines[0]
+    assert list(tolerant.skipped) == ["shard_00001.parquet"]
+    assert len(lines) == 1
+    assert "left out" in lines[0]
     assert victim not in tolerant.shards("train")
     assert tolerant.text_bytes("train") == sum(len(text.encode()) for _, text in tolerant.documents("train"))
 
@@ -516,7 +530,9 @@ def test_a_kill_leaves_nothing_that_counts(tmp_path, tiny_corpus, moment, base):
     process = Forked([sys.executable, "-c", code, tiny_corpus])
     assert process.wait(timeout=60) == 9, process.output()
     left = list((base / "data").iterdir())
-    assert len(left) == 1 and left[0].name.startswith(".") and left[0].name.endswith(".tmp")
+    assert len(left) == 1
+    assert left[0].name.startswith(".")
+    assert left[0].name.endswith(".tmp")
     assert len(texts_of(prepare(str(tiny_corpus)))) == 60
     assert not left[0].exists()  # its owner is dead: it goes, however young it is
 
@@ -534,7 +550,8 @@ def test_two_processes_make_one_dataset(tiny_corpus, monkeypatch, base):
 
     monkeypatch.setattr(prepare_module, "_write_shards", overtaken)
     mine = prepare(str(tiny_corpus))
-    assert mine.directory == others[1].directory and mine.fingerprint == others[1].fingerprint
+    assert mine.directory == others[1].directory
+    assert mine.fingerprint == others[1].fingerprint
     assert len(list((base / "data").iterdir())) == 1
 
 
@@ -653,7 +670,8 @@ def test_climbmix(hub, lines):
         two = prepare("climbmix", limit=2, workers=2)
     assert [path.name for path in two.shards("train")] == ["shard_00000.parquet", "shard_00001.parquet"]
     assert [path.name for path in two.shards("val")] == [LAST]
-    assert two.num_documents("train") == 600 and next(two.documents("val"))[0] == f"{LAST}#0"
+    assert two.num_documents("train") == 600
+    assert next(two.documents("val"))[0] == f"{LAST}#0"
     assert two.text_bytes("val") == sum(len(text) for _, text in two.documents("val"))
     for entry in two.manifest["files"]:
         assert entry["sha256"] == hashlib.sha256(hub.content(entry["name"])).hexdigest()
@@ -662,11 +680,15 @@ def test_climbmix(hub, lines):
 
     three = prepare("climbmix", limit=3)
     assert hub.fetched() == ["shard_00000.parquet", "shard_00001.parquet", "shard_00002.parquet", LAST]
-    assert three.fingerprint["files"] == 4 and three.fingerprint != two.fingerprint
+    assert three.fingerprint["files"] == 4
+    assert three.fingerprint != two.fingerprint
     requests = len(hub.requests)
     again = prepare("climbmix", limit=2)
-    assert again.fingerprint == two.fingerprint and again.verify() == 3 and len(hub.requests) == requests
-    assert climbmix_is_here(3) and not climbmix_is_here(4)
+    assert again.fingerprint == two.fingerprint
+    assert again.verify() == 3
+    assert len(hub.requests) == requests
+    assert climbmix_is_here(3)
+    assert not climbmix_is_here(4)
     (three.directory / "shard_00001.parquet").unlink()
     assert not climbmix_is_here(3)
 
@@ -680,13 +702,15 @@ def test_climbmix_goes_on_after_a_cut(hub, lines):
     with pytest.raises(Unreachable, match=r"the download stopped .* run again to go on"), record_messages(lines):
         prepare("climbmix", limit=2, workers=1)
     done = {entry["name"] for entry in dataset.read_manifest(base_dir() / "data" / "climbmix")["files"]}
-    assert "shard_00000.parquet" in done and "shard_00001.parquet" not in done
+    assert "shard_00000.parquet" in done
+    assert "shard_00001.parquet" not in done
     assert not climbmix_is_here(2)
     hub.cut.clear()
     hub.requests.clear()
     with record_messages(lines):
         data = prepare("climbmix", limit=2, workers=1)
-    assert data.verify() == 3 and "shard_00000.parquet" not in hub.fetched()
+    assert data.verify() == 3
+    assert "shard_00000.parquet" not in hub.fetched()
     ranges = [wanted for method, name, wanted in hub.requests if (method, name) == ("GET", "shard_00001.parquet")]
     assert ranges == [f"bytes={half}-"]
 
@@ -715,7 +739,8 @@ def test_climbmix_sends_more_than_it_may(hub, monkeypatch):
     hub.longer[LAST] = 300
     with pytest.raises(Corrupt, match=rf"{LAST}: the hub sends more than the [\d,]+ bytes allowed"):
         prepare("climbmix", limit=1, workers=1)
-    assert hub.surplus < 100 and LAST not in {path.name for path in (base_dir() / "data" / "climbmix").iterdir()}
+    assert hub.surplus < 100
+    assert LAST not in {path.name for path in (base_dir() / "data" / "climbmix").iterdir()}
     assert not (base_dir() / "data" / "climbmix" / f".{LAST}.partial").exists()
     hub.longer.clear()  # else trying the second breakage fills the disk
     hub.requests.clear()
@@ -740,7 +765,8 @@ def test_the_hubs_caches_lie_in_the_base_folder(monkeypatch, tmp_path):
     assert os.environ.pop("HF_TOKEN_PATH") == str(tmp_path / ".cache" / "huggingface" / "token")
     monkeypatch.setenv("HF_HOME", "elsewhere")
     place_caches()
-    assert os.environ["HF_HOME"] == "elsewhere" and "HF_TOKEN_PATH" not in os.environ
+    assert os.environ["HF_HOME"] == "elsewhere"
+    assert "HF_TOKEN_PATH" not in os.environ
 
 
 def test_climbmix_has_an_end():
@@ -791,7 +817,8 @@ def test_hub_dataset_through_datasets(tmp_path, lines, monkeypatch):
         assert prepare(source, column="body", limit=50).fingerprint == data.fingerprint
     row_file(folder / "train.jsonl", [{"body": f"another {i} " * 50} for i in range(80)])
     changed = texts_of(prepare(source, column="body", limit=50))
-    assert len(changed) == 50 and all(text.startswith("another") for text in changed.values())
+    assert len(changed) == 50
+    assert all(text.startswith("another") for text in changed.values())
 
 
 @pytest.mark.parametrize("kind", ["Dataset", "DatasetDict"])
@@ -808,7 +835,8 @@ def test_a_dataset_saved_to_disk(tmp_path, monkeypatch, kind):
         assert [text for _, text in data.documents("train")] == parts["train"]
         assert [text for _, text in data.documents("val")] == parts["test"]
     else:
-        assert sorted(texts_of(data).values()) == sorted(parts["train"]) and 0 < data.num_documents("val") < 15
+        assert sorted(texts_of(data).values()) == sorted(parts["train"])
+        assert 0 < data.num_documents("val") < 15
 
 
 def test_a_hub_datasets_own_split(tmp_path, lines, monkeypatch):
@@ -873,12 +901,16 @@ def test_bad_hub_options(tmp_path, monkeypatch, options, words):
 def test_script(tiny_corpus, capsys):
     data = data_script.main([f"--data={tiny_corpus}", "--verify"])
     out = capsys.readouterr().out
-    assert f"sha256 {data.fingerprint['sha256']}" in out and str(data.directory) in out
-    assert f"{data.num_documents('val'):>9,} documents" in out and "2 shards compared" in out
+    assert f"sha256 {data.fingerprint['sha256']}" in out
+    assert str(data.directory) in out
+    assert f"{data.num_documents('val'):>9,} documents" in out
+    assert "2 shards compared" in out
 
 
 def test_script_ends_with_2_and_one_line(tmp_path):
     process = Forked([sys.executable, "-m", "scripts.data", f"--data={tmp_path / 'none'}"])
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and printed.count("\n") == 1
-    assert printed.startswith("error: data=") and "Traceback" not in printed
+    assert process.returncode == 2
+    assert printed.count("\n") == 1
+    assert printed.startswith("error: data=")
+    assert "Traceback" not in printed

@@ -106,7 +106,8 @@ def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
     with pytest.raises(Corrupt, match=r"root/locked cannot be read \(Permission denied\): .*--skip_corrupt=True"):
         find_files(root)
     found = find_files(root, skip_corrupt=True)
-    assert [name for name, _ in found.files] == ["a.txt"] and found.skipped == {"unreadable": ["locked"]}
+    assert [name for name, _ in found.files] == ["a.txt"]
+    assert found.skipped == {"unreadable": ["locked"]}
 
 
 def test_a_folder_that_can_only_be_listed(tmp_path, monkeypatch):
@@ -116,7 +117,8 @@ def test_a_folder_that_can_only_be_listed(tmp_path, monkeypatch):
     with pytest.raises(Corrupt, match=r"root/listed cannot be read \(Permission denied\): .*--skip_corrupt=True"):
         find_files(root)
     found = find_files(root, skip_corrupt=True)
-    assert [name for name, _ in found.files] == ["a.txt"] and found.skipped == {"unreadable": ["listed"]}
+    assert [name for name, _ in found.files] == ["a.txt"]
+    assert found.skipped == {"unreadable": ["listed"]}
 
 
 def test_names_cannot_steer_a_terminal(tmp_path):
@@ -150,7 +152,8 @@ def test_what_is_not_read_is_named_by_suffix(tmp_path):
     lines, counts = [], Counter()
     with record_messages(lines):
         found.report(counts)
-    assert lines == [f"data: {expected}"] and counts == {"of other kinds": 6}
+    assert lines == [f"data: {expected}"]
+    assert counts == {"of other kinds": 6}
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,8 @@ def test_the_base_folder_inside_the_source(tmp_path, monkeypatch):
             write(root / "new", "scratch.txt")
         with record_messages(lines):
             fingerprints += [prepare(str(root)).fingerprint for _ in range(2)]
-    assert fingerprints == fingerprints[:1] * 6 and fingerprints[0]["files"] == 40
+    assert fingerprints == fingerprints[:1] * 6
+    assert fingerprints[0]["files"] == 40
     assert any(f"3 skipped, {OWN_OUTPUT}: deep/er/out/data/proj-" in line for line in lines), lines
 
 

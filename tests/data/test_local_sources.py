@@ -54,7 +54,8 @@ def test_a_text_file_of_any_unicode_encoding(tmp_path, encoding, marked):
     mark = WIDE.get(encoding, b"\xef\xbb\xbf") if marked else b""
     write_files(tmp_path, {"plain.txt": TEXT, "f/coded.txt": mark + TEXT.encode(encoding), "f/x.txt": "more " * 2000})
     expected = list(blocks(tmp_path / "plain.txt"))
-    assert list(blocks(tmp_path / "f" / "coded.txt")) == expected and len(expected) > 5
+    assert list(blocks(tmp_path / "f" / "coded.txt")) == expected
+    assert len(expected) > 5
     data = prepare(str(tmp_path / "f" / "coded.txt"))
     found = sorted(texts_of(data).items(), key=lambda pair: [int(part) for part in pair[0].split("#")[1:]])
     assert "".join(text for _, text in found) == TEXT
@@ -88,9 +89,11 @@ def test_what_is_not_unicode_is_named(tmp_path):
     folder, lines = write_files(tmp_path / "some", latin | {f"{i}.txt": f"text {i}\n" * 80 for i in range(30)}), []
     with record_messages(lines):
         data = prepare(str(folder))
-    assert data.manifest["left_out"] == {"undecodable": 6} and len(texts_of(data)) == 30
+    assert data.manifest["left_out"] == {"undecodable": 6}
+    assert len(texts_of(data)) == 30
     named = [line for line in lines if "is not UTF-8 at byte 4, looks like latin-1: iconv -f iso-8859-1" in line]
-    assert len(named) == 5 and named[0].startswith("data: latin0.txt is")
+    assert len(named) == 5
+    assert named[0].startswith("data: latin0.txt is")
     assert "data: ... and 1 more documents that are not UTF-8" in lines
     with pytest.raises(UserError, match=r"6 undecodable.*6 documents are not UTF-8 text; latin0\.txt is .* iconv -f"):
         prepare(str(write_files(tmp_path / "all", latin)))
@@ -210,7 +213,9 @@ def test_what_a_folder_reads(tmp_path):
     folder, lines = write_files(tmp_path / "folder", files), []
     with record_messages(lines):
         data = prepare(str(folder))
-    assert len(texts_of(data)) == 40 * 30 + 1 and "left_out" in data.manifest and not data.manifest["left_out"]
+    assert len(texts_of(data)) == 40 * 30 + 1
+    assert "left_out" in data.manifest
+    assert not data.manifest["left_out"]
     write_files(folder, {f"{i}.TXT": f"text {i}\n" * 60 for i in range(40)})
     with record_messages(lines):
         data = prepare(str(folder))
@@ -261,7 +266,8 @@ def test_bad_rows_are_skipped_one_by_one(tmp_path):
     assert texts_of(data) == {f"a.jsonl#{i}": f"document {i} " * 30 for i in range(60) if i % 10}
     assert data.manifest["left_out"] == {"corrupt rows": 6}
     said = "\n".join(lines)
-    assert "line 11: column 'text' holds int" in said and "line 31 is not a JSON object" in said
+    assert "line 11: column 'text' holds int" in said
+    assert "line 31 is not a JSON object" in said
     assert "... and 1 more rows that cannot be used" in said
 
 
@@ -272,7 +278,8 @@ def test_a_log_among_texts_is_named(tmp_path):
     with pytest.raises(Corrupt, match=r"log\.jsonl line 1 has no column 'text'.*skip such rows with --skip_corrupt"):
         prepare(str(folder))
     data = prepare(str(folder), skip_corrupt=True)
-    assert len(texts_of(data)) == 40 and data.manifest["left_out"] == {"corrupt rows": 3}
+    assert len(texts_of(data)) == 40
+    assert data.manifest["left_out"] == {"corrupt rows": 3}
 
 
 def test_a_parquet_file_without_the_column(tmp_path):
@@ -281,7 +288,8 @@ def test_a_parquet_file_without_the_column(tmp_path):
     with pytest.raises(Corrupt, match=r"a\.parquet has no column 'text'.*body"):
         prepare(str(folder))
     data = prepare(str(folder), skip_corrupt=True)
-    assert len(texts_of(data)) == 40 and data.manifest["left_out"] == {"corrupt": 1}
+    assert len(texts_of(data)) == 40
+    assert data.manifest["left_out"] == {"corrupt": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,7 +307,8 @@ def test_long_lines_are_cut_between_characters(tmp_path_factory, pieces, longest
         for encoding in ("utf-8", "utf-16"):
             path.write_bytes(text.encode(encoding))
             found = [block.decode() for block in blocks(path)]
-            assert "".join(found) == text and all(len(block.encode()) < 90 for block in found)
+            assert "".join(found) == text
+            assert all(len(block.encode()) < 90 for block in found)
 
 
 def test_one_line_of_many_megabytes(tmp_path):

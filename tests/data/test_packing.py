@@ -79,11 +79,13 @@ def test_rows_hold_whole_sounds_and_every_text_target_once():
     for document in DOCUMENTS[:17]:
         assert sum(f",{','.join(map(str, document))}," in f",{stream}," for stream in together) == 1
     inputs, targets = inputs_and_targets(found, STORE)
-    assert (inputs >= 0).all() and ((targets == -100) == (found[:, 1:] == EMPTY)).all()
+    assert (inputs >= 0).all()
+    assert ((targets == -100) == (found[:, 1:] == EMPTY)).all()
     # Each id but a document's first is a target once; a document behind another in its row is one more, its BOS.
     more = Counter(targets[targets != -100].tolist())
     more.subtract(itertools.chain.from_iterable(document[1:] for document in DOCUMENTS))
-    assert +more == {BOS: sum(len(rows.documents(row)) - 1 for row in range(len(rows)))} and not -more
+    assert +more == {BOS: sum(len(rows.documents(row)) - 1 for row in range(len(rows)))}
+    assert not -more
     shown = {name for row in range(len(rows)) for name in rows.documents(row)}
     assert shown == {f"shard_0:{i}" for i in range(10)} | {f"shard_1:{i}" for i in range(len(DOCUMENTS) - 10)}
     assert f"{len(rows)} rows of 15" in said[0]
@@ -97,7 +99,8 @@ def test_sounds_longer_than_a_row_are_left_out_and_said():
     with record_messages(said):
         rows = Rows(store, 12)
     assert "2 of 3 sounds are longer than max_seq_len=12 (the longest takes 44)" in said[0]
-    assert "document 1 of shard_0.parquet" in said[0] and "--clip_seconds" in said[0]
+    assert "document 1 of shard_0.parquet" in said[0]
+    assert "--clip_seconds" in said[0]
     assert {name for row in range(len(rows)) for name in rows.documents(row)} == {"shard_0:0", "shard_0:3"}
     assert len(sound(1, 1, 3)) == 10  # one that fills a row, and one that is too long by one
     with record_messages(said):
@@ -151,7 +154,8 @@ def test_resume_and_the_wanted_modalities():
     two.load_state_dict(one.state_dict())
     (inputs, targets), (same, audio) = one.next(), two.next()
     assert torch.equal(inputs, same)
-    assert torch.equal(audio, torch.where(targets >= 20, targets, -100)) and (audio >= 20).any()
+    assert torch.equal(audio, torch.where(targets >= 20, targets, -100))
+    assert (audio >= 20).any()
     state = one.state_dict() | {"tokens": 7}
     two.load_state_dict(state)
     with pytest.raises(UserError, match="7 in the checkpoint"):
@@ -187,7 +191,8 @@ def test_held_out_losses_by_hand(rows):
     losses = 1 + targets / 100
     of_bytes = np.where(targets < 20, token_bytes[targets.clip(max=19)], 0)
     assert found["bpb"] == pytest.approx(losses[of_bytes > 0].sum() / np.log(2) / of_bytes.sum())
-    assert found["bytes"] == of_bytes.sum() and found["tokens"] == (of_bytes > 0).sum()
+    assert found["bytes"] == of_bytes.sum()
+    assert found["tokens"] == (of_bytes > 0).sum()
     with pytest.MonkeyPatch.context() as patch:  # two ranks, one after the other
         patch.setattr(loss_eval, "sum_over_ranks", lambda values, *_: list(values))
         halves = [packed_losses(Guess(), packed, token_bytes, rows=rows, rank=r, world_size=2) for r in range(2)]

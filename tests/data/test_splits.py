@@ -46,7 +46,8 @@ def test_a_tenth_of_the_bytes_and_every_byte_once(repeats, words):
     joined: dict[str, str] = {}
     for name, text, _ in pieces:
         joined[re.sub("#.*", "", name)] = joined.get(re.sub("#.*", "", name), "") + text
-    assert list(joined.items()) == documents and len({name for name, _, _ in pieces}) == len(pieces)
+    assert list(joined.items()) == documents
+    assert len({name for name, _, _ in pieces}) == len(pieces)
     if total >= 10_000:
         held = sum(len(text.encode()) for _, text, split in pieces if split == "val")
         assert 0.04 < held / total < 0.16
@@ -56,11 +57,13 @@ def test_a_tenth_of_the_bytes_and_every_byte_once(repeats, words):
 def test_cuts_prefer_lines(text, size):
     """Pieces are the text, at most two sizes long; with a line end in reach a piece ends there. Red without CUTS."""
     pieces = list(cut(text, size))
-    assert "".join(pieces) == text and all(len(piece) <= 2 * size for piece in pieces)
+    assert "".join(pieces) == text
+    assert all(len(piece) <= 2 * size for piece in pieces)
     for piece in pieces[:-1]:
         assert len(piece) >= size
         if re.search(r"[\n\r]", piece[size:]):
-            assert piece.endswith(("\n", "\r", " ")) and re.search(r"[\n\r]\s*$", piece)
+            assert piece.endswith(("\n", "\r", " "))
+            assert re.search(r"[\n\r]\s*$", piece)
 
 
 def test_bounds_of_a_sane_share():
@@ -115,11 +118,13 @@ def test_one_large_file_that_is_held_out(tmp_path):
     message = (
         r"texts-\w+: the rule by name would hold out 9.* of the bytes: about every tenth .* instead, (9\.9|10\.0)%"
     )
-    assert re.search(message, lines[-1]) and re.search(message, f"texts-0: {data.manifest['split_rule']}")
+    assert re.search(message, lines[-1])
+    assert re.search(message, f"texts-0: {data.manifest['split_rule']}")
     lines.clear()
     with record_messages(lines):
         prepare(str(folder))
-    assert len(lines) == 1 and re.search(message, lines[0])
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
     parts = [pair for split in ("train", "val") for pair in data.documents(split) if pair[0].startswith(f"{large}#")]
     parts.sort(key=lambda pair: int(pair[0].partition("#")[2]))
     assert "".join(text for _, text in parts) == files[large]
@@ -130,7 +135,8 @@ def test_a_sane_share_keeps_the_names_rule(tmp_path):
     folder = write_files(tmp_path / "texts", {f"{i}.txt": f"text {i}\n" * 60 for i in range(100)})
     data = prepare(str(folder))
     assert {name for name, _ in data.documents("val")} == {f"{i}.txt" for i in range(100) if held_out(f"{i}.txt")}
-    assert "split_rule" not in data.manifest and "held_out_copies" not in data.manifest
+    assert "split_rule" not in data.manifest
+    assert "held_out_copies" not in data.manifest
 
 
 def test_too_little_is_still_refused(tmp_path):
@@ -232,7 +238,8 @@ def test_copies_across_the_split_are_counted(tmp_path):
     lines: list[str] = []
     with record_messages(lines):
         data = prepare(str(write_files(tmp_path / "texts", files)))
-    assert data.manifest["held_out_copies"] == 1 and outside in {name for name, _ in data.documents("val")}
+    assert data.manifest["held_out_copies"] == 1
+    assert outside in {name for name, _ in data.documents("val")}
     number = data.num_documents("val")
     assert any(f"warning: 1 of {number} held-out documents are equal to a training document" in line for line in lines)
 

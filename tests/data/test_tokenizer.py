@@ -132,7 +132,8 @@ def test_every_token_lies_within_a_piece(tokenizer, pieces):
     Red when Split gets another one, as SPLIT_PATTERN.replace("1,2", "1,3").
     """
     texts = [token.decode() for token in tokenizer.ranks if token.decode(errors="ignore").encode() == token]
-    assert len(texts) > 500 and [text for text in texts if pieces(text) != [text]] == []
+    assert len(texts) > 500
+    assert [text for text in texts if pieces(text) != [text]] == []
 
 
 @pytest.mark.parametrize(
@@ -154,9 +155,13 @@ def test_ids_of_specials_follow_the_ranks(tokenizer):
     names = "bos user_start user_end assistant_start assistant_end python_start python_end output_start output_end"
     expected = [f"<|{name}|>" for name in names.split()] + [f"<|reserved_{i}|>" for i in range(7)]
     assert [tokenizer.special_id(token) for token in expected] == list(range(700 - 16, 700))
-    assert list(SPECIAL_TOKENS) == expected and tokenizer.bos_id == 684 and tokenizer.vocab_size == 700
-    assert tokenizer.token_bytes.dtype == np.int32 and tokenizer.token_bytes.shape == (700,)
-    assert not tokenizer.token_bytes[684:].any() and tokenizer.token_bytes[:684].all()
+    assert list(SPECIAL_TOKENS) == expected
+    assert tokenizer.bos_id == 684
+    assert tokenizer.vocab_size == 700
+    assert tokenizer.token_bytes.dtype == np.int32
+    assert tokenizer.token_bytes.shape == (700,)
+    assert not tokenizer.token_bytes[684:].any()
+    assert tokenizer.token_bytes[:684].all()
     assert tokenizer.decode([684, *tokenizer.encode("hi")]) == "<|bos|>hi"
     with pytest.raises(UserError, match="no special token"):
         tokenizer.special_id("<|audio|>")
@@ -207,11 +212,13 @@ def test_no_piece_is_long(tokenizer, hugging_face, pieces, runs):
     """
     text = "".join(text * number for text, number in runs)
     found = pieces(text)
-    assert "".join(found) == text and max(map(len, found)) <= 512
+    assert "".join(found) == text
+    assert max(map(len, found)) <= 512
     ids = tokenizer.encode(text)
     ranks = {token: i for i, token in enumerate(tokenizer.ranks)}
     assert ids == [i for piece in found for i in naive_bpe(ranks, piece.encode())]
-    assert ids == hugging_face.encode(text).ids and tokenizer.decode(ids) == text
+    assert ids == hugging_face.encode(text).ids
+    assert tokenizer.decode(ids) == text
 
 
 UNBOUNDED_PATTERN = (  # of the tokenizers that were trained before the pieces were bounded
@@ -232,7 +239,8 @@ def test_ordinary_text_splits_and_trains_as_without_bounds(pieces):
     for text in texts:
         assert pieces(text) == [piece for piece, _ in unbounded.pre_tokenize_str(text)]
     before = Tokenizer.train(texts, 700, pattern=UNBOUNDED_PATTERN)
-    assert Tokenizer.train(texts, 700).ranks == before.ranks and before.pattern == UNBOUNDED_PATTERN
+    assert Tokenizer.train(texts, 700).ranks == before.ranks
+    assert before.pattern == UNBOUNDED_PATTERN
 
 
 def test_a_tokenizer_keeps_its_own_pattern(tokenizer, tmp_path):
@@ -374,7 +382,8 @@ def test_trained_once_for_the_same_data_and_size(base, monkeypatch):
     lines: list[str] = []
     with record_messages(lines):
         first = find_or_train(Settings(vocab_size=400), fake_dataset())
-    assert (base / "tokenizers" / first.name).is_dir() and first.name == f"hf-some-data-400-abababab-{first.hash[:8]}"
+    assert (base / "tokenizers" / first.name).is_dir()
+    assert first.name == f"hf-some-data-400-abababab-{first.hash[:8]}"
     assert len(lines) == 2
     with monkeypatch.context() as patch:
         patch.setattr(Tokenizer, "train", None)
@@ -426,13 +435,15 @@ def test_training_reports_its_progress(base, monkeypatch):
 def test_scripts(base, tiny_corpus, capsys):
     arguments = [f"--data={tiny_corpus}", "--vocab_size=300"]
     trained = tok_train.main(arguments)
-    assert trained.vocab_size == 300 and trained.hash in capsys.readouterr().out
+    assert trained.vocab_size == 300
+    assert trained.hash in capsys.readouterr().out
     table = tok_eval.main(arguments)
     printed = capsys.readouterr().out
     assert table["code"][trained.name] == pytest.approx(
         len(tok_eval.MIX["code"].encode()) / len(trained.encode(tok_eval.MIX["code"]))
     )
-    assert "held out" in printed and set(table) == {"held out", *tok_eval.MIX}
+    assert "held out" in printed
+    assert set(table) == {"held out", *tok_eval.MIX}
     assert json.loads(json.dumps(table)) == table
 
 

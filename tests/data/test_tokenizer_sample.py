@@ -39,7 +39,8 @@ def read(texts, **limits) -> tuple[list[str], list[str], TrainingSample]:
 def test_chunks_have_the_pieces_of_the_whole_text(text, longest):
     """Red when it is cut behind any newline ("|(?<=\\n)" in _BOUNDARY), or before the letter ("(?= )" removed)."""
     chunks = list(cut_at_boundaries(text, longest))
-    assert "".join(chunks) == text and max(map(len, chunks)) <= longest
+    assert "".join(chunks) == text
+    assert max(map(len, chunks)) <= longest
     assert [piece for chunk in chunks for piece in pieces(chunk)] == pieces(text)
 
 
@@ -56,8 +57,10 @@ def test_characters_are_bounded():
     """Red when the bound counts documents or bytes instead of characters."""
     texts = ["é" * 900, "b" * 900, "c" * 900, "d"]
     chunks, lines, sample = read(iter(texts), TRAINING_CHARACTERS=2000)
-    assert "".join(chunks) == "é" * 900 + "b" * 900 + "c" * 200 and sample.documents == 3
-    assert len(lines) == 1 and lines[0].startswith("the tokenizer learns from the first 2,000 characters")
+    assert "".join(chunks) == "é" * 900 + "b" * 900 + "c" * 200
+    assert sample.documents == 3
+    assert len(lines) == 1
+    assert lines[0].startswith("the tokenizer learns from the first 2,000 characters")
     assert read(texts[:2], TRAINING_CHARACTERS=2000)[1] == []
 
 

@@ -36,7 +36,8 @@ def test_contenders_and_the_same_text(monkeypatch, capsys):
     monkeypatch.setattr(generate, "decode", watched)
     result = generate.run(args())
     assert set(result["contenders"]) == {f"{way} float32 x {rows}" for way in ("eager", "compiled") for rows in (1, 2)}
-    assert sum(asked) == len(asked) / 2 and result["same"] == {1: True, 2: True}
+    assert sum(asked) == len(asked) / 2
+    assert result["same"] == {1: True, 2: True}
     assert "by rows: {1: True, 2: True}" in capsys.readouterr().out
     monkeypatch.setattr(decoding.StaticCache, "advance", lambda self, *new: None)  # every token at one place
     assert generate.run(args())["same"] == {1: False, 2: False}

@@ -24,6 +24,7 @@ def test_training_takes_the_pattern_it_is_given():
 
 def test_measure():
     found = bench.measure("dna", [0.01, 0.02], 280)
-    assert [row["megabytes"] for row in found["sizes"]] == [0.01, 0.02] and len(found["small"]) == 4
+    assert [row["megabytes"] for row in found["sizes"]] == [0.01, 0.02]
+    assert len(found["small"]) == 4
     with pytest.raises(UserError, match="--kinds 'rna' is unknown: some of dna,"):
         bench.run(bench.argparse.Namespace(kinds="dna,rna", megabytes="1", vocab=280, line_megabytes=0))

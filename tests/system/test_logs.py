@@ -45,9 +45,11 @@ def test_run_log_holds_what_a_quiet_terminal_does_not_show(tmp_path, capsys):
         logger.warning("hot \ud800")
     logger.info("after the run")
     lines = (tmp_path / "run.log").read_text().splitlines()
-    assert lines[0] == "before" and len(lines) == 3
+    assert lines[0] == "before"
+    assert len(lines) == 3
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines[1:])
-    assert lines[1].endswith(" step 1") and lines[2].endswith(r" warning: hot \ud800")
+    assert lines[1].endswith(" step 1")
+    assert lines[2].endswith(r" warning: hot \ud800")
     assert capsys.readouterr().out.startswith("warning: hot")
 
 
@@ -57,7 +59,8 @@ def test_run_log_ends_with_the_error_that_ended_the_run(tmp_path, error):
     with pytest.raises(type(error)), logs.run_log(tmp_path / "run.log"):
         raise error
     text = (tmp_path / "run.log").read_text()
-    assert str(error) in text.splitlines()[0] and ("Traceback" in text) == isinstance(error, ZeroDivisionError)
+    assert str(error) in text.splitlines()[0]
+    assert ("Traceback" in text) == isinstance(error, ZeroDivisionError)
 
 
 @pytest.mark.parametrize("where", ["/dev/full", "/proc/run.log"])
@@ -67,7 +70,10 @@ def test_a_run_log_that_cannot_be_written_costs_one_warning(where, capsys):
         logger.info("one")
         logger.info("two")
     out, err = capsys.readouterr()
-    assert out.count("cannot be written") == 1 and "warning: " in out and "one\n" in out and "two\n" in out
+    assert out.count("cannot be written") == 1
+    assert "warning: " in out
+    assert "one\n" in out
+    assert "two\n" in out
     assert err == ""
 
 
@@ -98,7 +104,8 @@ def test_training_writes_run_log_and_obeys_log_level(train, base, capsys):
     train("logged", num_iterations=1)
     shown = capsys.readouterr().out
     text = (tag_dir("logged") / "run.log").read_text()
-    assert "parameters: " in text and "parameters: " in shown
+    assert "parameters: " in text
+    assert "parameters: " in shown
 
     train("quiet", num_iterations=1, log_level="warning")
     assert "parameters: " not in capsys.readouterr().out

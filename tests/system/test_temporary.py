@@ -67,7 +67,8 @@ def test_machines_of_one_name_are_told_apart(monkeypatch):
     """Containers share a host's name and process numbers. Red when machine() is the hash of platform.node() alone."""
     first = machine.__wrapped__()
     monkeypatch.setattr(temporary.os, "readlink", lambda path: "pid:[1]")
-    assert len(first) == 8 and machine.__wrapped__() != first == machine()
+    assert len(first) == 8
+    assert machine.__wrapped__() != first == machine()
 
 
 def test_a_scratch_folder_beats_while_nothing_is_written(tmp_path, monkeypatch):
@@ -185,14 +186,16 @@ def test_every_writer_spares_the_live_and_clears_after_the_dead(tmp_path, place)
         path.mkdir()
         os.utime(path, ANCIENT)
     write(tmp_path)
-    assert live.exists() and not dead.exists()
+    assert live.exists()
+    assert not dead.exists()
 
 
 def test_file_lock_keeps_others_out_and_leaves_nothing(tmp_path):
     """Red when acquire() is left out, or when the file is unlinked after release()."""
     path, order = tmp_path / ".lock", []
     with file_lock(path) as mine, file_lock(path, wait=False) as second:
-        assert mine and not second
+        assert mine
+        assert not second
 
         def wait():
             with file_lock(path):
@@ -203,7 +206,8 @@ def test_file_lock_keeps_others_out_and_leaves_nothing(tmp_path):
         time.sleep(0.1)
         order.append("mine")
     other.join()
-    assert order == ["mine", "other"] and not list(tmp_path.iterdir())
+    assert order == ["mine", "other"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_file_systems_without_locks_keep_nobody_out(tmp_path, monkeypatch):
@@ -214,5 +218,6 @@ def test_file_systems_without_locks_keep_nobody_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(temporary.fcntl, "flock", missing)
     with file_lock(tmp_path / ".lock") as first, file_lock(tmp_path / ".lock", wait=False) as second:
-        assert first and second
+        assert first
+        assert second
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts.stress import kills as check_kills
+from scripts.stress import kills
 from scripts.stress.kills import BEFORE_RENAME, Bench, Plan, PromiseBroken, Tally, dealt, planned, steps_in, table
 from tests.forked import Forked
 
@@ -51,7 +51,7 @@ def bench(tmp_path_factory) -> Iterator[Bench]:
     made = Bench(folder, steps=12, save_every=2, child=child(folder / "child.py"))
     with pytest.MonkeyPatch.context() as patch:
         forks = SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT, TimeoutExpired=subprocess.TimeoutExpired)
-        patch.setattr(check_kills, "subprocess", forks)
+        patch.setattr(kills, "subprocess", forks)
         yield made
 
 

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from nanochat.system.environment import UserError
-from scripts.stress import exports as check_exports
+from scripts.stress import exports
 from scripts.stress.exports import Outcome, last_line, parse, read_report, table
 from tests.tiny_run import exit_code
 
@@ -23,8 +23,10 @@ def test_a_report_is_counted():
     """What fails, cannot be set up or torn down, or is skipped has not passed. Red when one of the three kinds is not
     looked for, or a test that fails only at its teardown counts as passed."""
     outcome = read_report("5.24.0", REPORT)
-    assert outcome.passed == 1 and outcome.failed == ("test_bad", "test_odd", "test_two[x]", "test_off")
-    assert outcome.verdict == "WRONG: test_bad, test_odd and 2 more" and not outcome.right
+    assert outcome.passed == 1
+    assert outcome.failed == ("test_bad", "test_odd", "test_two[x]", "test_off")
+    assert outcome.verdict == "WRONG: test_bad, test_odd and 2 more"
+    assert not outcome.right
 
 
 def test_the_table():
@@ -48,10 +50,11 @@ def test_the_table():
 def test_one_wrong_release_ends_with_1(monkeypatch, tmp_path, capsys):
     """Red when main() looks at the last release only."""
     outcomes = {"5.0.0": Outcome("5.0.0", 2, ("test_x",)), "newest": Outcome("5.24.0", 3)}
-    monkeypatch.setattr(check_exports, "check_release", lambda release, folder, tests: outcomes[release])
-    assert exit_code(lambda: check_exports.main(["5.0.0", "newest", f"--folder={tmp_path / 'kept'}"])) == 1
-    assert "WRONG: test_x" in capsys.readouterr().out and (tmp_path / "kept").is_dir()
-    assert check_exports.main(["newest", "newest"]) == [outcomes["newest"]]
+    monkeypatch.setattr(exports, "check_release", lambda release, folder, tests: outcomes[release])
+    assert exit_code(lambda: exports.main(["5.0.0", "newest", f"--folder={tmp_path / 'kept'}"])) == 1
+    assert "WRONG: test_x" in capsys.readouterr().out
+    assert (tmp_path / "kept").is_dir()
+    assert exports.main(["newest", "newest"]) == [outcomes["newest"]]
 
 
 def test_a_release_that_cannot_be_installed_is_said(monkeypatch, tmp_path):
@@ -64,14 +67,16 @@ def test_a_release_that_cannot_be_installed_is_said(monkeypatch, tmp_path):
         said = "ERROR: No matching distribution found for transformers==5.99.0\n\n[notice] a new release of pip\n"
         return subprocess.CompletedProcess(command, int("pip" in command), "", said)
 
-    monkeypatch.setattr(check_exports, "run", run)
-    outcome = check_exports.check_release("5.99.0", tmp_path, ("tests/test_x.py",))
+    monkeypatch.setattr(exports, "run", run)
+    outcome = exports.check_release("5.99.0", tmp_path, ("tests/test_x.py",))
     assert outcome.verdict == "not run: ERROR: No matching distribution found for transformers==5.99.0"
-    assert len(asked) == 2 and asked[1][-1] == "transformers==5.99.0"
+    assert len(asked) == 2
+    assert asked[1][-1] == "transformers==5.99.0"
     borrowed = (
         (tmp_path / "5.99.0" / "lib" / "python3.11" / "site-packages" / "zz_borrowed.pth").read_text().split("\n")
     )
-    assert borrowed[0] == str(check_exports.ROOT) and any(line.endswith("site-packages") for line in borrowed)
+    assert borrowed[0] == str(exports.ROOT)
+    assert any(line.endswith("site-packages") for line in borrowed)
 
 
 def test_arguments():

@@ -86,7 +86,8 @@ def test_the_parts_make_up_the_step(monkeypatch, tmp_path, capsys):
     assert parts["attention matrices"]["flops"] + parts["MLP matrices"]["flops"] == matrices
     assert parts["loss head"]["flops"] == 2 * 256 * 32 * 300 * 3
     out = capsys.readouterr().out
-    assert out.startswith("# A step of 256 tokens") and (tmp_path / "profile.md").read_text() == out
+    assert out.startswith("# A step of 256 tokens")
+    assert (tmp_path / "profile.md").read_text() == out
     with pytest.raises(UserError, match="at least 1"):
         profile_step.main(["--steps=0"])
     assert torch.is_grad_enabled()

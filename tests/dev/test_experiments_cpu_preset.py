@@ -1,4 +1,4 @@
-"""The trials of the cpu preset: few, legal, and blind to the held-out split (test_validation_part.py has the part)."""
+"""The trials of the cpu preset: few, legal, and blind to the held-out split, as the part that trials train on is."""
 
 import pytest
 
@@ -6,18 +6,17 @@ from nanochat.config.config_file import read_config
 from nanochat.config.presets import PRESETS
 from nanochat.config.settings import Settings, validate
 from nanochat.system.environment import UserError
-from scripts.experiments import cpu_preset as check_cpu_preset
+from scripts.experiments import cpu_preset
 
 
 def test_trials_are_legal_and_few_and_the_preset_is_one_of_them():
     """Red when the preset is none of the named trials, or a sixteenth is named (run or not, it cannot tell)."""
-    assert len(check_cpu_preset.TRIALS) <= 15
-    for changes in check_cpu_preset.TRIALS.values():
+    assert len(cpu_preset.TRIALS) <= 15
+    for changes in cpu_preset.TRIALS.values():
         validate(Settings(**{**PRESETS["cpu"], **changes}))
     preset = Settings(**PRESETS["cpu"])
     assert any(
-        all(getattr(preset, name) == value for name, value in changes.items())
-        for changes in check_cpu_preset.TRIALS.values()
+        all(getattr(preset, name) == value for name, value in changes.items()) for changes in cpu_preset.TRIALS.values()
     )
 
 
@@ -30,8 +29,8 @@ def test_trials_never_see_the_held_out_split(monkeypatch, tmp_path):
         read.update(read_config(argv[0]))
         raise UserError("seen enough")
 
-    monkeypatch.setattr(check_cpu_preset.base_train, "main", main)
-    monkeypatch.setattr(check_cpu_preset, "training_part", lambda settings: tmp_path / f"part of {settings['data']}")
+    monkeypatch.setattr(cpu_preset.base_train, "main", main)
+    monkeypatch.setattr(cpu_preset, "training_part", lambda settings: tmp_path / f"part of {settings['data']}")
     with pytest.raises(UserError, match="seen enough"):
-        check_cpu_preset.run_trial("t512-w192")
+        cpu_preset.run_trial("t512-w192")
     assert read["data"] == str(tmp_path / "part of stdlib")

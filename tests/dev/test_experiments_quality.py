@@ -9,7 +9,7 @@ import torch
 from nanochat.config.settings import Settings, validate
 from nanochat.system.environment import UserError
 from scripts import base_train
-from scripts.experiments import quality as check_quality
+from scripts.experiments import quality
 from scripts.experiments.quality import PLAIN, SEEDS, WAYS, main, report, runs
 from tests.tiny_run import TINY, flags, metrics
 
@@ -19,7 +19,8 @@ def test_runs_differ_by_path_and_dtype_alone():
     wanted = runs(8192, list(WAYS))
     assert len(wanted) == len(SEEDS) * len(WAYS)
     plain = wanted[f"8192/{PLAIN}/1"]
-    assert plain["module"] == "scripts.bench.plain" and plain["dtype"] == "float32"
+    assert plain["module"] == "scripts.bench.plain"
+    assert plain["dtype"] == "float32"
     for key, settings in wanted.items():
         shown = {name: value for name, value in settings.items() if name != "module"}
         validate(Settings(**shown, model_tag="x"))
@@ -35,8 +36,8 @@ def test_pairs_by_seed_and_nothing_twice(tmp_path, monkeypatch, capsys):
         bpb = 1.5 + 0.1 * settings["seed"] + 0.001 * (settings["dtype"] == "bfloat16")
         return dict(key=key, settings=settings, val_bpb=bpb, seconds=1.0)
 
-    monkeypatch.setattr(check_quality, "train", train)
-    monkeypatch.setattr(check_quality, "pick_dtype", lambda *args: torch.bfloat16)
+    monkeypatch.setattr(quality, "train", train)
+    monkeypatch.setattr(quality, "pick_dtype", lambda *args: torch.bfloat16)
     for _ in range(2):
         lines = main([f"--results={tmp_path / 'results.jsonl'}"])
     assert sorted(trained) == sorted(runs(8192, [PLAIN, "fast bfloat16"]))

@@ -13,10 +13,8 @@ from nanochat.data.prepare import prepare
 from nanochat.data.splits import held_out
 from nanochat.data_pipeline import prepare_for
 from nanochat.system.environment import UserError
-from scripts.experiments import adapters as check_adapters
+from scripts.experiments import adapters, experts, tying
 from scripts.experiments import common as experiments
-from scripts.experiments import experts as check_experts
-from scripts.experiments import tying as check_tying
 from scripts.experiments.common import CHOOSING, best_rate, selection_note
 from scripts.experiments.validation_part import choose_on_training, training_part
 
@@ -34,7 +32,10 @@ def test_texts_that_choose_are_not_reported(tiny_corpus, tmp_path, monkeypatch):
     reported, trained = texts(tiny_corpus, "val"), texts(tiny_corpus, "train")
     chooses, learns = texts(part, "val"), texts(part, "train")
     assert chooses | learns == trained
-    assert chooses and not chooses & learns and not chooses & reported and not learns & reported
+    assert chooses
+    assert not chooses & learns
+    assert not chooses & reported
+    assert not learns & reported
 
 
 def test_sounds_that_choose_are_not_reported(tmp_path, monkeypatch):
@@ -53,15 +54,20 @@ def test_sounds_that_choose_are_not_reported(tmp_path, monkeypatch):
     numbers = {split: [int(name.split("/")[1]) for name, _ in dataset.documents(split)] for split in ("train", "val")}
     reported = waves(clip(number, seconds=0.5).wav for number in numbers["val"])
     assert len(files) == len(numbers["train"])
-    assert len(chooses) > 5 and len(learns) > 50 and len(reported) > 20
-    assert not chooses & learns and not chooses & reported and not learns & reported
+    assert len(chooses) > 5
+    assert len(learns) > 50
+    assert len(reported) > 20
+    assert not chooses & learns
+    assert not chooses & reported
+    assert not learns & reported
     again = prepare_for(Settings(modalities="audio:16", codec="frame", data=str(part)))
     kept = {name for name, _ in again.documents("val")}  # without those of the same codes as a training sound
-    assert kept and kept <= {name for name in files if held_out(name)}
+    assert kept
+    assert kept <= {name for name in files if held_out(name)}
     assert {name for name, _ in again.documents("train")} == {name for name in files if not held_out(name)}
 
 
-@pytest.mark.parametrize("check", [check_experts, check_adapters, check_tying])
+@pytest.mark.parametrize("check", [experts, adapters, tying])
 def test_sweeps_choose_on_the_part_and_seeds_are_judged_on_the_held_out_rows(check, monkeypatch, tmp_path):
     """The command line of each kind of run. Red when a sweep's runs lack CHOOSING, or the seeds' runs have it."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
@@ -73,12 +79,12 @@ def test_sweeps_choose_on_the_part_and_seeds_are_judged_on_the_held_out_rows(che
         return SimpleNamespace(returncode=1, stderr="no")
 
     monkeypatch.setattr(experiments.subprocess, "run", run)
-    if check is check_tying:
+    if check is tying:
         sweep = check.sweep_runs() | check.init_runs()
         lines = {key: dict(settings=settings, val_bpb=1.0) for key, settings in sweep.items()}
         seeds = check.seed_runs(lines)
     else:
-        rate = "matrix_lr" if check is check_experts else "learning_rate"
+        rate = "matrix_lr" if check is experts else "learning_rate"
         sweep = experiments.sweep_runs(check.VARIANTS, rate, check.RATES, 150)
         lines = {key: dict(settings=settings, loss=1.0) for key, settings in sweep.items()}
         seeds = experiments.seed_runs(check.VARIANTS, rate, check.RATES, 300, check.SEEDS, lines)
@@ -98,12 +104,14 @@ def test_a_sweep_on_the_reported_rows_does_not_choose_and_is_named():
     with pytest.raises(UserError, match="run --stage sweep first"):
         best_rate(old, "a", (1, 2), "loss")
     assert best_rate(new, "a", (2, 1), "loss") == 1
-    assert selection_note(new) == [] and "slightly optimistic" in selection_note(old)[0]
+    assert selection_note(new) == []
+    assert "slightly optimistic" in selection_note(old)[0]
 
 
 def test_both_sources_of_a_mixture_are_replaced(tiny_corpus, tmp_path, monkeypatch):
     """Red when text_data keeps its held-out documents, or the limit of the source stays with its part."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     chosen = choose_on_training(SYNTH | dict(text_data=str(tiny_corpus), depth=2))
-    assert chosen["depth"] == 2 and chosen["data_limit"] is None
+    assert chosen["depth"] == 2
+    assert chosen["data_limit"] is None
     assert [name for name in ("data", "text_data") if "training_parts" not in chosen[name]] == []

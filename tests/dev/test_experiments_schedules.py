@@ -1,7 +1,7 @@
 """The experiment on schedules: ways of equal tokens, what is asked for is legal, and nothing is run twice."""
 
 from nanochat.config.settings import Settings, validate
-from scripts.experiments import schedules as check_schedules
+from scripts.experiments import schedules
 from scripts.experiments.schedules import CONSTANT, WAYS, main, runs
 
 
@@ -23,7 +23,7 @@ def test_pairs_by_seed_and_nothing_twice(tmp_path, monkeypatch, capsys):
         bpb, seconds = 1.5 + 0.1 * settings["seed"] - 0.01 * masked, 100.0 * settings["seed"] * (0.9 if masked else 1.0)
         return dict(key=key, settings=settings, val_bpb=bpb, seconds=seconds)
 
-    monkeypatch.setattr(check_schedules, "train", train)
+    monkeypatch.setattr(schedules, "train", train)
     for _ in range(2):
         main([f"--results={tmp_path / 'results.jsonl'}"])
     assert sorted(trained) == sorted(runs())

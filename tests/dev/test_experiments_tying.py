@@ -8,7 +8,7 @@ import pytest
 
 from nanochat.config.settings import Settings, validate
 from nanochat.system.environment import UserError
-from scripts.experiments import tying as check_tying
+from scripts.experiments import tying
 from scripts.experiments.common import CHOOSING
 from scripts.experiments.tying import GRID, RATES, SHAPE, init_runs, main, paired, seed_runs, sweep_runs
 
@@ -33,7 +33,7 @@ def experiment(tmp_path, monkeypatch):
         trained.append(key)
         return line(key, settings)
 
-    monkeypatch.setattr(check_tying, "train", train)
+    monkeypatch.setattr(tying, "train", train)
     results, plot = tmp_path / "results.jsonl", tmp_path / "plot.png"
 
     def run(stage: str) -> dict[str, dict]:
@@ -100,5 +100,5 @@ def test_a_run_that_fails_is_named(monkeypatch, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", failing)
     with pytest.raises(UserError, match=r"run tying-sweep/tied/0.1 ended with code 2: error: no room"):
-        check_tying.train("sweep/tied/0.1", {"tie_weights": True})
+        tying.train("sweep/tied/0.1", {"tie_weights": True})
     assert {"--tie_weights=True", "--depth=3", "--model_tag=tying-sweep_tied_0.1"} <= set(asked)

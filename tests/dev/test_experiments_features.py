@@ -3,7 +3,7 @@
 import pytest
 
 from nanochat.config.settings import Settings, validate
-from scripts.experiments import features as check_features
+from scripts.experiments import features
 from scripts.experiments.features import SHAPE, STEPS, VARIANTS, at_equal_time, goal_runs, main, seed_runs
 
 
@@ -31,9 +31,9 @@ def test_stages_from_runs_to_the_report(tmp_path, monkeypatch, capsys):
         bpb = 2.0 + settings["seed"] - 0.1 * ("modern" in key) - 0.02 * (settings["num_iterations"] > STEPS)
         return dict(key=key, settings=settings, val_bpb=bpb, seconds=1.0, parameters=1000)
 
-    monkeypatch.setattr(check_features, "train", train)
+    monkeypatch.setattr(features, "train", train)
     timed = {name: dict(ratio=1.0 + ("modern" in name) / 2) for name in (*VARIANTS, "control")}
-    monkeypatch.setattr(check_features.bench, "main", lambda argv: {"train": {"contenders": timed}})
+    monkeypatch.setattr(features.bench, "main", lambda argv: {"train": {"contenders": timed}})
     results = tmp_path / "results.jsonl"
     for stage in ("seeds", "seeds", "time"):
         main([f"--stage={stage}", f"--results={results}"])

@@ -10,11 +10,11 @@ from nanochat import hardware
 from nanochat.config.settings import validate
 from nanochat.runtime import Compute
 from nanochat.system.environment import UserError
-from scripts.stress import gpu as gpu_check
+from scripts.stress import gpu
 from tests.forked import Forked
 from tests.tiny_run import exit_code
 
-TINY = gpu_check.Plan(
+TINY = gpu.Plan(
     Compute(torch.device("cpu"), torch.bfloat16),
     depths={1: 2},
     shape=dict(max_seq_len=16, vocab_size=300, head_dim=64, model_dim=128),
@@ -40,26 +40,26 @@ TINY = gpu_check.Plan(
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Peaks are measured in no time, processes are forks."""
-    monkeypatch.setattr(gpu_check, "matmul_peak", lambda *args: 1e12)
+    monkeypatch.setattr(gpu, "matmul_peak", lambda *args: 1e12)
     monkeypatch.setattr(hardware, "measured_matmul_flops", lambda *args, **how: 1e12)
     monkeypatch.setattr("nanochat.training.estimate.measured_matmul_flops", lambda *args, **how: 1e12)
-    monkeypatch.setattr(gpu_check, "start_process", lambda command, env, **how: Forked(command, env=env))
+    monkeypatch.setattr(gpu, "start_process", lambda command, env, **how: Forked(command, env=env))
 
 
 def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert exit_code(lambda: gpu_check.main([])) == 2
+    assert exit_code(lambda: gpu.main([])) == 2
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(UserError, match="'speed' is not one of training, memory"):
-        gpu_check.main(["--only=training,speed"])
+        gpu.main(["--only=training,speed"])
 
 
 def test_the_plan_on_a_gpu(monkeypatch, tmp_path):
     """nanochat's dial at depth 12 and 20, in the GPU's own dtype; --quick leaves the larger one out."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_check, "init_compute", lambda *how, seed: TINY.compute)
-    monkeypatch.setattr(gpu_check, "run", lambda *arguments: arguments)
-    plan, names, output = gpu_check.main([f"--output={tmp_path}"])
+    monkeypatch.setattr(gpu, "init_compute", lambda *how, seed: TINY.compute)
+    monkeypatch.setattr(gpu, "run", lambda *arguments: arguments)
+    plan, names, output = gpu.main([f"--output={tmp_path}"])
     assert [(plan.settings(depth).n_embd, plan.settings(depth).n_head) for depth in plan.depths] == [
         (768, 6),
         (1280, 10),
@@ -78,14 +78,14 @@ def test_the_plan_on_a_gpu(monkeypatch, tmp_path):
         (4, 1),
         (4, 1),
     ]
-    assert (names, output, plan.settings(20).max_seq_len) == (list(gpu_check.CHECKS), tmp_path, 2048)
-    assert list(gpu_check.main(["--quick", "--only=fp8"])[0].depths) == [12]
+    assert (names, output, plan.settings(20).max_seq_len) == (list(gpu.CHECKS), tmp_path, 2048)
+    assert list(gpu.main(["--quick", "--only=fp8"])[0].depths) == [12]
 
 
 def test_every_check_runs_and_is_written_down(tmp_path, capsys):
     """Red when resuming, torchrun, bfloat16, the gradients or the cache differ from what they are held against."""
-    names = list(gpu_check.CHECKS)
-    result = gpu_check.run(TINY, names, tmp_path)
+    names = list(gpu.CHECKS)
+    result = gpu.run(TINY, names, tmp_path)
     assert [name for name in names if result[name]["problems"]] == []
     assert json.loads((tmp_path / "gpu_check.json").read_text())["training"]["rows"][1][0] == "d1, as the presets"
     assert result["memory"]["rows"][-1][0] == "without compiling"
@@ -105,13 +105,13 @@ def test_what_is_wrong_is_a_finding_and_the_rest_goes_on(monkeypatch, tmp_path, 
     def broken(*args, **how):
         raise RuntimeError("out of order\nat line 7")
 
-    monkeypatch.setattr(gpu_check, "find_hardware", broken)
-    wrong = gpu_check.compare
-    monkeypatch.setattr(gpu_check, "compare", lambda *pair: {**wrong(*pair), "whole": 0.5})
-    monkeypatch.setattr(gpu_check, "decode", lambda model, prompts, count, **how: iter([torch.zeros(1)] * count))
+    monkeypatch.setattr(gpu, "find_hardware", broken)
+    wrong = gpu.compare
+    monkeypatch.setattr(gpu, "compare", lambda *pair: {**wrong(*pair), "whole": 0.5})
+    monkeypatch.setattr(gpu, "decode", lambda model, prompts, count, **how: iter([torch.zeros(1)] * count))
     plan = dataclasses.replace(TINY, new_tokens=1)
     with pytest.raises(SystemExit) as left:
-        gpu_check.run(plan, ["training", "fp8", "decoding", "gradients"], tmp_path)
+        gpu.run(plan, ["training", "fp8", "decoding", "gradients"], tmp_path)
     assert left.value.code == 1
     said = capsys.readouterr().out
     assert "FAILED: RuntimeError: out of order\n" in said
@@ -123,4 +123,4 @@ def test_what_is_wrong_is_a_finding_and_the_rest_goes_on(monkeypatch, tmp_path, 
 
 def test_a_run_that_fails_tells_its_end(tmp_path):
     with pytest.raises(RuntimeError, match=r"--depth=0 left with code 2: .*depth=0 is too small"):
-        gpu_check._train(tmp_path, ["--model_tag=x", "--depth=0"], torchrun=False)
+        gpu._train(tmp_path, ["--model_tag=x", "--depth=0"], torchrun=False)
