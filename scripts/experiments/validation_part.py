@@ -56,7 +56,7 @@ def _texts(source: str) -> Path:
 
 def _sounds(source: str, limit: int | None, seconds: float | None) -> Path:
     """Files whose names decide their side of the split: equal sounds are on one side."""
-    found = sound_source(Settings(data=source, data_limit=limit, clip_seconds=seconds), print)
+    found = sound_source(Settings(data=source, data_limit=limit, clip_seconds=seconds))
     folder = _place(source, hashlib.sha256(repr(found.state).encode()).hexdigest())
     if folder.is_dir():
         return folder

@@ -24,7 +24,8 @@ def test_every_setting_is_declared_with_help_group_and_a_legal_default(kind):
     """Red when a field is added without setting(...), or `validate` stops calling `checked`."""
     fields = fields_of(kind)
     for name, field in fields.items():
-        assert field.metadata["group"] in kind.groups and len(field.metadata["help"]) > 10, name
+        assert field.metadata["group"] in kind.groups, name
+        assert len(field.metadata["help"]) > 10, name
         assert checked(name, field.default, kind) == field.default
         if field.metadata["when"]:
             assert field.metadata["when"][0] in fields
