@@ -1,4 +1,4 @@
-"""Settings of training a frozen language model to speak audio codes; declared as those of settings.py are."""
+"""Settings of adapter training, which teaches a frozen language model to speak audio codes."""
 
 import re
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class AdapterSettings(RunSettings):
         *("run", "host", "expert", "vocabulary", "data", "modalities"),
         *("horizon", "batch", "optimizer", "evaluation", "checkpoints"),
     )
-    text_data: ClassVar[None] = None  # what preparing sounds asks of base training's settings: no text is mixed in
+    text_data: ClassVar[None] = None  # a setting of base training that preparing sounds reads: no text is mixed in
 
     host: str = setting(
         "meta-llama/Llama-3.2-1B",
@@ -50,7 +50,7 @@ class AdapterSettings(RunSettings):
 
     expert: str = setting(
         "frozen",
-        "between the adapters: MusicGen's layers as they are, MusicGen's trained on, drawn ones that stay, or nothing",
+        "between the adapters: MusicGen's layers frozen, MusicGen's fine-tuned, random frozen ones, or nothing",
         "expert",
         choices=("frozen", "trained", "random", "none"),
         ask=True,
@@ -64,7 +64,7 @@ class AdapterSettings(RunSettings):
     )
     expert_dim: int | None = setting(
         None,
-        "width of an expert that is drawn, or of the adapters alone; None takes MusicGen's, which expert=frozen has",
+        "width of a randomly initialised expert, or of the adapters alone; None: MusicGen's, as with expert=frozen",
         "expert",
         ge=1,
         le=1_000_000,
@@ -103,22 +103,22 @@ class AdapterSettings(RunSettings):
     )
     caption_dropout: float = setting(
         0.1,
-        "share of the captions left out in training, for classifier-free guidance",
+        "fraction of captions dropped in training, for classifier-free guidance",
         "vocabulary",
         ge=0,
         le=0.9,
         ask=True,
     )
 
-    learning_rate: float = setting(5e-4, "AdamW rate of adapters and audio rows", "optimizer", gt=0, ask=True)
-    weight_decay: float = setting(0.0, "decoupled weight decay of what is trained", "optimizer", ge=0, ask=True)
+    learning_rate: float = setting(5e-4, "AdamW learning rate of adapters and audio rows", "optimizer", gt=0, ask=True)
+    weight_decay: float = setting(0.0, "decoupled weight decay of the trained parameters", "optimizer", ge=0, ask=True)
 
     eval_clips: int | None = setting(
-        200, "held-out sounds of each measurement; None takes all", "evaluation", ge=1, ask=True, resumable=True
+        200, "held-out sounds of each evaluation; None takes all", "evaluation", ge=1, ask=True, resumable=True
     )
     stall_evals: int = setting(
         5,
-        "say so when the held-out loss has not improved for so many measurements",
+        "log when the validation loss has not improved for this many evaluations",
         "evaluation",
         ge=1,
         when=("eval_every", ON),
@@ -126,17 +126,17 @@ class AdapterSettings(RunSettings):
     )
     check_text: str | None = setting(
         "stdlib",
-        "source of text whose loss under the host is measured before and after; None leaves it out",
+        "source of text on which the host's loss is measured before and after training; None skips this",
         "evaluation",
         ask=True,
     )
     check_tokens: int = setting(20_000, "tokens of that text", "evaluation", ge=2, when=("check_text", ON))
 
-    # what all stages have, where it is another here
+    # settings of all stages that have another default or help here
     dtype: str | None = redeclare(
         RunSettings,
         "dtype",
-        help="dtype of the frozen weights and of activations; what is trained stays float32; "
+        help="dtype of the frozen weights and of activations; trained parameters stay float32; "
         "None takes bfloat16 where the hardware profits from it",
     )
     model_tag: str | None = redeclare(
@@ -146,7 +146,7 @@ class AdapterSettings(RunSettings):
         RunSettings, "data", "synth", help="synth (captioned melodies), hf:<dataset>, or the path of a folder of sounds"
     )
     data_limit: int | None = redeclare(
-        RunSettings, "data_limit", help="use at most so many sounds; None uses the source's default"
+        RunSettings, "data_limit", help="use at most this many sounds; None uses the source's default"
     )
     modalities: str = redeclare(RunSettings, "modalities", "audio:2048", help="audio and the codes in a codebook of it")
     codebooks: int = redeclare(RunSettings, "codebooks", when=None)
@@ -162,7 +162,7 @@ class AdapterSettings(RunSettings):
         RunSettings,
         "eval_every",
         100,
-        help="steps between measurements of the held-out audio loss; None only at the end",
+        help="steps between evaluations of the validation audio loss; None only at the end",
     )
     save_every: int | None = redeclare(RunSettings, "save_every", 200)
     keep_last: int | None = redeclare(RunSettings, "keep_last", 2)

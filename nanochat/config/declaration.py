@@ -62,7 +62,7 @@ def types_of(kind: type) -> dict[str, object]:
     return {name: hints[name] for name in fields_of(kind)}
 
 
-def _checked_number(name, value, kind, facts, without=""):
+def check_number(name, value, kind, facts, without=""):
     """without: what a message on a number that is too small says of None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1.7e308 < value < 1.7e308:
         raise UserError(f"{name}={shown(value)} is not a finite number{without}")
@@ -95,7 +95,7 @@ class Like:
         return isinstance(value, str) and re.fullmatch(self.pattern, value, re.IGNORECASE) is not None
 
 
-def _meets(value, wanted) -> bool:
+def meets(value, wanted) -> bool:
     """Whether a value is what `when` wants."""
     if isinstance(wanted, Like):
         return wanted.matches(value)

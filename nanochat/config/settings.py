@@ -16,9 +16,9 @@ from nanochat.config.declaration import (
     ON,
     IllegalCombination,
     Like,
-    _checked_number,
-    _meets,
+    check_number,
     fields_of,
+    meets,
     nearest_divisor,
     setting,
     types_of,
@@ -36,7 +36,7 @@ COLUMNS = Like(
     r"(?!(stdlib|packages|climbmix|synth)$)(?!.*\.(txt|md|py)(\.(gz|bz2|xz|zst))?$).*",
     "hf:<dataset>, or files with columns or sounds",
 )
-NO_WINDOW = 1024  # what GPTConfig has as short_window where no layer is short
+NO_WINDOW = 1024  # GPTConfig.short_window where no layer has a short window
 AUDIO = Like(r"(.*,)?\s*audio:.*", "audio:<codes>")
 
 
@@ -45,12 +45,12 @@ class RunSettings:
     """What every stage of training has: where it runs, data, horizon, schedule, saving.
 
     The one base class of this repository: a second copy of forty declarations would drift from the first. Each stage
-    declares its own settings behind these, may declare one of these again with another default, and says
+    adds its own settings, may redeclare one of these with another default, and defines
 
-    stage, script       its name for the wizard, and the script that trains it
-    checkpoints         its folder under base_dir(), one folder a tag
+    stage, script       its name in the wizard, and the script that trains it
+    checkpoints         its folder under base_dir(), with one folder per tag
     groups              the sections of its config.py, in order
-    presets(), tag      its sets of values; the name of a run that has not been given one
+    presets(), tag      its presets; the name of a run without a model_tag
     """
 
     stage: ClassVar[str]
@@ -100,7 +100,7 @@ class RunSettings:
     )
     log_level: str = setting(
         "info",
-        "least severe messages on the terminal; run.log holds them from info on",
+        "lowest level of the messages shown on the terminal; run.log always holds info and above",
         "run",
         choices=logs.LEVELS,
         resumable=True,
@@ -119,13 +119,13 @@ class RunSettings:
     data_config: str | None = setting(None, "configuration name of the hub dataset", "data", when=("data", HUB))
     data_limit: int | None = setting(
         None,
-        "use at most so many climbmix shards or hub documents; None uses the source's default",
+        "use at most this many climbmix shards or hub documents; None uses the source's default",
         "data",
         ge=1,
         when=("data", LIMITED),
     )
     skip_corrupt: bool = setting(
-        False, "leave out unreadable shards and files, naming them, instead of stopping", "data", resumable=True
+        False, "skip unreadable shards and files, naming them, instead of stopping", "data", resumable=True
     )
 
     modalities: str | None = setting(
@@ -136,7 +136,7 @@ class RunSettings:
     )
     codebooks: int = setting(
         1,
-        "codebooks of audio; each is one more position a frame",
+        "codebooks of audio: positions that one frame takes",
         "modalities",
         ge=1,
         le=32,
@@ -151,37 +151,61 @@ class RunSettings:
         ask=True,
     )
     clip_seconds: float | None = setting(
-        None, "sounds are cut to so many seconds; None keeps them whole", "modalities", gt=0, when=("modalities", AUDIO)
+        None,
+        "sounds are cut to this many seconds; None keeps all of them",
+        "modalities",
+        gt=0,
+        when=("modalities", AUDIO),
     )
     data_audio_column: str = setting(
         "audio", "column that holds the sound in hub datasets", "modalities", when=("data", HUB)
     )
 
     num_iterations: int | None = setting(
-        None, "optimizer steps; takes precedence over the other two horizons", "horizon", ge=1, ask=True, resumable=True
+        None,
+        "optimizer steps; takes precedence over target_flops and target_param_data_ratio",
+        "horizon",
+        ge=1,
+        ask=True,
+        resumable=True,
     )
     max_seq_len: int = setting(512, "context length in tokens", "batch", ge=2, le=2**24, ask=True)
     total_batch_size: int = setting(
         8192, "tokens per optimizer step over all devices", "batch", ge=2, le=2**40, ask=True
     )
     device_batch_size: int = setting(
-        16, "rows a device works on at a time; lower it when memory runs out", "batch", ge=1, ask=True, resumable=True
+        16,
+        "micro-batch size: rows per device in one forward and backward pass; lower it when memory runs out",
+        "batch",
+        ge=1,
+        ask=True,
+        resumable=True,
     )
 
-    grad_clip: float | None = setting(1.0, "largest gradient norm; None never clips", "optimizer", gt=0)
-    adam_betas: tuple[float, float] = setting(
-        (0.8, 0.95), "AdamW's decay rates of the two moments", "optimizer", ge=0, le=0.999999
+    grad_clip: float | None = setting(
+        1.0, "gradients are clipped to this global norm; None never clips", "optimizer", gt=0
     )
-    warmup_steps: int = setting(0, "steps of linear warmup", "optimizer", ge=0, ask=True)
+    adam_betas: tuple[float, float] = setting((0.8, 0.95), "AdamW's beta1 and beta2", "optimizer", ge=0, le=0.999999)
+    warmup_steps: int = setting(0, "steps of linear learning-rate warmup", "optimizer", ge=0, ask=True)
     warmdown_ratio: float = setting(
-        0.4, "last part of the run in which the rate falls linearly", "optimizer", ge=0, le=1, ask=True
+        0.4,
+        "final fraction of the steps, in which the learning rate decays linearly",
+        "optimizer",
+        ge=0,
+        le=1,
+        ask=True,
     )
     final_lr_frac: float = setting(
-        0.0, "rate at the end as a fraction of the full one", "optimizer", ge=0, le=1, when=("warmdown_ratio", ON)
+        0.0, "final learning rate as a fraction of the peak", "optimizer", ge=0, le=1, when=("warmdown_ratio", ON)
     )
 
     eval_every: int | None = setting(
-        250, "steps between measurements of val bpb; None only at the end", "evaluation", ge=1, ask=True, resumable=True
+        250,
+        "steps between evaluations of validation bpb; None only at the end",
+        "evaluation",
+        ge=1,
+        ask=True,
+        resumable=True,
     )
 
     save_every: int | None = setting(
@@ -189,7 +213,7 @@ class RunSettings:
     )
     keep_last: int | None = setting(
         None,
-        "keep only the newest so many checkpoints; None keeps all",
+        "keep only this many of the newest checkpoints; None keeps all",
         "checkpoints",
         ge=1,
         when=("save_every", ON),
@@ -264,7 +288,7 @@ class RunSettings:
         while condition := fields_of(type(self))[other].metadata["when"]:  # what switches off a switch counts too
             other, wanted = condition
             value = getattr(self, other)
-            if not _meets(value, wanted):
+            if not meets(value, wanted):
                 return f"{name} has no effect while {other}={value!r}"
         return None
 
@@ -293,16 +317,19 @@ class Settings(RunSettings):
     )
 
     compile: bool = setting(
-        True, "compile the model with torch.compile; falls back to eager with a printed reason", "run", resumable=True
+        True,
+        "compile the model with torch.compile; falls back to eager, logging why, if that fails",
+        "run",
+        resumable=True,
     )
-    fp8: bool = setting(False, "multiply the blocks' large matrices in FP8 in training: GPUs from Hopper on", "run")
+    fp8: bool = setting(False, "FP8 matmuls for the blocks' large matrices in training: Hopper GPUs or newer", "run")
     init_from: str | None = setting(
-        None, "begin with the weights of the newest step of this model_tag or folder, ours or nanochat's own", "run"
+        None, "initialise from the newest checkpoint of this model_tag or folder, ours or nanochat's own", "run"
     )
 
     init_era: str | None = setting(
         None,
-        "what nanochat's own files in init_from are from, as in 2026-03-02; None: what they look like",
+        "era of nanochat's own files in init_from, as in 2026-03-02; None: detected from the files",
         "run",
         when=("init_from", ON),
     )
@@ -334,13 +361,13 @@ class Settings(RunSettings):
     n_kv_head: int | None = setting(
         None, "key/value heads (grouped-query attention); None means one for each query head", "model", ge=1, ask=True
     )
-    mlp_ratio: float = setting(4.0, "hidden units of an MLP for each of its width", "model", gt=0, le=64)
+    mlp_ratio: float = setting(4.0, "MLP hidden units per unit of width", "model", gt=0, le=64)
     tie_weights: bool = setting(
-        False, "tie embedding weights: the embedding also makes the logits", "model", ask="tie embedding weights?"
+        False, "tie the output layer to the embedding: one matrix for both", "model", ask="tie embedding weights?"
     )
     use_output_projection: bool = setting(
         False,
-        "add a square output projection before the tied logits",
+        "square projection of the features before the tied output layer",
         "model",
         when=("tie_weights", True),
         ask="add an output projection before the logits?",
@@ -350,53 +377,47 @@ class Settings(RunSettings):
     )
     rope_base: float = setting(10000.0, "base of the rotary frequencies; nanochat now uses 100000", "model", gt=1)
     qk_scale: float = setting(
-        1.0, "factor of normalised queries and keys, the sharper the larger; nanochat now uses 1.2", "model", gt=0
+        1.0, "scale of normalised queries and keys: larger is sharper attention; nanochat now uses 1.2", "model", gt=0
     )
-    softcap: float = setting(15.0, "logits are squashed smoothly into plus and minus this", "model", gt=0, le=40)
+    softcap: float = setting(15.0, "logits are softcapped to plus and minus this with tanh", "model", gt=0, le=40)
     window_pattern: str = setting(
         "L",
-        "what each layer sees, again and again: L all that came before, S a short window; the last layer is always L",
+        "pattern of attention windows tiled over the layers: L full context, S short; the last layer is always L",
         "model",
     )
     short_window: int | None = setting(
         None,
-        "tokens before a token that an S layer sees; None: a quarter of the context, rounded up to 128",
+        "tokens that an S layer sees back; None: a quarter of the context, rounded up to 128",
         "model",
         ge=1,
         le=2**24,
         when=("window_pattern", ON),
     )
     document_mask: bool = setting(
-        False, "no token sees what came before its document in the same row; on GPUs FlexAttention trains so", "model"
+        False, "attention stays inside each document of a row; on GPUs this uses FlexAttention", "model"
     )
     vocab_multiple: int = setting(
-        1,
-        "rows of the tables are rounded up to a multiple of it; 64 suits the kernels of GPUs",
-        "model",
-        ge=1,
-        le=65536,
+        1, "embedding and output rows are padded to a multiple of this; 64 suits GPU kernels", "model", ge=1, le=65536
     )
     value_embeddings: bool = setting(
-        False, "every other layer adds a gated embedding of the token to its values: memory, hardly any time", "model"
+        False, "every other layer adds a gated token embedding to its values: costs memory, hardly any time", "model"
     )
     smear: bool = setting(False, "mix a gated part of the previous token's embedding into each token's", "model")
     residual_scalars: bool = setting(
-        False, "learn how much of the stream and of the first embedding goes into each block", "model"
+        False, "learned weights of the residual stream and of the embedding at the input of each block", "model"
     )
     backout: bool = setting(
-        False, "take a learned part of the middle block's output off the last one's (from depth 3 on)", "model"
+        False,
+        "subtract a learned fraction of the middle block's output after the last block (from depth 3 on)",
+        "model",
     )
     bigram_rows: int | None = setting(
-        None,
-        "rows of a hashed table of embeddings of two neighbouring tokens, which every block adds; None has none",
-        "model",
-        ge=1,
-        le=2**24,
+        None, "rows of a hashed bigram embedding table that every block adds; None has none", "model", ge=1, le=2**24
     )
 
     untie: str = setting(
         "mlp",
-        "what each modality has of its own: nothing, the MLP, or attention's matrices too",
+        "what each modality has of its own: nothing, its MLPs, or its attention matrices too",
         "modalities",
         choices=("none", "mlp", "all"),
         when=("modalities", ON),
@@ -404,7 +425,7 @@ class Settings(RunSettings):
     )
     expert_dim: int | None = setting(
         None,
-        "width inside the experts of the further modalities; None takes the model's",
+        "width of the experts of modalities beside text; None takes the model's",
         "modalities",
         ge=1,
         le=1_000_000,
@@ -413,7 +434,7 @@ class Settings(RunSettings):
     )
     output_layers: str = setting(
         "separate",
-        "logits: a layer for each modality; one shared, masked to the target's modality in the loss; or one shared",
+        "output layer: one per modality; one shared, masked to the target's modality in the loss; or one shared",
         "modalities",
         choices=("separate", "masked", "shared"),
         when=("modalities", ON),
@@ -421,7 +442,7 @@ class Settings(RunSettings):
     )
     loss_modalities: str = setting(
         "all",
-        "modalities whose targets count in the training loss: all, or names as in audio",
+        "modalities whose targets count in the training loss: all, or names such as audio",
         "modalities",
         when=("modalities", ON),
         ask="modalities in the loss",
@@ -453,7 +474,7 @@ class Settings(RunSettings):
 
     target_flops: float | None = setting(
         None,
-        "train for so many FLOPs; takes precedence over the ratio",
+        "compute budget in FLOPs; takes precedence over target_param_data_ratio",
         "horizon",
         gt=0,
         when=("num_iterations", None),
@@ -462,7 +483,7 @@ class Settings(RunSettings):
     )
     target_param_data_ratio: float | None = setting(
         20.0,
-        "train for so many tokens per matmul parameter (Chinchilla: 20)",
+        "training tokens per matmul parameter (Chinchilla: 20)",
         "horizon",
         gt=0,
         when=("target_flops", None),
@@ -472,7 +493,7 @@ class Settings(RunSettings):
 
     embedding_lr: float = setting(
         0.2,
-        "AdamW rate of an untied embedding, before the (width/768)^-0.5 scaling",
+        "AdamW learning rate of an untied embedding, before the (width/768)^-0.5 scaling",
         "optimizer",
         gt=0,
         when=("tie_weights", False),
@@ -480,7 +501,7 @@ class Settings(RunSettings):
     )
     unembedding_lr: float = setting(
         0.004,
-        "AdamW rate of an untied lm_head, before the same scaling",
+        "AdamW learning rate of an untied lm_head, before the same scaling",
         "optimizer",
         gt=0,
         when=("tie_weights", False),
@@ -488,18 +509,18 @@ class Settings(RunSettings):
     )
     tied_weights_lr: float = setting(
         0.005,
-        "AdamW rate of the tied matrix, before the same scaling",
+        "AdamW learning rate of the tied matrix, before the same scaling",
         "optimizer",
         gt=0,
         when=("tie_weights", True),
         ask="tied learning rate",
     )
     tied_init_std: float = setting(
-        0.02, "standard deviation of the tied matrix at the start", "optimizer", gt=0, when=("tie_weights", True)
+        0.02, "standard deviation of the tied matrix at initialisation", "optimizer", gt=0, when=("tie_weights", True)
     )
     untie_at: float | None = setting(
         None,
-        "part of the steps after which the tied tables are split, at the tied rate; None: never",
+        "fraction of the steps after which the tied matrix is untied, keeping its learning rate; None: never",
         "optimizer",
         gt=0,
         le=0.999,
@@ -507,19 +528,28 @@ class Settings(RunSettings):
     )
     value_embedding_lr: float = setting(
         0.2,
-        "AdamW rate of value embeddings, before the same scaling",
+        "AdamW learning rate of value embeddings, before the same scaling",
         "optimizer",
         gt=0,
         when=("value_embeddings", True),
     )
     bigram_lr: float = setting(
-        0.2, "AdamW rate of the table of bigrams, before the same scaling", "optimizer", gt=0, when=("bigram_rows", ON)
+        0.2,
+        "AdamW learning rate of the bigram table, before the same scaling",
+        "optimizer",
+        gt=0,
+        when=("bigram_rows", ON),
     )
-    matrix_lr: float = setting(0.02, "Muon rate of the weight matrices", "optimizer", gt=0, ask=True)
-    scalar_lr: float = setting(0.01, "AdamW rate of the lambdas and gates of the newer features", "optimizer", gt=0)
+    matrix_lr: float = setting(0.02, "Muon learning rate of the weight matrices", "optimizer", gt=0, ask=True)
+    scalar_lr: float = setting(
+        0.01, "AdamW learning rate of the gates and scalars of newer features", "optimizer", gt=0
+    )
     weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", "optimizer", ge=0, ask=True)
     cautious_weight_decay: bool = setting(
-        True, "decay only where update and weight point the same way", "optimizer", when=("weight_decay", ON)
+        True,
+        "apply weight decay only where update and weight have the same sign",
+        "optimizer",
+        when=("weight_decay", ON),
     )
     muon_method: str = setting(
         "polar_express", "orthogonalisation of Muon's update", "optimizer", choices=("polar_express", "newton_schulz")
@@ -529,15 +559,15 @@ class Settings(RunSettings):
     )
     muon_nesterov: bool = setting(True, "Nesterov momentum in Muon", "optimizer")
     muon_normalize: bool = setting(
-        True, "normalise Muon's update per neuron by a running variance (NorMuon)", "optimizer"
+        True, "normalise Muon's update per neuron by a running variance (NorMuon, arXiv 2510.05491)", "optimizer"
     )
 
     eval_tokens: int | None = setting(
-        1_048_576, "held-out tokens of each measurement; None takes all", "evaluation", ge=1, resumable=True
+        1_048_576, "held-out tokens of each evaluation; None takes all", "evaluation", ge=1, resumable=True
     )
     core_metric_every: int | None = setting(
         None,
-        "steps between runs of CORE, or of the offline suite without the bundle",
+        "steps between CORE evaluations (the offline suite where the CORE bundle is missing)",
         "evaluation",
         ge=1,
         ask=True,
@@ -545,7 +575,7 @@ class Settings(RunSettings):
     )
     core_metric_max_per_task: int | None = setting(
         500,
-        "items per task of these runs; None takes all",
+        "items per task of these evaluations; None takes all",
         "evaluation",
         ge=1,
         when=("core_metric_every", ON),
@@ -748,13 +778,13 @@ def checked(name: str, value, kind: type[RunSettings] = Settings):
     if hint == tuple[float, float]:
         if not isinstance(value, (tuple, list)) or len(value) != 2:
             raise UserError(f"{name}={shown(value)} is not two numbers, such as {fields[name].default}")
-        return tuple(_checked_number(name, part, float, facts) for part in value)
+        return tuple(check_number(name, part, float, facts) for part in value)
     for one in allowed:
         if one is bool and isinstance(value, bool):
             return value
         if one in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
             without = _meaning_of_none(facts["help"]) if type(None) in allowed else ""
-            return _checked_number(name, value, one, facts, without)
+            return check_number(name, value, one, facts, without)
         if one is str and isinstance(value, str):
             if facts["choices"] and value not in facts["choices"]:
                 raise UserError(f"{name}={shown(value)} is not one of {', '.join(facts['choices'])}")

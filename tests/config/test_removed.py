@@ -3,9 +3,19 @@
 import pytest
 
 from nanochat.config.config_file import from_command_line, read_config
+from nanochat.config.removed import log_removed
 from nanochat.config.settings import Settings, checked_settings
 from nanochat.system.environment import UserError
+from nanochat.training.resume import resumed_settings
 from tests.messages import record_messages
+
+EXPECTED = ["batch_start = None has no effect: the setting was removed after version 0.1.0"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_logged_yet():
+    """Each test stands for a new process."""
+    log_removed.cache_clear()
 
 
 def test_a_config_of_the_version_before_is_accepted_with_one_line(tmp_path):
@@ -14,15 +24,24 @@ def test_a_config_of_the_version_before_is_accepted_with_one_line(tmp_path):
     path.write_text('depth = 3\nbatch_start = None\nroute = "sort"\n')
     with record_messages() as lines:
         assert read_config(path) == {"depth": 3, "route": "sort"}
-    expected = f"{path}:2: batch_start = None has no effect: the setting was removed after version 0.1.0"
-    assert lines == [expected]
+    assert lines == EXPECTED
+
+
+def test_a_resume_with_config_and_checkpoint_of_the_version_before_logs_one_line(tmp_path):
+    """Red when config.py and checkpoint each log theirs."""
+    path = tmp_path / "old.py"
+    path.write_text('batch_start = None\nmodel_tag = "x"\nroute = "sort"\n')
+    saved = {"batch_start": None, "model_tag": "x", "route": "sort"}
+    with record_messages() as lines:
+        command = from_command_line([str(path), "--resume"])
+        assert resumed_settings(command, tmp_path / "x", saved, 3) == Settings(model_tag="x")
+    assert lines == EXPECTED
 
 
 def test_a_removed_flag_without_effect_is_accepted():
     with record_messages() as lines:
         assert from_command_line(["--batch_start=None", "--depth=3"]).settings == Settings(depth=3)
-    assert len(lines) == 1
-    assert "removed after version 0.1.0" in lines[0]
+    assert lines == EXPECTED
 
 
 @pytest.mark.parametrize("line", ["batch_start = 2048", 'untie = "random"', 'route = "slice"', "batch_start = False"])
@@ -41,6 +60,6 @@ def test_settings_of_a_checkpoint_of_the_version_before():
     """Red when checked_settings() does not ask drop_removed()."""
     with record_messages() as lines:
         assert checked_settings({"depth": 3, "batch_start": None}) == {"depth": 3}
-    assert len(lines) == 1
+    assert lines == EXPECTED
     with pytest.raises(UserError, match=r"batch_start=2048 .*0\.1\.0"):
         checked_settings({"depth": 3, "batch_start": 2048})
