@@ -297,12 +297,9 @@ class ModalityMLP(MLP):
         if not isinstance(plan, Grouped):
             return route(x, plan, (super().forward, *self.experts.values()))
 
-        branches = (self, *self.experts.values())  # all of one width
-
-        def project_back(hidden: torch.Tensor) -> torch.Tensor:
-            return grouped_linear(F.relu(hidden).square(), [branch.c_proj.weight for branch in branches], plan.ends)
-
-        return route_grouped(x, plan, [[branch.c_fc.weight for branch in branches]], project_back)[0]
+        experts = (self, *self.experts.values())  # all of one width
+        into, out_of = [expert.c_fc.weight for expert in experts], [expert.c_proj.weight for expert in experts]
+        return route_grouped(x, plan, [into], lambda y: grouped_linear(F.relu(y).square(), out_of, plan.ends))[0]
 
 
 class LayerTerms(NamedTuple):
