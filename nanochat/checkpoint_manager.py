@@ -1,30 +1,38 @@
-"""Checkpoints that are whole or do not count.
+"""Atomic, checksummed checkpoints: a step is either complete or ignored.
 
 A step is written under a temporary name: every file, then manifest.json with sizes and hashes, each fsynced, then the
-folder. Renaming the folder is the commit, after which the parent is fsynced. Loading checks the manifest.
+folder. Renaming the folder is the commit, after which the parent is fsynced. Loading checks the manifest. The files
+themselves are checkpoint_files.py's.
 
-Folders with nanochat's own files (model_000123.pt, ...) are found and loaded alike, through upstream.py, and only read.
+Folders with nanochat's own files (model_000123.pt, ...) are found and loaded alike, through nanochat/upstream/, and
+only read.
 """
 
-import hashlib
-import json
 import logging
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from nanochat.checkpoint_files import (
+    STEP_NAME,
+    find_corruption,
+    move_aside,
+    own_steps,
+    read_manifest,
+    read_metadata,
+    read_tensors,
+    step_dir,
+    write_step,
+)
 from nanochat.config.settings import RunSettings
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.files import fsync, sha256_of
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.model.parameters import find_non_finite
-from nanochat.runtime import first_line, nearest_name
+from nanochat.runtime import nearest_name
 from nanochat.system.environment import UserError, base_dir, expand_user
 from nanochat.system.storage_errors import naming_storage_errors
 from nanochat.system.temporary import owner_suffix, remove_abandoned
@@ -33,7 +41,6 @@ from nanochat.upstream.optimizer import load_optimizer as load_upstream_optimize
 
 logger = logging.getLogger(__name__)
 
-STEP_NAME = re.compile(r"step_(\d{6,})")
 # load_model()'s sources, and where nanochat keeps the checkpoints of each stage.
 SOURCES = {
     "base": "base_checkpoints",
@@ -50,15 +57,6 @@ def checkpoints_dir() -> Path:
 def tag_dir(settings: RunSettings) -> Path:
     """The folder of a run's checkpoints and logs."""
     return base_dir() / settings.checkpoints / settings.tag
-
-
-def step_dir(checkpoint_dir: Path, step: int) -> Path:
-    return Path(checkpoint_dir) / f"step_{step:06d}"
-
-
-def step_of(folder: Path) -> int:
-    """The inverse of step_dir."""
-    return int(STEP_NAME.fullmatch(folder.name)[1])
 
 
 def step_path(checkpoint_dir: Path, step: int) -> Path:
@@ -88,7 +86,7 @@ def save_checkpoint(
 ) -> Path | None:
     """Write one step atomically; only rank 0 writes. Returns its folder.
 
-    model_state and optimizer_state: whole tensors by name. metadata: JSON values (step, settings, model_config, ...).
+    model_state and optimizer_state: full tensors by name. metadata: JSON values (step, settings, model_config, ...).
     The tokenizer and the codec's folder are copied into it.
     A folder of this name that is already there is moved aside, never deleted. Raises OSError with errno and path (full
     disk, quota, file-size limit, ...), leaving nothing behind but the earlier steps.
@@ -100,9 +98,9 @@ def save_checkpoint(
     remove_abandoned(final.parent, ".step_*", own=True)  # what a killed process left half-written or half-deleted
     try:
         with naming_storage_errors(temporary):
-            _write_step(temporary, model_state, optimizer_state, {**metadata, "step": step}, tokenizer, codec)
+            write_step(temporary, model_state, optimizer_state, {**metadata, "step": step}, tokenizer, codec)
             if final.exists():
-                _move_aside(final)
+                move_aside(final)
             os.rename(temporary, final)
             fsync(final.parent)
             fsync(final.parent.parent)  # which learnt of the tag's folder with its first step
@@ -111,160 +109,27 @@ def save_checkpoint(
     return final
 
 
-def _write_step(
-    folder: Path,
-    model_state: dict,
-    optimizer_state: dict | None,
-    state: dict,
-    tokenizer: Tokenizer | None,
-    codec: Path | None,
-) -> None:
-    """All files of a step into a new folder, the manifest last; everything is on the disk when this returns."""
-    folder.mkdir(parents=True)
-    _save_tensors(model_state, folder / "model.safetensors")
-    if optimizer_state is not None:
-        _save_tensors(optimizer_state, folder / "optimizer.safetensors")
-    if tokenizer is not None:
-        tokenizer.save(folder / "tokenizer")
-    if codec is not None:
-        (folder / "codec").mkdir()
-        for file in sorted(codec.iterdir()):  # not copytree(), whose error does not say that the disk is full
-            shutil.copyfile(file, folder / "codec" / file.name)
-    (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    write_manifest(folder)
-
-
-def remove_stale_temp_files(checkpoint_dir: Path) -> None:
-    """Before a run: delete the files that a killed one left half-written, under temporary names of ours."""
-    remove_abandoned(Path(checkpoint_dir), ".*.tmp")
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors keeps them to their owner, unlike the files beside
-
-
-def write_manifest(folder: Path) -> None:
-    """Write manifest.json over all files of a step folder; everything is on the disk when this returns."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "manifest.json")
-    for path in files:
-        fsync(path)
-    manifest = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in files
-    }
-    target = folder / "manifest.json"
-    temporary = folder / ".manifest.tmp"
-    temporary.write_text(json.dumps({"files": manifest}, indent=1), encoding="utf-8")
-    fsync(temporary)
-    os.replace(temporary, target)
-    for sub in {path.parent for path in files} | {folder}:
-        fsync(sub)
-
-
-def _move_aside(folder: Path) -> Path:
-    for n in range(1, 10_000):
-        aside = folder.with_name(f"{folder.name}.bad-{n}")
-        if not aside.exists():
-            os.rename(folder, aside)
-            logger.info(f"{folder} was there already: moved to {aside.name}")
-            return aside
-    raise UserError(f"{folder}: too many damaged copies beside it, remove some of {folder.name}.bad-*")
-
-
-def prune(checkpoint_dir: Path, keep_last: int | None) -> list[Path]:
-    """Delete all but the newest `keep_last` whole steps, only after the newest verified; returns what was deleted.
-
-    Damaged steps neither count nor go: whoever wants them gone may say so.
-    """
-    folders = [step_dir(checkpoint_dir, step) for step in own_steps(checkpoint_dir)]
-    if keep_last is None or len(folders) <= keep_last:
-        return []
-    old = [folder for folder in folders if _is_complete(folder)][:-keep_last]
-    for folder in old:
-        # a half-deleted step must not look like a damaged one
-        doomed = folder.with_name(f".{folder.name}.pruned-{owner_suffix()}")
-        with naming_storage_errors(folder):
-            os.rename(folder, doomed)
-            shutil.rmtree(doomed)
-    return old
-
-
-_verified: dict[Path, list] = {}  # step folder -> what its files' names, sizes and times were when their hashes held
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether find_corruption() finds none; files that this process has hashed are not read again while unchanged."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    looks = [(path, *(getattr(path.stat(), f"st_{fact}") for fact in ("size", "mtime_ns", "ino"))) for path in files]
-    if _verified.get(folder) == looks:
-        return True
-    if find_corruption(folder) is not None:
-        return False
-    _verified[folder] = looks
-    return True
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # finding
 
 
 def list_steps(checkpoint_dir: Path) -> list[int]:
-    """Steps of ours and of nanochat's, whole or not, in ascending order."""
+    """Steps of ours and of nanochat's, complete or not, in ascending order."""
     return sorted({*own_steps(checkpoint_dir), *upstream.list_steps(checkpoint_dir)})
 
 
-def own_steps(checkpoint_dir: Path) -> list[int]:
-    """Steps that have a folder, whole or not, in ascending order."""
-    if not Path(checkpoint_dir).is_dir():
-        return []
-    matches = (STEP_NAME.fullmatch(path.name) for path in Path(checkpoint_dir).iterdir() if path.is_dir())
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def find_corruption(folder: Path) -> str | None:
-    """Why a step folder does not count, or None when its manifest holds for every file."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        for name, facts in files.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != facts["size"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {facts['size']}"
-            if sha256_of(path) != facts["sha256"]:
-                return f"{name} does not have the recorded sha256"
-        return (
-            None
-            if {"model.safetensors", "state.json"} <= files.keys()
-            else "model.safetensors or state.json is missing"
-        )
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is not readable"
-
-
-def read_manifest(folder: Path) -> dict[str, str]:
-    """sha256 by file name of a complete step."""
-    files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-    return {name: facts["sha256"] for name, facts in files.items()}
-
-
 def newest_step(checkpoint_dir: Path) -> int | None:
-    """The newest whole step, walking back over damaged ones and saying so; None when there is none."""
+    """The newest complete step, skipping corrupt ones with a message; None when there is none."""
     mixed = own_steps(checkpoint_dir) and upstream.list_steps(checkpoint_dir)
     for step in reversed(list_steps(checkpoint_dir)):
         path = step_path(checkpoint_dir, step)
-        reason = (
-            upstream.find_corruption(checkpoint_dir, step)
-            if is_upstream(checkpoint_dir, step)
-            else find_corruption(path)
-        )
+        theirs = is_upstream(checkpoint_dir, step)
+        reason = upstream.find_corruption(checkpoint_dir, step) if theirs else find_corruption(path)
         if reason is None:
             if mixed:
                 logger.info(f"{checkpoint_dir} holds steps of ours and of nanochat's: taking {path.name}")
             return step
-        logger.info(f"passing over {path}: {reason}")
+        logger.info(f"skipping {path}: {reason}")
     return None
 
 
@@ -299,15 +164,16 @@ def load_checkpoint(
     load_optimizer: bool = False,
     era: str | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict]:
-    """(model state, optimizer state or None, metadata) of a step that must be whole; UserError otherwise.
+    """(model state, optimizer state or None, metadata) of a step that must be complete; UserError otherwise.
 
     Of nanochat's own files all three are translated, with {"era": ...} in the metadata's `upstream`; era: the one that
-    counts instead of what the files tell. Where they hold no whole optimizer state, None comes back and is explained.
+    counts instead of what the files indicate. Where their optimizer state is incomplete, None comes back and why is
+    logged.
     """
     if is_upstream(checkpoint_dir, step):
         state, metadata = upstream.load(checkpoint_dir, step, era)
         for note in metadata["upstream"]["notes"]:
-            _say_once(note)
+            _log_once(note)
         optimizer_state = None
         if load_optimizer:
             optimizer_state = load_upstream_optimizer(checkpoint_dir, step, model_config(metadata))
@@ -317,10 +183,10 @@ def load_checkpoint(
         have = ", ".join(map(str, list_steps(checkpoint_dir))) or "none"
         raise UserError(f"step {step} is not in {checkpoint_dir}: steps there are {have}")
     if era is not None:
-        raise UserError(f"era={era!r} is for nanochat's own files; {folder} says itself what it is: leave --era out")
+        raise UserError(f"era={era!r} is for nanochat's own files; {folder} records its own configuration: drop --era")
     if reason := find_corruption(folder):
         raise UserError(
-            f"{folder} is damaged: {reason}. Take another step, or after editing it by hand reseal it with "
+            f"{folder} is corrupt: {reason}. Take another step, or after editing it by hand reseal it with "
             f"`python -m scripts.inspect_checkpoint {folder} --reseal`"
         )
     metadata = read_metadata(folder)
@@ -331,22 +197,6 @@ def load_checkpoint(
     return model_state, read_tensors(optimizer_file) if load_optimizer else None, {**metadata, "step": step}
 
 
-def read_metadata(folder: Path) -> dict:
-    """state.json of a step, null counting as absent; UserError when it is not what we write."""
-    path = folder / "state.json"
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(metadata, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    metadata = {name: value for name, value in metadata.items() if value is not None}
-    for name in ("settings", "model_config", "derived", "data_fingerprint", "loader", "run"):
-        if not isinstance(metadata.get(name, {}), dict):
-            raise UserError(f"{path}: {name} is {metadata[name]!r}, expected a JSON object")
-    return metadata
-
-
 def metadata_of(checkpoint_dir: Path, step: int, era: str | None = None) -> dict:
     """The metadata of a step, ours or nanochat's, as load_checkpoint() gives it."""
     if is_upstream(checkpoint_dir, step):
@@ -354,20 +204,12 @@ def metadata_of(checkpoint_dir: Path, step: int, era: str | None = None) -> dict
     return read_metadata(step_dir(checkpoint_dir, step))
 
 
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file by name; UserError when it is none."""
-    try:
-        return load_file(path, device=str(device))
-    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a size that no machine has
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+_logged: set[str] = set()
 
 
-_said: set[str] = set()
-
-
-def _say_once(line: str) -> None:
-    if line not in _said:
-        _said.add(line)
+def _log_once(line: str) -> None:
+    if line not in _logged:
+        _logged.add(line)
         logger.info(line)
 
 
@@ -375,12 +217,12 @@ def model_config(metadata: dict) -> GPTConfig:
     """GPTConfig from metadata; an absent key means the classic model, which is logged where it changes the shape."""
     saved = metadata.get("model_config")
     if not isinstance(saved, dict):
-        raise UserError("the checkpoint's state.json has no model_config: it does not say which model this is")
+        raise UserError("the checkpoint's state.json has no model_config, which describes the model")
     config = GPTConfig.from_dict(saved)
     if "tie_weights" not in saved:
-        _say_once("model_config has no tie_weights: taken as untied")
+        _log_once("model_config has no tie_weights: taken as untied")
     elif saved["tie_weights"] and "use_output_projection" not in saved:
-        _say_once("model_config has no use_output_projection: taken as False")
+        _log_once("model_config has no use_output_projection: taken as False")
     return config
 
 
@@ -454,11 +296,11 @@ def check_tokenizer(tokenizer: Tokenizer, metadata: dict, where) -> None:
 
 
 def check_codec(dataset, metadata: dict, where) -> None:
-    """Refuse sounds coded with another codec than those of the training: equal codes would mean other sounds."""
+    """Refuse sounds encoded with another codec than the training's: equal codes would mean other sounds."""
     trained, here = metadata.get("codec") or {}, dataset.codec or {}
     if trained and here and trained.get("hash") != here["hash"]:
         raise UserError(
-            f"{where}: data {dataset.name} is coded with codec {here['hash'][:8]}, the model was trained with "
+            f"{where}: data {dataset.name} is encoded with codec {here['hash'][:8]}, the model was trained with "
             f"{str(trained.get('hash'))[:8]}: use the model's with --codec={Path(where) / 'codec'}"
         )
 
@@ -471,10 +313,10 @@ def load_model(
     step: int | None = None,
     era: str | None = None,
 ) -> tuple[GPT, Tokenizer | None, dict]:
-    """Open a checkpoint, ours or nanochat's: the newest tag and the newest whole step unless they are named.
+    """Open a checkpoint, ours or nanochat's: the newest tag and the newest complete step unless they are named.
 
     source: "base", or nanochat's later stages "mid", "sft", "rl". era: as in load_checkpoint().
-    Raises UserError that says what was looked for and what exists, or which weights are not finite.
+    UserError names what was looked for and what exists, or the weights that are not finite.
     """
     if source not in SOURCES:
         raise UserError(f"source={source!r} is unknown{nearest_name(source, SOURCES)}")
@@ -489,7 +331,7 @@ def find_checkpoint(model_tag: str | None, step: int | None, root: Path | None =
     """(tag folder, step) below root (None: base_checkpoints): the named ones, else the newest.
 
     A model_tag with a slash is a path: of such a folder anywhere, ours or nanochat's, of a step_000123 or of a
-    model_000123.pt in it. UserError says what was looked for and what exists.
+    model_000123.pt in it. UserError names what was looked for and what exists.
     """
     root = root or checkpoints_dir()
     tag = model_tag or newest_tag(root)
@@ -505,10 +347,10 @@ def find_checkpoint(model_tag: str | None, step: int | None, root: Path | None =
     if step is None:
         step = newest_step(checkpoint_dir)
         if step is None:
-            way = _hint(root)
+            hint = _hint(root)
             if (checkpoint_dir / "config.json").is_file():
-                way = "a Hugging Face folder is imported with `python -m scripts.convert --from-hf`"
-            raise UserError(f"{checkpoint_dir} holds no whole step: {way}")
+                hint = "a Hugging Face folder is imported with `python -m scripts.convert --from-hf`"
+            raise UserError(f"{checkpoint_dir} holds no complete step: {hint}")
     return checkpoint_dir, step
 
 
@@ -516,18 +358,4 @@ def model_file_hash(checkpoint_dir: Path, step: int) -> str:
     """sha256 of the file that holds a step's weights."""
     if is_upstream(checkpoint_dir, step):
         return sha256_of(upstream.model_file(checkpoint_dir, step))
-    manifest = json.loads((step_dir(checkpoint_dir, step) / "manifest.json").read_text(encoding="utf-8"))
-    return manifest["files"]["model.safetensors"]["sha256"]
-
-
-def weights_hash(state: dict[str, torch.Tensor]) -> str:
-    """sha256 over the tensors' bytes in name order: safetensors files may differ in their header alone."""
-    digest = hashlib.sha256()
-    for name, tensor in _in_order(state):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _in_order(state: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, state[name].reshape(-1)) for name in sorted(state))
+    return read_manifest(step_dir(checkpoint_dir, step))["model.safetensors"]

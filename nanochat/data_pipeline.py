@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat.checkpoint_manager import read_metadata, step_path, tokenizer_of
+from nanochat.checkpoint_files import read_metadata
+from nanochat.checkpoint_manager import step_path, tokenizer_of
 from nanochat.config.declaration import fields_of
 from nanochat.config.settings import RunSettings, Settings
 from nanochat.data.dataloader import DataLoader

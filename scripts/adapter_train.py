@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.adapters.checkpoint import AdapterRun, build, check_facts, load_trained
 from nanochat.adapters.hosts import state_hash
@@ -69,7 +70,7 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
         caption_dropout=settings.caption_dropout,
     )
     warn_repeated_rows(settings, loader)
-    before = {} if begins else checkpoints.read_metadata(checkpoints.step_dir(folder, resume_step))
+    before = {} if begins else checkpoint_files.read_metadata(checkpoint_files.step_dir(folder, resume_step))
     text_loss, text_fingerprint = text_measure(settings, model, compute, before.get("text_fingerprint"))
 
     # -- optimizer, and where a run goes on ---------------------------------------------------------------------------
@@ -77,7 +78,7 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     run = AdapterRun()
     if resume_step is not None:
         state, optimizer_state, metadata = checkpoints.load_checkpoint(folder, resume_step, load_optimizer=True)
-        where = checkpoints.step_dir(folder, resume_step)
+        where = checkpoint_files.step_dir(folder, resume_step)
         check_facts(metadata.get("adapters", {}), adapters, where)
         checkpoints.check_finite(state | optimizer_state, where)
         checkpoints.check_codec(dataset, metadata, where)

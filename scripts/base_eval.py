@@ -18,6 +18,7 @@ import torch
 
 from nanochat.audio.loss import evaluate_audio
 from nanochat.audio.sources import holds_sounds
+from nanochat.checkpoint_files import weights_hash
 from nanochat.checkpoint_manager import (
     build_model,
     check_codec,
@@ -25,7 +26,6 @@ from nanochat.checkpoint_manager import (
     find_checkpoint,
     model_file_hash,
     step_path,
-    weights_hash,
 )
 from nanochat.config.command_line import Parser
 from nanochat.config.settings import Settings

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 
-from nanochat import checkpoint_manager as checkpoints
+from nanochat import checkpoint_files
 from nanochat.checkpoint_manager import tag_dir
 from nanochat.config.config_file import as_dict, from_command_line, render_config
 from nanochat.config.settings import RunSettings, Settings
@@ -212,7 +212,7 @@ def loop(training: Training) -> dict:
             log.write(run.step, event="done", train_seconds=run.train_seconds, **run.figures())
         return finish(settings, run, log, rows_log)
     if compute.rank == 0:
-        checkpoints.remove_stale_temp_files(folder)
+        checkpoint_files.remove_stale_temp_files(folder)
         record_launcher(folder)
         write_atomically(folder / "config.py", render_config(settings))
         tracker = open_tracker(settings.wandb_mode, settings.run, as_dict(settings), folder)

@@ -15,22 +15,18 @@ from pathlib import Path
 
 import torch
 
+from nanochat.checkpoint_files import find_corruption, read_metadata, read_tensors, weights_hash, write_manifest
 from nanochat.checkpoint_manager import (
     check_state,
     check_tokenizer,
     checkpoints_dir,
     find_checkpoint,
-    find_corruption,
     is_upstream,
     list_steps,
     model_config,
     newest_step,
-    read_metadata,
-    read_tensors,
     step_path,
     tokenizer_of,
-    weights_hash,
-    write_manifest,
 )
 from nanochat.config.command_line import Parser
 from nanochat.data.tokenizer import Tokenizer

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat.checkpoint_manager import checkpoints_dir, newest_step, step_dir
+from nanochat.checkpoint_files import step_dir
+from nanochat.checkpoint_manager import checkpoints_dir, newest_step
 from nanochat.config.command_line import typed
 from nanochat.config.config_file import from_command_line
 from nanochat.config.presets import hardware_preset

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.gpt import GPT, GPTConfig
@@ -29,7 +30,7 @@ ABSENT = object()
 def root(tmp_path, monkeypatch) -> Path:
     """The folder of all checkpoints of a fresh base folder."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(cm, "_said", set())
+    monkeypatch.setattr(cm, "_logged", set())
     return cm.checkpoints_dir()
 
 
@@ -57,7 +58,7 @@ def edit_state(folder: Path, **changes) -> None:
         else:
             inside[name] = value
     (folder / "state.json").write_text(json.dumps(state))
-    cm.write_manifest(folder)
+    checkpoint_files.write_manifest(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def test_what_is_saved_comes_back(root):
     names = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "tokenizer"}
     assert {path.name for path in folder.iterdir()} == names
     state, optimizer, metadata = cm.load_checkpoint(root / "m", 100, load_optimizer=True)
-    assert cm.weights_hash(state) == cm.weights_hash(model.state_dict())
+    assert checkpoint_files.weights_hash(state) == checkpoint_files.weights_hash(model.state_dict())
     assert optimizer["lm_head.weight.step"].item() == 100
     assert (metadata["step"], metadata["run"]) == (100, {"train_seconds": 1.5})
     loaded, tokenizer, metadata = cm.load_model("base", "cpu", "eval")
@@ -87,9 +88,9 @@ def test_what_is_saved_comes_back(root):
 
 def test_weights_hash_is_of_the_tensors_in_name_order(root):
     a, b = torch.arange(4.0), torch.ones(2, 3)
-    assert cm.weights_hash({"a": a, "b": b}) == cm.weights_hash({"b": b, "a": a})
-    assert cm.weights_hash({"a": a, "b": b}) != cm.weights_hash({"a": a.neg(), "b": b})
-    assert cm.weights_hash({"a": a, "b": b}) != cm.weights_hash({"a": a, "c": b})
+    assert checkpoint_files.weights_hash({"a": a, "b": b}) == checkpoint_files.weights_hash({"b": b, "a": a})
+    assert checkpoint_files.weights_hash({"a": a, "b": b}) != checkpoint_files.weights_hash({"a": a.neg(), "b": b})
+    assert checkpoint_files.weights_hash({"a": a, "b": b}) != checkpoint_files.weights_hash({"a": a, "c": b})
 
 
 def test_a_checkpoint_without_tokenizer_still_gives_its_model(root):
@@ -103,7 +104,14 @@ def test_a_checkpoint_without_tokenizer_still_gives_its_model(root):
 # faults while saving
 
 
-FAULTS = [(os, "rename"), (os, "replace"), (os, "fsync"), (cm, "save_file"), (Path, "mkdir"), (Path, "write_text")]
+FAULTS = [
+    (os, "rename"),
+    (os, "replace"),
+    (os, "fsync"),
+    (checkpoint_files, "save_file"),
+    (Path, "mkdir"),
+    (Path, "write_text"),
+]
 
 
 @pytest.mark.parametrize(("owner", "name"), FAULTS, ids=[name for _, name in FAULTS])
@@ -126,7 +134,7 @@ def test_a_fault_at_any_call_leaves_the_earlier_step(root, monkeypatch, owner, n
             if calls == fail_at:
                 if kind == "killed":
                     raise SystemExit
-                if owner is cm:
+                if owner is checkpoint_files:
                     raise SafetensorError("I/O error: No space left on device (os error 28)")
                 raise OSError(errno.ENOSPC, "No space left on device", str(args[0]))
             return real(*args, **kwargs)
@@ -141,9 +149,8 @@ def test_a_fault_at_any_call_leaves_the_earlier_step(root, monkeypatch, owner, n
                 assert error.errno == errno.ENOSPC
             except SystemExit:
                 assert kind == "killed"
-        committed = (
-            cm.find_corruption(cm.step_dir(tag, 2)) is None
-        )  # only what fails after the rename, the parent's fsync
+        # only what fails after the rename, the parent's fsync
+        committed = checkpoint_files.find_corruption(checkpoint_files.step_dir(tag, 2)) is None
         assert cm.list_steps(tag) == ([1, 2] if committed else [1])
         assert cm.newest_step(tag) == (2 if committed else 1)
         cm.build_model(tag, 1, "cpu", "eval")
@@ -161,7 +168,7 @@ def test_a_full_disk_is_one_line_and_code_2(root, monkeypatch, capsys):
     def full(*_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(cm, "save_file", full)
+    monkeypatch.setattr(checkpoint_files, "save_file", full)
     with pytest.raises(SystemExit) as caught:
         run_script(lambda: save(root / "m", 1))
     assert caught.value.code == 2
@@ -218,14 +225,14 @@ def test_a_damaged_step_is_walked_past_with_the_reason_and_refused_when_named(ro
     """Red when `damage` compares sizes alone (bit flipped), or a file that the manifest lacks still counts."""
     save(root / "m", 1)
     save(root / "m", 2)
-    step = cm.step_dir(root / "m", 2)
+    step = checkpoint_files.step_dir(root / "m", 2)
     DAMAGES[how](step)
     assert cm.newest_step(root / "m") == 1
-    reason = cm.find_corruption(step)
+    reason = checkpoint_files.find_corruption(step)
     assert reason
-    assert f"passing over {step}: {reason}" in capsys.readouterr().out
+    assert f"skipping {step}: {reason}" in capsys.readouterr().out
     assert cm.load_model("base", "cpu", "eval")[2]["step"] == 1
-    with pytest.raises(UserError, match="step_000002 is damaged"):
+    with pytest.raises(UserError, match="step_000002 is corrupt"):
         cm.load_model("base", "cpu", "eval", "m", 2)
 
 
@@ -245,7 +252,7 @@ def test_a_missing_checkpoint_says_what_was_looked_for_and_what_exists(root):
     with pytest.raises(UserError, match="source='stf' is unknown, did you mean 'sft'"):
         cm.load_model("stf", "cpu", "eval")
     (root / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no whole step"):
+    with pytest.raises(UserError, match="empty holds no complete step"):
         cm.load_model("base", "cpu", "eval", "empty")
 
 
@@ -254,13 +261,13 @@ def test_the_newest_tag_is_the_last_saved_and_moved_runs_do_not_count(root):
     for age, tag in enumerate(["c", "a", "b", ".a.old-1"]):
         os.utime(save(root / tag, 1), (1e9 + age, 1e9 + age))
     assert cm.newest_tag(root) == "b"
-    os.utime(cm.step_dir(root / "c", 1), (2e9, 2e9))
+    os.utime(checkpoint_files.step_dir(root / "c", 1), (2e9, 2e9))
     assert cm.newest_tag(root) == "c"
 
 
 def test_a_folder_that_is_not_there_holds_no_steps(root):
     """Red when own_steps() asks the folder for its entries, or gives None."""
-    assert cm.own_steps(root / "nothing") == cm.list_steps(root / "nothing") == []
+    assert checkpoint_files.own_steps(root / "nothing") == cm.list_steps(root / "nothing") == []
     assert cm.newest_step(root / "nothing") is None
 
 
@@ -272,16 +279,16 @@ def test_prune_safety(root):
     tag = root / "m"
     for step in (1, 2, 3, 10):
         save(tag, step)
-    assert cm.prune(tag, None) == cm.prune(tag, 4) == []
-    flip_a_bit(cm.step_dir(tag, 10) / "model.safetensors")
-    flip_a_bit(cm.step_dir(tag, 1) / "model.safetensors")
-    assert cm.prune(tag, 2) == []
-    truncate(cm.step_dir(tag, 10) / "model.safetensors")
-    (cm.step_dir(tag, 2) / "manifest.json").unlink()
+    assert checkpoint_files.prune(tag, None) == checkpoint_files.prune(tag, 4) == []
+    flip_a_bit(checkpoint_files.step_dir(tag, 10) / "model.safetensors")
+    flip_a_bit(checkpoint_files.step_dir(tag, 1) / "model.safetensors")
+    assert checkpoint_files.prune(tag, 2) == []
+    truncate(checkpoint_files.step_dir(tag, 10) / "model.safetensors")
+    (checkpoint_files.step_dir(tag, 2) / "manifest.json").unlink()
     save(tag, 11)
-    assert cm.prune(tag, 2) == []
+    assert checkpoint_files.prune(tag, 2) == []
     save(tag, 12)
-    assert [path.name for path in cm.prune(tag, 2)] == ["step_000003"]
+    assert [path.name for path in checkpoint_files.prune(tag, 2)] == ["step_000003"]
     assert cm.list_steps(tag) == [1, 2, 10, 11, 12]
     assert cm.newest_step(tag) == 12
 
@@ -291,17 +298,21 @@ def test_prune_reads_a_verified_step_once(root, monkeypatch):
 
     Red when prune() asks find_corruption() of every kept step each time, or _is_complete() forgets the sizes and times.
     """
-    hashed, real = [], cm.find_corruption
-    monkeypatch.setattr(cm, "find_corruption", lambda folder: (hashed.append(cm.step_of(folder)), real(folder))[1])
+    hashed, real = [], checkpoint_files.find_corruption
+    monkeypatch.setattr(
+        checkpoint_files,
+        "find_corruption",
+        lambda folder: (hashed.append(checkpoint_files.step_of(folder)), real(folder))[1],
+    )
     for step in range(1, 7):
         save(root / "m", step)
-        cm.prune(root / "m", 2)
+        checkpoint_files.prune(root / "m", 2)
     assert sorted(hashed) == [1, 2, 3, 4, 5, 6]
-    assert cm.own_steps(root / "m") == [5, 6]
-    truncate(cm.step_dir(root / "m", 6) / "model.safetensors")
+    assert checkpoint_files.own_steps(root / "m") == [5, 6]
+    truncate(checkpoint_files.step_dir(root / "m", 6) / "model.safetensors")
     save(root / "m", 7)
-    assert cm.prune(root / "m", 2) == []  # 5 and 7 are complete
-    assert cm.own_steps(root / "m") == [5, 6, 7]
+    assert checkpoint_files.prune(root / "m", 2) == []  # 5 and 7 are complete
+    assert checkpoint_files.own_steps(root / "m") == [5, 6, 7]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,7 +373,7 @@ def test_wrong_metadata_is_refused_by_name(root, name):
 def test_a_state_file_that_is_no_object_is_refused(root, text):
     step = save(root / "m", 1)
     (step / "state.json").write_text(text)
-    cm.write_manifest(step)
+    checkpoint_files.write_manifest(step)
     with pytest.raises(UserError, match=r"state\.json"):
         cm.load_model("base", "cpu", "eval")
 
@@ -380,7 +391,7 @@ def test_weights_that_do_not_fit_are_named(root):
     with pytest.raises(UserError, match=r"c_k\.weight has shape \(4, 8\), model_config says \(8, 8\)"):
         cm.load_model("base", "cpu", "eval")
     (step / "model.safetensors").write_bytes(b"no tensors at all")
-    cm.write_manifest(step)
+    checkpoint_files.write_manifest(step)
     with pytest.raises(UserError, match=r"model\.safetensors cannot be read"):
         cm.load_model("base", "cpu", "eval")
 
@@ -399,7 +410,7 @@ def test_another_tokenizer_is_refused_with_both_hashes(root):
 def test_training_needs_the_optimizers_state(root):
     step = save(root / "m", 1)
     (step / "optimizer.safetensors").unlink()
-    cm.write_manifest(step)
+    checkpoint_files.write_manifest(step)
     cm.load_model("base", "cpu", "eval")
     with pytest.raises(UserError, match="no optimizer state: training cannot be resumed"):
         cm.load_checkpoint(root / "m", 1, load_optimizer=True)
@@ -410,10 +421,10 @@ def test_sealing_again_covers_edited_and_added_files(root):
     state = load_file(step / "model.safetensors")
     state["lm_head.weight"] += 1
     save_file(state, step / "model.safetensors")
-    assert cm.find_corruption(step)
-    cm.write_manifest(step)
-    assert cm.find_corruption(step) is None
-    assert cm.weights_hash(cm.load_checkpoint(root / "m", 1)[0]) == cm.weights_hash(state)
+    assert checkpoint_files.find_corruption(step)
+    checkpoint_files.write_manifest(step)
+    assert checkpoint_files.find_corruption(step) is None
+    assert checkpoint_files.weights_hash(cm.load_checkpoint(root / "m", 1)[0]) == checkpoint_files.weights_hash(state)
     assert not (step / ".manifest.tmp").exists()
 
 
@@ -427,7 +438,13 @@ def test_fsync_order(root, monkeypatch):
     Red when any fsync() in write_manifest() or save_checkpoint() is left out or moved.
     """
     calls, names = [], {}
-    real_open, real_fsync, real_rename, real_replace, real_save = os.open, os.fsync, os.rename, os.replace, cm.save_file
+    real_open, real_fsync, real_rename, real_replace, real_save = (
+        os.open,
+        os.fsync,
+        os.rename,
+        os.replace,
+        checkpoint_files.save_file,
+    )
 
     def note(what, path):
         calls.append((what, re.sub(r"\.tmp-[0-9a-f-]+", "", os.path.relpath(path, root / "m"))))
@@ -464,7 +481,7 @@ def test_fsync_order(root, monkeypatch):
             (os, "fsync", synced),
             (os, "rename", renamed(real_rename)),
             (os, "replace", renamed(real_replace)),
-            (cm, "save_file", saved),
+            (checkpoint_files, "save_file", saved),
             (Path, "write_text", written),
         ):
             patch.setattr(owner, name, fake)
@@ -492,7 +509,7 @@ def test_sounds_of_another_codec_are_refused():
     for metadata in ({}, {"codec": None}, {"codec": {"hash": "abcdefgh12"}}):
         cm.check_codec(data, metadata, "here/step_000001")
     cm.check_codec(SimpleNamespace(name="text", codec=None), {"codec": {"hash": "12345678ab"}}, "here")
-    words = "here/step_000001: data melodies is coded with codec abcdefgh, the model was trained with 12345678: use"
+    words = "here/step_000001: data melodies is encoded with codec abcdefgh, the model was trained with 12345678: use"
     with pytest.raises(UserError, match=words):
         cm.check_codec(data, {"codec": {"hash": "12345678ab"}}, "here/step_000001")
 

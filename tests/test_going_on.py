@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.config.settings import Settings
 from nanochat.conversion.tying import untied
@@ -67,7 +68,7 @@ def test_a_run_resumes_across_the_split(train, step):
     assert last == 6  # the horizon counts the projection, which the split drops
     shutil.copytree(tag_dir("whole"), tag_dir(f"cut-{step}"))
     for later in range(step + 1, last + 1):
-        shutil.rmtree(cm.step_dir(tag_dir(f"cut-{step}"), later))
+        shutil.rmtree(checkpoint_files.step_dir(tag_dir(f"cut-{step}"), later))
     train(f"cut-{step}", "--resume", **how)
     assert state_hashes(f"cut-{step}", last) == state_hashes("whole", last)
 
@@ -105,7 +106,9 @@ def test_training_goes_on_from_nanochats_files(train, corpus, capsys):
     (folder / f"optim_{theirs.STEP:06d}_rank0.pt").unlink()
     go_on("afresh")
     assert "and its optimizer's state" not in capsys.readouterr().out
-    assert load_file(cm.step_dir(tag_dir("afresh"), 1) / "optimizer.safetensors")["lm_head.weight.step"] == 1
+    assert (
+        load_file(checkpoint_files.step_dir(tag_dir("afresh"), 1) / "optimizer.safetensors")["lm_head.weight.step"] == 1
+    )
     with pytest.raises(UserError, match="n_layer=2 there, 3 here"):
         go_on("other", depth=3)
     (folder / "tokenizer.pkl").unlink()

@@ -20,7 +20,7 @@ FLOORS = (
     "data",
     "gpt optim",
     "decoding upstream",
-    "engine checkpoint_manager",
+    "engine checkpoint_files checkpoint_manager",
     "training",
     "evaluation",
     "audio",

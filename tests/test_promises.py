@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.config.config_file import read_config
 from nanochat.config.settings import Settings
@@ -74,7 +75,7 @@ def test_malicious_pickle(tmp_path, monkeypatch):
         assert cm.load_model("base", "cpu", "eval", "m")[1].hash == tokenizer.hash
         assert find_or_train(Settings(tokenizer="named"), dataset=None).hash == tokenizer.hash
         (step / "tokenizer" / "ranks.tiktoken").unlink()
-        cm.write_manifest(step)
+        checkpoint_files.write_manifest(step)
         with pytest.raises(UserError, match=r"ranks\.tiktoken"):
             cm.load_model("base", "cpu", "eval", "m")
     assert not marker.exists()
@@ -145,7 +146,7 @@ def test_malicious_safetensors(tmp_path, name):
     path = tmp_path / "model.safetensors"
     path.write_bytes(HOSTILE_TENSORS[name])
     with little_memory(), pytest.raises(UserError, match=r"model\.safetensors") as caught:
-        cm.read_tensors(path)
+        checkpoint_files.read_tensors(path)
     assert len(str(caught.value)) < 1000
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 import nanochat.gpt
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat import data_pipeline as training_data
 from nanochat.system.environment import UserError
@@ -45,7 +46,7 @@ def stop_after(monkeypatch):
 
 def what_counts(tag: str, step: int, ranks: int = 1) -> list:
     """Everything in which an interrupted run must equal an uninterrupted one."""
-    state = cm.read_metadata(cm.step_dir(tag_dir(tag), step))
+    state = checkpoint_files.read_metadata(checkpoint_files.step_dir(tag_dir(tag), step))
     return [
         state_hashes(tag, step),
         losses(tag),
@@ -91,7 +92,10 @@ def test_second_resume(train, stop_after):
     stop_after(-1)
     train("stopped", "--resume", **ODD, **TIED)
     assert what_counts("stopped", 16) == what_counts("straight", 16)
-    both = [cm.read_metadata(cm.step_dir(tag_dir(tag), 16))["run"] for tag in ("straight", "stopped")]
+    both = [
+        checkpoint_files.read_metadata(checkpoint_files.step_dir(tag_dir(tag), 16))["run"]
+        for tag in ("straight", "stopped")
+    ]
     assert both[0]["smooth_loss"] == both[1]["smooth_loss"]
 
 
@@ -172,7 +176,7 @@ def children(process) -> dict[int, int]:
 def wait_for_step(tag: str, step: int, process) -> None:
     """Until a step folder is there."""
     deadline = time.monotonic() + 90
-    while not cm.step_dir(tag_dir(tag), step).is_dir():
+    while not checkpoint_files.step_dir(tag_dir(tag), step).is_dir():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, f"no step {step} after 90 s"
         time.sleep(0.01)
@@ -186,7 +190,14 @@ def test_signals_to_the_launcher_or_to_one_rank_stop_all_at_one_step(train, base
     train("warm")  # data and tokenizer are ready
     long = {**TINY, "num_iterations": 100_000, "save_every": 5, "keep_last": 2, "device_batch_size": 3}
     for tag, forwarded in (("launcher", True), ("rank", False)):
-        words = flags(long | {"data": cm.read_metadata(cm.step_dir(tag_dir("warm"), 4))["settings"]["data"]})
+        words = flags(
+            long
+            | {
+                "data": checkpoint_files.read_metadata(checkpoint_files.step_dir(tag_dir("warm"), 4))["settings"][
+                    "data"
+                ]
+            }
+        )
         told = dict(PET_SIGNALS_TO_HANDLE="SIGTERM,SIGINT,SIGUSR1")
         process = start(base, *words, f"--model_tag={tag}", ranks=2, anew=forwarded, **told)
         wait_for_step(tag, 5, process)
@@ -212,7 +223,7 @@ def test_enospc(train, monkeypatch, code, capsys):
     the same weights. Red when the saver's thread keeps its error, or leaves its temporary folder.
     """
     train("roomy", save_every=2, num_iterations=6, overwrite=True)
-    real, calls = cm.save_file, []
+    real, calls = checkpoint_files.save_file, []
 
     def full(tensors, path):
         calls.append(path)
@@ -223,7 +234,7 @@ def test_enospc(train, monkeypatch, code, capsys):
             raise SafetensorError("I/O error: No space left on device (os error 28)")
         raise OSError(code, os.strerror(code), str(path))
 
-    monkeypatch.setattr(cm, "save_file", full)
+    monkeypatch.setattr(checkpoint_files, "save_file", full)
     assert exit_code(lambda: train("full", save_every=2, num_iterations=6, overwrite=True)) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -231,7 +242,7 @@ def test_enospc(train, monkeypatch, code, capsys):
     assert [path.name for path in tag_dir("full").iterdir() if path.is_dir()] == ["step_000002"]
     # It surfaced at a step after the save, or at the next one. The last line may be step 2's "save", noted late.
     assert 4 <= max(metrics("full", "step")) <= 6
-    monkeypatch.setattr(cm, "save_file", real)
+    monkeypatch.setattr(checkpoint_files, "save_file", real)
     main(["--model_tag=full", "--resume"])
     assert state_hashes("full", 6) == state_hashes("roomy", 6)
 
@@ -240,13 +251,13 @@ def resumed_over(train, tag: str, capsys, damage) -> str:
     """Train, damage the newest step, resume: the run ends as before, and the damaged folder is still there."""
     train(tag, save_every=2)
     whole = state_hashes(tag, 4)
-    step = cm.step_dir(tag_dir(tag), 4)
+    step = checkpoint_files.step_dir(tag_dir(tag), 4)
     damage(step)
     left = sorted((path.name, path.stat().st_size) for path in step.iterdir())
     main([f"--model_tag={tag}", "--resume"])
     said = capsys.readouterr().out
-    assert f"passing over {step}" in said
-    assert f"resuming from {cm.step_dir(tag_dir(tag), 2)}" in said
+    assert f"skipping {step}" in said
+    assert f"resuming from {checkpoint_files.step_dir(tag_dir(tag), 2)}" in said
     assert state_hashes(tag, 4) == whole
     aside = tag_dir(tag) / "step_000004.bad-1"
     assert sorted((path.name, path.stat().st_size) for path in aside.iterdir()) == left
@@ -285,7 +296,7 @@ def test_a_run_that_ended_before_its_first_step_starts_again_with_its_own_settin
     train("early", num_iterations=2, seed=7, save_every=1)
     wanted = state_hashes("early", 2)
     for step in (1, 2):
-        shutil.rmtree(cm.step_dir(tag_dir("early"), step))
+        shutil.rmtree(checkpoint_files.step_dir(tag_dir("early"), step))
     with pytest.raises(UserError, match="cannot change seed=8"):
         main(["--model_tag=early", "--resume", "--seed=8"])
     main(["--model_tag=early", "--resume"])
@@ -399,7 +410,10 @@ def test_oom_halving(train, no_memory_above, capsys):
         assert losses(tag) == losses("small")
         halved = [line["device_batch_size"] for line in metrics(tag) if line.get("event") == "oom"]
         assert halved == [6, 3]
-        assert cm.read_metadata(cm.step_dir(tag_dir(tag), 6))["settings"]["device_batch_size"] == 3
+        assert (
+            checkpoint_files.read_metadata(checkpoint_files.step_dir(tag_dir(tag), 6))["settings"]["device_batch_size"]
+            == 3
+        )
     assert "out of memory: going on with 3 rows x 4 micro-batches" in capsys.readouterr().out
 
     no_memory_above(4, from_call=5)  # in the middle of step 3, 2 micro-batches a step

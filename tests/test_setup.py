@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.checkpoint_manager import checkpoints_dir, step_dir, write_manifest
+from nanochat.checkpoint_files import step_dir, write_manifest
+from nanochat.checkpoint_manager import checkpoints_dir
 from nanochat.config.config_file import as_dict, read_config
 from nanochat.config.preset_files import render_preset
 from nanochat.config.presets import PRESETS, REASONS

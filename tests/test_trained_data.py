@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.checkpoint_manager import step_dir
+from nanochat.checkpoint_files import step_dir
 from nanochat.config.settings import Settings
 from nanochat.data import prepare as prepare_module
 from nanochat.data.prepare import prepare

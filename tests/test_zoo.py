@@ -11,14 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanochat.checkpoint_manager import (
-    build_model,
-    find_corruption,
-    load_checkpoint,
-    model_config,
-    save_checkpoint,
-    step_dir,
-)
+from nanochat.checkpoint_files import find_corruption, step_dir
+from nanochat.checkpoint_manager import build_model, load_checkpoint, model_config, save_checkpoint
 from nanochat.config.config_file import as_dict
 from nanochat.config.settings import FIELDS, Settings, checked
 from nanochat.data.tokenizer import Tokenizer

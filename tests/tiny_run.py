@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from nanochat import checkpoint_manager as cm
+from nanochat import checkpoint_files
 from nanochat.runtime import run_script
 from nanochat.system.environment import base_dir
 from scripts import base_train
@@ -57,8 +57,8 @@ def losses(tag: str, stage: str = "base") -> list[float]:
 
 def state_hashes(tag: str, step: int, stage: str = "base") -> list[str]:
     """Of the weights and of the optimizer's state."""
-    folder = cm.step_dir(tag_dir(tag, stage), step)
-    return [cm.weights_hash(load_file(folder / f"{name}.safetensors")) for name in ("model", "optimizer")]
+    folder = checkpoint_files.step_dir(tag_dir(tag, stage), step)
+    return [checkpoint_files.weights_hash(load_file(folder / f"{name}.safetensors")) for name in ("model", "optimizer")]
 
 
 def exit_code(run) -> int:

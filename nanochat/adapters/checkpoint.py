@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.adapters.hosts import Host, load_host
 from nanochat.adapters.model import AdapterConfig, AdapterModel
@@ -204,7 +205,7 @@ def open_adapters(
 ) -> tuple[AdapterModel, object, dict, AdapterSettings, Path]:
     """(model, codec, metadata, settings, step folder) of a checkpoint; UserError where a part is amiss or another."""
     checkpoint_dir, step = checkpoints.find_checkpoint(model_tag, step, adapters_dir())
-    folder = checkpoints.step_dir(checkpoint_dir, step)
+    folder = checkpoint_files.step_dir(checkpoint_dir, step)
     state, _, metadata = checkpoints.load_checkpoint(checkpoint_dir, step)
     settings = settings_of(metadata, folder, host=host, musicgen=musicgen)
     model, facts = build(settings, device, pick_dtype(settings.dtype, torch.device(device).type), begin=False)

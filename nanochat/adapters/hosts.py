@@ -24,7 +24,8 @@ import torch.nn as nn
 
 from nanochat.adapters import meta_host as meta_format
 from nanochat.adapters.transformers_host import FILES, HostTokenizer, model_folder, read_json, read_weights
-from nanochat.checkpoint_manager import build_model, find_checkpoint, step_path, weights_hash
+from nanochat.checkpoint_files import weights_hash
+from nanochat.checkpoint_manager import build_model, find_checkpoint, step_path
 from nanochat.data.hub import place_caches
 from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.gpt import GPT

@@ -14,7 +14,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from nanochat.checkpoint_manager import weights_hash
+from nanochat.checkpoint_files import weights_hash
 from nanochat.files import sha256_of
 from nanochat.runtime import first_line
 from nanochat.system.environment import UserError

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nanochat.checkpoint_manager import weights_hash
+from nanochat.checkpoint_files import weights_hash
 from nanochat.data.hub import hub_errors, place_caches, probe
 from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.runtime import first_line, nearest_name, shown

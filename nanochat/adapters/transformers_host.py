@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nanochat.checkpoint_manager import read_tensors
+from nanochat.checkpoint_files import read_tensors
 from nanochat.data.hub import hub_errors, probe
 from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.runtime import first_line

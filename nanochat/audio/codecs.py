@@ -21,7 +21,7 @@ from pathlib import Path
 
 from nanochat.audio.codec_files import KINDS, _description
 from nanochat.audio.fitted_codec import FittedCodec
-from nanochat.checkpoint_manager import read_tensors
+from nanochat.checkpoint_files import read_tensors
 from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.system.environment import UserError, base_dir
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from nanochat.audio.codec_files import check_codes, save_codec
-from nanochat.checkpoint_manager import weights_hash
+from nanochat.checkpoint_files import weights_hash
 from nanochat.data.hub import place_caches, probe
 from nanochat.runtime import first_line
 from nanochat.system.environment import UserError, expand_user

@@ -13,7 +13,7 @@ import torch
 from nanochat.audio.codec_files import KINDS, check_codes, save_codec
 from nanochat.audio.pitch import OCTAVES, harmonics, sound, track
 from nanochat.audio.spectra import HOP, SAMPLE_RATE, from_log_spectra, from_mdct, log_spectra, mdct
-from nanochat.checkpoint_manager import weights_hash
+from nanochat.checkpoint_files import weights_hash
 from nanochat.system.environment import UserError
 
 logger = logging.getLogger(__name__)

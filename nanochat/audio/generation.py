@@ -10,7 +10,8 @@ import torch
 
 from nanochat.audio.codecs import load_codec
 from nanochat.audio.listen_page import write_wav
-from nanochat.checkpoint_manager import build_model, find_checkpoint, step_dir
+from nanochat.checkpoint_files import step_dir
+from nanochat.checkpoint_manager import build_model, find_checkpoint
 from nanochat.config.command_line import Parser, prompt, seed, temperature
 from nanochat.config.command_line import number as number_argument
 from nanochat.data.tokenizer import Tokenizer

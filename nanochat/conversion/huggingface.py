@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from nanochat.checkpoint_manager import model_config, read_tensors, weights_hash
+from nanochat.checkpoint_files import read_tensors, weights_hash
+from nanochat.checkpoint_manager import model_config
 from nanochat.conversion.tying import untied
 from nanochat.data.tokenizer import BOS, Tokenizer, byte_characters
 from nanochat.files import fsync

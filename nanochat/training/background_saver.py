@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.data.tokenizer import Tokenizer
 
@@ -99,7 +100,7 @@ class BackgroundSaver:
             self._result = checkpoints.save_checkpoint(
                 self.folder, step, model_state, optimizer_state, metadata, tokenizer=self.tokenizer, codec=self.codec
             )
-            checkpoints.prune(self.folder, self.keep_last)
+            checkpoint_files.prune(self.folder, self.keep_last)
         except BaseException as error:  # wait() raises it
             self._error = error
 

@@ -8,7 +8,7 @@ evaluation did not end makes it up.
 import logging
 from collections.abc import Callable
 
-from nanochat import checkpoint_manager as checkpoints
+from nanochat import checkpoint_files
 from nanochat.checkpoint_manager import tag_dir
 from nanochat.config.config_file import as_dict
 from nanochat.runtime import first_line
@@ -102,7 +102,7 @@ class DueWork:
     def note_saved(self, folder) -> None:
         """Log a save that has ended, as the saver returns it."""
         if folder is not None:
-            self.log.write(checkpoints.step_of(folder), event="save", folder=folder.name)
+            self.log.write(checkpoint_files.step_of(folder), event="save", folder=folder.name)
 
     # -- evaluation and samples ---------------------------------------------------------------------------------------
 

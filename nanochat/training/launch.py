@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 
-from nanochat import checkpoint_manager as checkpoints
+from nanochat.checkpoint_files import find_corruption, own_steps, read_manifest, step_dir
 from nanochat.checkpoint_manager import tag_dir
 from nanochat.config.config_file import CommandLine, as_dict, differences
 from nanochat.config.settings import RunSettings, checked
@@ -82,7 +82,7 @@ def decision_facts(decided: tuple[RunSettings, int | None] | None) -> dict:
     if decided is None:
         return {}
     settings, step = decided
-    files = checkpoints.read_manifest(checkpoints.step_dir(tag_dir(settings), step)) if step is not None else None
+    files = read_manifest(step_dir(tag_dir(settings), step)) if step is not None else None
     return {"settings": as_dict(settings), "step": step, "files": files}
 
 
@@ -96,14 +96,14 @@ def check_step(settings: RunSettings, decision: dict, rank: int) -> None:
     """UserError when this rank does not hold the step that rank 0 resumes from, complete and with the same bytes."""
     if decision["step"] is None or rank == 0:
         return
-    folder = checkpoints.step_dir(tag_dir(settings), decision["step"])
+    folder = step_dir(tag_dir(settings), decision["step"])
     way_out = "copy rank 0's step there, or let all ranks share one NANOCHAT_BASE_DIR"
-    if reason := checkpoints.find_corruption(folder):
-        there = "" if folder.is_dir() else f" (steps there: {checkpoints.own_steps(folder.parent) or 'none'})"
+    if reason := find_corruption(folder):
+        there = "" if folder.is_dir() else f" (steps there: {own_steps(folder.parent) or 'none'})"
         raise UserError(
             f"rank 0 resumes from step {decision['step']}, {folder} is not complete here: {reason}{there}: {way_out}"
         )
-    if (files := checkpoints.read_manifest(folder)) != decision["files"]:
+    if (files := read_manifest(folder)) != decision["files"]:
         names = [
             name for name in sorted({*files, *decision["files"]}) if files.get(name) != decision["files"].get(name)
         ]

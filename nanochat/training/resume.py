@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.config.config_file import CommandLine, read_config
 from nanochat.config.declaration import fields_of, resumable_names
@@ -72,8 +73,8 @@ def resolve_run(command: CommandLine, resume: bool) -> tuple[RunSettings, int | 
     if resume and checkpoints.list_steps(tag_dir):
         step = checkpoints.newest_step(tag_dir)
         if step is None:
-            raise UserError(f"{tag_dir} holds no whole step to resume from; --overwrite=True starts over beside it")
-        metadata = checkpoints.read_metadata(checkpoints.step_dir(tag_dir, step))
+            raise UserError(f"{tag_dir} holds no complete step to resume from; --overwrite=True starts over beside it")
+        metadata = checkpoint_files.read_metadata(checkpoint_files.step_dir(tag_dir, step))
         return resumed_settings(command, tag_dir, metadata.get("settings", {}), step), step
     if resume and (tag_dir / "config.py").is_file():
         logger.info(f"{tag_dir} holds no step yet: starting its run again")
@@ -196,7 +197,7 @@ def init_from_checkpoint(tag_dir: Path, step: int, era: str | None, model, optim
     """
     where = checkpoints.step_path(tag_dir, step)
     theirs = checkpoints.is_upstream(tag_dir, step)
-    converted = not theirs and "converted_from" in checkpoints.read_metadata(where)
+    converted = not theirs and "converted_from" in checkpoint_files.read_metadata(where)
     state, optimizer_state, metadata = checkpoints.load_checkpoint(
         tag_dir, step, load_optimizer=theirs or (converted and (where / "optimizer.safetensors").is_file()), era=era
     )
@@ -222,7 +223,7 @@ def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, datas
     UserError when a part is missing or of another shape, or belongs to another model, tokenizer or data.
     """
     model_state, optimizer_state, metadata = checkpoints.load_checkpoint(tag_dir, step, load_optimizer=True)
-    where = checkpoints.step_dir(tag_dir, step)
+    where = checkpoint_files.step_dir(tag_dir, step)
     checkpoints.check_tokenizer(tokenizer, metadata, where)
     if (saved := checkpoints.model_config(metadata)) != model.config:
         raise UserError(f"{where} holds another model than the settings describe: {saved}, not {model.config}")

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from nanochat.checkpoint_manager import step_dir, weights_hash
+from nanochat.checkpoint_files import step_dir, weights_hash
 from nanochat.config.presets import MODERN
 from nanochat.config.settings import Settings
 from nanochat.engine import decode

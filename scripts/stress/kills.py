@@ -37,6 +37,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as checkpoints
 from nanochat import data_pipeline as training_data
 from nanochat.config.config_file import read_config
@@ -103,9 +104,9 @@ class Watch:
             setattr(os, name, self.around("rename", getattr(os, name), path_at=1))
         os.pwrite = self.in_halves(os.pwrite)
         builtins.open = io.open = self.opening(open)
-        checkpoints.save_file = self.saving(checkpoints.save_file)
+        checkpoint_files.save_file = self.saving(checkpoint_files.save_file)
         checkpoints.save_checkpoint = self.within("save", checkpoints.save_checkpoint)
-        checkpoints.prune = self.within("prune", checkpoints.prune)
+        checkpoint_files.prune = self.within("prune", checkpoint_files.prune)
         training_data.bits_per_byte = self.evaluating(training_data.bits_per_byte)
         base_train.evaluate_suite = self.evaluating(base_train.evaluate_suite)
         base_train.print_samples = self.evaluating(base_train.print_samples)
@@ -390,7 +391,7 @@ class Bench:
         if damaged := [
             f"{step}: {reason}"
             for step in now
-            if (reason := checkpoints.find_corruption(checkpoints.step_dir(folder, step)))
+            if (reason := checkpoint_files.find_corruption(checkpoint_files.step_dir(folder, step)))
         ]:
             tally.damaged += len(damaged)
             raise PromiseBroken(f"damaged steps {'; '.join(damaged)}")
@@ -432,8 +433,8 @@ def steps_in(folder: Path) -> set[int]:
 
 def hashes(folder: Path, step: int) -> list[str]:
     """Of the weights and of the optimizer's state."""
-    where = checkpoints.step_dir(folder, step)
-    return [checkpoints.weights_hash(load_file(where / f"{name}.safetensors")) for name in ("model", "optimizer")]
+    where = checkpoint_files.step_dir(folder, step)
+    return [checkpoint_files.weights_hash(load_file(where / f"{name}.safetensors")) for name in ("model", "optimizer")]
 
 
 def lines_of(path: Path) -> list[dict | None]:
@@ -459,7 +460,7 @@ def story(folder: Path, step: int) -> dict:
     """All of a finished run that must not depend on kills: each value by a name for messages."""
     lines = [line for line in lines_of(folder / "metrics.jsonl") if line]
     keys = ("step", "loss", "grad_norm", "lr", "tokens", "epoch")
-    metadata = checkpoints.read_metadata(checkpoints.step_dir(folder, step))
+    metadata = checkpoint_files.read_metadata(checkpoint_files.step_dir(folder, step))
     return {
         "losses": [[line[key] for key in keys] for line in lines if "lr" in line],
         "evaluations": [{**line, "time": None} for line in lines if line.get("event") == "eval"],

@@ -39,6 +39,7 @@ TESTS = {
     "nanochat/optim.py": ["test_optim", "conversion/test_tying", "model/test_routing"],
     "nanochat/evaluation/bpb.py": ["evaluation/test_bpb", "data/test_packing", "scripts/test_base_eval"],
     "nanochat/evaluation/core.py": ["evaluation/test_core"],
+    "nanochat/checkpoint_files.py": ["test_checkpoint_manager", "system/test_storage_errors", "system/test_temporary"],
     "nanochat/checkpoint_manager.py": [
         "test_checkpoint_manager",
         "system/test_storage_errors",

@@ -251,7 +251,7 @@ def test_shapes_of_the_published_models(tmp_path, params, hidden, factor, contex
 
 def test_the_hash_is_of_the_tensors_as_the_file_has_them(tmp_path):
     """Red when the permuted rows are hashed, or the dtype that they are loaded in counts."""
-    from nanochat.checkpoint_manager import weights_hash
+    from nanochat.checkpoint_files import weights_hash
 
     state = write_meta(tmp_path / "meta", llama(tmp_path), True)
     host = load_host(f"meta:{tmp_path / 'meta'}", "cpu", torch.bfloat16)

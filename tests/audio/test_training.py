@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat import checkpoint_manager as cm
+from nanochat import checkpoint_files
 from nanochat.audio import loss as audio_loss_eval
 from nanochat.audio.generation import generate_codes, open_audio_model, stream_sound, to_sound
 from nanochat.audio.listen_page import read_wav, write_wav
@@ -60,8 +60,8 @@ def test_a_run_logs_losses_of_each_modality(train):
     evaluations = [line for line in metrics("sounds") if line.get("event") == "eval"]
     assert [line["step"] for line in evaluations] == [3, 6]
     assert evaluations[1]["val_loss/audio"] < evaluations[0]["val_loss/audio"] < np.log(65)
-    folder = cm.step_dir(tag_dir("sounds"), 6)
-    metadata = cm.read_metadata(folder)
+    folder = checkpoint_files.step_dir(tag_dir("sounds"), 6)
+    metadata = checkpoint_files.read_metadata(folder)
     assert json.loads((folder / "codec" / "codec.json").read_text())["hash"] == metadata["codec"]["hash"]
     assert not str(metadata["codec"]["directory"]).startswith("/")
 
@@ -101,7 +101,10 @@ def test_only_wanted_targets_are_trained(train):
     train("codes", **SOUNDS | dict(loss_modalities="audio", num_iterations=2))
     train("first", **SOUNDS | dict(loss_modalities="audio", num_iterations=1))
     assert "loss/text" not in metrics("codes")[2]
-    two, one = (load_file(cm.step_dir(tag_dir(t), n) / "model.safetensors") for t, n in (("codes", 2), ("first", 1)))
+    two, one = (
+        load_file(checkpoint_files.step_dir(tag_dir(t), n) / "model.safetensors")
+        for t, n in (("codes", 2), ("first", 1))
+    )
     assert torch.equal(two["lm_head.weight"], one["lm_head.weight"])
     assert not torch.equal(two["lm_heads.audio.weight"], one["lm_heads.audio.weight"])
 
@@ -337,19 +340,19 @@ def test_a_tokenizer_without_reserved_ids_cannot_start_a_modality(train, base):
 
 def test_a_checkpoint_whose_parts_do_not_belong_together(spoken, train):
     """Another codec, none, a model of text: one line each. Red when the hash is not compared."""
-    folder = cm.step_dir(tag_dir("spoken"), 8)
+    folder = checkpoint_files.step_dir(tag_dir("spoken"), 8)
     train("other", **SOUNDS | dict(data_limit=70, num_iterations=1))
-    with pytest.raises(UserError, match=r"holds no whole step|there is no"):
+    with pytest.raises(UserError, match=r"holds no complete step|there is no"):
         opened("nobody")
     copy = tag_dir("mixed") / folder.name
     shutil.copytree(folder, copy)
     shutil.rmtree(copy / "codec")
-    shutil.copytree(cm.step_dir(tag_dir("other"), 1) / "codec", copy / "codec")
-    cm.write_manifest(copy)
+    shutil.copytree(checkpoint_files.step_dir(tag_dir("other"), 1) / "codec", copy / "codec")
+    checkpoint_files.write_manifest(copy)
     with pytest.raises(UserError, match="is not the codec of the training data"):
         opened("mixed")
     shutil.rmtree(copy / "codec")
-    cm.write_manifest(copy)
+    checkpoint_files.write_manifest(copy)
     with pytest.raises(UserError, match="holds no codec"):
         opened("mixed")
     train("words", num_iterations=1)
@@ -369,10 +372,10 @@ def test_sounds_of_another_codec(spoken, train, tmp_path, capsys):
     with pytest.raises(UserError, match=r"--codec=.*step_000008/codec"):
         train("astray", **more | dict(init_from="spoken"))
     train("words2", num_iterations=1)
-    words = cm.step_dir(tag_dir("words2"), 1) / "tokenizer"
+    words = checkpoint_files.step_dir(tag_dir("words2"), 1) / "tokenizer"
     with pytest.raises(UserError, match="the tokenizer has hash"):
         train("astray", **SOUNDS | dict(init_from="spoken", tokenizer=str(words), overwrite=True))
-    codec = str(cm.step_dir(tag_dir("spoken"), 8) / "codec")
+    codec = str(checkpoint_files.step_dir(tag_dir("spoken"), 8) / "codec")
     train("on", **more | dict(init_from="spoken", codec=codec, num_iterations=1))
     assert "beginning with the weights of" in capsys.readouterr().out
     sounds = tmp_path / "sounds"

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.config.config_file import read_config
 from nanochat.config.settings import Settings
@@ -55,7 +56,7 @@ def test_untie_and_tie_a_run(train, capsys):
     models = [cm.build_model(tag_dir(tag), step, "cpu", "eval")[0] for tag, step in (("words", 6), ("again", 0))]
     ids = random_ids(2, 40, vocab=300)
     torch.testing.assert_close(models[1](ids), models[0](ids), rtol=1e-4, atol=1e-4)
-    origin = json.loads((cm.step_dir(tag_dir("again"), 0) / "state.json").read_text())["converted_from"]
+    origin = json.loads((checkpoint_files.step_dir(tag_dir("again"), 0) / "state.json").read_text())["converted_from"]
     assert origin == dict(model_tag="words-untied", step=0)
 
     for words, said in (
@@ -115,7 +116,7 @@ def test_a_hugging_face_folder_becomes_ours(base, tmp_path, monkeypatch):
     model = build(**MODERN | dict(tie_weights=True, vocab_multiple=1))  # an export has no padding
     write_hf(tmp_path / "friend", model.config, model.state_dict())
     tag = convert.main([f"--from-hf={tmp_path / 'friend'}"])
-    state = load_file(cm.step_dir(tag_dir(tag), 0) / "model.safetensors")
+    state = load_file(checkpoint_files.step_dir(tag_dir(tag), 0) / "model.safetensors")
     assert tag == "friend-converted"
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
@@ -138,7 +139,7 @@ def test_a_wrapped_folder_with_nan(wrapped, tmp_path, monkeypatch, capsys):
     assert "bit for bit, NaN and infinite values too" in told
     for part in wrapped.split(".")[:-1]:
         assert f"{len(state)} of {len(state)} tensors are named with `{part}.` of " in told
-    new = load_file(cm.step_dir(tag_dir("friend-converted"), 0) / "model.safetensors")
+    new = load_file(checkpoint_files.step_dir(tag_dir("friend-converted"), 0) / "model.safetensors")
     there = state["model.embed_tokens.weight"].view(torch.int32)
     assert torch.equal(new["transformer.wte.weight"].view(torch.int32), there)
 
@@ -172,7 +173,7 @@ def test_a_disk_that_takes_no_more(code, tmp_path, monkeypatch, capsys):
         before = sorted(parent.rglob("*"))
         with monkeypatch.context() as patch:
             patch.setattr("nanochat.conversion.huggingface.save_file", full)
-            patch.setattr("nanochat.checkpoint_manager.save_file", full)
+            patch.setattr("nanochat.checkpoint_files.save_file", full)
             capsys.readouterr()
             assert exit_code(lambda main=main, argv=argv: main(argv)) == 2
         said = capsys.readouterr().err
@@ -195,8 +196,8 @@ def test_a_model_keeps_its_codec(tmp_path, monkeypatch):
     )
     step = conversion.write(source, "y", 0, source.config, source.state, conversion.settings_for(source.config))
     assert (step / "codec" / "codec.json").is_file()
-    assert cm.find_corruption(step) is None
-    assert metadata.items() <= cm.read_metadata(step).items()
+    assert checkpoint_files.find_corruption(step) is None
+    assert metadata.items() <= checkpoint_files.read_metadata(step).items()
 
 
 @pytest.mark.parametrize("changes", [{}, MODERN, dict(n_kv_head=2, tie_weights=True, use_output_projection=True)])

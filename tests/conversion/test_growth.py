@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from nanochat import checkpoint_manager as cm
+from nanochat import checkpoint_files
 from nanochat.conversion.growth import grow, grown_config
 from nanochat.gpt import GPT
 from nanochat.modality import Modality
@@ -71,7 +71,7 @@ def test_a_text_run_grows_and_trains_on(train, capsys):
     tag = convert.main(["--model-tag=words", "--add-modality=audio:32", "--codebooks=2"])
     assert tag == "words-audio"
     assert "audio added" in capsys.readouterr().out
-    saved = json.loads((cm.step_dir(tag_dir(tag), 0) / "state.json").read_text())
+    saved = json.loads((checkpoint_files.step_dir(tag_dir(tag), 0) / "state.json").read_text())
     assert saved["model_config"]["modalities"] == [
         dict(name="audio", codebooks=2, codes=32, start=TINY["vocab_size"] - 7, expert_dim=None)
     ]
@@ -88,7 +88,9 @@ def test_a_text_run_grows_and_trains_on(train, capsys):
     convert.main(["--model_tag=words", "--add-modality=image:64", "--output-tag=words-image", "--expert-dim=48"])
     assert "no sounds to learn from" in capsys.readouterr().out
     both = convert.main(["--model_tag=words-image", "--add-modality=audio:32"])
-    modalities = json.loads((cm.step_dir(tag_dir(both), 0) / "state.json").read_text())["model_config"]["modalities"]
+    modalities = json.loads((checkpoint_files.step_dir(tag_dir(both), 0) / "state.json").read_text())["model_config"][
+        "modalities"
+    ]
     assert [m["expert_dim"] for m in modalities] == [48, 48]  # one width, that its config.py can say
     with pytest.raises(UserError, match="experts of width 48"):
         convert.main(["--model-tag=words-image", "--add-modality=audio:32", "--output-tag=x", "--expert-dim=32"])
@@ -96,7 +98,7 @@ def test_a_text_run_grows_and_trains_on(train, capsys):
         convert.main([f"--model-tag={tag}", "--add-modality=audio:32", "--output-tag=again"])
     short = dict(max_seq_len=128, total_batch_size=1024, clip_seconds=0.2, data_limit=60, num_iterations=1)
     base_train.main([str(tag_dir(tag) / "config.py"), *flags(short | dict(model_tag="on"))])
-    assert f"beginning with the weights of {cm.step_dir(tag_dir(tag), 0)}" in capsys.readouterr().out
+    assert f"beginning with the weights of {checkpoint_files.step_dir(tag_dir(tag), 0)}" in capsys.readouterr().out
     first = next(line for line in metrics("on") if "loss" in line)
     assert first["loss/text"] < losses("words")[0] - 0.2
     assert first["loss/audio"] == pytest.approx(4.17, abs=0.1)

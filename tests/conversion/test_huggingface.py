@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, DynamicCache, GenerationMixin
 from transformers import __version__ as transformers_version
 
-from nanochat.checkpoint_manager import save_checkpoint, weights_hash
+from nanochat.checkpoint_files import weights_hash
+from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.conversion import huggingface as hf_format
 from nanochat.conversion.huggingface import MODERN_FIELDS, drop_inactive_fields, read_hf, write_hf
 from nanochat.data.tokenizer import Tokenizer

@@ -19,6 +19,7 @@ from tests.forked import Forked
 
 CHILD = """
 import sys
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as checkpoints
 {harm}
 from scripts.stress.kills import child
@@ -30,7 +31,7 @@ plain = checkpoints.Path.with_name
 checkpoints.Path.with_name = lambda path, name: path if ".tmp-" in name else plain(path, name)
 """
 PRUNES_FIRST = """
-save, prune = checkpoints.save_checkpoint, checkpoints.prune
+save, prune = checkpoints.save_checkpoint, checkpoint_files.prune
 def save_checkpoint(folder, *args, **kwargs):
     prune(folder, 1)
     return save(folder, *args, **kwargs)

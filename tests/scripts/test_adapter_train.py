@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.adapters.checkpoint import AdapterRun, open_adapters
 from nanochat.adapters.counts import parameter_counts
@@ -110,7 +111,7 @@ def test_from_folders_to_a_sound(teach, models, base, tmp_path):
             learning_rate=0.003,
         )
         assert losses(name, STAGE)[-1] < losses(name, STAGE)[0] == pytest.approx(np.log(256), abs=1e-4)
-        folder = cm.step_dir(tag_dir(name, STAGE), 20)
+        folder = checkpoint_files.step_dir(tag_dir(name, STAGE), 20)
         state = load_file(folder / "model.safetensors")
         assert state.keys() == {
             "audio_embedding.weight",
@@ -341,12 +342,12 @@ def test_another_host_expert_or_codec_is_refused(teach, speaks, base, models, tm
             open_adapters("owned", None, "cpu", **options)
     moved = shutil.copytree(models / "tied", tmp_path / "moved")
     assert open_adapters("owned", None, "cpu", host=str(moved))[0].host.name == str(moved)
-    folder = cm.step_dir(tag_dir("owned", STAGE), 4)
+    folder = checkpoint_files.step_dir(tag_dir("owned", STAGE), 4)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    other = load_codec(cm.step_dir(tag_dir("speaks", STAGE), 4) / "codec")
+    other = load_codec(checkpoint_files.step_dir(tag_dir("speaks", STAGE), 4) / "codec")
     shutil.rmtree(folder / "codec")
     other.save(folder / "codec")
-    cm.write_manifest(folder)
+    checkpoint_files.write_manifest(folder)
     with pytest.raises(UserError, match="is not the codec of the training data"):
         open_adapters("owned", None, "cpu")
     shutil.rmtree(folder / "codec")
@@ -358,16 +359,16 @@ def test_another_host_expert_or_codec_is_refused(teach, speaks, base, models, tm
 @pytest.mark.parametrize("name", ["tokenizer_hash", "expert", "layer_map", "ranges", "start"])
 def test_what_else_must_agree(speaks, base, name):
     """Red when one of these is not compared."""
-    folder = cm.step_dir(tag_dir(speaks, STAGE), 4)
+    folder = checkpoint_files.step_dir(tag_dir(speaks, STAGE), 4)
     before = (folder / "state.json").read_bytes()
     state = json.loads(before)
     state["adapters"][name] = "another"
     (folder / "state.json").write_text(json.dumps(state))
-    cm.write_manifest(folder)
+    checkpoint_files.write_manifest(folder)
     with pytest.raises(UserError, match=f"{name} is .* here, 'another' in the checkpoint"):
         open_adapters(speaks, None, "cpu")
     (folder / "state.json").write_bytes(before)
-    cm.write_manifest(folder)
+    checkpoint_files.write_manifest(folder)
 
 
 @pytest.mark.parametrize(
@@ -381,11 +382,11 @@ def test_what_else_must_agree(speaks, base, name):
 def test_tensors_that_do_not_fit_are_named(teach, base, change, said):
     """Red when tensors are loaded without strictness."""
     teach("tensors", num_iterations=1, overwrite=True)
-    folder = cm.step_dir(tag_dir("tensors", STAGE), 1)
+    folder = checkpoint_files.step_dir(tag_dir("tensors", STAGE), 1)
     state = load_file(folder / "model.safetensors")
     change(state)
     save_file(state, folder / "model.safetensors")
-    cm.write_manifest(folder)
+    checkpoint_files.write_manifest(folder)
     with pytest.raises(UserError, match=said):
         open_adapters("tensors", None, "cpu")
 

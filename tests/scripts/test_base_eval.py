@@ -16,15 +16,8 @@ import torch
 
 import scripts.base_eval as base_eval
 from nanochat import runtime
-from nanochat.checkpoint_manager import (
-    checkpoints_dir,
-    load_checkpoint,
-    load_model,
-    save_checkpoint,
-    step_dir,
-    weights_hash,
-    write_manifest,
-)
+from nanochat.checkpoint_files import step_dir, weights_hash, write_manifest
+from nanochat.checkpoint_manager import checkpoints_dir, load_checkpoint, load_model, save_checkpoint
 from nanochat.config.settings import Settings
 from nanochat.data_pipeline import find_or_train, prepare_for
 from nanochat.evaluation import offline as offline_eval

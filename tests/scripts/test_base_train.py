@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch._inductor import config as inductor
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.config.config_file import read_config, render_config
 from nanochat.config.presets import PRESETS
@@ -179,7 +180,7 @@ def test_a_used_tag_is_refused_with_the_three_ways_out(train):
     asides = sorted(path.name for path in cm.checkpoints_dir().iterdir() if path.name.startswith(".used"))
     assert asides == [".used.old-1", ".used.old-2"]
     old = load_file(cm.checkpoints_dir() / ".used.old-1" / "step_000001" / "model.safetensors")
-    assert cm.weights_hash(old) == before[0]
+    assert checkpoint_files.weights_hash(old) == before[0]
 
 
 def test_a_finished_run_ends_well_and_goes_on_with_a_larger_horizon(train, capsys):
@@ -246,7 +247,7 @@ def reseal_with(step: Path, change) -> None:
     state = json.loads((step / "state.json").read_text())
     change(state)
     (step / "state.json").write_text(json.dumps(state))
-    cm.write_manifest(step)
+    checkpoint_files.write_manifest(step)
 
 
 WRONG = {
@@ -264,7 +265,7 @@ WRONG = {
 
 def test_a_checkpoint_that_cannot_be_resumed_says_why(train):
     train("odd", num_iterations=2)
-    step = cm.step_dir(tag_dir("odd"), 2)
+    step = checkpoint_files.step_dir(tag_dir("odd"), 2)
     good = (step / "state.json").read_text()
     for change, message in WRONG.values():
         reseal_with(step, change)
@@ -416,7 +417,7 @@ def test_a_resume_judges_flags_together_with_the_run_and_not_with_the_defaults(t
     assert base_train.main(["other.py", "--model_tag=judge", "--resume"])["step"] == 3
 
     # a checkpoint from before a setting existed: it was off, though the config.py at hand switches it on
-    step = cm.step_dir(tag_dir("judge"), 3)
+    step = checkpoint_files.step_dir(tag_dir("judge"), 3)
     reseal_with(step, lambda state: state["settings"].pop("value_embeddings"))
     Path("modern.py").write_text("value_embeddings = True\n", encoding="utf-8")
     assert base_train.main(["modern.py", "--model_tag=judge", "--resume", "--num_iterations=4"])["step"] == 4
@@ -430,7 +431,7 @@ def test_the_logs_speed_is_tokens_over_the_time_of_training(train):
     train("speed", num_iterations=3, save_every=2)
     main(["--model_tag=speed", "--resume", "--num_iterations=5"])
     lines = metrics("speed")
-    state = json.loads((cm.step_dir(tag_dir("speed"), 5) / "state.json").read_text())
+    state = json.loads((checkpoint_files.step_dir(tag_dir("speed"), 5) / "state.json").read_text())
     for line in lines:
         if "mfu" in line:
             expected = line["tok_per_sec"] * state["derived"]["flops_per_token"] / 1e12
@@ -450,11 +451,11 @@ def test_the_logs_speed_is_tokens_over_the_time_of_training(train):
 def test_weights_that_are_not_finite_are_neither_resumed_nor_begun_with(train, tensor, capsys):
     """Red when restore() or init_from_checkpoint() does not call check_finite(): the run would end at once."""
     train("sound", num_iterations=2, overwrite=True)
-    folder = cm.step_dir(tag_dir("sound"), 2)
+    folder = checkpoint_files.step_dir(tag_dir("sound"), 2)
     state = load_file(folder / "model.safetensors")
     state[tensor][1, 2:4] = float("nan")
     save_file(state, folder / "model.safetensors")
-    cm.write_manifest(folder)
+    checkpoint_files.write_manifest(folder)
     size = state[tensor].numel()
     for words in (["--model_tag=sound", "--resume", "--num_iterations=4"], ["--init_from=sound", "--model_tag=new"]):
         with pytest.raises(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.system.environment import UserError
 from scripts.inspect_checkpoint import check, main
@@ -24,7 +25,7 @@ def test_a_whole_step_is_shown(root, capsys):
     report = main(["--tensors"])
     assert main(["m"])["folder"] == main([str(step.parent)])["folder"] == report["folder"] == str(step)
     assert report["damage"] is None
-    assert report["weights_hash"] == cm.weights_hash(model.state_dict())
+    assert report["weights_hash"] == checkpoint_files.weights_hash(model.state_dict())
     assert report["metadata"]["tokenizer_hash"]
     out = capsys.readouterr().out
     assert f"{step}: whole" in out

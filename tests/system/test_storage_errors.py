@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.files import write_atomically
 from nanochat.system.storage_errors import HINTS, describe, find_storage_error, naming_storage_errors
@@ -121,6 +122,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, capsys):
 
 UNDER_LIMIT = """
 import resource
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.runtime import run_script
 from scripts.base_train import main
@@ -167,8 +169,8 @@ def test_deleting_an_old_step_that_fails_is_one_line(tmp_path, monkeypatch, caps
     def refused(*_, **__):
         raise OSError(errno.EIO, "as the library says it")
 
-    monkeypatch.setattr(cm.shutil, "rmtree", refused)
-    assert exit_code(lambda: cm.prune(tmp_path, 1)) == 2
+    monkeypatch.setattr(checkpoint_files.shutil, "rmtree", refused)
+    assert exit_code(lambda: checkpoint_files.prune(tmp_path, 1)) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {os.strerror(errno.EIO)}: {tmp_path / 'step_000001'} (")
     assert cm.newest_step(tmp_path) == 2

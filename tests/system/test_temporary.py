@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.audio import codecs as audio
 from nanochat.audio import fitted_codec
@@ -166,7 +167,7 @@ def export_a_model(folder: Path) -> None:
 
 PLACES = {
     "saving a step": (".step_000001.tmp-{}", save_a_step),
-    "the start of a run": (".metrics.jsonl.{}.tmp", checkpoints.remove_stale_temp_files),
+    "the start of a run": (".metrics.jsonl.{}.tmp", checkpoint_files.remove_stale_temp_files),
     "a tokenizer": (
         ".target.{}.tmp",
         lambda folder: Tokenizer([bytes([i]) for i in range(256)]).save(folder / "target"),

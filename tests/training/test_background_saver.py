@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.training.background_saver import BackgroundSaver
 
@@ -14,7 +15,7 @@ META = dict(settings={}, model_config={})
 @pytest.fixture
 def gate(monkeypatch):
     """save_file() waits until gate.set(); gate.begun tells that it was entered."""
-    real, event = cm.save_file, threading.Event()
+    real, event = checkpoint_files.save_file, threading.Event()
     event.begun = threading.Event()
 
     def slow(tensors, path):
@@ -22,7 +23,7 @@ def gate(monkeypatch):
         assert event.wait(20)
         real(tensors, path)
 
-    monkeypatch.setattr(cm, "save_file", slow)
+    monkeypatch.setattr(checkpoint_files, "save_file", slow)
     yield event
     event.set()
 
@@ -38,7 +39,7 @@ def test_what_was_copied_is_saved_though_the_training_goes_on(tmp_path, gate):
     assert saver.poll() is None
     assert cm.list_steps(tmp_path) == []
     gate.set()
-    assert saver.wait() == cm.step_dir(tmp_path, 1)
+    assert saver.wait() == checkpoint_files.step_dir(tmp_path, 1)
     model, optimizer, _ = cm.load_checkpoint(tmp_path, 1, load_optimizer=True)
     assert model["w"].eq(1).all()
     assert optimizer["m"].eq(0).all()
@@ -74,7 +75,7 @@ def test_an_error_surfaces_at_the_next_call_and_once(tmp_path, monkeypatch, call
 
     saver = BackgroundSaver(tmp_path, None, None)
     with monkeypatch.context() as patch:
-        patch.setattr(cm, "save_file", full)
+        patch.setattr(checkpoint_files, "save_file", full)
         saver.save(1, [("w", torch.ones(2))], [], META)
         saver._thread.join()
     with pytest.raises(OSError, match="No space"):

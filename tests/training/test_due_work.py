@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat import data_pipeline as training_data
 from nanochat.evaluation.core_bundle import Task, write_bundle
@@ -60,7 +61,7 @@ def test_a_due_checkpoint_is_written_before_the_evaluation_of_its_step(train, mo
     monkeypatch.setattr(training_data, "bits_per_byte", ended)
     with pytest.raises(end):
         train(f"ends-{end.__name__}", eval_every=2, save_every=2)
-    run = cm.read_metadata(cm.step_dir(tag_dir(f"ends-{end.__name__}"), 2))["run"]
+    run = checkpoint_files.read_metadata(checkpoint_files.step_dir(tag_dir(f"ends-{end.__name__}"), 2))["run"]
     assert (run["step"], run["evaluated"], run["val_bpb"]) == (2, 1, None)
 
 
@@ -126,7 +127,7 @@ def test_figures_that_cannot_be_written_beside_the_steps_go_into_one(train, monk
     monkeypatch.setattr(due_work, "record_evaluated", full)
     assert exit_code(lambda: train("noted", eval_every=2)) == 2
     assert capsys.readouterr().err.startswith("error: Disk quota exceeded: evaluated.json (")
-    run = cm.read_metadata(cm.step_dir(tag_dir("noted"), 2))["run"]
+    run = checkpoint_files.read_metadata(checkpoint_files.step_dir(tag_dir("noted"), 2))["run"]
     assert (run["step"], run["evaluated"]) == (2, 2)
     monkeypatch.setattr(due_work, "record_evaluated", real)
     assert main(["--model_tag=noted", "--resume"])["stopped"] == "done"
@@ -284,6 +285,7 @@ def test_a_save_that_is_due_while_one_is_written_is_put_off_but_not_the_last(mon
 
 SLOW = """
 import time
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.runtime import run_script
 from scripts.base_train import main

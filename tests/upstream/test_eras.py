@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.config.settings import Settings
 from nanochat.evaluation import suite
@@ -155,7 +156,7 @@ def test_stages_paths_and_tokenizers_of_nanochats_own_folders(base, tmp_path, ca
     with pytest.raises(UserError, match="the tokenizer has 265 ids, the model only 264"):
         cm.build_model(flat, 7, "cpu", "eval")
     (flat / "tokenizer.pkl").rename(base / "other.pkl")
-    assert cm.weights_hash(cm.load_checkpoint(flat, 7)[0]) == cm.weights_hash(state)
+    assert checkpoint_files.weights_hash(cm.load_checkpoint(flat, 7)[0]) == checkpoint_files.weights_hash(state)
 
 
 def test_a_folder_with_steps_of_both_kinds(base, capsys):
@@ -168,7 +169,7 @@ def test_a_folder_with_steps_of_both_kinds(base, capsys):
     assert f"steps of ours and of nanochat's: taking {MODEL}" in capsys.readouterr().out
     (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[:-1])
     assert cm.find_checkpoint("m", None) == (folder, 5)
-    assert f"passing over {folder / MODEL}: " in capsys.readouterr().out
+    assert f"skipping {folder / MODEL}: " in capsys.readouterr().out
     assert cm.load_model("base", "cpu", "eval")[2]["step"] == 5
 
 
@@ -279,7 +280,7 @@ def test_absent_sizes_are_nanochats_defaults(base, capsys):
     (folder / META).write_text(json.dumps(facts | {"model_config": {**SMALL, "vocab_size": 265, "n_embd": 48}}))
     model = cm.build_model(folder, 7, "cpu", "eval")[0]
     assert "lacks sizes: taking nanochat's defaults, n_head=6, n_kv_head=6" in capsys.readouterr().out
-    assert cm.weights_hash(model.state_dict()) == cm.weights_hash(state)
+    assert checkpoint_files.weights_hash(model.state_dict()) == checkpoint_files.weights_hash(state)
 
 
 def test_what_the_inspector_says_of_nanochats_files(base, capsys):
@@ -289,7 +290,7 @@ def test_what_the_inspector_says_of_nanochats_files(base, capsys):
     for path in (folder, folder / MODEL):
         report = inspect_checkpoint.main([str(path), "--tensors"])
         assert (report["folder"], report["damage"], report["era"]) == (str(folder / MODEL), None, "2026-03-14")
-        assert report["weights_hash"] == cm.weights_hash(state)
+        assert report["weights_hash"] == checkpoint_files.weights_hash(state)
         out = capsys.readouterr().out
         told = ["whole\n", "by smear_gate.weight", "2 of keys", "qk_scale=1.2", "value_embeds 10,240", "265 ids"]
         told += ["data       not recorded", "whole, in optim_000007_rank0.pt", "transformer.h.1.attn.ve_gate"]

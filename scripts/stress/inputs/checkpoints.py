@@ -36,7 +36,7 @@ def _damaged() -> list[Case]:
         import torch
         from safetensors.torch import load_file, save_file
 
-        from nanochat.checkpoint_manager import write_manifest
+        from nanochat.checkpoint_files import write_manifest
 
         state = load_file(folder / STEP / "model.safetensors")
         state["lm_head.weight"][3, 5] = torch.nan
