@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from nanochat.system.environment import UserError
 from nanochat.system.storage_errors import naming_storage_errors
-from nanochat.system.temporary import owner_suffix
+from nanochat.system.temporary import owner_suffix, scratch_folder
 
 
 def fsync(path: Path) -> None:
@@ -57,6 +57,21 @@ def replacing(path: Path, keep_equal: bool = False) -> Iterator[BinaryIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside path to write flat files into; renamed to path, all on the disk, when all went well.
+
+    Parent folders are made. Otherwise nothing is left behind. OSError where path is there already and not empty.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(path) as scratch:
+        yield scratch
+        for written in (*scratch.iterdir(), scratch):
+            fsync(written)
+        os.rename(scratch, path)
+    fsync(path.parent)
 
 
 def check_output(

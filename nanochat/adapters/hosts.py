@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 
 from nanochat.adapters import meta_host as meta_format
-from nanochat.adapters.transformers_host import FILES, HostTokenizer, model_folder, read_json, read_weights
+from nanochat.adapters.transformers_host import FILES, HostTokenizer, model_folder, naming_host, read_weights
 from nanochat.checkpoint_files import weights_hash
 from nanochat.checkpoint_manager import build_model, find_checkpoint, step_path
 from nanochat.data.hub import place_caches
@@ -32,7 +32,7 @@ from nanochat.gpt import GPT
 from nanochat.model.kv_cache import KVCache
 from nanochat.runtime import first_line
 from nanochat.system.environment import UserError
-from nanochat.upstream.foreign_weights import describe_nonfinite, strip_wrappers
+from nanochat.upstream.foreign_weights import describe_nonfinite, read_json, strip_wrappers
 from nanochat.upstream.hf_model_types import format_of
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,8 @@ def _transformers(name: str, device, dtype: torch.dtype) -> TransformersHost:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder = model_folder(name)
-    described = read_json(name, folder / "config.json")
+    with naming_host(name):
+        described = read_json(folder / "config.json", f"name {FILES}")
     if described.get("quantization_config") is not None:
         raise UserError(f"host={name!r} is quantized: take the weights that it was made from, in bfloat16 or float32")
     if format_of(described) is not None:
@@ -318,11 +319,9 @@ def _meta(name: str, place: str, device, dtype: torch.dtype) -> TransformersHost
         there = place and folder.is_dir()
     if not there:
         raise UserError(f"host={name!r}: there is no folder {place!r}; meta:FOLDER names one with Meta's params.json")
-    try:
+    with naming_host(name):
         fields, state, weights = meta_format.read_weights(folder)
         tokenizer = meta_format.MetaTokenizer(folder)
-    except UserError as error:
-        raise UserError(f"host={name!r}: {error}") from error
     with _told(name):
         config = LlamaConfig(**fields, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids)
     model = _loaded(name, LlamaForCausalLM, None, config=config, state_dict=state, dtype=dtype)

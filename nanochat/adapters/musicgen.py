@@ -6,7 +6,6 @@ bias and eps 1e-5. An expert is a dict of those four tensors: norm.weight and no
 """
 
 import hashlib
-import json
 import logging
 import re
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from nanochat.data.hub import hub_errors, place_caches, probe
 from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.runtime import first_line, nearest_name, shown
 from nanochat.system.environment import UserError
+from nanochat.upstream.foreign_weights import read_json, read_weight_map
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def read_shape(source: str, known_ok: bool = False) -> Shape:
     path = _find(source, ("config.json",))
     if not path:
         raise UserError(f"musicgen={shown(source)} has no config.json{_unread(source)}; {WAY_OUT}")
-    config = _read_json(path)
+    config = read_json(path)
     kind = config.get("model_type")
     decoder = config.get("decoder") if kind in WHOLE else config
     if kind not in WHOLE + DECODER or not isinstance(decoder, dict):
@@ -264,16 +264,6 @@ def _unread(source: str) -> str:
     return ""
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}): fetch it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object: fetch it again")
-    return content
-
-
 def _tensor_files(source: str) -> dict[str, str]:
     """The name of the file that holds it, for every tensor of the model."""
     path = _find(source, (WEIGHTS, INDEX))
@@ -281,12 +271,7 @@ def _tensor_files(source: str) -> dict[str, str]:
         raise UserError(f"musicgen={shown(source)} has no {WEIGHTS}{_unread(source)}; {WAY_OUT}")
     if path.name == WEIGHTS:
         return dict.fromkeys(_opened(path, lambda file: file.keys()), WEIGHTS)
-    files = _read_json(path).get("weight_map")
-    if not isinstance(files, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in files.values()
-    ):
-        raise UserError(f"{path} has no weight_map from tensors to files beside it: fetch it again")
-    return files
+    return read_weight_map(path)
 
 
 def _read_tensor(path: Path, key: str, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """A language model in transformers' format: its folder, here or from the hub, and the weights and tokenizer in it."""
 
 import hashlib
-import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from nanochat.data.hub import hub_errors, probe
 from nanochat.data.local_sources import path_errors_as_user_errors
 from nanochat.runtime import first_line
 from nanochat.system.environment import UserError
+from nanochat.upstream.foreign_weights import read_json, read_weight_map
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,9 @@ def weight_files(name: str, folder: Path) -> dict[Path, set[str]]:
             )
         raise UserError(f"host={name!r}: {folder} holds no model.safetensors: name {FILES}")
     files: dict[Path, set[str]] = {}
-    for tensor, file in read_json(name, index, "weight_map").items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise UserError(f"host={name!r}: {index} names {file!r}, no file beside it: fetch it again")
+    with naming_host(name):
+        places = read_weight_map(index)
+    for tensor, file in places.items():
         files.setdefault(folder / file, set()).add(tensor)
     if absent := sorted(path.name for path in files if not path.is_file()):
         raise UserError(
@@ -78,10 +79,8 @@ def read_weights(name: str, folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder's safetensors files, mapped."""
     state: dict[str, torch.Tensor] = {}
     for path, expected in weight_files(name, folder).items():
-        try:
+        with naming_host(name, ": fetch it again"):
             tensors = read_tensors(path)
-        except UserError as error:
-            raise UserError(f"host={name!r}: {error}: fetch it again") from error
         if absent := sorted(expected - tensors.keys()):
             raise UserError(
                 f"host={name!r}: {path.name} lacks {absent[0]}, which the index says it has: fetch it again"
@@ -90,18 +89,13 @@ def read_weights(name: str, folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def read_json(name: str, path: Path, key: str | None = None) -> dict:
-    """A JSON object, or the one under a key of it."""
+@contextmanager
+def naming_host(name: str, hint: str = "") -> Iterator[None]:
+    """A UserError about one of the host's files begins with the setting that named it, and ends with the hint."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        found = found if key is None else found[key]
-        if not isinstance(found, dict):
-            raise ValueError("not a JSON object")
-        return found
-    except OSError as error:
-        raise UserError(f"host={name!r}: {path} cannot be read ({error.strerror}): name {FILES}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"host={name!r}: {path} is damaged ({error!r}): fetch it again") from error
+        yield
+    except UserError as error:
+        raise UserError(f"host={name!r}: {error}{hint}") from error
 
 
 class HostTokenizer:
@@ -129,7 +123,8 @@ class HostTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # as ordinary text
-        roles = read_json(name, folder / "tokenizer_config.json")
+        with naming_host(name):
+            roles = read_json(folder / "tokenizer_config.json", f"name {FILES}")
         named = [roles.get(role) for role in ("bos_token", "eos_token")]
         texts = [token.get("content") if isinstance(token, dict) else token for token in named]
         known = [i for text in texts if isinstance(text, str) and (i := self._tokenizer.token_to_id(text)) is not None]

@@ -1,16 +1,14 @@
 """A codec on disk: its description, its tensors, and whether codes fit it."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from nanochat.files import fsync
+from nanochat.files import new_folder
 from nanochat.system.environment import UserError
-from nanochat.system.temporary import scratch_folder
 
 KINDS = ("frame", "pitch", "mdct")
 
@@ -33,21 +31,16 @@ def save_codec(directory: Path, codec, tensors: dict[str, torch.Tensor] | None =
     if (directory / "codec.json").exists():
         return _same(directory, codec)
     description = {"name": codec.name, "codebooks": codec.codebooks, "codes": codec.codes, "hash": codec.hash, **more}
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(directory) as temporary:
-        if tensors is not None:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / "codec.safetensors")
-            (temporary / "codec.safetensors").chmod(temporary.stat().st_mode & 0o666)  # readable like codec.json
-        (temporary / "codec.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            fsync(path)
-        try:
-            os.rename(temporary, directory)
-        except OSError:
-            if not (directory / "codec.json").exists():  # otherwise another process was faster
-                raise
-            return _same(directory, codec)
-        fsync(directory.parent)
+    try:
+        with new_folder(directory) as folder:
+            if tensors is not None:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "codec.safetensors")
+                (folder / "codec.safetensors").chmod(folder.stat().st_mode & 0o666)  # readable like codec.json
+            (folder / "codec.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    except OSError:
+        if not (directory / "codec.json").exists():  # otherwise another process was faster
+            raise
+        return _same(directory, codec)
     return directory
 
 

@@ -5,9 +5,10 @@ import hashlib
 import json
 from pathlib import Path
 
-from nanochat.conversion.huggingface import auto_fields, read_config, read_json
+from nanochat.conversion.huggingface import auto_fields, read_config
 from nanochat.files import replacing
 from nanochat.system.environment import UserError
+from nanochat.upstream.foreign_weights import read_json
 from nanochat.upstream.hf_model_types import CLASSIC, MODELING, format_of
 
 

@@ -9,7 +9,6 @@ keeps transformers from building its own NanoChat of it.
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -21,14 +20,13 @@ from nanochat.checkpoint_files import read_tensors, weights_hash
 from nanochat.checkpoint_manager import model_config
 from nanochat.conversion.tying import untied
 from nanochat.data.tokenizer import BOS, Tokenizer, byte_characters
-from nanochat.files import fsync
+from nanochat.files import new_folder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import first_line
 from nanochat.system.environment import UserError, base_dir
 from nanochat.system.storage_errors import describe as describe_storage_error
 from nanochat.system.storage_errors import find_storage_error
-from nanochat.system.temporary import glob_escape, owner_suffix, remove_abandoned
-from nanochat.upstream.foreign_weights import describe_nonfinite, strip_wrappers
+from nanochat.upstream.foreign_weights import describe_nonfinite, read_json, read_weight_map, strip_wrappers
 from nanochat.upstream.hf_model_types import ARCHITECTURE, CLASSIC, MODELING, MODERN, NEEDS_CODE, format_of
 
 logger = logging.getLogger(__name__)
@@ -98,22 +96,22 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({folder}{trust})
-{words}```
+{tokenizer}```
 
-{told}
+{note}
 
 The license of the weights is not known to the program that wrote this card.
 """
-USE_OF_WORDS = """tokenizer = AutoTokenizer.from_pretrained({folder})
+TOKENIZER_EXAMPLE = """tokenizer = AutoTokenizer.from_pretrained({folder})
 ids = [tokenizer.bos_token_id, *tokenizer.encode("The capital of France")]
 print(tokenizer.decode(model.generate(torch.tensor([ids]), max_new_tokens=32)[0]))
 """
-ABOUT_WORDS = """Every document of its training began with `<|bos|>`, which the tokenizer does not add by itself.
+TOKENIZER_NOTE = """Every document of its training began with `<|bos|>`, which the tokenizer does not add by itself.
 Special tokens in a text count as ordinary text."""
 
 
 def to_hf_name(name: str, model_type: str) -> str:
-    """What a tensor of ours is called in a folder."""
+    """The name of one of our tensors in an exported folder."""
     if model_type == CLASSIC:
         for ours, theirs in PARTS.items():
             name = name.replace(ours, theirs)
@@ -138,8 +136,8 @@ def drop_inactive_fields(config: GPTConfig) -> GPTConfig:
     return dataclasses.replace(config, **{name: getattr(GPTConfig, name) for name in off})
 
 
-def changed(config: GPTConfig, known: tuple[str, ...]) -> list[str]:
-    """The fields outside `known` that differ from the classic model's."""
+def list_changed_fields(config: GPTConfig, known: tuple[str, ...]) -> list[str]:
+    """The fields outside `known` that differ from their defaults, which the classic model has."""
     return [f.name for f in dataclasses.fields(config) if f.name not in known and getattr(config, f.name) != f.default]
 
 
@@ -152,7 +150,7 @@ def write_hf(
     fold: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> dict:
-    """Write a model's state (our names) as a new folder, whole or not at all, after reading it back bit for bit.
+    """Write a model's state (our names) as a new folder, complete or not at all, after reading it back bit for bit.
 
     fold: a tied model's output projection P is written as the untied output matrix wte @ P. Returns {"architecture",
     "newer" (the fields that NanoChat lacks), "parameters", "bytes" (of the weights), "nonfinite" (where values are NaN
@@ -169,48 +167,63 @@ def write_hf(
             raise UserError("--fold-projection: the model has no output projection, export it without the flag")
         config, state, _ = untied(config, state)
     config = drop_inactive_fields(config)
-    if lost := changed(config, MODERN_FIELDS):
-        raise UserError(f"{lost[0]}={getattr(config, lost[0])!r} has no equivalent in transformers")
-    newer = changed(config, CLASSIC_FIELDS)
-    model_type = MODERN if newer else CLASSIC
+    if unsupported := list_changed_fields(config, MODERN_FIELDS):
+        name = unsupported[0]
+        raise UserError(f"{name}={getattr(config, name)!r} has no equivalent in transformers")
+
     state = {name: (t[: config.vocab_size] if is_table(name) else t).to(dtype) for name, t in state.items()}
-    described = describe(config, model_type, dtype, None if tokenizer is None else tokenizer.bos_id)
-    architecture = described["architectures"][0]
-    facts = dict(architecture=architecture, newer=newer, parameters=sum(t.numel() for t in state.values()))
-    facts["nonfinite"] = describe_nonfinite(state)
-    temporary = out.with_name(f".{out.name}.tmp-{owner_suffix()}")
+    newer = list_changed_fields(config, CLASSIC_FIELDS)
+    summary = dict(
+        architecture=ARCHITECTURE if newer else "NanoChatForCausalLM",
+        newer=newer,
+        parameters=sum(t.numel() for t in state.values()),
+        nonfinite=describe_nonfinite(state),
+        weights_hash=weights_hash({name: t.float() for name, t in state.items()}),
+    )
     try:
-        remove_abandoned(out.parent, f".{glob_escape(out.name)}.tmp-*")  # of an export that was killed
-        temporary.mkdir(parents=True)
-        weights = temporary / "model.safetensors"
-        tensors = {to_hf_name(name, model_type): tensor.contiguous() for name, tensor in state.items()}
-        save_file(tensors, weights, metadata={"format": "pt"})  # without it transformers reads no weights
-        weights.chmod(temporary.stat().st_mode & 0o666)  # safetensors keeps them to their owner
-        files = {"config.json": described, "generation_config.json": generation(described)}
-        if tokenizer is not None:
-            (temporary / "tokenizer.json").write_text(tokenizer.hugging_face_json(), encoding="utf-8")
-            files["tokenizer_config.json"] = tokenizer_roles(config.sequence_len)
-        for name, content in files.items():
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if newer:
-            shutil.copyfile(Path(__file__).with_name(MODELING), temporary / MODELING)
-        (temporary / "README.md").write_text(card(out.name, config, facts, tokenizer is not None), encoding="utf-8")
-        facts |= dict(bytes=weights.stat().st_size, weights_hash=weights_hash({n: t.float() for n, t in state.items()}))
-        _, again, words = read_hf(temporary)
-        if weights_hash(again) != facts["weights_hash"] or (words and words.hash) != (tokenizer and tokenizer.hash):
-            raise UserError(f"{out}: what was written there reads back differently, do not trust that disk")
-        for path in (*temporary.iterdir(), temporary):
-            fsync(path)
-        os.rename(temporary, out)
-        fsync(out.parent)
+        with new_folder(out) as folder:
+            _write_files(folder, out.name, config, state, tokenizer, dtype, summary)
+            _, written, written_tokenizer = read_hf(folder)
+            same_tokenizer = getattr(written_tokenizer, "hash", None) == getattr(tokenizer, "hash", None)
+            if weights_hash(written) != summary["weights_hash"] or not same_tokenizer:
+                raise UserError(f"{out}: what was written there reads back differently, do not trust that disk")
     except (SafetensorError, OSError) as error:  # the first is the library's type for a full disk
-        why = first_line(error)
+        reason = first_line(error)
         if failed := find_storage_error(error):
-            why = describe_storage_error(OSError(failed.errno, failed.strerror, str(out)), base_dir())
-        raise UserError(f"--out={out} cannot be written: {why}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return facts
+            reason = describe_storage_error(OSError(failed.errno, failed.strerror, str(out)), base_dir())
+        raise UserError(f"--out={out} cannot be written: {reason}") from error
+    return summary | dict(bytes=(out / "model.safetensors").stat().st_size)
+
+
+def _write_files(
+    folder: Path,
+    name: str,
+    config: GPTConfig,
+    state: dict[str, torch.Tensor],
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype,
+    summary: dict,
+) -> None:
+    """All files of an export; name: the folder's later one, for the model card."""
+    model_type = MODERN if summary["newer"] else CLASSIC
+    weights = folder / "model.safetensors"
+    tensors = {to_hf_name(name, model_type): tensor.contiguous() for name, tensor in state.items()}
+    save_file(tensors, weights, metadata={"format": "pt"})  # without it transformers reads no weights
+    weights.chmod(folder.stat().st_mode & 0o666)  # safetensors makes them readable for their owner only
+
+    bos = None if tokenizer is None else tokenizer.bos_id
+    files = {"config.json": make_config_json(config, model_type, dtype, bos), "generation_config.json": {}}
+    if tokenizer is not None:
+        # A text ends where the next one would begin.
+        files["generation_config.json"] = dict(bos_token_id=bos, eos_token_id=bos, pad_token_id=bos)
+        files["tokenizer_config.json"] = make_tokenizer_config(config.sequence_len)
+        (folder / "tokenizer.json").write_text(tokenizer.hugging_face_json(), encoding="utf-8")
+    for file, content in files.items():
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    if summary["newer"]:
+        shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
+    (folder / "README.md").write_text(render_card(name, config, summary, tokenizer is not None), encoding="utf-8")
 
 
 def is_table(name: str) -> bool:
@@ -218,7 +231,7 @@ def is_table(name: str) -> bool:
     return name in ("transformer.wte.weight", "lm_head.weight") or name.startswith("value_embeds.")
 
 
-def describe(config: GPTConfig, model_type: str, dtype: torch.dtype, bos: int | None) -> dict:
+def make_config_json(config: GPTConfig, model_type: str, dtype: torch.dtype, bos: int | None) -> dict:
     """config.json."""
     common = dict(
         dtype=str(dtype).removeprefix("torch."), bos_token_id=bos, eos_token_id=bos, pad_token_id=None, use_cache=True
@@ -249,13 +262,7 @@ def auto_fields() -> dict:
     )
 
 
-def generation(described: dict) -> dict:
-    """generation_config.json: a text ends where the next one would begin."""
-    bos = described["bos_token_id"]
-    return {} if bos is None else dict(bos_token_id=bos, eos_token_id=bos, pad_token_id=bos)
-
-
-def tokenizer_roles(length: int) -> dict:
+def make_tokenizer_config(length: int) -> dict:
     """tokenizer_config.json. As here, no <|bos|> is added unasked, and a special token's text is ordinary text."""
     return dict(
         tokenizer_class="PreTrainedTokenizerFast",
@@ -269,24 +276,25 @@ def tokenizer_roles(length: int) -> dict:
     )
 
 
-def card(name: str, config: GPTConfig, facts: dict, words: bool) -> str:
+def render_card(name: str, config: GPTConfig, summary: dict, has_tokenizer: bool) -> str:
     """README.md: what the folder holds and how to load it."""
     what = "Its architecture is transformers' own `NanoChatForCausalLM` (transformers 5.0 or later): it brings no code."
-    if newer := facts["newer"]:
+    if newer := summary["newer"]:
+        missing = ", ".join(f"`{field}`" for field in newer)
         what = (
-            f"Its architecture is `{facts['architecture']}` of `{MODELING}` in this folder, for transformers' NanoChat "
-            f"has no {', '.join(f'`{field}`' for field in newer)}. That file is code which runs on your machine: read "
-            "it, and load the model with `trust_remote_code=True` if you agree with it. The tokenizer needs none."
+            f"Its architecture is `{summary['architecture']}` of `{MODELING}` in this folder, for transformers' "
+            f"NanoChat has no {missing}. That file is code which runs on your machine: read it, and load the model "
+            "with `trust_remote_code=True` if you agree with it. The tokenizer needs none."
         )
     return CARD.format(
         name=name,
         folder=repr(name),
-        parameters=facts["parameters"],
+        parameters=summary["parameters"],
         config=config,
         what=what,
         trust=", trust_remote_code=True" if newer else "",
-        words=USE_OF_WORDS.format(folder=repr(name)) * words,
-        told=ABOUT_WORDS if words else "The checkpoint had no tokenizer, so there is none here.",
+        tokenizer=TOKENIZER_EXAMPLE.format(folder=repr(name)) * has_tokenizer,
+        note=TOKENIZER_NOTE if has_tokenizer else "The checkpoint had no tokenizer, so there is none here.",
     )
 
 
@@ -402,25 +410,11 @@ def classic_fields(found: dict, path: Path) -> dict:
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of model.safetensors, or of the files that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():  # as transformers prefers it
-        return read_tensors(folder / "model.safetensors")
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(f, str) and Path(f).name == f for f in places.values()):
-        raise UserError(f"{index}: weight_map does not name files beside it")
-    return {name: tensor for file in set(places.values()) for name, tensor in read_tensors(folder / file).items()}
-
-
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} does not hold a JSON object")
-    return found
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() or not index.is_file():  # as transformers prefers it
+        return read_tensors(single)
+    files = set(read_weight_map(index).values())
+    return {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -5,7 +5,6 @@ metadata says nothing, so the age of a file is told by its tensors and keys; the
 history (github.com/karpathy/nanochat).
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from nanochat.data.tokenizer import Tokenizer
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import nearest_name, shown
 from nanochat.system.environment import UserError, base_dir
-from nanochat.upstream.foreign_weights import strip_wrappers
+from nanochat.upstream.foreign_weights import read_json, strip_wrappers
 from nanochat.upstream.pickles import broken_part, read_pt, read_tokenizer_pickle
 
 logger = logging.getLogger(__name__)
@@ -163,18 +162,10 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def read_meta(folder: Path, step: int) -> dict:
-    """meta_000123.json with a checked model_config; UserError that says what is wrong, or what is needed."""
+    """meta_000123.json with a checked model_config; UserError that names what is wrong or missing."""
     path = meta_file(folder, step)
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}): {model_file(folder, step).name} says nothing of its model "
-            "without it, so put the two side by side"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): fetch it again") from error
-    sizes = meta.get("model_config") if isinstance(meta, dict) else None
+    meta = read_json(path, f"it describes the model in {model_file(folder, step).name}: put the two side by side")
+    sizes = meta.get("model_config")
     if not isinstance(sizes, dict):
         raise UserError(f"{path} holds no model_config, so it is not the metadata that nanochat writes")
     for name, value in sizes.items():

@@ -295,7 +295,7 @@ def test_configs_of_other_models_are_refused(tiny):
     with_config("has no layer 2: name layers 0 to 1", **decoder(num_hidden_layers=2))
     for text in ("{", "[]", "\xff"):
         (folder / "config.json").write_text(text, encoding="latin-1")
-        refused(folder, r"config.json (cannot be read|holds no JSON object).*fetch it again")
+        refused(folder, r"config.json (cannot be read|is not JSON|does not hold a JSON object).*fetch it again")
     (folder / "config.json").unlink()
     refused(folder, "has no config.json; MusicGen is")
 
@@ -348,13 +348,13 @@ def test_a_spoiled_index_is_refused(tmp_path):
     other = next(file for file in index["weight_map"].values() if file != index["weight_map"][KEY])
     for places, message in (
         ({KEY: other}, f"{other} cannot be read .*{KEY}"),
-        ({KEY: f"../{other}"}, "no weight_map from tensors to files beside it"),
-        ({KEY: 3}, "no weight_map"),
+        ({KEY: f"../{other}"}, "weight_map does not name files beside it"),
+        ({KEY: 3}, "weight_map does not name"),
     ):
         path.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], **places}}))
         refused(tmp_path, message)
     path.write_text(json.dumps({"weight_map": None}))
-    refused(tmp_path, "no weight_map")
+    refused(tmp_path, "weight_map does not name")
 
 
 class Hub(ThreadingHTTPServer):

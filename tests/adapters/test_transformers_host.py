@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,9 +63,9 @@ def test_damaged_weights_are_named(folder):
     assert f"{first.name} lacks" in refusal(folder)
     first.write_bytes(whole)
     edit(index, weight_map={**known, "another": f"../{first.name}"})
-    assert "no file beside it" in refusal(folder)
+    assert "weight_map does not name files beside it" in refusal(folder)
     index.write_text("{")
-    assert "index.json is damaged" in refusal(folder)
+    assert "index.json is not JSON" in refusal(folder)
     index.unlink()
     assert "holds no model.safetensors" in refusal(folder)
 
@@ -88,7 +89,7 @@ def test_absent_or_damaged_descriptions(folder, tmp_path):
     config = (folder / "config.json").read_text()
     for text in ("{", "[]", "\x00", '{"model_type": ["llama"]}', '{"model_type": "novel", "auto_map": {}}'):
         (folder / "config.json").write_text(text)
-        assert "is damaged" in refusal(folder) or "no text decoder" in refusal(folder)
+        assert re.search("is not JSON|does not hold a JSON object|no text decoder", refusal(folder))
     (folder / "config.json").write_text(config)
     for changes in (dict(num_attention_heads=0), dict(hidden_size="wide"), dict(hidden_act="novel")):
         (folder / "config.json").write_text(config)
@@ -100,7 +101,11 @@ def test_absent_or_damaged_descriptions(folder, tmp_path):
 
 def test_absent_or_damaged_tokenizers(folder):
     """Red when a document would begin with no token."""
-    for text, told in (("{}", "no bos_token nor eos_token"), ('{"bos_token": "<novel>"}', "no bos_token"), ("", "dam")):
+    for text, told in (
+        ("{}", "no bos_token nor eos_token"),
+        ('{"bos_token": "<novel>"}', "no bos_token"),
+        ("", "is not JSON"),
+    ):
         (folder / "tokenizer_config.json").write_text(text)
         assert told in refusal(folder)
     (folder / "tokenizer.json").write_text("{}")

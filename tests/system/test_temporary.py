@@ -172,13 +172,13 @@ PLACES = {
         ".target.{}.tmp",
         lambda folder: Tokenizer([bytes([i]) for i in range(256)]).save(folder / "target"),
     ),
-    "an export": (".target.tmp-{}", export_a_model),
+    "an export": (".target.{}.tmp", export_a_model),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_every_writer_spares_the_live_and_clears_after_the_dead(tmp_path, place):
-    """Red when save_checkpoint() or write_hf() delete by name alone, or scratch_folder() clears nothing away."""
+    """Red when save_checkpoint() deletes by name alone, or scratch_folder() clears nothing away."""
     form, write = PLACES[place]
     parent = os.getppid()
     live = tmp_path / form.format(f"{parent}-{process_state(parent)[1]}-{machine()}-0")
