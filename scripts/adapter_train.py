@@ -7,6 +7,7 @@ loop this is. Trained are the adapters around the experts, the audio rows, and w
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -30,8 +31,7 @@ from nanochat.training.background_saver import BackgroundSaver
 from nanochat.training.launch import launch
 from nanochat.training.rank_agreement import agree_before_first_step
 from nanochat.training.resume import restore_progress
-from nanochat.training.tracker import MetricsLog
-from scripts.base_train import Training, loop
+from scripts.base_train import TrainState, training_loop
 
 logger = logging.getLogger("nanochat")
 
@@ -44,22 +44,74 @@ def main(argv: list[str] | None = None) -> dict:
 
 def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) -> dict:
     """The run itself; see main()."""
-    # -- host, experts, data ------------------------------------------------------------------------------------------
     logger.info(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
-    folder = checkpoints.tag_dir(settings)
-    begins = resume_step is None
-    model, adapters = rank0_first(compute, lambda: build(settings, compute.device, compute.dtype, begins))
+    folder, resumed = checkpoints.tag_dir(settings), resume_step is not None
+
+    # -- host, experts, data ------------------------------------------------------------------------------------------
+    model, adapters = rank0_first(compute, lambda: build(settings, compute.device, compute.dtype, not resumed))
     checkpoints.check_finite(model.state_dict(), f"host {settings.host}")
-    if begins:
-        dataset = rank0_first(compute, lambda: prepare_for(settings))
-    else:
+    if resumed:
         dataset = rank0_first(compute, lambda: resumed_data(settings, folder, resume_step))
-    tokenizer = model.host.tokenizer
+        saved = checkpoint_files.read_metadata(checkpoint_files.step_dir(folder, resume_step))
+    else:
+        dataset, saved = rank0_first(compute, lambda: prepare_for(settings)), {}
     agree_before_first_step(compute, dict(adapters=adapters, data_sha256=dataset.fingerprint["sha256"]))
-    store = TokenStore(dataset, tokenizer, "train", vocabulary=model.vocabulary)
-    rows = Rows(store, settings.max_seq_len)
-    loader = PackedLoader(
-        rows,
+    loader = open_loader(settings, compute, model, dataset)
+    warn_repeated_rows(settings, loader)
+    text_loss, text_fingerprint = text_measure(settings, model, compute, saved.get("text_fingerprint"))
+
+    # -- optimizer, and the checkpoint that the run resumes from ------------------------------------------------------
+    optimizer = build_optimizer(model, settings, compute.rank, compute.world_size)
+    run = restore(folder, resume_step, model, optimizer, loader, dataset, adapters) if resumed else AdapterRun()
+    changes = model.config.changes_text
+    if text_loss and not (resumed and changes):  # by the same device and dtype as afterwards
+        run.text_before = text_loss(FrozenHostBaseline(model))
+    if text_loss and changes and not resumed:
+        run.text_begin = text_loss(model)
+    describe_model(model, settings, resumed)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+    evaluation = AudioEvaluation(settings, model, dataset, text_loss)
+    derived = dict(
+        num_iterations=settings.num_iterations,
+        parameters=model.num_parameters(),
+        flops_per_token=model.flops_per_token(),
+    )
+    codec = codec_files(dataset) if compute.rank == 0 else None
+    host_hash = state_hash(model.host)
+    state = TrainState(
+        settings=settings,
+        compute=compute,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        run=run,
+        steps=settings.num_iterations,
+        learning_rate=settings.learning_rate,
+        saver=BackgroundSaver(folder, settings.keep_last, None, compute.rank, codec),
+        trained=model.trained,
+        metadata=dict(
+            adapters=adapters,
+            derived=derived,
+            codec=dataset.codec,
+            data_fingerprint=dataset.fingerprint,
+            text_fingerprint=text_fingerprint,
+        ),
+        evaluate=evaluation.evaluate_if_due,
+        resumed=resumed,
+    )
+    result = training_loop(state)
+    if not model.config.trains_host:
+        assert state_hash(model.host) == host_hash, "a tensor of the frozen host has changed"
+        logger.info(f"the host's tensors are unchanged: {host_hash[:8]}")
+    return result
+
+
+def open_loader(settings: AdapterSettings, compute: Compute, model: AdapterModel, dataset) -> PackedLoader:
+    """Batches of whole captioned sounds, tokenised for the host."""
+    store = TokenStore(dataset, model.host.tokenizer, "train", vocabulary=model.vocabulary)
+    return PackedLoader(
+        Rows(store, settings.max_seq_len),
         settings.rows,
         settings.max_seq_len,
         settings.seed,
@@ -69,33 +121,29 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
         count=("audio",),
         caption_dropout=settings.caption_dropout,
     )
-    warn_repeated_rows(settings, loader)
-    before = {} if begins else checkpoint_files.read_metadata(checkpoint_files.step_dir(folder, resume_step))
-    text_loss, text_fingerprint = text_measure(settings, model, compute, before.get("text_fingerprint"))
 
-    # -- optimizer, and where a run goes on ---------------------------------------------------------------------------
-    optimizer = build_optimizer(model, settings, compute.rank, compute.world_size)
-    run = AdapterRun()
-    if resume_step is not None:
-        state, optimizer_state, metadata = checkpoints.load_checkpoint(folder, resume_step, load_optimizer=True)
-        where = checkpoint_files.step_dir(folder, resume_step)
-        check_facts(metadata.get("adapters", {}), adapters, where)
-        checkpoints.check_finite(state | optimizer_state, where)
-        checkpoints.check_codec(dataset, metadata, where)
-        run = restore_progress(
-            where,
-            metadata,
-            dataset,
-            loader,
-            lambda: load_trained(model, state, where),
-            lambda: optimizer.load_state_dict(optimizer_state),
-            run,
-        )
-    changes = model.config.changes_text
-    if text_loss and (begins or not changes):  # by the same device and dtype as afterwards
-        run.text_before = text_loss(FrozenHostBaseline(model))
-    if text_loss and begins and changes:
-        run.text_begin = text_loss(model)
+
+def restore(
+    folder: Path, step: int, model: AdapterModel, optimizer: MuonAdamW, loader: PackedLoader, dataset, adapters: dict
+) -> AdapterRun:
+    """Load what was trained, optimizer, loader and generators of a step; returns the run's state at it."""
+    state, optimizer_state, metadata = checkpoints.load_checkpoint(folder, step, load_optimizer=True)
+    where = checkpoint_files.step_dir(folder, step)
+    check_facts(metadata.get("adapters", {}), adapters, where)
+    checkpoints.check_finite(state | optimizer_state, where)
+    checkpoints.check_codec(dataset, metadata, where)
+    return restore_progress(
+        where,
+        metadata,
+        dataset,
+        loader,
+        lambda: load_trained(model, state, where),
+        lambda: optimizer.load_state_dict(optimizer_state),
+        AdapterRun(),
+    )
+
+
+def describe_model(model: AdapterModel, settings: AdapterSettings, resumed: bool) -> None:
     counts = model.num_parameters()
     logger.info(f"parameters: {', '.join(f'{name} {n:,}' for name, n in counts.items() if n)}")
     size = 4 * counts["trained"] / 1e6
@@ -105,26 +153,40 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     )
     if model.config.trains_host:
         logger.info("the host is trained, too: in float32")
-    if settings.expert != "none" and resume_step is None and not settings.musicgen:
+    if settings.expert != "none" and not resumed and not settings.musicgen:
         logger.info("experts: none of MusicGen's, drawn at random")
 
-    # -- what the loop evaluates and saves ----------------------------------------------------------------------------
-    counted: dict = {}
 
-    def evaluate(last: bool, log: MetricsLog, stop: Callable[[], bool]) -> None:
-        if not (last or schedule.is_due(settings.eval_every, run.step)):
+class AudioEvaluation:
+    """The held-out loss of audio beside what needs no model, and of text where training can change it."""
+
+    def __init__(self, settings: AdapterSettings, model: AdapterModel, dataset, text_loss: Callable | None):
+        self.settings, self.model, self.dataset, self.text_loss = settings, model, dataset, text_loss
+        self.ids = model.vocabulary.size if settings.output_layers == "shared" else model.config.audio_outputs
+        self.baselines: dict | None = None  # counted once
+
+    def evaluate_if_due(self, state: TrainState) -> None:
+        """EvaluationInterrupted when a signal came meanwhile."""
+        settings, run = self.settings, state.run
+        if not (state.is_last or schedule.is_due(settings.eval_every, run.step)):
             return
-        how = dict(rows=settings.device_batch_size, rank=compute.rank, world_size=compute.world_size, stop=stop)
         found = evaluate_audio(
-            model, tokenizer, dataset, max_clips=settings.eval_clips, counted=counted.get("baselines"), **how
+            self.model,
+            self.model.host.tokenizer,
+            self.dataset,
+            max_clips=settings.eval_clips,
+            counted=self.baselines,
+            rows=settings.device_batch_size,
+            rank=state.compute.rank,
+            world_size=state.compute.world_size,
+            stop=state.stop_requested,
         )
-        ids = model.vocabulary.size if settings.output_layers == "shared" else model.config.audio_outputs
-        baselines = found["baselines"] | {"range": math.log(ids)}
-        if not counted:
-            told = ", ".join(f"{name} {baselines[name]:.4f}" for name in ("uniform", "unigram", "bigram"))
-            logger.info(f"nats a code that need no model: ln {ids} = {baselines['range']:.4f}, {told}")
-        counted["baselines"] = {name: nats for name, nats in found["baselines"].items() if name != "shuffled_captions"}
-        text = text_loss(model, stop) if text_loss and (last or changes) else None
+        if self.baselines is None:
+            figures = ", ".join(f"{name} {found['baselines'][name]:.4f}" for name in ("uniform", "unigram", "bigram"))
+            logger.info(f"nats a code that need no model: ln {self.ids} = {math.log(self.ids):.4f}, {figures}")
+        self.baselines = {name: nats for name, nats in found["baselines"].items() if name != "shuffled_captions"}
+
+        text = self.text_loss(self.model, state.stop_requested) if self._text_is_due(state) else None
         run.note_val_loss(found["nats"], settings.stall_evals)
         if text is not None:
             run.note_text(text)
@@ -133,44 +195,12 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
                     f"train_output=whole trains the rows of the host's words on sounds alone: its text loss "
                     f"changed by {text - run.text_begin:+.4f} nats a token since the first step"
                 )
-        baselines["text"] = run.text_before
-        log.write(
-            run.step, event="eval", **run.figures(), **{f"baseline/{name}": nats for name, nats in baselines.items()}
-        )
+        baselines = found["baselines"] | {"range": math.log(self.ids), "text": run.text_before}
+        named = {f"baseline/{name}": nats for name, nats in baselines.items()}
+        state.log.write(run.step, event="eval", **run.figures(), **named)
 
-    facts = dict(
-        adapters=adapters,
-        derived=dict(
-            num_iterations=settings.num_iterations, parameters=counts, flops_per_token=model.flops_per_token()
-        ),
-        codec=dataset.codec,
-        data_fingerprint=dataset.fingerprint,
-        text_fingerprint=text_fingerprint,
-    )
-    codec = codec_files(dataset) if compute.rank == 0 else None
-    saver = BackgroundSaver(folder, settings.keep_last, None, compute.rank, codec)
-    hashed = state_hash(model.host)
-    result = loop(
-        Training(
-            settings,
-            compute,
-            model,
-            optimizer,
-            loader,
-            run,
-            settings.num_iterations,
-            settings.learning_rate,
-            evaluate,
-            saver,
-            model.trained,
-            facts,
-            resumed=resume_step is not None,
-        )
-    )
-    if not model.config.trains_host:
-        assert state_hash(model.host) == hashed, "a tensor of the frozen host has changed"
-        logger.info(f"the host's tensors are as they were: {hashed[:8]}")
-    return result
+    def _text_is_due(self, state: TrainState) -> bool:
+        return self.text_loss is not None and (state.is_last or self.model.config.changes_text)
 
 
 def build_optimizer(model: AdapterModel, settings: AdapterSettings, rank: int, world_size: int) -> MuonAdamW:

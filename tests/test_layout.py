@@ -28,6 +28,7 @@ FLOORS = (
     "conversion",
 )
 MOST_AT_THE_TOP = 11  # modules of nanochat/ beside its folders
+SCREEN = 70  # lines of a function
 LOOP = "base_train"  # the training loop, which other stages share
 
 
@@ -109,3 +110,15 @@ def test_every_folder_is_part_of_the_package():
     packages = set(find_packages(str(ROOT), include=["nanochat*", "scripts*"]))
     folders = {file.parent for package in ("nanochat", "scripts") for file in (ROOT / package).rglob("*.py")}
     assert packages == {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+
+
+def test_functions_fit_a_screen():
+    """Red when a function of nanochat/ or scripts/ has more than 70 lines."""
+    long = [
+        f"{package}/{name}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for package in ("nanochat", "scripts")
+        for name, file in modules(package).items()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= SCREEN
+    ]
+    assert long == []

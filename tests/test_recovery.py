@@ -136,7 +136,7 @@ def test_sigterm_save(train, stop_after, name, capsys):
     assert exit_code(lambda: train(name, num_iterations=3)) == 85
     assert cm.list_steps(tag_dir(name)) == [2]
     assert metrics(name, "event") == ["start", "save", "preempted"]
-    assert f"stopped by {name} at step 2: --resume goes on" in capsys.readouterr().out
+    assert f"stopped by {name} at step 2: --resume continues" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as before
     train(name, "--resume")
     assert metrics(name, "event")[-1] == "done"
@@ -336,7 +336,7 @@ def test_nan_guard(train, spoil, monkeypatch, capsys):
     skipped = [line for line in metrics("nan") if line.get("event") == "skip"]
     assert [line["step"] for line in skipped] == [2, *range(4, 14), *range(15, 25)][: len(skipped)]
     assert [line["skipped"] for line in skipped] == list(range(1, len(skipped) + 1))
-    assert "step 2: loss nan, gradient norm nan: step left out" in capsys.readouterr().out
+    assert "step 2: loss nan, gradient norm nan: step skipped" in capsys.readouterr().out
     # 4 to 13 are ten in a row: nothing unproven was saved, the last good step is whole
     assert cm.list_steps(tag_dir("nan")) == [1, 3]
     report = json.loads((tag_dir("nan") / "bad_batch.json").read_text())
@@ -414,7 +414,7 @@ def test_oom_halving(train, no_memory_above, capsys):
             checkpoint_files.read_metadata(checkpoint_files.step_dir(tag_dir(tag), 6))["settings"]["device_batch_size"]
             == 3
         )
-    assert "out of memory: going on with 3 rows x 4 micro-batches" in capsys.readouterr().out
+    assert "out of memory: continuing with 3 rows x 4 micro-batches" in capsys.readouterr().out
 
     no_memory_above(4, from_call=5)  # in the middle of step 3, 2 micro-batches a step
     train("late", device_batch_size=6, num_iterations=6)

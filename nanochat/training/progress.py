@@ -1,7 +1,6 @@
 """What a person sees while training: one line that lives on a terminal, plain lines everywhere else."""
 
 import logging
-import statistics
 import time
 
 from nanochat.system import streams
@@ -18,11 +17,6 @@ def duration(seconds: float) -> str:
     return (
         f"{seconds // 60}m{seconds % 60:02d}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
     )
-
-
-def median_rate(step_times: list[tuple[float, int]]) -> float:
-    """Tokens a second of the median step; step_times: seconds and tokens of each."""
-    return statistics.median(tokens / seconds for seconds, tokens in step_times)
 
 
 class Progress:

@@ -53,7 +53,7 @@ TESTS = {
         "test_recovery",
         "training/test_rank_agreement",
     ],
-    "nanochat/training/due_work.py": ["training/test_due_work", "test_going_on"],
+    "nanochat/training/step_saver.py": ["training/test_step_saver", "test_going_on"],
 }
 # Compiles whole models for a minute, which few mutants would be seen by alone.
 DESELECTED = ("tests/scripts/test_base_train.py::test_compiled_runs_resume_to_the_bit_and_agree_with_eager",)

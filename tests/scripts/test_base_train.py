@@ -188,7 +188,7 @@ def test_a_finished_run_ends_well_and_goes_on_with_a_larger_horizon(train, capsy
     train("longer", num_iterations=4)
     four = state_hashes("longer", 4)
     assert main(["--model_tag=longer", "--resume"])["step"] == 4
-    assert "is finished: step 4 of 4; a larger --num_iterations goes on" in capsys.readouterr().out
+    assert "is finished: step 4 of 4; a larger --num_iterations continues it" in capsys.readouterr().out
     assert state_hashes("longer", 4) == four
     more = main(["--model_tag=longer", "--resume", "--num_iterations=8", "--save_every=3", "--device_batch_size=2"])
     assert more["step"] == 8

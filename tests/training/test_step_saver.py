@@ -14,8 +14,8 @@ from nanochat import checkpoint_manager as cm
 from nanochat import data_pipeline as training_data
 from nanochat.evaluation.core_bundle import Task, write_bundle
 from nanochat.system.environment import SharedError, UserError
-from nanochat.training import due_work
-from nanochat.training.due_work import DueWork, NonFiniteWeights
+from nanochat.training import step_saver
+from nanochat.training.step_saver import NonFiniteWeights, StepSaver
 from scripts import base_train
 from scripts.base_train import main
 from tests.tiny_run import TINY, exit_code, flags, losses, metrics, start, state_hashes, tag_dir
@@ -25,10 +25,21 @@ def evaluations(tag: str, key: str) -> list[tuple]:
     return [(line["step"], line[key]) for line in metrics(tag) if line.get("event") == "eval" and key in line]
 
 
+def fake_state(**parts) -> types.SimpleNamespace:
+    """What save_if_due() and evaluate_if_due() need of a TrainState, without a run."""
+    state = types.SimpleNamespace(
+        **{"settings": None, "steps": 9, "is_last": False, "model": torch.nn.Linear(1, 1), **parts},
+        guard=types.SimpleNamespace(bad=[]),
+        log=None,
+    )
+    state.step_saver = StepSaver(state)
+    return state
+
+
 def test_an_evaluation_that_fails_costs_no_step_and_is_made_up(train, monkeypatch, capsys):
     """No save is due, and the suite fails at step 2 of 4: that step is saved all the same, and --resume goes on there.
 
-    Red when evaluate_if_due() lets the error pass without _rescue().
+    Red when evaluate_if_due() lets the error pass without save_before_error().
     """
     monkeypatch.setattr(base_train, "evaluate_suite", lambda *_, **__: {"offline": 0.25})
     train("smooth", core_metric_every=2)
@@ -38,7 +49,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up(train, monkeypatc
 
     monkeypatch.setattr(base_train, "evaluate_suite", broken)
     assert exit_code(lambda: train("rough", core_metric_every=2)) == 2
-    assert capsys.readouterr().err == ("error: the bundle is gone; step 2 is saved: --resume goes on from there\n")
+    assert capsys.readouterr().err == ("error: the bundle is gone; step 2 is saved: --resume continues from there\n")
     assert cm.list_steps(tag_dir("rough")) == [2]
     assert metrics("rough", "event") == ["start", "save"]
     monkeypatch.setattr(base_train, "evaluate_suite", lambda *_, **__: {"offline": 0.25})
@@ -52,7 +63,7 @@ def test_an_evaluation_that_fails_costs_no_step_and_is_made_up(train, monkeypatc
 def test_a_due_checkpoint_is_written_before_the_evaluation_of_its_step(train, monkeypatch, end):
     """The evaluation of step 2, where a save is due, has a bug, or the process ends there without another word.
 
-    Red when loop() calls evaluate_if_due() before save_if_due(): step 2 would not be there after the second.
+    Red when training_loop() calls evaluate_if_due() before save_if_due(): step 2 would not be there after the second.
     """
 
     def ended(*_, **__):
@@ -117,19 +128,19 @@ def test_figures_stay_in_the_log_when_the_resumed_run_does_not_measure_them_agai
 def test_figures_that_cannot_be_written_beside_the_steps_go_into_one(train, monkeypatch, capsys):
     """No save is due at step 2, and evaluated.json cannot be written there: the step is saved, with its figures.
 
-    Red when record_evaluated() is called outside of what _rescue() guards.
+    Red when record_evaluated() is called outside of what save_before_error() guards.
     """
 
     def full(*_):
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "evaluated.json")
 
-    real = due_work.record_evaluated
-    monkeypatch.setattr(due_work, "record_evaluated", full)
+    real = base_train.record_evaluated
+    monkeypatch.setattr(base_train, "record_evaluated", full)
     assert exit_code(lambda: train("noted", eval_every=2)) == 2
     assert capsys.readouterr().err.startswith("error: Disk quota exceeded: evaluated.json (")
     run = checkpoint_files.read_metadata(checkpoint_files.step_dir(tag_dir("noted"), 2))["run"]
     assert (run["step"], run["evaluated"]) == (2, 2)
-    monkeypatch.setattr(due_work, "record_evaluated", real)
+    monkeypatch.setattr(base_train, "record_evaluated", real)
     assert main(["--model_tag=noted", "--resume"])["stopped"] == "done"
     assert [step for step, _ in evaluations("noted", "val_bpb")] == [2, 4]
 
@@ -137,7 +148,7 @@ def test_figures_that_cannot_be_written_beside_the_steps_go_into_one(train, monk
 def test_ranks_that_share_an_error_wait_until_rank_0_has_saved(monkeypatch):
     """A launcher ends all ranks soon after the first one has left, however long the save takes.
 
-    Red without the barrier after _rescue().
+    Red without the barrier in save_before_error().
     """
     order = []
     compute = types.SimpleNamespace(
@@ -153,25 +164,16 @@ def test_ranks_that_share_an_error_wait_until_rank_0_has_saved(monkeypatch):
     settings = types.SimpleNamespace(save_every=None, eval_every=1)
     run = types.SimpleNamespace(step=1, evaluated=0)
     saver = types.SimpleNamespace(is_writing=lambda: False, wait=lambda: None, copy=lambda *_: order.append("copy"))
-    training = types.SimpleNamespace(
-        settings=settings,
-        compute=compute,
-        run=run,
-        saver=saver,
-        steps=9,
-        model=torch.nn.Linear(1, 1),
-        evaluate=evaluate,
-    )
-    due = DueWork(training, None, types.SimpleNamespace(bad=[]), lambda: False)
-    due.saved = 0
-    monkeypatch.setattr(DueWork, "_contents", lambda self: ())
+    state = fake_state(settings=settings, compute=compute, run=run, saver=saver, evaluate=evaluate)
+    state.step_saver.newest_step = 0
+    monkeypatch.setattr(StepSaver, "_contents", lambda self: ())
     with pytest.raises(SharedError, match="the bundle is gone; rank 0 saves step 1"):
-        due.evaluate_if_due()
+        base_train.evaluate_if_due(state)
     assert order == ["copy", ("barrier", True)]
 
 
 def test_samples_that_fail_end_no_run(train, monkeypatch, capsys):
-    """Red when _sample() lets the error pass."""
+    """Red when sample_if_due() lets the error pass."""
 
     def broken(*_):
         raise RuntimeError("probability tensor contains either inf, nan or element < 0")
@@ -243,8 +245,8 @@ class Writer:
         self.saved.append(step)
 
 
-def test_a_save_that_is_due_while_one_is_written_is_put_off_but_not_the_last(monkeypatch, capsys):
-    """Red when save_if_due() saves though rank 0 is busy, waits each time, or puts off the end.
+def test_a_save_that_is_due_while_one_is_written_is_postponed_but_not_the_last(monkeypatch, capsys):
+    """Red when save_if_due() saves though rank 0 is busy, waits each time, or postpones the end.
 
     The others wait for the last one in the group that waits for hours.
     """
@@ -254,12 +256,8 @@ def test_a_save_that_is_due_while_one_is_written_is_put_off_but_not_the_last(mon
         world_size=2, rank=0, any_rank=lambda flag: flag, barrier=lambda patient=False: barriers.append(patient)
     )
     run = types.SimpleNamespace(step=0, evaluated=0)
-    training = types.SimpleNamespace(
-        settings=settings, compute=compute, run=run, saver=saver, steps=9, model=torch.nn.Linear(1, 1)
-    )
-    guard = types.SimpleNamespace(bad=[])
-    due = DueWork(training, None, guard, lambda: False)
-    monkeypatch.setattr(DueWork, "_contents", lambda self: (self.run.step,))
+    state = fake_state(settings=settings, compute=compute, run=run, saver=saver)
+    monkeypatch.setattr(StepSaver, "_contents", lambda self: (self.state.run.step,))
     for step, busy in [
         (1, False),
         (2, False),
@@ -272,15 +270,15 @@ def test_a_save_that_is_due_while_one_is_written_is_put_off_but_not_the_last(mon
         (9, True),
     ]:
         run.step, saver.busy = step, busy
-        due.save_if_due(ending=step == 9)
+        base_train.save_if_due(state, ending=step == 9)
     assert saver.saved == [2, 7, 9]  # 4 was due, and followed when the disk was done; 8 is covered by the end
     assert saver.patience == [10.0, 10.0, 0.0, 0.0, 0.0, 10.0]
     assert (barriers, saver.waits) == ([True], 1)
     assert capsys.readouterr().out.count("the save before is still being written") == 2
-    training.model.weight.data.fill_(float("nan"))
-    run.step, due.saved = 9, 8
+    state.model.weight.data.fill_(float("nan"))
+    run.step, state.step_saver.newest_step = 9, 8
     with pytest.raises(NonFiniteWeights):
-        due.save_if_due(ending=True)
+        base_train.save_if_due(state, ending=True)
 
 
 SLOW = """
@@ -320,41 +318,36 @@ def test_a_save_slower_than_the_ranks_patience_ends_no_run(train, base, corpus, 
 @pytest.mark.parametrize(
     ("world_size", "weights", "words"),
     [
-        (2, 1.0, "the newest step on the disk is 4: --resume goes on from there"),
+        (2, 1.0, "the newest step on the disk is 4: --resume continues from there"),
         (1, float("nan"), "the weights of step 5 are not finite and were not saved"),
     ],
 )
-def test_what_an_error_costs_is_said(monkeypatch, world_size, weights, words):
-    """Without a copy, ranks that no longer answer cannot give theirs. Red when _rescue() says nothing."""
+def test_an_error_says_which_step_it_leaves_on_the_disk(world_size, weights, words):
+    """Without a copy, ranks that no longer answer cannot give theirs. Red when save_before_error() says nothing."""
     model = torch.nn.Linear(1, 1)
     model.weight.data.fill_(weights)
-    training = types.SimpleNamespace(
-        settings=None,
-        compute=types.SimpleNamespace(world_size=world_size, rank=0),
-        model=model,
-        saver=Writer(),
-        run=types.SimpleNamespace(step=4, evaluated=4),
-    )
-    training.saver.copied_step = None
-    due = DueWork(training, None, None, lambda: False)
-    training.run.step = 5
-    assert due._rescue() == words
+    compute = types.SimpleNamespace(world_size=world_size, rank=0)
+    state = fake_state(compute=compute, model=model, saver=Writer(), run=types.SimpleNamespace(step=4, evaluated=4))
+    state.saver.copied_step = None
+    state.run.step = 5
+    with pytest.raises(UserError, match=f"^the data is gone; {words}$"):
+        state.step_saver.save_before_error(UserError("the data is gone."))
 
 
 def test_ranks_with_other_weights_do_not_begin(tmp_path, monkeypatch):
     """A damaged copy on one node. Red when the checksum is not compared, or only where there is one rank."""
     seen = []
-    monkeypatch.setattr(due_work, "agree_before_first_step", lambda compute, facts: seen.append(facts["weights"]))
-    monkeypatch.setattr(due_work, "tag_dir", lambda settings: tmp_path)
+    monkeypatch.setattr(step_saver, "agree_before_first_step", lambda compute, facts: seen.append(facts["weights"]))
+    monkeypatch.setattr(step_saver, "tag_dir", lambda settings: tmp_path)
     for world_size in (1, 2):
-        training = types.SimpleNamespace(
+        state = types.SimpleNamespace(
             compute=types.SimpleNamespace(world_size=world_size, rank=0, gather=lambda value: [value]),
             settings=None,
             trained=lambda: [("w", torch.ones(3))],
-            facts={},
+            metadata={},
             run=types.SimpleNamespace(step=0),
             steps=9,
         )
-        monkeypatch.setattr(due_work, "evaluated_after_save", lambda folder, run: {})
-        assert due_work.agree_where_run_is(training) is False
-    assert seen[0] is None and seen[1] == due_work.weights_checksum([("w", torch.ones(3))])
+        monkeypatch.setattr(step_saver, "evaluated_after_save", lambda folder, run: {})
+        assert step_saver.agree_where_run_is(state) is False
+    assert seen[0] is None and seen[1] == step_saver.weights_checksum([("w", torch.ones(3))])
