@@ -1,4 +1,4 @@
-"""The wizard: ask what a person decides, show what the run will cost, write config.py.
+"""The wizard: ask the settings that a person decides, show what the run will cost, write config.py.
 
 python -m scripts.configure [--stage base|adapters] [--output config.py] [--preset NAME] [--defaults]
                             [--set key=value ...] [--force]
@@ -54,7 +54,7 @@ KEEP = "keep"
 
 @dataclass
 class Dialogue:
-    """What has been decided so far: the start (a preset, or an existing config) and the answers laid over it."""
+    """What has been decided so far: the start (a preset, or an existing config) and the answers that override it."""
 
     hardware: Hardware
     start: RunSettings
@@ -88,17 +88,17 @@ class Dialogue:
 
 def main(argv: list[str] | None = None) -> RunSettings | None:
     """Run the wizard; returns the settings written (or found unchanged on disk), None when the user declined."""
-    args = _arguments(argv)
+    args = _parse_arguments(argv)
     path = Path(os.path.realpath(args.output))  # write through a link instead of replacing it
     _check_writable(path, args.output)
     kind = STAGES[args.stage]
     chosen = {name: parse_value(name, text, kind) for name, text in args.set.items()}
-    existing = _existing(path, kind) if args.preset is None else None
+    existing = _read_existing(path, kind) if args.preset is None else None
     hardware = find_hardware(chosen.get("device_type"))
     suggest = adapter_hardware_preset if kind is AdapterSettings else hardware_preset
     own = suggest(hardware.device_type, hardware.count)
     first = KEEP if existing is not None else args.preset or own
-    dialogue = Dialogue(hardware, _start(kind, first, existing, chosen), first, {})
+    dialogue = Dialogue(hardware, _make_start(kind, first, existing, chosen), first, {})
     try:
         if not args.defaults:
             say(f"nanochat wizard. {hardware.name}: preset {own}. Enter keeps [the default], ? explains, < goes back.")
@@ -106,11 +106,13 @@ def main(argv: list[str] | None = None) -> RunSettings | None:
             if not consent:
                 say("nothing was written")
                 return None
-        settings = validate(_settled(dialogue.settings))
-        for name in _tying(kind):
+        settings = validate(_reset_unused(dialogue.settings))
+        for name in _list_tying(kind):
             if (given := getattr(dialogue.settings, name)) != getattr(settings, name):
                 reason = dialogue.settings.no_effect_reason(name)
-                say(f"note: {reason}: written as {_plain(getattr(settings, name))}, not {_plain(given)}")
+                say(
+                    f"note: {reason}: written as {_format_answer(getattr(settings, name))}, not {_format_answer(given)}"
+                )
         if args.defaults:
             _show(settings, dialogue.used_hardware())
         return _write(settings, path, args, dialogue.used_hardware())
@@ -124,14 +126,14 @@ def main(argv: list[str] | None = None) -> RunSettings | None:
         raise
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.configure", description="Write config.py in a dialogue.", allow_abbrev=False
     )
     parser.add_argument("--output", default="config.py", help="file to write (default config.py)")
     parser.add_argument("--stage", default="base", help=f"what to train: {' or '.join(STAGES)} (default base)")
-    told = ", or ".join(f"{', '.join(kind.presets())} (stage {stage})" for stage, kind in STAGES.items())
-    parser.add_argument("--preset", help=f"start from {told} and do not ask which")
+    presets = ", or ".join(f"{', '.join(kind.presets())} (stage {stage})" for stage, kind in STAGES.items())
+    parser.add_argument("--preset", help=f"start from {presets} and do not ask which")
     parser.add_argument("--defaults", action="store_true", help="ask nothing")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="start from this value")
     parser.add_argument("--force", action="store_true", help="with --defaults: overwrite an existing file")
@@ -161,7 +163,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _existing(path: Path, kind: type[RunSettings]) -> dict | None:
+def _read_existing(path: Path, kind: type[RunSettings]) -> dict | None:
     """The values of the file that would be overwritten, or None without one."""
     if not os.path.exists(path):
         return None
@@ -189,20 +191,20 @@ def _check_writable(path: Path, given: str) -> None:
         raise UserError(f"--output {given!r} cannot be written: {folder} is not a writable folder")
 
 
-def _start(kind: type[RunSettings], name: str, existing: dict | None, chosen: dict) -> RunSettings:
-    """Settings before the first answer: the existing config or a preset, with --set on top."""
+def _make_start(kind: type[RunSettings], name: str, existing: dict | None, chosen: dict) -> RunSettings:
+    """The settings before the first answer: the existing config or a preset, overridden by --set."""
     base = kind(**existing) if name == KEEP else preset(name, kind)
     return replace(base, **chosen)
 
 
-def _tying(kind: type[RunSettings]) -> tuple[str, ...]:
+def _list_tying(kind: type[RunSettings]) -> tuple[str, ...]:
     return TYING if kind is Settings else ()
 
 
-def _settled(settings: RunSettings) -> RunSettings:
-    """Without effect means written with the default: the tying settings that the others switch off."""
+def _reset_unused(settings: RunSettings) -> RunSettings:
+    """Tying settings that have no effect under the others are written with their defaults."""
     kind = type(settings)
-    off = {name: fields_of(kind)[name].default for name in _tying(kind) if settings.no_effect_reason(name)}
+    off = {name: fields_of(kind)[name].default for name in _list_tying(kind) if settings.no_effect_reason(name)}
     return replace(settings, **off)
 
 
@@ -226,52 +228,49 @@ def listen(prompt: str) -> str:
 
 
 def _ask_everything(dialogue: Dialogue, existing: dict | None, chosen: dict, ask_preset: bool, output: str) -> bool:
-    """All questions in order, the table, the consent. `visited` is the way back. True: write it."""
-    position, visited, group_shown = (-1 if ask_preset else 0), [], None
+    """Ask all questions in order, then for consent; True: write the file. `visited` is the way back."""
     questions, groups = dialogue.questions, dialogue.kind.groups
+    position, visited, group_shown = (-1 if ask_preset else 0), [], None
+
     while True:
-        if position == -1:
-            _ask_preset(dialogue, existing, chosen)
-            position = 0
-            visited.append(-1)
-            continue
-        while position < len(questions) and dialogue.settings.no_effect_reason(questions[position][1]):
+        while 0 <= position < len(questions) and dialogue.settings.no_effect_reason(questions[position][1]):
             position += 1
-        if position < len(questions):
+
+        if position == -1:
+            answered = True
+            _ask_preset(dialogue, existing, chosen)
+        elif position < len(questions):
             group, name = questions[position]
             if group != group_shown:
                 say(f"\n[{groups.index(group) + 1}/{len(groups)}] {group}")
                 group_shown = group
-            if _ask(dialogue, name, position):
-                visited.append(position)
-                position += 1
-                continue
+            answered = _ask(dialogue, name, position)
+        elif (problem := _find_problem(dialogue.settings)) is not None:  # an answer made an earlier one illegal
+            position = _find_question(dialogue, problem)
+            visited = [p for p in visited if p < position]
+            continue
         else:
-            problem = _problem(dialogue.settings)
-            if problem is not None:  # what an answer made illegal further back
-                say(f"  {problem}")
-                names = [name for _, name in questions]
-                if problem.name not in names or dialogue.settings.no_effect_reason(problem.name):
-                    raise UserError(str(problem))
-                position = names.index(problem.name)
-                visited = [p for p in visited if p < position]
-                continue
-            settings = _settled(dialogue.settings)
-            asked = {
-                name for _, name in questions if not dialogue.settings.no_effect_reason(name)
-            }  # some in another group
-            also = [n for g in groups for n in names_of(g, dialogue.kind) if n not in asked]
-            say(f"\nalso in the file, with their values: {', '.join(also)}\n")
-            hardware = dialogue.used_hardware()
-            _show(settings, hardware)
-            answer = _consent(settings, hardware, output)
+            answer = _ask_consent(dialogue, output)
             if answer != BACK:
                 return answer == "yes"
-        if visited:
-            position = visited.pop()
-            group_shown = None
+            answered = False
+
+        if answered:
+            visited.append(position)
+            position += 1
+        elif visited:
+            position, group_shown = visited.pop(), None
         else:
             say("  this is the first question")
+
+
+def _find_question(dialogue: Dialogue, problem: IllegalCombination) -> int:
+    """The position of the question that can mend a problem, which is printed; UserError where none can."""
+    say(f"  {problem}")
+    names = [name for _, name in dialogue.questions]
+    if problem.name not in names or dialogue.settings.no_effect_reason(problem.name):
+        raise UserError(str(problem))
+    return names.index(problem.name)
 
 
 def _ask_preset(dialogue: Dialogue, existing: dict | None, chosen: dict) -> None:
@@ -289,8 +288,8 @@ def _ask_preset(dialogue: Dialogue, existing: dict | None, chosen: dict) -> None
         else:
             if answer != dialogue.preset_name:
                 if dialogue.answers:
-                    say("another preset: the answers so far are forgotten", "  ")
-                dialogue.start, dialogue.preset_name = _start(dialogue.kind, answer, existing, chosen), answer
+                    say("another preset: the answers so far are discarded", "  ")
+                dialogue.start, dialogue.preset_name = _make_start(dialogue.kind, answer, existing, chosen), answer
                 dialogue.answers = {}
             return
 
@@ -302,24 +301,24 @@ def _ask(dialogue: Dialogue, name: str, position: int) -> bool:
     wording = fields_of(dialogue.kind)[name].metadata["ask"]
     question = name if wording is True else wording
     say()
-    say(_why(dialogue.settings, name))
+    say(_explain(dialogue.settings, name))
     while True:
-        answer = listen(f"{question} [{_plain(default)}]: ")
+        answer = listen(f"{question} [{_format_answer(default)}]: ")
         if answer == BACK:
             return False
         if answer == HELP:
-            say(_help(name, dialogue.kind), "  ")
+            say(_describe(name, dialogue.kind), "  ")
             continue
         try:
             value = parse_value(name, answer, dialogue.kind) if answer else default
             if answer or name == "device_type":
-                _check_here(name, value, dialogue.kind)
+                _check_on_this_machine(name, value, dialogue.kind)
         except UserError as error:
             say(str(error), "  ")
             continue
-        old, problem = _problem(dialogue.settings), _problem(replace(dialogue.settings, **{name: value}))
-        # A question still to come can mend it, and is asked again then; what this answer breaks is refused here, and
-        # what was broken before it, by --set or a file, is for the end.
+        old, problem = _find_problem(dialogue.settings), _find_problem(replace(dialogue.settings, **{name: value}))
+        # Refuse what this answer breaks, unless a later question can mend it. What --set or a file broke before it
+        # waits for the end.
         if problem is None or problem.name in later or (old is not None and old.name == problem.name != name):
             if value != getattr(dialogue.start, name):
                 dialogue.answers[name] = value
@@ -331,9 +330,9 @@ def _ask(dialogue: Dialogue, name: str, position: int) -> bool:
             default = problem.nearest
 
 
-def _why(settings: RunSettings, name: str) -> str:
-    """The line above a question; what tying saves is computed for this vocabulary and width."""
-    problem = _problem(settings)  # no model can be made of a wrong pattern, which may still be mended
+def _explain(settings: RunSettings, name: str) -> str:
+    """The line above a question; for tie_weights, the parameters that it saves at this vocabulary and width."""
+    problem = _find_problem(settings)  # no model can be made of a wrong pattern, which may still be mended
     if name == "tie_weights" and (problem is None or problem.name != "window_pattern"):
         return f"one matrix for the embedding and the logits {tying_saves(settings)}"
     data = fields_of(type(settings))[name].metadata
@@ -341,7 +340,7 @@ def _why(settings: RunSettings, name: str) -> str:
     return data["help"] + (f" ({', '.join(choices)})" if choices else "")
 
 
-def _problem(settings: RunSettings) -> IllegalCombination | None:
+def _find_problem(settings: RunSettings) -> IllegalCombination | None:
     try:
         validate(settings)
     except IllegalCombination as problem:
@@ -349,8 +348,8 @@ def _problem(settings: RunSettings) -> IllegalCombination | None:
     return None
 
 
-def _check_here(name: str, value, kind: type[RunSettings]) -> None:
-    """What only this machine can tell about a typed value."""
+def _check_on_this_machine(name: str, value, kind: type[RunSettings]) -> None:
+    """UserError for an answer that this machine cannot serve: an absent device, file, folder or source."""
     if name == "device_type":
         pick_device_type(value)
     if name in ("data", "text_data", "check_text") and value is not None and not value.startswith("hf:"):
@@ -366,7 +365,7 @@ def _check_here(name: str, value, kind: type[RunSettings]) -> None:
             raise UserError(f"{name}={shown(value)} is neither a folder here nor a hub name, such as facebook/name")
 
 
-def _help(name: str, kind: type[RunSettings]) -> str:
+def _describe(name: str, kind: type[RunSettings]) -> str:
     declared, lines = fields_of(kind)[name], [describe_setting(name, kind)]
     limits = [("ge", "at least"), ("gt", "more than"), ("le", "at most")]
     data = declared.metadata
@@ -376,7 +375,7 @@ def _help(name: str, kind: type[RunSettings]) -> str:
     return "\n".join(lines)
 
 
-def _plain(value) -> str:
+def _format_answer(value) -> str:
     """A value as a person would type it."""
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
@@ -393,29 +392,40 @@ def _show(settings: RunSettings, hardware: Hardware, flops: float | None = None)
     print("\n".join(lines), flush=True)
 
 
-def _consent(settings: RunSettings, hardware: Hardware, output: str) -> str:
-    """'yes', 'no' or '<'."""
+def _ask_consent(dialogue: Dialogue, output: str) -> str:
+    """Show what else the file will hold and what the run will cost; 'yes', 'no' or '<'."""
+    settings, hardware = _reset_unused(dialogue.settings), dialogue.used_hardware()
+    asked = {name for _, name in dialogue.questions if not dialogue.settings.no_effect_reason(name)}
+    also = [name for group in dialogue.kind.groups for name in names_of(group, dialogue.kind) if name not in asked]
+    say(f"\nalso in the file, with their values: {', '.join(also)}\n")
+    _show(settings, hardware)
+
     if isinstance(settings, AdapterSettings):
         say()  # real steps would need the host: nothing is measured
     elif not _fits(settings, hardware):
         say("\n(too little memory here for real steps: the speed is not measured)")
     else:
         say()
-        answer = _yes_no("measure the speed with a few real steps, about 10 seconds?", default=False)
+        answer = _ask_yes_no("measure the speed with a few real steps, about 10 seconds?", default=False)
         if answer == BACK:
             return BACK
         if answer == "yes":
-            try:
-                _show(settings, hardware, measure(settings, hardware))
-            except torch.OutOfMemoryError:
-                say("(not measured: the device ran out of memory; a lower device_batch_size needs less)")
-            say()
+            _show_measured(settings, hardware)
+
     path = Path(os.path.realpath(output))
     if not path.exists():
-        return _yes_no(f"write {output}?", default=True)
+        return _ask_yes_no(f"write {output}?", default=True)
     if path.read_bytes() == render_config(settings).encode():
         return "yes"  # nothing would change, so there is nothing to agree to
-    return _yes_no(f"{output} exists and would change. overwrite it?", default=False)
+    return _ask_yes_no(f"{output} exists and would change. overwrite it?", default=False)
+
+
+def _show_measured(settings: Settings, hardware: Hardware) -> None:
+    try:
+        _show(settings, hardware, measure(settings, hardware))
+    except torch.OutOfMemoryError:
+        say("(not measured: the device ran out of memory; a lower device_batch_size needs less)")
+    say()
 
 
 def _fits(settings: Settings, hardware: Hardware) -> bool:
@@ -423,9 +433,9 @@ def _fits(settings: Settings, hardware: Hardware) -> bool:
     return hardware.memory is None or measure_bytes(settings, hardware) < 0.9 * hardware.memory
 
 
-def _yes_no(question: str, default: bool) -> str:
+def _ask_yes_no(question: str, default: bool) -> str:
     while True:
-        answer = listen(f"{question} [{_plain(default)}]: ").lower() or _plain(default)
+        answer = listen(f"{question} [{_format_answer(default)}]: ").lower() or _format_answer(default)
         if answer == BACK or answer in ("yes", "no"):
             return answer
         if answer in ("y", "n"):

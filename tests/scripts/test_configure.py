@@ -307,7 +307,7 @@ def test_back_passes_over_questions_that_were_not_asked():
 
 def test_another_preset_forgets_the_answers():
     run = wizard({"preset": ["cpu", "gpu1"], "model_tag": ["tag", "<", ""], "device_type": ["<"]})
-    assert "the answers so far are forgotten" in run.text
+    assert "the answers so far are discarded" in run.text
     assert run.result == preset("gpu1")
 
 
