@@ -6,7 +6,7 @@ import re
 import typing
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.config.config_file import (
@@ -61,6 +61,7 @@ def value_of(name: str, kind: type[RunSettings]) -> st.SearchStrategy:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=30)  # of some seventy values each
 @given(st.data())
 def test_what_is_written_reads_back_exactly(tmp_path_factory, kind, data):
     """Red when render_config leaves a setting out, or writes a string without escapes."""

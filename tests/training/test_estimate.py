@@ -184,17 +184,17 @@ def test_windows_save_the_memory_that_is_predicted():
 
 def saved_activations(dtype, depth, heads, kv, length, modern, pattern="L") -> tuple[Settings, int]:
     """The settings, and the bytes that torch keeps between forward and backward, the loss head's left out."""
-    name = str(dtype).removeprefix("torch.")
+    tokens, name = max(256, length), str(dtype).removeprefix("torch.")
     s = Settings(
         depth=depth,
-        head_dim=64,
-        model_dim=64 * heads,
+        head_dim=32,
+        model_dim=32 * heads,
         n_kv_head=kv,
         max_seq_len=length,
         dtype=name,
         vocab_size=500,
-        total_batch_size=1024,
-        device_batch_size=1024,
+        total_batch_size=tokens,
+        device_batch_size=tokens,
         tie_weights=True,
         value_embeddings=modern,
         smear=modern,
@@ -215,10 +215,10 @@ def saved_activations(dtype, depth, heads, kv, length, modern, pattern="L") -> t
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ids = torch.zeros(1024 // length, length, dtype=torch.long)
+    ids = torch.zeros(tokens // length, length, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(ids, ids)  # the graph keeps the storages alive, so that no address is used twice
-    head = 4 * 500 * s.n_embd + dtype.itemsize * 1024 * s.n_embd
+    head = 4 * 500 * s.n_embd + dtype.itemsize * tokens * s.n_embd
     assert loss.isfinite()
     return s, sum(saved.values()) - head
 
