@@ -3,15 +3,15 @@
 python -m scripts.base_eval [--model-tag d4-tied] [--step 600] [--eval core,bpb,audio,offline,sample]
 torchrun --nproc_per_node=8 -m scripts.base_eval --eval core,bpb
 
-Prints a table and writes base_dir()/base_eval/<tag>_<step>.json and .csv, or those of --out, after each part. Results
-of other parts for the same weights and data, written there before, are kept. With --data the file's name ends in the
-first digits of that fingerprint.
+Prints tables and writes base_dir()/base_eval/<tag>_<step>.json and .csv, or those of --out, after each part. Earlier
+results of other parts for the same weights and data are kept. With --data the file's name ends in the first digits of
+that fingerprint.
 """
 
 import argparse
 import dataclasses
 import logging
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from nanochat.checkpoint_manager import (
     model_file_hash,
     step_path,
 )
-from nanochat.config.command_line import Parser
+from nanochat.config.command_line import Parser, number
 from nanochat.config.settings import Settings
 from nanochat.data.dataset import Dataset
 from nanochat.data.tokenizer import Tokenizer
@@ -68,24 +68,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; underscores in flags count as dashes. UserError for anything unknown or out of range."""
     parser = Parser("scripts.base_eval", __doc__)
     parser.add_argument("--model-tag", help="folder under base_checkpoints, or a path with a slash (default: newest)")
-    parser.add_argument("--step", type=_whole(0), help="step to evaluate (default: the newest whole one)")
+    parser.add_argument("--step", type=number(int, 0), help="step to evaluate (default: the newest complete one)")
     parser.add_argument(
         "--eval",
         type=_parts,
         help="comma-separated: core, bpb, audio, offline, sample (default: all but core on a CPU, all but offline on a "
         "GPU; audio only where the data holds sounds)",
     )
-    parser.add_argument("--max-per-task", type=_whole(1), help="items per task of a suite, and sounds (default: all)")
+    parser.add_argument("--max-per-task", type=number(int, 1), help="items per suite task, and sounds (default: all)")
     parser.add_argument(
         "--bundle", help="folder of the CORE bundle (default: eval_bundle in the base folder, or download)"
     )
-    parser.add_argument("--device-batch-size", type=_whole(1), help="rows of one forward (default: as trained)")
+    parser.add_argument("--device-batch-size", type=number(int, 1), help="rows of one forward (default: as trained)")
     parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")
     parser.add_argument(
         "--out", type=Path, help="folder for the results, or a .json file (default: base_eval in the base folder)"
     )
     parser.add_argument("--data", help="another data source than the model was trained on")
-    parser.add_argument("--data-limit", type=_whole(1), help="of --data: use at most so many documents or shards")
+    parser.add_argument("--data-limit", type=number(int, 1), help="of --data: largest number of documents or shards")
     parser.add_argument("--data-column", help="of --data: column that holds the text (default: text)")
     parser.add_argument("--data-split", help="of --data: split of a hub dataset (default: train)")
     parser.add_argument("--data-config", help="of --data: configuration name of a hub dataset")
@@ -97,15 +97,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _whole(least: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return int(text)
-
-    return convert
-
-
 def _parts(text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names or [text]:
@@ -115,11 +106,21 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# what belongs to a checkpoint
+# the data of an evaluation
 
 
-def said_data_settings(settings: Settings) -> dict:
-    """Which data was read, and those settings of how that had an effect."""
+def choose_data(args: argparse.Namespace, settings: Settings, codec: Path | None) -> Settings:
+    """The settings with the data of --data in place of the training's; codec: the model's, which other sounds take."""
+    if not args.data:
+        return settings
+    settings = with_other_data(settings, args.data, **{name: getattr(args, name) for name in DATA_FLAGS})
+    if not holds_sounds(args.data):
+        return dataclasses.replace(settings, modalities=None)
+    return dataclasses.replace(settings, codec=str(codec)) if codec else settings
+
+
+def effective_data_settings(settings: Settings) -> dict:
+    """The data that was read, and the settings of reading it that had an effect."""
     return {name: getattr(settings, name) for name in ("data", *DATA_FLAGS) if settings.no_effect_reason(name) is None}
 
 
@@ -128,20 +129,20 @@ def said_data_settings(settings: Settings) -> dict:
 
 
 class Results:
-    """What was measured, on disk after every part: no later part, and no disk, costs what is computed already.
+    """Results, written after every part, so that neither a later part nor a full disk loses what is computed already.
 
-    found: all of it. error: why it could not be written, None when it was.
+    found: all of them. error: why they could not be written, None if they were.
     """
 
     def __init__(self, rank: int):
         self.rank, self.found, self.path, self.error = rank, {}, None, None
 
-    def open(self, path: Path, facts: dict) -> None:
-        """path: the .json to write. facts: what the figures belong to."""
-        self.path, self.found = path, facts
+    def open(self, path: Path, origin: dict) -> None:
+        """path: the .json to write. origin: the checkpoint and data that the figures belong to."""
+        self.path, self.found = path, origin
 
     def add(self, **parts) -> None:
-        """Take parts that are done, and write them from rank 0; a failing disk is noted, since more is to come."""
+        """Add parts and write them from rank 0; an error of the disk is only recorded, since more parts may follow."""
         self.found |= parts
         if self.rank == 0:
             try:
@@ -151,7 +152,7 @@ class Results:
                 self.error = error
 
     def show(self) -> None:
-        """Print, on rank 0, what there is: after a failure too."""
+        """Print the results on rank 0, after a failure too."""
         if self.rank != 0 or not set(self.found) & {"bpb", "audio", "core", "offline", "samples"}:
             return
         report(self.found)
@@ -160,7 +161,7 @@ class Results:
 
 
 def results_path(args: argparse.Namespace, tag: str, step: int, fingerprint: dict | None) -> Path:
-    """The .json of the results: --out itself when it is one, else a name of its own there or in the base folder."""
+    """The .json of the results: --out itself if it is one, else a file there or in the base folder."""
     if args.out is not None and args.out.suffix == ".json":
         return args.out
     other = f"_{fingerprint['sha256'][:8]}" if args.data and fingerprint else ""
@@ -177,11 +178,10 @@ def main(argv: list[str] | None = None) -> dict:
     device_type = pick_device_type(args.device_type)
     parts = args.eval or tuple(part for part in PARTS if part != ("offline" if device_type == "cuda" else "core"))
     checkpoint_dir, step = find_checkpoint(args.model_tag, args.step)
-    # As good as the file that will be written: its name is known only with the data.
-    if args.out is None:
-        check_output(results_path(args, checkpoint_dir.name, step, None), way_out="give --out FOLDER")
-    else:
-        check_output(results_path(args, checkpoint_dir.name, step, None), "--out")
+    # The name of the file is known only with the data; one in the same folder serves the check.
+    flag = None if args.out is None else "--out"
+    check_output(results_path(args, checkpoint_dir.name, step, None), flag, way_out="give --out FOLDER")
+
     compute = init_compute(args.device_type, None, seed=42)
     logger.info(f"evaluating {step_path(checkpoint_dir, step)} on {device_name(compute)}: {', '.join(parts)}")
     results = Results(compute.rank)
@@ -204,7 +204,7 @@ def evaluate(
     compute: Compute,
     results: Results,
 ) -> None:
-    """The parts, one after the other, into results; see main. A CORE without a bundle becomes OFFLINE."""
+    """Measure the parts one after the other into results. A CORE without a bundle becomes OFFLINE."""
     bundle = None
     if "core" in parts:
         bundle = from_rank0(lambda: find_bundle(args.bundle), compute.rank, compute.world_size, compute.device)
@@ -214,23 +214,13 @@ def evaluate(
     where = step_path(checkpoint_dir, step)
     if tokenizer is None and "upstream" in metadata:
         raise UserError(f"{where} has no tokenizer, without which no text can be scored: put tokenizer.pkl beside it")
-    settings = settings_of(metadata)
+    settings = choose_data(args, settings_of(metadata), metadata.get("codec") and where / "codec")
     trained_on = metadata.get("data_fingerprint")
     model.compute_dtype = pick_dtype(settings.dtype, compute.device_type)
-    if args.data:
-        settings = with_other_data(settings, args.data, **{name: getattr(args, name) for name in DATA_FLAGS})
-        if not holds_sounds(args.data):
-            settings = dataclasses.replace(settings, modalities=None)
-        elif metadata.get("codec"):  # codes mean what they meant in the training
-            settings = dataclasses.replace(settings, codec=str(where / "codec"))
-
-    def open_data() -> Dataset:
-        if args.data:
-            return prepare_for(settings)
-        return open_trained_data(settings, trained_on)
 
     dataset = None
     if tokenizer is None or set(parts) - {"core"}:
+        open_data = partial(prepare_for, settings) if args.data else partial(open_trained_data, settings, trained_on)
         dataset = rank0_first(compute, open_data)
         check_codec(dataset, metadata, where)
         warn_of_other_data(dataset, trained_on)
@@ -243,16 +233,16 @@ def evaluate(
 
     if (found := find_non_finite(model.state_dict())) is not None:
         logger.warning(f"{found}: no figure of this model means anything")
-    facts = {
+    origin = {
         "model_tag": checkpoint_dir.name,
         "step": step,
         "weights_hash": weights_hash(model.state_dict()),
         "model_file_sha256": model_file_hash(checkpoint_dir, step),
         **({"era": metadata["upstream"]["era"]} if "upstream" in metadata else {}),
         "data_fingerprint": dataset.fingerprint if dataset else trained_on,
-        **({"data_settings": said_data_settings(settings)} if args.data and dataset else {}),
+        **({"data_settings": effective_data_settings(settings)} if args.data and dataset else {}),
     }
-    results.open(results_path(args, checkpoint_dir.name, step, facts["data_fingerprint"]), facts)
+    results.open(results_path(args, checkpoint_dir.name, step, origin["data_fingerprint"]), origin)
     measure(args, parts, settings, bundle, model, tokenizer, dataset, compute, results)
 
 
@@ -267,7 +257,7 @@ def measure(
     compute: Compute,
     results: Results,
 ) -> None:
-    """Each part that was asked for, into results as soon as it is done."""
+    """Add each requested part to results as soon as it is done."""
     rows = args.device_batch_size or min(settings.device_batch_size, max(1, settings.rows))
     options = dict(
         max_per_task=args.max_per_task,
@@ -275,21 +265,23 @@ def measure(
         rank=compute.rank,
         world_size=compute.world_size,
     )
+
     if "bpb" in parts:
         results.add(bpb=evaluate_bpb(model, tokenizer, dataset, settings, rows, compute))
     if "audio" in parts and dataset.codec is not None:
-        shape = dict(rows=rows, rank=compute.rank, world_size=compute.world_size)
+        kwargs = dict(rows=rows, max_clips=args.max_per_task, rank=compute.rank, world_size=compute.world_size)
         try:
-            results.add(audio=evaluate_audio(model, tokenizer, dataset, max_clips=args.max_per_task, **shape))
+            results.add(audio=evaluate_audio(model, tokenizer, dataset, **kwargs))
         except UserError as error:  # too few sounds, on all ranks alike: the other parts have their results
-            logger.info(f"audio left out: {error}")
+            logger.info(f"audio skipped: {error}")
     elif "audio" in (args.eval or ()):
-        logger.info(f"audio left out: {dataset.name} holds no sounds")
+        logger.info(f"audio skipped: {dataset.name} holds no sounds")
     if bundle is not None:
         results.add(core=evaluate_core(model, tokenizer, bundle, **options))
     if "offline" in parts:
         results.add(offline=evaluate_offline(model, tokenizer, dataset, **options))
-    # From here on nothing is shared: only rank 0 works.
+
+    # The other ranks have no part in what follows.
     if compute.rank == 0:
         if "bpb" in parts:
             results.add(bpb=results.found["bpb"] | compressor_baselines(dataset))

@@ -1,7 +1,7 @@
-"""The CORE bundle: its tasks, how they lie on disk, where to find them and how to download them safely.
+"""The CORE bundle: its tasks, their files, and a safe download.
 
 A bundle is a folder with core.yaml (icl_tasks: label, icl_task_type, dataset_uri, num_fewshot, continuation_delimiter),
-eval_meta_data.csv ("Eval Task", "Random baseline" in percent) and eval_data/<dataset_uri>, one JSON object a line.
+eval_meta_data.csv ("Eval Task", "Random baseline" in percent) and eval_data/<dataset_uri>, one JSON object per line.
 """
 
 import csv
@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,19 +120,21 @@ def read_items(path: Path, kind: str) -> list[dict]:
             continue
         try:
             item = json.loads(line)
-            problem = None if isinstance(item, dict) else "not an object"
+            reason = find_rejection_reason(item, kind)
         except (ValueError, RecursionError) as error:
-            problem = str(error)
-        if problem := problem or _problem(item, kind):
-            raise UserError(f"{path}, line {number}: not a {kind} item: {problem}")
+            reason = str(error)
+        if reason:
+            raise UserError(f"{path}, line {number}: not a {kind} item: {reason}")
         items.append(item)
     if not items:
         raise UserError(f"{path} holds no item")
     return items
 
 
-def _problem(item: dict, kind: str) -> str | None:
-    """What keeps an object from being an item of this kind, or None."""
+def find_rejection_reason(item: object, kind: str) -> str | None:
+    """Why a JSON value is no item of this kind, or None."""
+    if not isinstance(item, dict):
+        return "not an object"
     for key in KEYS[kind]:
         if key not in item:
             return f"no key {key!r}"
@@ -163,14 +166,14 @@ def find_bundle(path: str | Path | None = None, download: bool = True) -> Path |
 
     The download is tried once, for at most DOWNLOAD_SECONDS; the sizes and hashes of the zip and of its files are
     recorded in base_dir()/eval_bundle.json and verified whenever the bundle is used. NANOCHAT_EVAL_BUNDLE_URL names
-    another address. None when there is no bundle to be had: why is said in one line. UserError for a named folder
+    another address. None where no bundle can be had, after one line that says why. UserError for a named folder
     that is no bundle and for a bundle that changed since it was downloaded.
     """
     if path is not None:
         with path_errors_as_user_errors("--bundle", path):
             folder = Path(path).expanduser()
-            there = (folder / "core.yaml").is_file()
-        if not there:
+            exists = (folder / "core.yaml").is_file()
+        if not exists:
             raise UserError(f"--bundle {path}: no CORE bundle there (looked for {folder / 'core.yaml'})")
         return folder
     folder, record = base_dir() / "eval_bundle", base_dir() / "eval_bundle.json"
@@ -190,7 +193,7 @@ def find_bundle(path: str | Path | None = None, download: bool = True) -> Path |
 
 
 def _verify(folder: Path, record: Path) -> None:
-    """UserError when a recorded file is gone or changed. A folder without a record was put there by hand: trusted."""
+    """UserError when a recorded file is missing or changed. Without a record the user put the folder there."""
     for name, known in _recorded(record).get("files", {}).items():
         path = folder / name
         if not path.is_file() or [path.stat().st_size, sha256_of(path)] != known:
@@ -218,11 +221,11 @@ def _download(url: str, folder: Path, record: Path) -> None:
     with scratch_folder(base_dir() / "eval_bundle") as temporary:
         archive = temporary / "eval_bundle.zip"
         _fetch(url, archive)
-        facts = {"url": url, "size": archive.stat().st_size, "sha256": sha256_of(archive)}
+        download = {"url": url, "size": archive.stat().st_size, "sha256": sha256_of(archive)}
         known = _recorded(record)
-        if known.get("url") == url and known.get("sha256") != facts["sha256"]:
+        if known.get("url") == url and known.get("sha256") != download["sha256"]:
             raise _NotAvailable(
-                f"the download has sha256 {facts['sha256'][:16]}, {record} recorded {str(known.get('sha256'))[:16]}"
+                f"the download has sha256 {download['sha256'][:16]}, {record} recorded {str(known.get('sha256'))[:16]}"
             )
         _unpack(archive, temporary / "unpacked")
         found = sorted((temporary / "unpacked").rglob("core.yaml"), key=lambda p: (len(p.parts), p))
@@ -234,7 +237,7 @@ def _download(url: str, folder: Path, record: Path) -> None:
             for p in sorted(root.rglob("*"))
             if p.is_file()
         }
-        write_atomically(record, json.dumps({**facts, "files": files}, indent=1))
+        write_atomically(record, json.dumps({**download, "files": files}, indent=1))
         try:
             root.rename(folder)
         except OSError:
@@ -263,7 +266,7 @@ def _fetch(url: str, path: Path) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip that may be hostile: plain files inside folder only, no more bytes or files than allowed."""
+    """Unpack a zip that may be hostile: regular files inside folder only, no more bytes or files than allowed."""
     room = min(LARGEST_BUNDLE, LARGEST_RATIO * archive.stat().st_size)
     try:
         with open(archive, "rb") as file:  # zipfile would hold all entries in memory before it says how many there are
@@ -274,27 +277,25 @@ def _unpack(archive: Path, folder: Path) -> None:
             members = [m for m in bundle.infolist() if not m.is_dir()]
             if len(members) > MOST_FILES:
                 raise _NotAvailable(f"the zip holds {len(members)} files: more than {MOST_FILES}")
-            for member in members:
-                target = folder / member.filename
-                if not _is_safe(member):
-                    raise _NotAvailable(f"the zip holds an unsafe name: {shown(member.filename)}")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with bundle.open(member) as source, open(target, "xb") as file:
-                    while block := source.read(2**20):  # counted while unpacking: headers can lie
-                        room -= len(block)
-                        if room < 0:
-                            most = f"{LARGEST_BUNDLE / 2**30:g} GB or {LARGEST_RATIO} times its size"
-                            raise _NotAvailable(f"the zip unpacks to more than {most}")
-                        file.write(block)
-    except (FileExistsError, NotADirectoryError) as error:
+            if unsafe := next((member.filename for member in members if not _is_safe(member)), None):
+                raise _NotAvailable(f"the zip holds an unsafe name: {shown(unsafe)}")
+            names = Counter(member.filename for member in members)
+            if repeated := [name for name, count in names.items() if count > 1]:
+                raise _NotAvailable(f"the zip holds a name twice: {shown(repeated[0])}")
+            # zipfile reads no more of a member than its header says.
+            if sum(member.file_size for member in members) > room:
+                limit = f"{LARGEST_BUNDLE / 2**30:g} GB or {LARGEST_RATIO} times its size"
+                raise _NotAvailable(f"the zip unpacks to more than {limit}")
+            bundle.extractall(folder, members)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise _NotAvailable(f"the zip holds a name twice: {shown(Path(error.filename).name)}") from error
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise _NotAvailable(f"the downloaded zip is damaged: {error}") from error
 
 
 def _is_safe(member: zipfile.ZipInfo) -> bool:
-    """A plain file, stored or deflated, whose name means the same on every system."""
+    """A regular file, stored or deflated, whose name means the same on every system."""
     kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the zip was not made on Unix
-    plain = kind in (0, stat.S_IFREG) and member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    regular = kind in (0, stat.S_IFREG) and member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     parts = member.filename.split("/")
-    return plain and not any(part in ("", ".", "..") or len(part) > 200 or set(part) & set("\\:\0") for part in parts)
+    return regular and not any(part in ("", ".", "..") or len(part) > 200 or set(part) & set("\\:\0") for part in parts)

@@ -1,9 +1,9 @@
 """The OFFLINE suite: five tasks built from held-out documents, for machines without the CORE bundle.
 
-Same items and the same scorer as CORE, but other tasks: its score says nothing about CORE and is never printed under
-that name, and it compares only between equal data fingerprints. Beside each accuracy stand two cheap baselines, because
-chance alone flatters: a character 5-gram trained on the training split, and word overlap with the context. A model
-between chance and overlap has learned the topic of a text, not its order.
+Item format and scorer are CORE's, the tasks are not: its score says nothing about CORE, is never printed under that
+name, and compares only between equal data fingerprints. Each accuracy has two cheap baselines, since chance alone is
+too easy: a character 5-gram trained on the training split, and word overlap with the context. A model between chance
+and overlap has learned the topic of a text, not its order.
 """
 
 import keyword
@@ -21,7 +21,7 @@ from nanochat.evaluation.core_bundle import Task, write_bundle
 logger = logging.getLogger(__name__)
 
 ITEMS = 400  # of a task: the 95% band at chance is +-4.2 points for 4 options, +-4.9 for 2
-FEWEST = 20  # a task with fewer items is left out
+FEWEST = 20  # a task with fewer items is skipped
 MAX_HELD_OUT = 16_000_000  # characters of held-out text that items are made from
 MAX_TRAINING = 8_000_000  # characters of training text that the 5-gram learns from
 MAX_CONTEXT = 1_000  # characters in front of the options
@@ -73,7 +73,7 @@ def signature_doc(documents: list[str], rng: random.Random) -> Iterator[dict]:
 
 
 def keyword_start(documents: list[str], rng: random.Random) -> Iterator[dict]:
-    """Which keyword starts the next line; as many items of each, so that the commonest answer is chance."""
+    """Which keyword starts the next line; equally many items of each, so that the commonest answer is chance."""
     found: dict[str, dict] = {name: {} for name in KEYWORDS}
     for page, i in _lines(documents, CONTEXT_LINES):
         if match := KEYWORD_LINE.match(page[i]):
@@ -98,7 +98,7 @@ def word_swap(documents: list[str], rng: random.Random) -> Iterator[dict]:
 
 
 def cloze_copy(documents: list[str], rng: random.Random) -> Iterator[dict]:
-    """Write the last identifier of a 60-word passage, one that occurred in it before."""
+    """Write the last identifier of a 60-word passage, which occurred in it before."""
     places = ((text, match.span()) for text in documents for match in COPIED.finditer(text))
     for text, (start, end) in _shuffled(rng, places):
         before = text[max(0, start - 2 * MAX_CONTEXT) : start]
@@ -139,17 +139,23 @@ TASKS: dict[str, tuple[Callable, str, str, float]] = {
 }
 
 
+def _read_documents(dataset, split: str, limit: int) -> list[str]:
+    """Documents of a split in path order, the last one cut so that they have at most `limit` characters."""
+    documents, size = [], 0
+    for _, text in dataset.documents(split):
+        documents.append(text[: limit - size])
+        size += len(documents[-1])
+        if size >= limit:
+            break
+    return documents
+
+
 def build_tasks(dataset) -> list[Task]:
     """The tasks that the held-out documents yield, up to ITEMS items each: the same ones in every process.
 
-    A task with fewer than FEWEST items is left out, and that is said with the count.
+    A task with fewer than FEWEST items is skipped, with a message that gives the count.
     """
-    documents, size = [], 0
-    for _, text in dataset.documents("val"):
-        documents.append(text[: MAX_HELD_OUT - size])
-        size += len(documents[-1])
-        if size >= MAX_HELD_OUT:
-            break
+    documents = _read_documents(dataset, "val", MAX_HELD_OUT)
     tasks = []
     for label, (make, kind, delimiter, chance) in TASKS.items():
         distinct = {}
@@ -160,26 +166,26 @@ def build_tasks(dataset) -> list[Task]:
             if len(distinct) == ITEMS:
                 break
         if len(distinct) < FEWEST:
-            logger.info(f"OFFLINE: {label} left out, {len(distinct)} items in the held-out text: at least {FEWEST}")
+            logger.info(f"OFFLINE: {label} skipped, {len(distinct)} items in the held-out text: at least {FEWEST}")
         else:
             tasks.append(Task(label, kind, list(distinct.values()), 0, delimiter, chance))
     return tasks
 
 
-_kept: dict[str, list[Task]] = {}  # by the sha256 of the data, of the dataset that was evaluated last
+_task_cache: dict[str, list[Task]] = {}  # by the sha256 of the data: the dataset that was evaluated last
 
 
-def kept_tasks(dataset, build: Callable[[], list[Task]]) -> list[Task]:
-    """The tasks of build(), which is called once for a dataset of one fingerprint: making them reads all held-out text.
+def cached_tasks(dataset, build: Callable[[], list[Task]]) -> list[Task]:
+    """The tasks of build(), which is called once per data fingerprint: making them reads all held-out text.
 
-    A run evaluates one dataset many times, so the tasks of the last one are kept in memory.
+    A run evaluates one dataset many times, so the tasks of the last one stay in memory.
     """
     key = dataset.fingerprint["sha256"]
-    if key not in _kept:
+    if key not in _task_cache:
         tasks = build()
-        _kept.clear()
-        _kept[key] = tasks
-    return _kept[key]
+        _task_cache.clear()
+        _task_cache[key] = tasks
+    return _task_cache[key]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +241,7 @@ class CharModel:
         return -np.log(p)
 
     def is_greedy(self, context: str, text: str) -> bool:
-        """Whether text is what comes of always writing the commonest character after the longest history seen."""
+        """Whether text is the greedy continuation: always the commonest character after the longest history seen."""
         codes = self._codes(_points(("\n" * self.ORDER + context)[-self.ORDER + 1 :] + text))
         for i in range(self.ORDER - 1, len(codes)):
             for n in range(self.ORDER, 0, -1):
@@ -257,13 +263,7 @@ def _points(text: str) -> np.ndarray:
 
 def train_char_model(dataset) -> CharModel:
     """The 5-gram of the first MAX_TRAINING characters of the training split, in path order."""
-    parts, size = [], 0
-    for _, text in dataset.documents("train"):
-        parts.append(text[: MAX_TRAINING - size])
-        size += len(parts[-1])
-        if size >= MAX_TRAINING:
-            break
-    return CharModel("".join(parts))
+    return CharModel("".join(_read_documents(dataset, "train", MAX_TRAINING)))
 
 
 def cheap_baselines(task: Task, items: list[dict], chars: CharModel) -> dict[str, float]:
@@ -305,8 +305,8 @@ def evaluate_offline(
 ) -> dict:
     """Score the suite: evaluate_tasks' result, each task with char_5gram and word_overlap beside it (rank 0 only).
 
-    tasks: those of build_tasks when they are at hand. The items are written to <dataset>/offline_eval in the format of
-    a CORE bundle. options: see evaluate_task. The score is None when the corpus yields no task.
+    tasks: those of build_tasks where they are built already. The items are written to <dataset>/offline_eval in the
+    format of a CORE bundle. options: see evaluate_task. The score is None when the corpus yields no task.
     """
     tasks = build_tasks(dataset) if tasks is None else tasks
     if not tasks:

@@ -13,7 +13,7 @@ from nanochat.engine import generate
 from nanochat.evaluation.bpb import bits_per_byte, packed_losses
 from nanochat.evaluation.core import evaluate_core
 from nanochat.evaluation.core_bundle import find_bundle, load_bundle
-from nanochat.evaluation.offline import build_tasks, evaluate_offline, kept_tasks
+from nanochat.evaluation.offline import build_tasks, cached_tasks, evaluate_offline
 from nanochat.runtime import Compute, from_rank0
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def evaluate_suite(
     bundle = from_rank0(lambda: find_bundle(download=False), rank, world_size, model.device)
     if bundle is not None:
         return {"core": evaluate_core(model, tokenizer, bundle, **options)["score"]}
-    tasks = kept_tasks(dataset, lambda: from_rank0(lambda: build_tasks(dataset), rank, world_size, model.device))
+    tasks = cached_tasks(dataset, lambda: from_rank0(lambda: build_tasks(dataset), rank, world_size, model.device))
     score = evaluate_offline(model, tokenizer, dataset, baselines=False, tasks=tasks, **options)["score"]
     return {} if score is None else {"offline": score}
 

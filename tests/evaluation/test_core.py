@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import stat
+import struct
 import threading
 import time
 import zipfile
@@ -667,8 +668,8 @@ def test_a_zip_cannot_write_elsewhere(base, server, tmp_path, name, mode):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("names", [["eval_bundle/core.yaml"], ["a", "a/b"], ["a/b", "a"], ["a", "a/b/c"]])
 def test_a_zip_holds_a_name_once(base, server, tmp_path, names):
-    """Which of two would be read is up to the reader. Red with open(target, "wb") (the first), else without an error
-    of the except line."""
+    """Which of two would be read is up to the reader. Red without the check of the names (the first), else without an
+    error of the except line."""
     buffer = io.BytesIO(zipped(hand_made(tmp_path / "b")))
     with zipfile.ZipFile(buffer, "a") as archive:
         for name in names:
@@ -707,6 +708,17 @@ def test_zip_bombs(base, server, tmp_path, monkeypatch):
     monkeypatch.setattr(core_bundle.zipfile, "ZipFile", None)  # not even asked
     server.body = whole + b"PK\1\2" * 21
     assert "files: more than 10" in refusal(base)
+
+
+def test_a_header_cannot_hide_a_zip_bomb(base, server, tmp_path):
+    """A member that declares 10 bytes and holds 3 MB is refused. Red with a loop that reads what the stream gives."""
+    buffer = io.BytesIO(zipped(hand_made(tmp_path / "b")))
+    with zipfile.ZipFile(buffer, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb", bytes(3_000_000))
+    body = bytearray(buffer.getvalue())
+    struct.pack_into("<I", body, body.rindex(b"PK\1\2") + 24, 10)  # the size in the central directory
+    server.body = bytes(body)
+    assert "damaged: Bad CRC-32" in refusal(base)
 
 
 def test_deep_nesting_is_damage(tmp_path):

@@ -170,7 +170,7 @@ def test_the_same_items_in_every_process(corpus):
     assert len(items) > 1000
 
 
-def test_prose_leaves_tasks_out_with_counts(tmp_path):
+def test_tasks_with_too_few_items_are_skipped_with_counts(tmp_path):
     """Prose has no signatures and no Python keywords in front of lines: said with counts, the rest is scored."""
     rng = random.Random(0)
     words = (
@@ -182,8 +182,8 @@ def test_prose_leaves_tasks_out_with_counts(tmp_path):
         found = build_tasks(Corpus(tmp_path, [text], [text]))
     assert [task.label for task in found] == ["next_line", "word_swap", "cloze_copy"]
     assert said == [
-        "OFFLINE: signature_doc left out, 0 items in the held-out text: at least 20",
-        "OFFLINE: keyword left out, 0 items in the held-out text: at least 20",
+        "OFFLINE: signature_doc skipped, 0 items in the held-out text: at least 20",
+        "OFFLINE: keyword skipped, 0 items in the held-out text: at least 20",
     ]
 
 

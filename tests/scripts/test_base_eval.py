@@ -174,13 +174,13 @@ def test_the_suite_during_training(fresh, capsys):
 def test_items_of_the_suite_are_made_once(fresh, tmp_path, monkeypatch):
     """On rank 0 alone, for all evaluations of a dataset; the score is the same to the bit. Other data has other items.
 
-    Red when kept_tasks() builds every time, or forgets the fingerprint.
+    Red when cached_tasks() builds every time, or forgets the fingerprint.
     """
     model, tokenizer, _ = load_model("base", "cpu", "eval", "tiny", 5)
     dataset = prepare_for(Settings(data=load_settings()["data"]))
     built, build = [], offline_eval.build_tasks
     monkeypatch.setattr(suite, "build_tasks", lambda data: built.append(data.name) or build(data))
-    monkeypatch.setattr(offline_eval, "_kept", {})
+    monkeypatch.setattr(offline_eval, "_task_cache", {})
     first = suite.evaluate_suite(model, tokenizer, dataset, 8)
     assert suite.evaluate_suite(model, tokenizer, dataset, 8) == first
     assert built == [dataset.name]
@@ -191,7 +191,7 @@ def test_items_of_the_suite_are_made_once(fresh, tmp_path, monkeypatch):
     )
     suite.evaluate_suite(model, tokenizer, other, 8)
     assert len(built) == 2
-    assert list(offline_eval._kept) == ["0" * 64]
+    assert list(offline_eval._task_cache) == ["0" * 64]
     monkeypatch.setattr(runtime.dist, "broadcast_object_list", lambda box, src, device: box.__setitem__(0, ["its"]))
     assert runtime.from_rank0(lambda: built.append("here"), 1, 2, model.device) == ["its"]
     assert len(built) == 2
