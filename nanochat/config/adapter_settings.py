@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from nanochat.config.declaration import ON, IllegalCombination, redeclare, setting
+from nanochat.config.declaration import ON, IllegalCombination, in_group, redeclare
 from nanochat.config.settings import RunSettings
 from nanochat.runtime import shown
 
@@ -26,46 +26,42 @@ class AdapterSettings(RunSettings):
     )
     text_data: ClassVar[None] = None  # a setting of base training that preparing sounds reads: no text is mixed in
 
+    setting = in_group("host")
     host: str = setting(
         "meta-llama/Llama-3.2-1B",
         "the language model: hub name or folder of a decoder with gated MLPs, meta:<folder> for Meta's own files, "
         "nanochat:<model_tag> for one of ours",
-        "host",
         ask=True,
         resumable=True,
     )
     finetune_host: bool = setting(
         False,
         "train the host's weights too: a baseline, which costs the host its text",
-        "host",
         ask="train the host's weights too?",
     )
     unfreeze: str | None = setting(
         None,
         "also train the host's parameters whose names hold this text, as in output (an older recipe's rule)",
-        "host",
         when=("finetune_host", False),
         ask=True,
     )
 
+    setting = in_group("expert")
     expert: str = setting(
         "frozen",
         "between the adapters: MusicGen's layers frozen, MusicGen's fine-tuned, random frozen ones, or nothing",
-        "expert",
         choices=("frozen", "trained", "random", "none"),
         ask=True,
     )
     musicgen: str | None = setting(
         "facebook/musicgen-small",
         "MusicGen (weights: CC-BY-NC 4.0): hub name, small, medium, large, or a folder; None needs expert_dim",
-        "expert",
         ask=True,
         resumable=True,
     )
     expert_dim: int | None = setting(
         None,
         "width of a randomly initialised expert, or of the adapters alone; None: MusicGen's, as with expert=frozen",
-        "expert",
         ge=1,
         le=1_000_000,
         ask="width of the experts",
@@ -73,23 +69,21 @@ class AdapterSettings(RunSettings):
     layer_map: str = setting(
         "even",
         "MusicGen's layer for each of the host's: even, first, last, or a list as in 0,2,3",
-        "expert",
         when=("expert", ("frozen", "trained")),
         ask=True,
     )
 
+    setting = in_group("vocabulary")
     vocabulary: str = setting(
         "rows",
         "audio ids as rows beside the host's, with end and an input-only start; or one expanded matrix of codes alone, "
         "without markers",
-        "vocabulary",
         choices=("rows", "expanded"),
         ask=True,
     )
     output_layers: str = setting(
         "separate",
         "softmax and loss over the audio ids alone; or one shared over the whole vocabulary",
-        "vocabulary",
         choices=("separate", "shared"),
         ask=True,
     )
@@ -97,29 +91,24 @@ class AdapterSettings(RunSettings):
         "rows",
         "what is trained of the output: the audio rows; a copy of the whole matrix, which changes the text; or none of "
         "it, all rows zero",
-        "vocabulary",
         choices=("rows", "whole", "none"),
         ask=True,
     )
     caption_dropout: float = setting(
-        0.1,
-        "fraction of captions dropped in training, for classifier-free guidance",
-        "vocabulary",
-        ge=0,
-        le=0.9,
-        ask=True,
+        0.1, "fraction of captions dropped in training, for classifier-free guidance", ge=0, le=0.9, ask=True
     )
 
-    learning_rate: float = setting(5e-4, "AdamW learning rate of adapters and audio rows", "optimizer", gt=0, ask=True)
-    weight_decay: float = setting(0.0, "decoupled weight decay of the trained parameters", "optimizer", ge=0, ask=True)
+    setting = in_group("optimizer")
+    learning_rate: float = setting(5e-4, "AdamW learning rate of adapters and audio rows", gt=0, ask=True)
+    weight_decay: float = setting(0.0, "decoupled weight decay of the trained parameters", ge=0, ask=True)
 
+    setting = in_group("evaluation")
     eval_clips: int | None = setting(
-        200, "held-out sounds of each evaluation; None takes all", "evaluation", ge=1, ask=True, resumable=True
+        200, "held-out sounds of each evaluation; None takes all", ge=1, ask=True, resumable=True
     )
     stall_evals: int = setting(
         5,
         "log when the validation loss has not improved for this many evaluations",
-        "evaluation",
         ge=1,
         when=("eval_every", ON),
         resumable=True,
@@ -127,10 +116,9 @@ class AdapterSettings(RunSettings):
     check_text: str | None = setting(
         "stdlib",
         "source of text on which the host's loss is measured before and after training; None skips this",
-        "evaluation",
         ask=True,
     )
-    check_tokens: int = setting(20_000, "tokens of that text", "evaluation", ge=2, when=("check_text", ON))
+    check_tokens: int = setting(20_000, "tokens of that text", ge=2, when=("check_text", ON))
 
     # settings of all stages that have another default or help here
     dtype: str | None = redeclare(

@@ -5,6 +5,7 @@ import functools
 import math
 import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanochat.runtime import shown
@@ -35,6 +36,11 @@ def setting(
     """
     metadata = dict(help=help, group=group, ge=ge, gt=gt, le=le, choices=choices, when=when, ask=ask)
     return dataclasses.field(default=default, metadata={**metadata, "resumable": resumable})
+
+
+def in_group(group: str) -> Callable:
+    """setting() for the settings of one group, which follow one another."""
+    return functools.partial(setting, group=group)
 
 
 def redeclare(kind: type, name: str, default=dataclasses.MISSING, **metadata):

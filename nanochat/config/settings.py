@@ -18,9 +18,9 @@ from nanochat.config.declaration import (
     Like,
     check_number,
     fields_of,
+    in_group,
     meets,
     nearest_divisor,
-    setting,
     types_of,
 )
 from nanochat.config.presets import PRESETS
@@ -58,180 +58,117 @@ class RunSettings:
     checkpoints: ClassVar[str]
     groups: ClassVar[tuple[str, ...]]
 
+    setting = in_group("run")
     model_tag: str | None = setting(
-        None, "name of the checkpoint folder; None says depth and variant, as in d4-tied", "run", ask=True
+        None, "name of the checkpoint folder; None says depth and variant, as in d4-tied", ask=True
     )
     device_type: str | None = setting(
         None,
-        "where to compute; None takes the best of this machine",
-        "run",
+        "where to compute; None: the best of this machine",
         choices=("cpu", "cuda", "mps"),
         ask=True,
         resumable=True,
     )
     wandb_mode: str = setting(
         "disabled",
-        "Weights & Biases tracking; metrics.jsonl is always written",
-        "run",
+        "Weights & Biases; metrics.jsonl is always written",
         choices=("disabled", "offline", "online"),
         ask=True,
         resumable=True,
     )
-    run: str = setting(
-        "dummy", "name of the run for trackers", "run", when=("wandb_mode", ON), ask=True, resumable=True
-    )
+    run: str = setting("dummy", "name of the run for trackers", when=("wandb_mode", ON), ask=True, resumable=True)
     dtype: str | None = setting(
-        None,
-        "dtype of activations; None takes bfloat16 where the hardware profits from it",
-        "run",
-        choices=("float32", "bfloat16"),
-        resumable=True,
+        None, "dtype of activations; None: bfloat16 where it is faster", choices=("float32", "bfloat16"), resumable=True
     )
-    seed: int = setting(42, "seed of initialisation, data order and samples", "run", ge=0, le=2**63 - 1)
+    seed: int = setting(42, "seed of initialisation, data order and samples", ge=0, le=2**63 - 1)
     deterministic: bool = setting(
         False,
-        "bit-equal runs on a GPU too, at the price of speed (a CPU's always are)",
-        "run",
+        "bit-equal runs on a GPU, slower (on a CPU they always are)",
         when=("device_type", (None, "cuda", "mps")),
         resumable=True,
     )
     rank_timeout: int = setting(
-        600, "seconds that a rank waits for the others in a step before the run ends", "run", ge=1, resumable=True
+        600, "seconds that a rank waits for the others in a step before the run ends", ge=1, resumable=True
     )
     log_level: str = setting(
-        "info",
-        "lowest level of the messages shown on the terminal; run.log always holds info and above",
-        "run",
-        choices=logs.LEVELS,
-        resumable=True,
+        "info", "lowest level shown on the terminal; run.log has info and above", choices=logs.LEVELS, resumable=True
     )
 
+    setting = in_group("data")
     data: str = setting(
-        "stdlib",
-        "stdlib, packages, climbmix, synth (captioned melodies), hf:<dataset>, or the path of a file or folder",
-        "data",
-        ask=True,
+        "stdlib", "stdlib, packages, climbmix, synth (melodies), hf:<dataset>, or a file or folder", ask=True
     )
     data_column: str = setting(
-        "text", "column that holds the text in jsonl, parquet and hub datasets", "data", when=("data", COLUMNS)
+        "text", "column that holds the text in jsonl, parquet and hub datasets", when=("data", COLUMNS)
     )
-    data_split: str = setting("train", "split of the hub dataset to read", "data", when=("data", HUB))
-    data_config: str | None = setting(None, "configuration name of the hub dataset", "data", when=("data", HUB))
+    data_split: str = setting("train", "split of the hub dataset to read", when=("data", HUB))
+    data_config: str | None = setting(None, "configuration name of the hub dataset", when=("data", HUB))
     data_limit: int | None = setting(
-        None,
-        "use at most this many climbmix shards or hub documents; None uses the source's default",
-        "data",
-        ge=1,
-        when=("data", LIMITED),
+        None, "at most this many shards, documents or sounds; None: the source's default", ge=1, when=("data", LIMITED)
     )
     skip_corrupt: bool = setting(
-        False, "skip unreadable shards and files, naming them, instead of stopping", "data", resumable=True
+        False, "skip unreadable shards and files, naming them, instead of stopping", resumable=True
     )
 
+    setting = in_group("modalities")
     modalities: str | None = setting(
-        None,
-        "modalities beside text and the codes in a codebook of each, as in audio:2048",
-        "modalities",
-        ask="further modalities",
+        None, "modalities beside text and the codes in a codebook of each, as in audio:2048", ask="further modalities"
     )
     codebooks: int = setting(
-        1,
-        "codebooks of audio: positions that one frame takes",
-        "modalities",
-        ge=1,
-        le=32,
-        when=("modalities", AUDIO),
-        ask=True,
+        1, "codebooks of audio: positions that one frame takes", ge=1, le=32, when=("modalities", AUDIO), ask=True
     )
     codec: str = setting(
         "frame",
         "sound to codes: frame, pitch, mdct (fitted on the data); encodec:<hub name or folder>; a fitted one's name",
-        "modalities",
         when=("modalities", AUDIO),
         ask=True,
     )
     clip_seconds: float | None = setting(
-        None,
-        "sounds are cut to this many seconds; None keeps all of them",
-        "modalities",
-        gt=0,
-        when=("modalities", AUDIO),
+        None, "sounds are cut to this many seconds; None keeps all of them", gt=0, when=("modalities", AUDIO)
     )
-    data_audio_column: str = setting(
-        "audio", "column that holds the sound in hub datasets", "modalities", when=("data", HUB)
-    )
+    data_audio_column: str = setting("audio", "column that holds the sound in hub datasets", when=("data", HUB))
 
+    setting = in_group("horizon")
     num_iterations: int | None = setting(
-        None,
-        "optimizer steps; takes precedence over target_flops and target_param_data_ratio",
-        "horizon",
-        ge=1,
-        ask=True,
-        resumable=True,
+        None, "optimizer steps; overrides the other two horizons", ge=1, ask=True, resumable=True
     )
-    max_seq_len: int = setting(512, "context length in tokens", "batch", ge=2, le=2**24, ask=True)
-    total_batch_size: int = setting(
-        8192, "tokens per optimizer step over all devices", "batch", ge=2, le=2**40, ask=True
-    )
+    setting = in_group("batch")
+    max_seq_len: int = setting(512, "context length in tokens", ge=2, le=2**24, ask=True)
+    total_batch_size: int = setting(8192, "tokens per optimizer step over all devices", ge=2, le=2**40, ask=True)
     device_batch_size: int = setting(
-        16,
-        "micro-batch size: rows per device in one forward and backward pass; lower it when memory runs out",
-        "batch",
-        ge=1,
-        ask=True,
-        resumable=True,
+        16, "micro-batch size in rows; lower it when memory runs out", ge=1, ask=True, resumable=True
     )
 
-    grad_clip: float | None = setting(
-        1.0, "gradients are clipped to this global norm; None never clips", "optimizer", gt=0
-    )
-    adam_betas: tuple[float, float] = setting((0.8, 0.95), "AdamW's beta1 and beta2", "optimizer", ge=0, le=0.999999)
-    warmup_steps: int = setting(0, "steps of linear learning-rate warmup", "optimizer", ge=0, ask=True)
+    setting = in_group("optimizer")
+    grad_clip: float | None = setting(1.0, "gradients are clipped to this global norm; None never clips", gt=0)
+    adam_betas: tuple[float, float] = setting((0.8, 0.95), "AdamW's beta1 and beta2", ge=0, le=0.999999)
+    warmup_steps: int = setting(0, "steps of linear learning-rate warmup", ge=0, ask=True)
     warmdown_ratio: float = setting(
-        0.4,
-        "final fraction of the steps, in which the learning rate decays linearly",
-        "optimizer",
-        ge=0,
-        le=1,
-        ask=True,
+        0.4, "final fraction of the steps, in which the learning rate decays linearly", ge=0, le=1, ask=True
     )
     final_lr_frac: float = setting(
-        0.0, "final learning rate as a fraction of the peak", "optimizer", ge=0, le=1, when=("warmdown_ratio", ON)
+        0.0, "final learning rate as a fraction of the peak", ge=0, le=1, when=("warmdown_ratio", ON)
     )
 
+    setting = in_group("evaluation")
     eval_every: int | None = setting(
-        250,
-        "steps between evaluations of validation bpb; None only at the end",
-        "evaluation",
-        ge=1,
-        ask=True,
-        resumable=True,
+        250, "steps between evaluations of validation bpb; None only at the end", ge=1, ask=True, resumable=True
     )
 
+    setting = in_group("checkpoints")
     save_every: int | None = setting(
-        None, "steps between checkpoints; None only at the end", "checkpoints", ge=1, ask=True, resumable=True
+        None, "steps between checkpoints; None only at the end", ge=1, ask=True, resumable=True
     )
     keep_last: int | None = setting(
-        None,
-        "keep only this many of the newest checkpoints; None keeps all",
-        "checkpoints",
-        ge=1,
-        when=("save_every", ON),
-        ask=True,
-        resumable=True,
+        None, "number of newest checkpoints kept; None: all", ge=1, when=("save_every", ON), ask=True, resumable=True
     )
     overwrite: bool = setting(
-        False,
-        "start over although the model_tag holds a run (the old one is moved aside)",
-        "checkpoints",
-        resumable=True,
+        False, "start over although the model_tag holds a run (the old one is moved aside)", resumable=True
     )
     ignore_lock: bool = setting(
-        False, "train although another process seems to be training this model_tag", "checkpoints", resumable=True
+        False, "train although another process seems to be training this model_tag", resumable=True
     )
-    log_rows: bool = setting(
-        False, "log the documents of every row to rows_rank<k>.jsonl", "checkpoints", resumable=True
-    )
+    log_rows: bool = setting(False, "log the documents of every row to rows_rank<k>.jsonl", resumable=True)
 
     # -- derived values: the same everywhere, without torch -----------------------------------------------------------
 
@@ -316,109 +253,89 @@ class Settings(RunSettings):
         *("run", "data", "model", "modalities", "horizon", "batch", "optimizer", "evaluation", "checkpoints"),
     )
 
+    setting = in_group("run")
     compile: bool = setting(
-        True,
-        "compile the model with torch.compile; falls back to eager, logging why, if that fails",
-        "run",
-        resumable=True,
+        True, "compile the model with torch.compile; falls back to eager, logging why, if that fails", resumable=True
     )
-    fp8: bool = setting(False, "FP8 matmuls for the blocks' large matrices in training: Hopper GPUs or newer", "run")
+    fp8: bool = setting(False, "FP8 matmuls for the blocks' large matrices in training: Hopper GPUs or newer")
     init_from: str | None = setting(
-        None, "initialise from the newest checkpoint of this model_tag or folder, ours or nanochat's own", "run"
+        None, "initialise from the newest checkpoint of this model_tag or folder, ours or nanochat's own"
     )
 
     init_era: str | None = setting(
-        None,
-        "era of nanochat's own files in init_from, as in 2026-03-02; None: detected from the files",
-        "run",
-        when=("init_from", ON),
+        None, "era of nanochat's own files in init_from, as in 2026-03-02; None: detected", when=("init_from", ON)
     )
 
-    tokenizer: str | None = setting(None, "name or folder of a trained tokenizer; None trains one on this data", "data")
+    setting = in_group("data")
+    tokenizer: str | None = setting(None, "name or folder of a trained tokenizer; None trains one on this data")
     vocab_size: int = setting(
-        4096,
-        "ids of the tokenizer, its 16 special and reserved ones included",
-        "data",
-        ge=272,
-        le=1_000_000,
-        when=("tokenizer", None),
-        ask=True,
+        4096, "ids of the tokenizer, 16 special ones included", ge=272, le=1_000_000, when=("tokenizer", None), ask=True
     )
 
-    depth: int = setting(4, "number of transformer layers: the one dial", "model", ge=1, le=1000, ask=True)
-    head_dim: int = setting(64, "width of one attention head (even)", "model", ge=2, le=10_000, ask=True)
+    setting = in_group("model")
+    depth: int = setting(4, "number of transformer layers: the one dial", ge=1, le=1000, ask=True)
+    head_dim: int = setting(64, "width of one attention head (even)", ge=2, le=10_000, ask=True)
     aspect_ratio: int = setting(
-        64,
-        "width per layer: model_dim = depth * aspect_ratio, rounded up to head_dim",
-        "model",
-        ge=1,
-        le=10_000,
-        when=("model_dim", None),
+        64, "width per layer: model_dim = depth * it, rounded up to head_dim", ge=1, le=10_000, when=("model_dim", None)
     )
     model_dim: int | None = setting(
-        None, "width of the residual stream; None takes depth * aspect_ratio", "model", ge=1, le=1_000_000, ask=True
+        None, "width of the residual stream; None takes depth * aspect_ratio", ge=1, le=1_000_000, ask=True
     )
     n_kv_head: int | None = setting(
-        None, "key/value heads (grouped-query attention); None means one for each query head", "model", ge=1, ask=True
+        None, "key/value heads (grouped-query attention); None means one for each query head", ge=1, ask=True
     )
-    mlp_ratio: float = setting(4.0, "MLP hidden units per unit of width", "model", gt=0, le=64)
+    mlp_ratio: float = setting(4.0, "MLP hidden units per unit of width", gt=0, le=64)
     tie_weights: bool = setting(
-        False, "tie the output layer to the embedding: one matrix for both", "model", ask="tie embedding weights?"
+        False, "tie the output layer to the embedding: one matrix for both", ask="tie embedding weights?"
     )
     use_output_projection: bool = setting(
         False,
         "square projection of the features before the tied output layer",
-        "model",
         when=("tie_weights", True),
         ask="add an output projection before the logits?",
     )
     output_projection_residual: bool = setting(
-        False, "add the projection to its input instead of replacing it", "model", when=("use_output_projection", True)
+        False, "add the projection to its input instead of replacing it", when=("use_output_projection", True)
     )
-    rope_base: float = setting(10000.0, "base of the rotary frequencies; nanochat now uses 100000", "model", gt=1)
+    rope_base: float = setting(10000.0, "base of the rotary frequencies; nanochat now uses 100000", gt=1)
     qk_scale: float = setting(
-        1.0, "scale of normalised queries and keys: larger is sharper attention; nanochat now uses 1.2", "model", gt=0
+        1.0, "scale of normalised queries and keys: larger is sharper attention; nanochat now uses 1.2", gt=0
     )
-    softcap: float = setting(15.0, "logits are softcapped to plus and minus this with tanh", "model", gt=0, le=40)
+    softcap: float = setting(15.0, "logits are softcapped to plus and minus this with tanh", gt=0, le=40)
     window_pattern: str = setting(
-        "L",
-        "pattern of attention windows tiled over the layers: L full context, S short; the last layer is always L",
-        "model",
+        "L", "pattern of attention windows tiled over the layers: L full context, S short; the last layer is always L"
     )
     short_window: int | None = setting(
         None,
-        "tokens that an S layer sees back; None: a quarter of the context, rounded up to 128",
-        "model",
+        "tokens that an S layer sees back; None: a quarter of the context",
         ge=1,
         le=2**24,
         when=("window_pattern", ON),
     )
     document_mask: bool = setting(
-        False, "attention stays inside each document of a row; on GPUs this uses FlexAttention", "model"
+        False, "attention stays inside each document of a row; on GPUs this uses FlexAttention"
     )
     vocab_multiple: int = setting(
-        1, "embedding and output rows are padded to a multiple of this; 64 suits GPU kernels", "model", ge=1, le=65536
+        1, "embedding and output rows are padded to a multiple of this; 64 suits GPU kernels", ge=1, le=65536
     )
     value_embeddings: bool = setting(
-        False, "every other layer adds a gated token embedding to its values: costs memory, hardly any time", "model"
+        False, "every other layer adds a gated token embedding to its values: costs memory, hardly any time"
     )
-    smear: bool = setting(False, "mix a gated part of the previous token's embedding into each token's", "model")
+    smear: bool = setting(False, "mix a gated part of the previous token's embedding into each token's")
     residual_scalars: bool = setting(
-        False, "learned weights of the residual stream and of the embedding at the input of each block", "model"
+        False, "learned weights of the residual stream and of the embedding at the input of each block"
     )
     backout: bool = setting(
-        False,
-        "subtract a learned fraction of the middle block's output after the last block (from depth 3 on)",
-        "model",
+        False, "subtract a learned fraction of the middle block's output after the last block (from depth 3 on)"
     )
     bigram_rows: int | None = setting(
-        None, "rows of a hashed bigram embedding table that every block adds; None has none", "model", ge=1, le=2**24
+        None, "rows of a hashed bigram embedding table that every block adds; None has none", ge=1, le=2**24
     )
 
+    setting = in_group("modalities")
     untie: str = setting(
         "mlp",
         "what each modality has of its own: nothing, its MLPs, or its attention matrices too",
-        "modalities",
         choices=("none", "mlp", "all"),
         when=("modalities", ON),
         ask="untie for each modality",
@@ -426,7 +343,6 @@ class Settings(RunSettings):
     expert_dim: int | None = setting(
         None,
         "width of the experts of modalities beside text; None takes the model's",
-        "modalities",
         ge=1,
         le=1_000_000,
         when=("untie", ON),
@@ -435,7 +351,6 @@ class Settings(RunSettings):
     output_layers: str = setting(
         "separate",
         "output layer: one per modality; one shared, masked to the target's modality in the loss; or one shared",
-        "modalities",
         choices=("separate", "masked", "shared"),
         when=("modalities", ON),
         ask=True,
@@ -443,39 +358,30 @@ class Settings(RunSettings):
     loss_modalities: str = setting(
         "all",
         "modalities whose targets count in the training loss: all, or names such as audio",
-        "modalities",
         when=("modalities", ON),
         ask="modalities in the loss",
     )
     text_data: str | None = setting(
         None,
         "source of text-only documents to mix with captioned sounds: as data, by its defaults, from column text",
-        "modalities",
         when=("modalities", AUDIO),
         ask="text-only documents from",
     )
     text_share: float = setting(
-        0.5,
-        "share of the positions that text-only documents take",
-        "modalities",
-        gt=0,
-        le=0.99,
-        when=("text_data", ON),
-        ask=True,
+        0.5, "share of the positions that text-only documents take", gt=0, le=0.99, when=("text_data", ON), ask=True
     )
     route: str = setting(
         "sort",
         "how tokens get to their experts: sorted, every expert on all tokens (where), or one kernel (grouped)",
-        "modalities",
         choices=("sort", "where", "grouped"),
         when=("untie", ON),
         resumable=True,
     )
 
+    setting = in_group("horizon")
     target_flops: float | None = setting(
         None,
-        "compute budget in FLOPs; takes precedence over target_param_data_ratio",
-        "horizon",
+        "compute budget in FLOPs; overrides the ratio",
         gt=0,
         when=("num_iterations", None),
         ask=True,
@@ -483,111 +389,76 @@ class Settings(RunSettings):
     )
     target_param_data_ratio: float | None = setting(
         20.0,
-        "training tokens per matmul parameter (Chinchilla: 20)",
-        "horizon",
+        "tokens per matmul parameter (Chinchilla: 20)",
         gt=0,
         when=("target_flops", None),
         ask=True,
         resumable=True,
     )
 
+    setting = in_group("optimizer")
     embedding_lr: float = setting(
         0.2,
-        "AdamW learning rate of an untied embedding, before the (width/768)^-0.5 scaling",
-        "optimizer",
+        "AdamW learning rate of an untied embedding, times (width/768)^-0.5",
         gt=0,
         when=("tie_weights", False),
         ask=True,
     )
     unembedding_lr: float = setting(
-        0.004,
-        "AdamW learning rate of an untied lm_head, before the same scaling",
-        "optimizer",
-        gt=0,
-        when=("tie_weights", False),
-        ask=True,
+        0.004, "AdamW learning rate of an untied lm_head, scaled alike", gt=0, when=("tie_weights", False), ask=True
     )
     tied_weights_lr: float = setting(
         0.005,
-        "AdamW learning rate of the tied matrix, before the same scaling",
-        "optimizer",
+        "AdamW learning rate of the tied matrix, scaled alike",
         gt=0,
         when=("tie_weights", True),
         ask="tied learning rate",
     )
     tied_init_std: float = setting(
-        0.02, "standard deviation of the tied matrix at initialisation", "optimizer", gt=0, when=("tie_weights", True)
+        0.02, "standard deviation of the tied matrix at initialisation", gt=0, when=("tie_weights", True)
     )
     untie_at: float | None = setting(
         None,
         "fraction of the steps after which the tied matrix is untied, keeping its learning rate; None: never",
-        "optimizer",
         gt=0,
         le=0.999,
         when=("tie_weights", True),
     )
     value_embedding_lr: float = setting(
-        0.2,
-        "AdamW learning rate of value embeddings, before the same scaling",
-        "optimizer",
-        gt=0,
-        when=("value_embeddings", True),
+        0.2, "AdamW learning rate of value embeddings, scaled alike", gt=0, when=("value_embeddings", True)
     )
     bigram_lr: float = setting(
-        0.2,
-        "AdamW learning rate of the bigram table, before the same scaling",
-        "optimizer",
-        gt=0,
-        when=("bigram_rows", ON),
+        0.2, "AdamW learning rate of the bigram table, scaled alike", gt=0, when=("bigram_rows", ON)
     )
-    matrix_lr: float = setting(0.02, "Muon learning rate of the weight matrices", "optimizer", gt=0, ask=True)
-    scalar_lr: float = setting(
-        0.01, "AdamW learning rate of the gates and scalars of newer features", "optimizer", gt=0
-    )
-    weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", "optimizer", ge=0, ask=True)
+    matrix_lr: float = setting(0.02, "Muon learning rate of the weight matrices", gt=0, ask=True)
+    scalar_lr: float = setting(0.01, "AdamW learning rate of the gates and scalars of newer features", gt=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of the Muon matrices", ge=0, ask=True)
     cautious_weight_decay: bool = setting(
-        True,
-        "apply weight decay only where update and weight have the same sign",
-        "optimizer",
-        when=("weight_decay", ON),
+        True, "apply weight decay only where update and weight have the same sign", when=("weight_decay", ON)
     )
     muon_method: str = setting(
-        "polar_express", "orthogonalisation of Muon's update", "optimizer", choices=("polar_express", "newton_schulz")
+        "polar_express", "orthogonalisation of Muon's update", choices=("polar_express", "newton_schulz")
     )
     muon_dtype: str | None = setting(
-        None, "dtype of the orthogonalisation; None follows dtype", "optimizer", choices=("float32", "bfloat16")
+        None, "dtype of the orthogonalisation; None follows dtype", choices=("float32", "bfloat16")
     )
-    muon_nesterov: bool = setting(True, "Nesterov momentum in Muon", "optimizer")
+    muon_nesterov: bool = setting(True, "Nesterov momentum in Muon")
     muon_normalize: bool = setting(
-        True, "normalise Muon's update per neuron by a running variance (NorMuon, arXiv 2510.05491)", "optimizer"
+        True, "normalise Muon's update per neuron by a running variance (NorMuon, arXiv 2510.05491)"
     )
 
+    setting = in_group("evaluation")
     eval_tokens: int | None = setting(
-        1_048_576, "held-out tokens of each evaluation; None takes all", "evaluation", ge=1, resumable=True
+        1_048_576, "held-out tokens of each evaluation; None takes all", ge=1, resumable=True
     )
     core_metric_every: int | None = setting(
-        None,
-        "steps between CORE evaluations (the offline suite where the CORE bundle is missing)",
-        "evaluation",
-        ge=1,
-        ask=True,
-        resumable=True,
+        None, "steps between runs of CORE, or without its bundle of the offline suite", ge=1, ask=True, resumable=True
     )
     core_metric_max_per_task: int | None = setting(
-        500,
-        "items per task of these evaluations; None takes all",
-        "evaluation",
-        ge=1,
-        when=("core_metric_every", ON),
-        resumable=True,
+        500, "items per task of these evaluations; None takes all", ge=1, when=("core_metric_every", ON), resumable=True
     )
     sample_every: int | None = setting(
-        2000,
-        "steps between printed samples; None prints one after the last step only",
-        "evaluation",
-        ge=1,
-        ask=True,
-        resumable=True,
+        2000, "steps between printed samples; None prints one after the last step only", ge=1, ask=True, resumable=True
     )
 
     @property
