@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ TINY = dict(
 TIED = dict(tie_weights=True, use_output_projection=True)
 MODERN = dict(value_embeddings=True, smear=True, residual_scalars=True, backout=True, qk_scale=1.2, rope_base=100_000.0)
 CHECKOUT = Path(base_train.__file__).parents[1]
-started: list[Forked | subprocess.Popen] = []  # by start(); the `train` fixture ends what a failed test leaves running
+started: list[Forked] = []  # by start(); the `train` fixture ends what a failed test leaves running
 
 
 def flags(settings: dict) -> list[str]:
@@ -86,13 +85,9 @@ def start(
     restarts: int = 0,
     script: Path | None = None,
     module: str = "scripts.base_train",
-    anew: bool = False,
     **environment: str,
-) -> Forked | subprocess.Popen:
-    """The training script (or another) in a process of its own; with ranks under torchrun, gloo, one thread a rank.
-
-    anew: with interpreters that import everything themselves, as a user's command does; takes seconds of each.
-    """
+) -> Forked:
+    """The training script (or another) in a process of its own; with ranks under torchrun, gloo, one thread a rank."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
     inherited |= dict(NANOCHAT_BASE_DIR=str(base), PYTHONPATH=str(CHECKOUT), OMP_NUM_THREADS="1")
     command = [sys.executable]
@@ -100,13 +95,6 @@ def start(
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={ranks}", f"--max_restarts={restarts}"]
     command += [str(script)] if script else ["-m", module]
-    environment = inherited | environment
-    if anew:
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(
-            [*command, *words], env=environment, text=True, stdout=pipe, stderr=subprocess.STDOUT
-        )
-    else:
-        process = Forked([*command, *words], env=environment)
+    process = Forked([*command, *words], env=inherited | environment)
     started.append(process)
     return process
