@@ -41,26 +41,26 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_data(
-    settings: Settings, compute: Compute, begun: tuple[Path, int] | None = None, resumed: bool = False
+    settings: Settings, compute: Compute, initial: tuple[Path, int] | None = None, resumed: bool = False
 ) -> tuple[Dataset, Tokenizer]:
     """Dataset and tokenizer; what is missing is made by rank 0, then found by all, or made once on nodes apart.
 
-    begun: tag folder and step of the checkpoint that gives the run its weights, and so its tokenizer. resumed: it is
+    initial: tag folder and step of the checkpoint that gives the run its weights, and so its tokenizer. resumed: it is
     the run's own, whose data is found again by its fingerprint. UserError when that is not to be had.
     """
 
     def make() -> tuple[Dataset, Tokenizer]:
         if resumed:
-            dataset = resumed_data(settings, *begun)
-            if own := tokenizer_of(*begun):
+            dataset = resumed_data(settings, *initial)
+            if own := tokenizer_of(*initial):
                 return dataset, named_or_own(settings, own)
         else:
             dataset = prepare_for(settings)
-        if begun is None or settings.tokenizer:
+        if initial is None or settings.tokenizer:
             return dataset, find_or_train(settings, dataset)
-        own = tokenizer_of(*begun)
+        own = tokenizer_of(*initial)
         if own is None:
-            raise UserError(f"{step_path(*begun)} holds no tokenizer: name the one of its training with --tokenizer")
+            raise UserError(f"{step_path(*initial)} holds no tokenizer: name the one of its training with --tokenizer")
         return dataset, own
 
     return rank0_first(compute, make)

@@ -71,7 +71,9 @@ def run_script(main) -> None:
                 print(f"ranks on other hosts cannot be seen from here: {', '.join(others)}", file=sys.stderr)
             raise
         # A collective failed because its peer is gone: the launcher's own report calls that our failure as well.
-        print(f"error: {lost}: rank {rank_from_env()} cannot go on ({first_line(error)})", file=sys.stderr, flush=True)
+        print(
+            f"error: {lost}: rank {rank_from_env()} cannot continue ({first_line(error)})", file=sys.stderr, flush=True
+        )
         os._exit(1)  # the process group waits for the dead when it is taken down
     except streams.OutputError as error:
         if error.errno == errno.EPIPE:  # the reader, such as `| head`, has seen enough
@@ -233,7 +235,7 @@ def init_compute(
 
 
 def wait_for_master(seconds: float, rank: int) -> None:
-    """Wait until somebody answers where the ranks meet; OSError after so many seconds.
+    """Wait until the rendezvous address answers; OSError after `seconds`.
 
     torch would wait as long, and then print its stack. The rank that answers there itself has nothing to wait for.
     """
@@ -263,14 +265,14 @@ def _rendezvous(timeout: timedelta = LONG_TIMEOUT) -> dict:
 
 
 def lost_ranks() -> str:
-    """Which ranks on this host are gone or stopped, in words; empty when all are there."""
+    """Which ranks on this host died or are stopped, as text; empty when all are running."""
     deadline = time.monotonic() + 2  # a dying process closes its sockets a moment before it is gone
     while _places:
         lost = []
         for rank, (host, pid, started) in enumerate(_places):
             if host == platform.node() and rank != rank_from_env():
-                state, begun = process_state(pid)
-                if state is None or begun != started:
+                state, start = process_state(pid)
+                if state is None or start != started:
                     lost.append(f"rank {rank} (process {pid} on {host}) died")
                 elif state in "Tt":
                     lost.append(f"rank {rank} (process {pid} on {host}) is stopped")

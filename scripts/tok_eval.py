@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 def fetch_rivals(seconds: float = FETCH_SECONDS) -> dict[str, Callable[[list[str]], list[list[int]]]]:
     """Batch encoders of GPT-2 and cl100k by name, from tiktoken's cache or the network.
 
-    Those not there within so many seconds are left out with one line. The fetch runs in a daemon thread, because
+    Those not there within so many seconds are skipped with one line. The fetch runs in a daemon thread, because
     tiktoken gives its connections no time limit.
     """
     found, problems = {}, []
@@ -89,7 +89,7 @@ def fetch_rivals(seconds: float = FETCH_SECONDS) -> dict[str, Callable[[list[str
     rivals = dict(found)
     if missing := [title for title in RIVALS.values() if title not in rivals]:
         why = ", ".join(sorted(set(problems))) or f"no answer within {seconds:g} s"
-        logger.info(f"{' and '.join(missing)} left out: tiktoken cannot get the files ({why})")
+        logger.info(f"{' and '.join(missing)} skipped: tiktoken cannot get the files ({why})")
     return rivals
 
 

@@ -331,7 +331,7 @@ def spoil(monkeypatch):
 
 
 def test_nan_guard(train, spoil, monkeypatch, capsys):
-    """Single bad steps are left out and counted; ten in a row end the run with code 3 and a report.
+    """Single bad steps are skipped and counted; ten in a row end the run with code 3 and a report.
 
     Red when the guard lets the update through (one NaN would spoil every weight), or when the count is never reset.
     """
@@ -368,7 +368,7 @@ def test_an_update_that_ruins_the_weights_is_not_saved(train, capsys):
 
 
 def test_spikes_are_logged_and_change_nothing(train, spoil, monkeypatch):
-    """Red when spikes() compares with the mean that the spike itself moves, or when a spike is left out as bad."""
+    """Red when spikes() compares with the mean that the spike itself moves, or when a spike is skipped as bad."""
     monkeypatch.setattr(guard, "WINDOW", 8)
     spoil({12}, 3.0)
     train("spike", num_iterations=14)
@@ -522,7 +522,7 @@ def test_rank_death(train, base, corpus):
     assert process.returncode == 1
     assert first != second
     assert f"error: rank 1 (process {second} on " in output
-    assert "died: rank 0 cannot go on" in output
+    assert "died: rank 0 cannot continue" in output
     assert losses("dies")[:20] == pytest.approx(losses("whole"), rel=1e-4)
 
 

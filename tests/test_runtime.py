@@ -156,7 +156,7 @@ runtime.run_script(main)
     process = Forked([sys.executable, "-c", program], env=environment)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 1, said
-    assert "error: rank 1 (process 5 on here) died: rank 0 cannot go on (Connection closed by peer)" in said
+    assert "error: rank 1 (process 5 on here) died: rank 0 cannot continue (Connection closed by peer)" in said
 
 
 # ---------------------------------------------------------------------------------------------------------------------

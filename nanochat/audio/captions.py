@@ -375,7 +375,7 @@ def _by_csv(text: str, **dialect) -> list[tuple[int, list[str]]] | None:
 def _tolerant(text: str, delimiter: str) -> list[tuple[int, list[str]]] | None:
     """Line by line: a quote that opens a cell counts when another one closes it, or else it is a letter.
 
-    A cell goes on over several lines when only that gives the row its cells.
+    A cell continues over several lines when only that gives the row its cells.
     """
     if '"' not in text:
         return None

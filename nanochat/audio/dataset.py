@@ -50,7 +50,7 @@ def audio_source(settings: Settings, text: Dataset | None) -> Source:
         "text": text and [text.fingerprint["sha256"], settings.text_share],
         "format": FORMAT,
     }
-    # The folder's name tells settings apart, not contents: those are told apart by the state.
+    # The folder's name distinguishes settings; the state distinguishes contents.
     limit = settings.data_limit if settings.data == "synth" or settings.data.startswith("hf:") else None
     chosen = [settings.codec, settings.data_column, settings.clip_seconds, limit]
     chosen += [settings.text_data, settings.text_share] if text else []
@@ -69,7 +69,7 @@ def audio_source(settings: Settings, text: Dataset | None) -> Source:
 
 
 def _codec_state(settings: Settings, codes: int) -> object:
-    """What tells codecs apart without loading a large one: a fitted one's hash, an EnCodec's files or hub name."""
+    """What distinguishes codecs without loading a large one: a fitted one's hash, an EnCodec's files or hub name."""
     if settings.codec in codec_files.KINDS:
         return settings.codec
     if not settings.codec.startswith("encodec:"):
@@ -224,7 +224,7 @@ def _kept(codec) -> dict:
 def _check(settings: Settings, sounds: SoundSource, clips: Counter, counts: Counter) -> None:
     """UserError with all counts unless most sounds can be read and both splits have some; clips: number by split."""
     left = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()) if kind != "files")
-    found = f"{counts['files']} captioned sounds{f' (left out: {left})' if left else ''}"
+    found = f"{counts['files']} captioned sounds{f' (skipped: {left})' if left else ''}"
     if 2 * sum(counts[kind] for kind in ("unreadable", "truncated", "empty sound")) > counts["files"] > 0:
         raise UserError(f"data={settings.data}: most of {found} cannot be read: is the folder or download complete?")
     if not clips["train"]:

@@ -10,7 +10,7 @@ from nanochat.audio.adherence import RATE, SILENCE, WINDOW, decibel, hear, mono,
 def distance_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]], sample_rate: int) -> dict:
     """Means over (reference [samples], other [samples]) pairs at one sample rate, cut to the shorter one's length.
 
-    n, silent (references without a sound, left out), stft_convergence, log_mel_l1, si_sdr (dB; means something only for
+    n, silent (references without a sound, skipped), stft_convergence, log_mel_l1, si_sdr (dB; means something only for
     codecs that keep the waveform: after Griffin-Lim the phase is arbitrary), frechet_dsp. None where nothing is left.
     """
     kept, silent = [], 0

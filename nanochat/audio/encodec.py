@@ -114,7 +114,7 @@ def _model(source: str):
     wrong = (OSError, ValueError, RuntimeError, KeyError, TypeError)  # what transformers raises, by what is wrong
 
     def load(local: bool):
-        options = dict(local_files_only=local, trust_remote_code=False)  # left out, it would ask the user
+        options = dict(local_files_only=local, trust_remote_code=False)  # without it, it would ask the user
         if (kind := AutoConfig.from_pretrained(place, **options).model_type) != "encodec":
             raise UserError(f"codec='encodec:{source}' is a model of type {kind}, not an EnCodec")
         return EncodecModel.from_pretrained(

@@ -64,14 +64,14 @@ def listen(
     room = model.config.sequence_len - codec.codebooks
     fitting = [clip for clip in found if len(tokenizer.encode(clip[0], bos=True)) < room]
     if len(fitting) < len(found):
-        logger.info(f"{len(found) - len(fitting)} of {len(found)} captions leave no room for sound: left out")
+        logger.info(f"{len(found) - len(fitting)} of {len(found)} captions leave no room for sound: skipped")
     held_out = chosen(fitting, args.num)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     captions = [caption for caption, _, _ in held_out]
     how = dict(seed=args.seed, temperature=args.temperature, top_k=args.top_k, guidance=guidance)
     codes = generate_codes(model, tokenizer, captions, **how)
     generated = to_sound(codec, codes)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     logger.info(f"{len(generated)} sounds of {sum(map(len, generated)) / codec.sample_rate:.0f} s in {seconds:.1f} s")
     real = to_sound(codec, [codes.T for _, codes, _ in held_out])
     result |= {"seed": args.seed, "temperature": args.temperature, "clips": len(codes)}

@@ -88,7 +88,7 @@ def generate_codes(
     """A sound for each caption, as codes int64 [Q, T] up to `end` (or the most frames); T may be 0.
 
     Captions of one length are decoded together, at most `batch` at a time; the seed gives every batch its own.
-    guidance: as decode() takes it; other than 1 it wants a model that was trained with captions left out.
+    guidance: as decode() takes it; other than 1 it wants a model that was trained with caption dropout.
     """
     audio, end = model.vocabulary.modality("audio"), model.vocabulary.end("audio")
     further = dict(guidance=guidance, unguided=prompt_ids(model, tokenizer, "", frames)[0])

@@ -47,8 +47,9 @@ def evaluate_audio(
     """{"nats", "bits", "bits_per_second", "clips", "codes", "baselines": {...}, "splits": {...}} of held-out sounds.
 
     nats and bits: of a code, `end` included. baselines: nats of uniform, unigram, bigram, and shuffled_captions.
-    splits: nats by "seen" and "unseen" where the attributes say. max_clips: of so many sounds, at least 2. UserError:
-    fewer than 2 sounds fit a row. counted: the baselines of an earlier call, so that they are not counted again.
+    splits: nats by "seen" and "unseen" where the attributes say. max_clips: of at most this many sounds, at least 2.
+    UserError: fewer than 2 sounds fit a row. counted: the baselines of an earlier call, so that they are not counted
+    again.
     """
     vocabulary = model.vocabulary
     room, start = model.config.sequence_len, vocabulary.modality("audio").start

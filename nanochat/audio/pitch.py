@@ -32,7 +32,7 @@ def pitches(bins: int) -> torch.Tensor:
 def track(wavs: torch.Tensor, bins: int) -> torch.Tensor:
     """[B, N] -> int64 [B, T]: the pitch of each frame, 1 .. S, or 0 without one.
 
-    YIN's normalised difference (de Cheveigne and Kawahara 2002) tells how well each pitch explains each frame; the
+    YIN's normalised difference (de Cheveigne and Kawahara 2002) says how well each pitch explains each frame; the
     cheapest path through the frames wins, where changing costs. Quiet frames hardly count, so they keep their pitch.
     """
     rows = frames(wavs, WINDOW)
@@ -122,7 +122,7 @@ def _base(states: torch.Tensor, bins: int) -> torch.Tensor:
 def sound(states: torch.Tensor, rows: torch.Tensor, bins: int) -> torch.Tensor:
     """The inverse of track() and harmonics(): [B, T], [B, T, 1 + A] -> [B, T * HOP].
 
-    Each frame sounds with steady harmonics, or as noise, under a window of two hops; phases go on from frame to frame.
+    Each frame sounds with steady harmonics, or as noise, under a window of two hops; phases continue across frames.
     """
     level = (torch.exp(rows[..., :1] / LEVEL_WEIGHT) - SILENT).clamp(min=0)
     shape = (torch.exp(rows[..., 1:]) - RELATIVE_FLOOR).clamp(min=0)

@@ -1,7 +1,7 @@
 """Sources of captioned sounds: a folder, a dataset of the Hugging Face hub, or synthesised melodies.
 
 A source is a plan, cheap to make. `fetch` lists its sounds by name; each is decoded when it is asked for, by soundfile,
-resampled by soxr and mixed to one channel. A sound that cannot be used is left out: the first few of a kind are
+resampled by soxr and mixed to one channel. A sound that cannot be used is skipped: the first few of a kind are
 named, all are counted.
 """
 
@@ -99,7 +99,7 @@ class Sound:
 
 
 class Log:
-    """Counts what is left out or altered, by kind, and names the first few of each."""
+    """Counts what is skipped or altered, by kind, and names the first few of each."""
 
     def __init__(self, left_out: Counter | None = None):
         self.left_out = Counter() if left_out is None else left_out
@@ -107,7 +107,7 @@ class Log:
         self.reported: set[str] = {"files"}  # kinds whose numbers were said as a whole
 
     def leave_out(self, kind: str, name: str, detail: str = "") -> None:
-        self._note(self.left_out, kind, name, f"{kind}{f' ({detail})' if detail else ''}: left out")
+        self._note(self.left_out, kind, name, f"{kind}{f' ({detail})' if detail else ''}: skipped")
 
     def alter(self, kind: str, name: str) -> None:
         self._note(self.altered, kind, name, kind)
@@ -126,7 +126,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Item:
-    """A sound not yet read. load(rate in Hz, log): the sound, or None when the log says why it is left out.
+    """A sound not yet read. load(rate in Hz, log): the sound, or None when the log says why it is skipped.
 
     split: "train" or "val" where the source decides it, None for the usual rule by the name. size: how much of the
     source it is, in bytes, or 1 where all sounds are cut to one length.

@@ -36,7 +36,7 @@ TEMPLATES = (
 )
 
 ATTACK, RELEASE, GAP = 0.01, 0.03, 0.04  # seconds; the gap before the next note gives repeated notes their onsets
-HIGHEST = 7600.0  # Hz: a harmonic above is left out, well before it could alias
+HIGHEST = 7600.0  # Hz: harmonics above are dropped, well before it could alias
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Clip:
 
 
 def note_name(number: int) -> str:
-    """A MIDI number in words: 60 is "C 4", 61 "C sharp 4"."""
+    """A MIDI number spelt out: 60 is "C 4", 61 "C sharp 4"."""
     return f"{NOTES[number % 12]} {number // 12 - 1}"
 
 
@@ -65,7 +65,7 @@ def is_unseen(root: int, instrument: str) -> bool:
 
 
 def sound_key(attributes: dict, seconds: float) -> str:
-    """What is heard, in words: attributes with equal waveforms have equal keys.
+    """What is heard, as text: attributes with equal waveforms have equal keys.
 
     Steady notes are the same in major and minor, and so are the first two degrees going up; notes beyond the end of
     the clip, or so short that the gap swallows them, are not heard. Made of exact numbers, never of samples, whose last

@@ -116,7 +116,7 @@ def _header(form: bytes, size: int) -> bytes:
 
 
 def _is_chunks(file: BinaryIO, place: int, total: int) -> bool:
-    """Whether the file goes on with chunks to its end: then a size of 0 is meant."""
+    """Whether chunks follow up to the file's end: then a size of 0 is meant."""
     while place + 8 <= total:
         header = _bytes(file, place, 8)
         if not all(0x20 <= byte < 0x7F for byte in header[:4]):

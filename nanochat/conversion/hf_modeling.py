@@ -50,7 +50,7 @@ if not CACHE_FIELDS:
 class ModernNanoChatConfig(PreTrainedConfig):
     """The fields of nanochat's GPTConfig by their own names, but tie_weights, which is tie_word_embeddings here.
 
-    mlp_ratio: hidden units of an MLP over its width. window_pattern: a letter a layer, again and again; L sees all
+    mlp_ratio: hidden units of an MLP over its width. window_pattern: tiled over the layers; L sees all
     that came before, and so does the last layer, S short_window tokens and itself. use_output_projection: logits come
     from P x (with output_projection_residual x + P x). value_embeddings: every other layer, the last included, adds
     value_gate_range * sigmoid(W x[:value_gate_channels]) times an embedding of the token to its values. smear: an
@@ -281,7 +281,7 @@ class ModernNanoChatForCausalLM(PreTrainedModel, GenerationMixin):
         seen = inputs["input_ids"].size(1) + (0 if cache is None else cache.get_seq_length())
         length = input_ids.size(1)
         extra = seen - length
-        # extra > 0: before input_ids came another text, of so many tokens. It stays as long while this one grows.
+        # extra > 0: before input_ids came another text, of `extra` tokens. It stays as long while this one grows.
         first, longest = getattr(cache, "nanochat_text", (extra, 0))
         if extra < 0 or (length > longest and extra != first):
             raise misunderstood(f"the model would see {seen} tokens, the text has {length}")

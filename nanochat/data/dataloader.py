@@ -99,12 +99,12 @@ class DataLoader:
     def load_state_dict(self, state: dict) -> None:
         """Go on where the state was taken; UserError names what differs (seed, seq_len, data, tokenizer).
 
-        Another number of tokens (a shard left out then or now) is found, and raised, by next().
+        Another number of tokens (a corrupt shard skipped then or now) is found, and raised, by next().
         """
         for name, here in self._identity().items():
             if here != state[name]:
                 raise UserError(
-                    f"the data order cannot go on: {name}={here} here, {state[name]} in the checkpoint; "
+                    f"the data order cannot continue: {name}={here} here, {state[name]} in the checkpoint; "
                     "use the checkpoint's, or start a new run"
                 )
         self.cursor, self.epoch, self.row, self.tokens = (state[key] for key in ("cursor", "epoch", "row", "tokens"))
@@ -189,8 +189,8 @@ class DataLoader:
             return 0, cursor, BLOCK
         if self.tokens not in (None, ends[-1]):
             raise UserError(
-                f"the data order cannot go on: an epoch of {self.store.dataset.name} has {ends[-1]} tokens here, "
-                f"{self.tokens} in the checkpoint; has a shard been left out as damaged, or repaired?"
+                f"the data order cannot continue: an epoch of {self.store.dataset.name} has {ends[-1]} tokens here, "
+                f"{self.tokens} in the checkpoint; has a corrupt shard been skipped, or repaired?"
             )
         rows = (ends[-1] - 1) // self.seq_len
         if rows < 1:

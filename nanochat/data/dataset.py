@@ -61,7 +61,7 @@ class Dataset:
     directory: Path
     manifest: dict
     skip_corrupt: bool = False
-    skipped: dict[str, str] = field(default_factory=dict)  # shard name -> why it is left out
+    skipped: dict[str, str] = field(default_factory=dict)  # shard name -> reason
 
     @property
     def name(self) -> str:
@@ -120,7 +120,7 @@ class Dataset:
         """(name, text) of one shard's documents, a row group at a time.
 
         A corrupt shard raises Corrupt with its name. Under skip_corrupt it is read through first, so that it gives
-        all of its documents or none, and is then told, counted in `skipped` and left out from now on.
+        all of its documents or none, and is then logged, counted in `skipped` and never read again.
         """
         return self._rows(shard, read_shard)
 
@@ -152,7 +152,7 @@ class Dataset:
             raise Corrupt(f"{path} {why}: {remedy}, or leave the shard out with --skip_corrupt=True")
         if path.name not in self.skipped:
             self.skipped[path.name] = why
-            logger.info(f"data: {path.name} {why}: left out ({len(self.skipped)} so far)")
+            logger.info(f"data: {path.name} {why}: skipped ({len(self.skipped)} so far)")
 
 
 def read_shard(shard: Path) -> Iterator[tuple[str, str]]:
@@ -223,6 +223,6 @@ def describe(dataset: Dataset) -> None:
         )
     for reason, count in (dataset.manifest["left_out"] | {"corrupt shards": len(dataset.skipped)}).items():
         if count:
-            logger.info(f"left out     {count:>9,} {reason}")
+            logger.info(f"skipped     {count:>9,} {reason}")
     logger.info(f"fingerprint  sha256 {fingerprint['sha256']}")
     logger.info(f"folder       {dataset.directory}")

@@ -197,7 +197,7 @@ def hub_errors_as_user_errors(name: str, done: list[int], unit: str = "documents
 
 
 def download_climbmix(names: list[str], directory: Path, workers: int, recorded: dict[str, str]) -> Iterator[Path]:
-    """Fetch shards into a folder, in parallel, and yield their paths as they arrive; a cut download goes on later.
+    """Fetch shards into a folder, in parallel, and yield their paths as they arrive; interrupted downloads resume.
 
     recorded: shard name -> sha256 of its first download; new shards are compared with what the hub announces.
     Raises Unreachable when the hub does not answer or the connection ends, Corrupt for other bytes than announced.
@@ -246,14 +246,14 @@ def download_climbmix(names: list[str], directory: Path, workers: int, recorded:
         except hub_errors() as error:
             if (failed := find_storage_error(error, directory)) and failed.errno not in NEEDS_PATH:
                 raise failed from error  # the disk, not the hub
-            raise Unreachable(f"climbmix: the download stopped ({first_line(error)}); run again to go on") from error
+            raise Unreachable(f"climbmix: the download stopped ({first_line(error)}); run again to resume") from error
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _fetch(url: str, path: Path, size: int | None, stop: threading.Event, moved: Callable[[float], None]) -> None:
-    """Download into a hidden partial file, which a cut or killed download leaves to go on from, then rename it.
+    """Download into a hidden partial file, from which an interrupted download resumes, then rename it.
 
     huggingface_hub throws partial files away. A cut connection is taken up again as long as bytes arrive. A server
     that sends more than it announced is Corrupt as soon as it does.

@@ -157,14 +157,14 @@ def _closure(own) -> list:
             name = re.sub(r"[-_.]+", "-", requirement.name).lower()
             if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
                 continue
-            with suppress(metadata.PackageNotFoundError):  # left out on purpose, as GPU libraries on a CPU machine
+            with suppress(metadata.PackageNotFoundError):  # not installed on purpose, as GPU libraries on a CPU machine
                 found[name] = metadata.distribution(name)
                 todo.append(found[name])
     return [found[name] for name in sorted(found)]
 
 
 def _with_docstrings(files: Iterable[tuple[str, bytes]], packages: set[str]) -> Iterator[tuple[str, str | bytes]]:
-    """Every file, and after a package's file one document with its docstrings over 200 characters, repeats left out."""
+    """Every file, and after a package's file one document with its docstrings over 200 characters, repeats skipped."""
     seen: set[str] = set()
     for name, raw in files:
         yield name, raw
@@ -250,7 +250,7 @@ def path(source: str, column: str, skip_corrupt: bool) -> Source:
 def _read_files(
     files, found: Found, parts: dict, column: str, single: bool, skip_corrupt: bool, counts: Counter
 ) -> Iterator[tuple]:
-    """Documents of the user's files; an unreadable file is an error, or under skip_corrupt named and left out whole.
+    """Documents of the user's files; an unreadable file is an error, or under skip_corrupt skipped as a whole.
 
     parts: file -> split, where the folder has a split of its own.
     """
@@ -269,7 +269,7 @@ def _read_files(
             if not skip_corrupt:
                 raise
             counts["corrupt"] += 1
-            logger.info(f"data: {error}: left out")
+            logger.info(f"data: {error}: skipped")
     rows.close()
 
 

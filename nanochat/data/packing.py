@@ -30,7 +30,7 @@ class Rows:
     def __init__(self, store: TokenStore, seq_len: int, max_tokens: int | None = None):
         """Waits until the split is tokenised. UserError: no document fits a row.
 
-        max_tokens: take the first shards that give rows of so many positions, and look at no others (None: all).
+        max_tokens: take the first shards whose rows hold this many positions, and open no others (None: all).
         """
         self.store, self.capacity = store, seq_len + 1
         pieces = self._first_pieces(math.inf if max_tokens is None else -(-max_tokens // seq_len) * self.capacity)
@@ -125,7 +125,7 @@ class Rows:
         shard, document, *_ = pieces[too_long][0].tolist()
         logger.info(
             f"{self.store.split}: {too_long.sum()} of {(pieces[:, 4] == 1).sum()} sounds are longer than "
-            f"max_seq_len={seq_len} (the longest takes {pieces[too_long][:, 3].max() - 1}) and left out, the first is "
+            f"max_seq_len={seq_len} (the longest takes {pieces[too_long][:, 3].max() - 1}) and skipped, the first is "
             f"document {document} of {self.store.paths[shard].name}: raise max_seq_len or cut them with --clip_seconds"
         )
 
@@ -164,7 +164,7 @@ class PackedLoader(DataLoader):
     """The DataLoader of captioned sounds: batches of packed rows, ignored targets where they are empty.
 
     count: modalities whose targets count in the loss, None for all. caption_dropout: the share of sounds whose caption
-    is left out, for classifier-free guidance (arXiv 2207.12598). Everything else as the DataLoader has it.
+    is dropped, for classifier-free guidance (arXiv 2207.12598). Everything else as the DataLoader has it.
     """
 
     def __init__(self, rows: Rows, *args, count: tuple[str, ...] | None = None, caption_dropout: float = 0.0, **kwargs):
@@ -174,7 +174,7 @@ class PackedLoader(DataLoader):
     def _position(self, cursor: int) -> tuple[int, int, int]:
         if self.tokens not in (None, self.packed.tokens):
             raise UserError(
-                f"the data order cannot go on: {self.store.dataset.name} has {self.packed.tokens} tokens here, "
+                f"the data order cannot continue: {self.store.dataset.name} has {self.packed.tokens} tokens here, "
                 f"{self.tokens} in the checkpoint; has a shard been skipped as corrupt, or repaired?"
             )
         epoch, place = divmod(cursor, len(self.packed))

@@ -134,7 +134,7 @@ def materialise(source: Source, skip_corrupt: bool) -> Dataset:
     left = ", ".join(f"{n} {reason}" for reason, n in manifest["left_out"].items())
     logger.info(
         f"data: {manifest['fingerprint']['files']} files, {manifest['fingerprint']['bytes'] / 1e6:.2f} MB of text"
-        f"{f' (left out: {left})' if left else ''} -> {target}"
+        f"{f' (skipped: {left})' if left else ''} -> {target}"
     )
     _say_split(manifest)
     return Dataset(target, manifest, skip_corrupt)
@@ -341,7 +341,7 @@ def _check_enough(source: Source, entries: list[dict], counts: Counter) -> None:
     total = sum(size for _, size in sums.values())
     found = f"{counts['files']} files with {total} bytes of text"
     left = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()) if reason != "files")
-    found += f" (left out: {left})" if left else ""
+    found += f" (skipped: {left})" if left else ""
     if total < source.least_bytes:
         advice = source.advice
         if source.undecodable:

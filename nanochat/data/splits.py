@@ -148,7 +148,7 @@ def _part(word: str) -> str | None:
 
 
 def _part_among_words(name: str) -> str | None:
-    """The part that one word of a name tells, beside numbers and words of other senses."""
+    """The part that one word of a name stands for, beside numbers and words of other senses."""
     words = [word for word in re.split(r"[-._= 0-9]+", name) if word]
     parts = {part for word in words if (part := _part(word))}
     return parts.pop() if len(parts) == 1 else None

@@ -83,7 +83,7 @@ class TokenStore:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def tokens(self, shard: int) -> int:
-        """Ids in the shard of this number; waits until it is tokenised. 0 for one that was left out as damaged."""
+        """Ids in the shard of this number; waits until it is tokenised. 0 for a corrupt one that was skipped."""
         return self._wait(shard)["tokens"]
 
     def _open(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
@@ -288,7 +288,7 @@ class Stream:
             first, last = self.ends[shard], min(self.ends[shard + 1], stop)
             if first >= stop:
                 break
-            if last > start:  # else a shard that was left out as damaged
+            if last > start:  # else a corrupt shard that was skipped
                 parts.append(self.store.shard(shard)[0][start - first : last - first])
                 start = last
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self.dtype), *parts])

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 logger = logging.getLogger(__name__)
 
 TRAINING_CHARACTERS = 2_000_000_000  # enough for any vocabulary, and a bound on time for web-sized sources
-# The trainer keeps about 130 bytes for each byte of each distinct piece: at most 2.1 GB. Web text has so many distinct
-# words only after gigabytes; random letters are all distinct.
+# The trainer keeps about 130 bytes for each byte of each distinct piece: at most 2.1 GB. Web text has that many
+# distinct words only after gigabytes; random letters are all distinct.
 DISTINCT_BYTES = 16_000_000
 CHUNK = 2**18  # characters handed to the trainer at once: it needs some 50 bytes for each while it splits them
 REPORT_SECONDS = 10

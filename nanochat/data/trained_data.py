@@ -36,7 +36,7 @@ def find_prepared(fingerprint: dict | None, skip_corrupt: bool = False) -> Datas
     for path in sorted((base_dir() / "data").glob("[!.]*/manifest.json")):
         try:
             manifest = read_manifest(path.parent)
-        except UserError as error:  # of another source, perhaps: whoever needs it is told when it is prepared
+        except UserError as error:  # of another source, perhaps: it is an error when it is prepared
             logger.info(f"data: passing over {error}")
             continue
         if (manifest or {}).get("fingerprint", {}).get("sha256") == sha256 and codec_is_here(manifest):
@@ -72,7 +72,7 @@ def check_same(trained_on: dict | None, dataset: Dataset, where: Path, data: str
 
 
 def describe(fingerprint: dict) -> str:
-    """A fingerprint in words: source, version and the first digits of the sha256."""
+    """A fingerprint as text: source, version and the first digits of the sha256."""
     source, version = (fingerprint.get(key) or "unknown" for key in ("source", "version"))
     return f"{source} ({version}, sha256 {str(fingerprint.get('sha256'))[:8]})"
 

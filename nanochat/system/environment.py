@@ -174,16 +174,16 @@ def check_launcher() -> None:
             os.environ.pop(name, None)  # empty is as good as absent
     if not {"RANK", "WORLD_SIZE"} & values.keys():
         if leftovers := sorted(values.keys() - {"MASTER_ADDR", "MASTER_PORT"}):
-            told = " ".join(f"{name}={values[name]}" for name in leftovers)
-            print(f"ignoring {told}: no launcher set RANK and WORLD_SIZE", file=sys.stderr, flush=True)
+            ignored = " ".join(f"{name}={values[name]}" for name in leftovers)
+            print(f"ignoring {ignored}: no launcher set RANK and WORLD_SIZE", file=sys.stderr, flush=True)
             for name in leftovers:
                 del os.environ[name]
         return
     if (problem := _launcher_problem(values)) is None:
         return
-    told = " ".join(f"{name}={value}" for name, value in values.items())
+    given = " ".join(f"{name}={value}" for name, value in values.items())
     raise own_mistake(
-        f"{told}: {problem}; for a single process `unset {' '.join(values)}`, for several start them with torchrun"
+        f"{given}: {problem}; for a single process `unset {' '.join(values)}`, for several start them with torchrun"
     )
 
 

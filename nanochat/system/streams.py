@@ -128,7 +128,7 @@ def _note(name: str, error: OSError) -> None:
     reason = "nobody reads it any more" if error.errno == errno.EPIPE else lost[name]
     if name != "standard error" and sys.stderr is not None:
         with suppress(OSError, ValueError):
-            print(f"{name} cannot be written ({reason}): going on without it", file=sys.stderr, flush=True)
+            print(f"{name} cannot be written ({reason}): continuing without it", file=sys.stderr, flush=True)
 
 
 class _Descriptor(io.FileIO):

@@ -91,7 +91,7 @@ def remove_abandoned(folder: Path, pattern: str, own: bool = False) -> None:
 def scratch_folder(target: Path) -> Iterator[Path]:
     """A new temporary folder beside `target`, to be filled and renamed; what is left of it goes on the way out.
 
-    Its heartbeat goes on however long nothing is written. Folders that dead processes left for this target go first.
+    Its heartbeat continues however long nothing is written. Folders that dead processes left for this target go first.
     """
     remove_abandoned(target.parent, f".{glob_escape(target.name)}.*.tmp")
     scratch = target.with_name(f".{target.name}.{owner_suffix()}.tmp")

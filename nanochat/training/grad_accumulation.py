@@ -24,7 +24,7 @@ def forward_backward(
 
     inputs, targets int64 [rows of this rank, T]; valid: targets that count in the global batch, a scalar tensor.
     Returns each modality's part of the loss, [E]: their sum is the loss.
-    Gradients are left in the parameters, or are already on their way to the other ranks if the optimizer is told;
+    Gradients are left in the parameters, or are already on their way to the other ranks if the optimizer is given;
     after None they are not of use, and all ranks have to drop them.
     """
     loss: torch.Tensor | None = torch.zeros((), device=inputs.device)  # of as many modalities as the model says
@@ -49,7 +49,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """The CUDA allocator's error or Python's; driver, cuBLAS and the CPU's allocator raise others, known by words."""
     words = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(said in str(error) for said in words)
+        isinstance(error, RuntimeError) and any(part in str(error) for part in words)
     )
 
 
@@ -78,5 +78,5 @@ def suggest_batch_size_on_oom(settings: Settings, world_size: int) -> Iterator[N
         fits = halve_micro_batch(settings, world_size).device_batch_size
         raise UserError(
             f"out of memory with device_batch_size={micro}, outside of a step's forward and backward, which would be "
-            f"tried again in smaller parts: go on with --resume --device_batch_size={fits} ({first_line(error)})"
+            f"tried again in smaller parts: continue with --resume --device_batch_size={fits} ({first_line(error)})"
         ) from error

@@ -1,4 +1,4 @@
-"""The step guard: non-finite steps are left out and counted, spikes are noticed."""
+"""The step guard: non-finite steps are skipped and counted, spikes are logged."""
 
 import itertools
 import json

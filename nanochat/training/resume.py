@@ -36,7 +36,7 @@ class RunState:
     val_bpb: float | None = None
     smooth_loss_at_eval: float | None = None
     overfit_warned: bool = False
-    skipped: int = 0  # non-finite steps that were left out
+    skipped: int = 0  # non-finite steps
     bad_in_a_row: int = 0  # of them, those since the last good step
     evaluated: int = 0  # the last step of which all evaluation that was due is done
 

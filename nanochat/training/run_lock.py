@@ -1,7 +1,7 @@
 """One run at a time for each model_tag: a lock file beside the tag's folder, with process and host.
 
 The operating system's lock (flock) ends with its process, whatever kills it; whoever finds it held is refused. Some
-shared file systems do not pass it on to other hosts: there the file tells process, host and, by its age, whether
+shared file systems do not pass it on to other hosts: there the file holds process, host and, by its age, whether
 somebody is still at work.
 """
 
@@ -95,7 +95,7 @@ def _gone(owner: dict, path: Path) -> str | None:
 
 def _spelled(owner: dict | None) -> str:
     if owner is None:
-        return "another process, which has just begun"
+        return "another process, which has just started"
     return f"process {owner['pid']} on {owner.get('host')} (since {owner.get('since')})"
 
 

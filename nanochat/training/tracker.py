@@ -31,8 +31,8 @@ class MetricsLog:
     """metrics.jsonl, one JSON object a line, always written; a tracker may follow the file. Main thread only.
 
     path: the file, appended to. tracker: what open_tracker() gave. keep_below: on resume, lines with a larger step are
-    dropped, so that the file tells one run; drop_evals_of: a step whose evaluation did not end and is made up. A line
-    that a kill tore is dropped in any case.
+    dropped, so that the file describes one run; drop_evals_of: a step whose evaluation did not end and is made up. A
+    line that a kill tore is dropped in any case.
     """
 
     def __init__(
@@ -140,12 +140,12 @@ class Tracker:
         os.set_blocking(self.process.stdout.fileno(), False)
 
     def check(self) -> None:
-        """Print what the child has to say; when it has failed, warn once and go on without it."""
+        """Print what the child has to say; when it has failed, warn once and continue without it."""
         if self.process is not None and self._listen() == b"":
             self._give_up("its process ended")
 
     def finish(self, seconds: float) -> None:
-        """Let the child send the rest; after so many seconds it is killed."""
+        """Let the child send the rest; it is killed after `seconds`."""
         if self.process is None:
             return
         self.process.stdin.close()
@@ -170,7 +170,7 @@ class Tracker:
 
     def _give_up(self, reason: str) -> None:
         logger.warning(
-            f"wandb stopped ({reason}): the run goes on without it and metrics.jsonl is complete; "
+            f"wandb stopped ({reason}): the run continues without it and metrics.jsonl is complete; "
             f"see {self.directory / 'tracker.log'}"
         )
         self._let_go()
@@ -232,7 +232,7 @@ def _run_id(directory: Path) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; lines that are not whole JSON objects (a process was killed) are left out."""
+    """The lines of a metrics.jsonl; lines that are not whole JSON objects (a process was killed) are skipped."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:

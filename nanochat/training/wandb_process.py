@@ -57,7 +57,7 @@ def main() -> None:
         say(run.url or f"offline run in {os.path.dirname(run.dir)}")
         follow(facts["path"], facts["offset"], run)
         run.finish()
-    except Exception as error:  # whatever it is, the training process tells it and goes on
+    except Exception as error:  # whatever it is, the training process logs it and continues
         traceback.print_exc()
         say(f"error: {type(error).__name__}: {error}")
         os._exit(1)  # past wandb's exit hooks, which may wait for ever

@@ -1,4 +1,4 @@
-"""nanochat's optimizer files, translated to our names where they hold the state of all parameters, else left out.
+"""nanochat's optimizer files, translated to our names where they hold the state of all parameters, else skipped.
 
 Three layouts, by age (github.com/karpathy/nanochat): optim_000123.pt, a list [AdamW, Muon] of rank 0's state; one file
 a rank, optim_000123_rank0.pt and so on; and from January 2026 one optimizer of both kinds. In time Muon's buffers moved

@@ -315,7 +315,7 @@ def _extra_bytes(compute: Compute, step: Callable[[], object]) -> int | None:
 def fp8(plan: Plan) -> Finding:
     """Steps with the large matrices in FP8 against the same without, and what it does to loss and gradient."""
     if plan.compute.device_type == "cuda" and (device := unsupported_reason(plan.compute.device)):
-        return Finding(notes=[f"left out: {device} has no FP8"])
+        return Finding(notes=[f"skipped: {device} has no FP8"])
     depth = max(plan.depths)
     settings = plan.settings(depth, micro_batches=4)
     both = {name: contender(plan, settings, fp8=name == "FP8") for name in ("without", "FP8")}

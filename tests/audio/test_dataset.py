@@ -181,7 +181,7 @@ def test_a_copy_of_a_training_sound_is_not_held_out(folder):
         data = prepare_for(settings_of(folder))
     assert [name for name, *_ in clips_of(data, "val")] == [kept]
     assert data.manifest["left_out"] == {"held-out sound with the codes of a training sound": 1}
-    assert f"data: {copy!r}: held-out sound with the codes of a training sound: left out" in lines
+    assert f"data: {copy!r}: held-out sound with the codes of a training sound: skipped" in lines
     soundfile.write(folder / kept, a_sound(28), RATE)
     with pytest.raises(UserError, match=r"no sound is held out .*2 held-out sound with.* a finer codec"):
         prepare_for(settings_of(folder))
@@ -398,8 +398,8 @@ def test_single_bad_sounds_are_counted_in_the_manifest(folder):
 @pytest.mark.parametrize(
     ("count", "words"),
     [
-        (16, r"most of 30 captioned sounds \(left out: 16 unreadable\) cannot be read"),
-        (30, r"most of 30 captioned sounds \(left out: 30 unreadable\) cannot be read"),
+        (16, r"most of 30 captioned sounds \(skipped: 16 unreadable\) cannot be read"),
+        (30, r"most of 30 captioned sounds \(skipped: 30 unreadable\) cannot be read"),
     ],
 )
 def test_a_source_that_is_mostly_unreadable_is_an_error(folder, count, words):
@@ -414,12 +414,10 @@ def test_nothing_left_is_one_line_with_all_counts(folder):
     """Silence everywhere, or captions for none. Red when a codec is fitted on nothing."""
     for path in folder.glob("*.wav"):
         soundfile.write(path, np.zeros(1600), RATE)
-    with pytest.raises(UserError, match=r"no sound to train on among 30 captioned sounds \(left out: 30 silent\)"):
+    with pytest.raises(UserError, match=r"no sound to train on among 30 captioned sounds \(skipped: 30 silent\)"):
         prepare_for(settings_of(folder))
     (folder / "captions.jsonl").write_text('{"file_name": "x.wav", "text": "x"}\n')
-    words = (
-        r"among 0 captioned sounds \(left out: 1 caption without its sound, 30 sound without a caption\): each sound"
-    )
+    words = r"among 0 captioned sounds \(skipped: 1 caption without its sound, 30 sound without a caption\): each sound"
     with pytest.raises(UserError, match=words) as caught:
         prepare_for(settings_of(folder))
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Captioned sounds of every layout are found; what cannot be used is named, counted and left out, never a traceback."""
+"""Captioned sounds of every layout are found; what cannot be used is named, counted and skipped, never a traceback."""
 
 import json
 import os
@@ -156,7 +156,7 @@ def test_linked_folders_are_read_and_other_files_named(tmp_path):
     assert sorted(sounds) == ["a.wav", "more/b.opus", "more/d.aiff", "more/deep/c.au"]
     assert log.left_out == {"of other kinds": 3, "text file without its sound": 1}
     assert "data: 3 files not read: 2 .m4a (e.m4a, f.m4a), 1 .pdf (g.pdf)" in lines
-    assert "data: 'e.txt': text file without its sound: left out" in lines
+    assert "data: 'e.txt': text file without its sound: skipped" in lines
 
 
 def test_what_cannot_be_read_is_skipped_by_name(tmp_path, monkeypatch):
@@ -388,7 +388,7 @@ def test_bad_input_is_named_and_counted(tmp_path):
     assert np.abs(sounds["loud.wav"].wav).max() == 1.0
     for kind, number in expected.items():
         assert sum(f": {kind}" in line for line in lines) == number, kind
-    assert "data: 'nan.wav': samples that are no numbers: left out" in lines
+    assert "data: 'nan.wav': samples that are no numbers: skipped" in lines
     assert all("\n" not in line and len(line) < 500 for line in lines)
 
 
@@ -401,7 +401,7 @@ def test_the_first_of_a_kind_are_named_the_rest_counted(tmp_path):
     sounds, log = read_all(lines, data=str(tmp_path / "in"), data_column="file_name")
     assert list(sounds) == ["good.wav"]
     assert log.left_out == {"silent": 17}
-    assert lines == [f"data: '{i:02d}.wav': silent: left out" for i in range(5)] + ["data: ... and 12 more: silent"]
+    assert lines == [f"data: '{i:02d}.wav': silent: skipped" for i in range(5)] + ["data: ... and 12 more: silent"]
 
 
 def test_a_file_that_vanishes_is_unreadable(tmp_path):

@@ -414,7 +414,7 @@ def test_bad_parquet(tmp_path):
             {"a.png": b"\x89", "b.Z": "1,2"},
             r"no text found: 2 files not read: 1 \.png \(a\.png\), 1 \.z \(b\.Z\); what",
         ),
-        ({"a.txt": ""}, r"1 files with 0 bytes of text \(left out: 1 empty\)"),
+        ({"a.txt": ""}, r"1 files with 0 bytes of text \(skipped: 1 empty\)"),
         ({f"{i}.txt": "little" for i in range(20)}, "too little text: 20 files with 120 bytes"),
     ],
 )
@@ -443,7 +443,7 @@ def test_a_file_of_another_kind(tmp_path):
 
 
 def test_unreadable_file_is_skipped_only_when_asked(tmp_path, lines):
-    """Named and fatal, or named and counted: a file is left out whole, a row alone; asking once lasts for once.
+    """Named and fatal, or named and counted: a file is skipped whole, a row alone; asking once lasts for once.
 
     Red when skip_corrupt is not part of the folder's state, when _read_files does not read a file through first, or
     when Rows.refuse always raises.
@@ -498,7 +498,7 @@ def test_corrupt_shard(many_shards, lines, harm):
     assert found == {name: text for name, text in everything.items() if name not in lost}
     assert list(tolerant.skipped) == ["shard_00001.parquet"]
     assert len(lines) == 1
-    assert "left out" in lines[0]
+    assert "skipped" in lines[0]
     assert victim not in tolerant.shards("train")
     assert tolerant.text_bytes("train") == sum(len(text.encode()) for _, text in tolerant.documents("train"))
 
@@ -699,7 +699,7 @@ def test_climbmix_goes_on_after_a_cut(hub, lines):
     Red when _fetch opens the partial file with "wb", or when the manifest is written only at the end.
     """
     hub.cut["shard_00001.parquet"] = half = 5000
-    with pytest.raises(Unreachable, match=r"the download stopped .* run again to go on"), record_messages(lines):
+    with pytest.raises(Unreachable, match=r"the download stopped .* run again to resume"), record_messages(lines):
         prepare("climbmix", limit=2, workers=1)
     done = {entry["name"] for entry in dataset.read_manifest(base_dir() / "data" / "climbmix")["files"]}
     assert "shard_00000.parquet" in done

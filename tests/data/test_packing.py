@@ -117,7 +117,7 @@ def test_a_split_that_changed_cannot_be_resumed():
     before.next()
     after = PackedLoader(Rows(Store([sound(i, 2, 4) for i in range(5)]), 15), 2, 15, seed=3)
     after.load_state_dict(before.state_dict())
-    with pytest.raises(UserError, match="the data order cannot go on"):
+    with pytest.raises(UserError, match="the data order cannot continue"):
         after.next()
 
 

@@ -455,6 +455,6 @@ def test_a_fetch_without_answer_costs_no_more_than_its_limit(monkeypatch, capsys
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: forever.wait())
     assert tok_eval.fetch_rivals(seconds=0.05) == {}
     assert (
-        "GPT-2 and cl100k left out: tiktoken cannot get the files (no answer within 0.05 s)" in capsys.readouterr().out
+        "GPT-2 and cl100k skipped: tiktoken cannot get the files (no answer within 0.05 s)" in capsys.readouterr().out
     )
     forever.set()

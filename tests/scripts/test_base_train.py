@@ -253,7 +253,7 @@ def reseal_with(step: Path, change) -> None:
 WRONG = {
     "no loader": (lambda s: s.pop("loader"), "cannot be resumed: 'loader' is missing"),
     "half a loader": (lambda s: s["loader"].pop("seed"), "cannot be resumed: 'seed' is missing"),
-    "other data": (lambda s: s["loader"].update(data="x"), "the data order cannot go on: data="),
+    "other data": (lambda s: s["loader"].update(data="x"), "the data order cannot continue: data="),
     "rng of words": (lambda s: s.update(rng="abc"), "cannot be resumed"),
     "run of words": (lambda s: s["run"].update(train_seconds="long"), "run.train_seconds is not a number"),
     "other model": (lambda s: s["model_config"].update(n_kv_head=1), "holds another model than the settings describe"),

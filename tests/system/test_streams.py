@@ -86,7 +86,7 @@ os._exit(0 if not os.environ["REASON"] or streams.lost["standard output"] == os.
     done = python(program, redirect, REASON=reason or "")
     assert done.returncode == 0, done.stderr
     said = done.stderr.decode()
-    assert said.count("going on without it") == (reason is not None)
+    assert said.count("continuing without it") == (reason is not None)
     assert f"standard output cannot be written ({reason})" in said or reason is None
 
 
@@ -163,7 +163,7 @@ def test_a_main_that_is_called_with_other_streams_prints_all_the_same(monkeypatc
             full.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
     monkeypatch.undo()
-    assert capsys.readouterr().err.count("going on without it") == 1
+    assert capsys.readouterr().err.count("continuing without it") == 1
 
 
 def test_printing_to_a_stream_that_was_closed_meanwhile_ends_nothing(monkeypatch, capsys):
@@ -175,7 +175,7 @@ def test_printing_to_a_stream_that_was_closed_meanwhile_ends_nothing(monkeypatch
     logs.ROOT.info("one")
     logs.ROOT.info("two")
     assert streams.lost == {"standard output": "it is closed"}
-    assert capsys.readouterr().err == "standard output cannot be written (it is closed): going on without it\n"
+    assert capsys.readouterr().err == "standard output cannot be written (it is closed): continuing without it\n"
 
 
 def test_a_run_whose_output_is_lost_trains_to_its_end_and_says_so_in_its_log(corpus, base, monkeypatch):
