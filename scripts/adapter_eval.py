@@ -8,9 +8,9 @@ Writes base_dir()/adapter_eval/<tag>_<step>.json and base_dir()/adapter_audio/<t
 import argparse
 import logging
 
-from nanochat.adapters.checkpoint import add_adapters, open_adapters
+from nanochat.adapters.checkpoint import add_adapter_flags, open_adapters
 from nanochat.adapters.model import FrozenHostBaseline
-from nanochat.adapters.text_loss import text_measure
+from nanochat.adapters.text_loss import make_text_loss
 from nanochat.audio.adherence import needs_librosa
 from nanochat.audio.evaluation import check_places, listen, write_result
 from nanochat.audio.loss import evaluate_audio
@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--num", type=number(int, 2), default=200, help="sounds to generate, half of them of unseen combinations"
     )
-    add_adapters(parser)
+    add_adapter_flags(parser)
     return parser.parse(argv)
 
 
@@ -48,18 +48,18 @@ def main(argv: list[str] | None = None) -> dict:
     warn_of_other_data(dataset, metadata.get("data_fingerprint"))
     loss = evaluate_audio(model, tokenizer, dataset, rows=settings.device_batch_size)
     logger.info(
-        f"held-out audio loss {loss['nats']:.4f} nats a code ({loss['bits_per_second']:.0f} bit/s) on {loss['clips']} "
-        f"sounds; {', '.join(f'{name} {nats:.4f}' for name, nats in loss['baselines'].items())}"
+        f"held-out audio loss {loss['nats']:.4f} nats per code ({loss['bits_per_second']:.0f} bit/s) on "
+        f"{loss['clips']} sounds; {', '.join(f'{name} {nats:.4f}' for name, nats in loss['baselines'].items())}"
     )
-    measure, _ = text_measure(settings, model, compute, metadata.get("text_fingerprint"))
+    measure, _ = make_text_loss(settings, model, compute, metadata.get("text_fingerprint"))
     after = measure(model) if measure else None
     # By this device and dtype, where the host is still there as it was.
     before = metadata["run"].get("text_before")
     if measure and not model.config.trains_host:
         before = measure(FrozenHostBaseline(model))
     if measure and before is not None:
-        told = "the same to the last bit" if after == before else f"{after - before:+.4f}"
-        logger.info(f"the host's text loss {after:.6f} nats a token, {before:.6f} before the training: {told}")
+        message = "the same to the last bit" if after == before else f"{after - before:+.4f}"
+        logger.info(f"the host's text loss {after:.6f} nats per token, {before:.6f} before the training: {message}")
     result |= dict(loss=loss, text=dict(before=before, after=after))
     write_result(result, "adapter_eval")
     return listen(model, tokenizer, codec, dataset, args, result, "adapter_eval", "adapter_audio", args.guidance)

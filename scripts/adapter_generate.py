@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from nanochat.adapters.checkpoint import add_adapters, open_adapters
+from nanochat.adapters.checkpoint import add_adapter_flags, open_adapters
 from nanochat.audio.generation import add_request, check_out, generate_codes, to_sound, write_all
 from nanochat.config.command_line import Parser, number
 from nanochat.engine import generate
@@ -23,7 +23,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_request(parser)
     parser.add_argument("--text", action="store_true", help="continue the prompt in words")
     parser.add_argument("--max-tokens", type=number(int, 1), default=64, help="the most words with --text, in tokens")
-    add_adapters(parser)
+    add_adapter_flags(parser)
     args = parser.parse(argv)
     if args.text == (args.out is not None):
         raise UserError("name a file with --out x.wav for sound, or --text for words: one of the two")
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> list:
     compute = init_compute(args.device_type, None, args.seed)
     model, codec, _, _, _ = open_adapters(args.model_tag, args.step, compute.device, args.host, args.musicgen)
     tokenizer = model.host.tokenizer
-    how = dict(seed=args.seed, temperature=args.temperature, top_k=args.top_k)
+    kwargs = dict(seed=args.seed, temperature=args.temperature, top_k=args.top_k)
     if args.text:
         require_output()
         ids = tokenizer.encode(args.prompt, bos=True)
@@ -47,13 +47,14 @@ def main(argv: list[str] | None = None) -> list:
                 f"--max-tokens={args.max_tokens} behind a prompt of {len(ids)} is beyond the {room} positions that the "
                 f"host knows: {room - len(ids)} or fewer"
             )
-        found = generate(model, ids, args.max_tokens, num_samples=args.num, stop=model.host.stop, **how)
+        found = generate(model, ids, args.max_tokens, num_samples=args.num, stop=model.host.stop, **kwargs)
         words = [tokenizer.decode(one) for one in found]
         print("\n".join(words))
         return words
     frames = args.seconds and max(1, round(args.seconds * codec.frame_rate))
     with torch.inference_mode():
-        codes = generate_codes(model, tokenizer, [args.prompt] * args.num, frames=frames, guidance=args.guidance, **how)
+        prompts = [args.prompt] * args.num
+        codes = generate_codes(model, tokenizer, prompts, frames=frames, guidance=args.guidance, **kwargs)
     return write_all(args.out, to_sound(codec, codes), codec.sample_rate)
 
 

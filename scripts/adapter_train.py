@@ -13,10 +13,10 @@ import torch
 
 from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as checkpoints
-from nanochat.adapters.checkpoint import AdapterRun, build, check_facts, load_trained
+from nanochat.adapters.checkpoint import AdapterRun, build, check_identity, load_trained
 from nanochat.adapters.hosts import state_hash
 from nanochat.adapters.model import AdapterModel, FrozenHostBaseline
-from nanochat.adapters.text_loss import text_measure
+from nanochat.adapters.text_loss import make_text_loss
 from nanochat.audio.loss import evaluate_audio
 from nanochat.config.adapter_settings import AdapterSettings
 from nanochat.config.config_file import from_command_line
@@ -58,7 +58,7 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
     agree_before_first_step(compute, dict(adapters=adapters, data_sha256=dataset.fingerprint["sha256"]))
     loader = open_loader(settings, compute, model, dataset)
     warn_repeated_rows(settings, loader)
-    text_loss, text_fingerprint = text_measure(settings, model, compute, saved.get("text_fingerprint"))
+    text_loss, text_fingerprint = make_text_loss(settings, model, compute, saved.get("text_fingerprint"))
 
     # -- optimizer, and the checkpoint that the run resumes from ------------------------------------------------------
     optimizer = build_optimizer(model, settings, compute.rank, compute.world_size)
@@ -129,7 +129,7 @@ def restore(
     """Load what was trained, optimizer, loader and generators of a step; returns the run's state at it."""
     state, optimizer_state, metadata = checkpoints.load_checkpoint(folder, step, load_optimizer=True)
     where = checkpoint_files.step_dir(folder, step)
-    check_facts(metadata.get("adapters", {}), adapters, where)
+    check_identity(metadata.get("adapters", {}), adapters, where)
     checkpoints.check_finite(state | optimizer_state, where)
     checkpoints.check_codec(dataset, metadata, where)
     return restore_progress(
@@ -183,17 +183,17 @@ class AudioEvaluation:
         )
         if self.baselines is None:
             figures = ", ".join(f"{name} {found['baselines'][name]:.4f}" for name in ("uniform", "unigram", "bigram"))
-            logger.info(f"nats a code that need no model: ln {self.ids} = {math.log(self.ids):.4f}, {figures}")
+            logger.info(f"nats per code that need no model: ln {self.ids} = {math.log(self.ids):.4f}, {figures}")
         self.baselines = {name: nats for name, nats in found["baselines"].items() if name != "shuffled_captions"}
 
         text = self.text_loss(self.model, state.stop_requested) if self._text_is_due(state) else None
-        run.note_val_loss(found["nats"], settings.stall_evals)
+        run.record_val_loss(found["nats"], settings.stall_evals)
         if text is not None:
-            run.note_text(text)
+            run.record_text_loss(text)
             if settings.train_output == "whole" and text != run.text_begin:
                 logger.warning(
                     f"train_output=whole trains the rows of the host's words on sounds alone: its text loss "
-                    f"changed by {text - run.text_begin:+.4f} nats a token since the first step"
+                    f"changed by {text - run.text_begin:+.4f} nats per token since the first step"
                 )
         baselines = found["baselines"] | {"range": math.log(self.ids), "text": run.text_before}
         named = {f"baseline/{name}": nats for name, nats in baselines.items()}

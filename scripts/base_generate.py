@@ -35,7 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--top-k", type=number(int, 1, off="among all"), default=50, help="draw among the k likeliest tokens; None: all"
     )
     parser.add_argument("--model-tag", help="folder of the checkpoints, or a path with a slash (default: the newest)")
-    parser.add_argument("--step", type=number(int, 0), help="step to take (default: the newest whole one)")
+    parser.add_argument("--step", type=number(int, 0), help="step to take (default: the newest complete one)")
     parser.add_argument("--device-type", help="cpu, cuda or mps (default: the best one here)")
     parser.add_argument("--era", help="of nanochat's own files, as 2026-03-02, where they do not tell it")
     return parser.parse(argv)
@@ -65,23 +65,23 @@ def main(argv: list[str] | None = None) -> list[str]:
     if len(ids) + args.max_tokens > model.config.sequence_len:
         logger.info(f"longer than the {model.config.sequence_len} tokens that the model has ever seen together")
     stop = (tokenizer.bos_id, *(m.start for m in model.config.modalities))
-    how = dict(temperature=args.temperature, top_k=args.top_k, seed=args.seed, compiled=args.compile)
+    kwargs = dict(temperature=args.temperature, top_k=args.top_k, seed=args.seed, compiled=args.compile)
     if args.num > 1:
-        found = generate(model, ids, args.max_tokens, num_samples=args.num, stop=stop, **how)
+        found = generate(model, ids, args.max_tokens, num_samples=args.num, stop=stop, **kwargs)
         texts = [tokenizer.decode(one) for one in found]
         for number_, text in enumerate(texts, 1):
             print(printable(f"--- {number_}\n{args.prompt}{text}"))
         return texts
     print(printable(args.prompt), end="", flush=True)
-    whole, characters = [], codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
-    for tokens in decode(model, torch.tensor([ids]), args.max_tokens, **how):
+    pieces, characters = [], codecs.getincrementaldecoder("utf-8")("replace")  # a character may take several tokens
+    for tokens in decode(model, torch.tensor([ids]), args.max_tokens, **kwargs):
         if (token := int(tokens[0])) in stop:
             break
-        whole.append(characters.decode(tokenizer.bytes_of(token)))
-        print(printable(whole[-1]), end="", flush=True)
-    whole.append(characters.decode(b"", final=True))
-    print(printable(whole[-1]))
-    return ["".join(whole)]
+        pieces.append(characters.decode(tokenizer.bytes_of(token)))
+        print(printable(pieces[-1]), end="", flush=True)
+    pieces.append(characters.decode(b"", final=True))
+    print(printable(pieces[-1]))
+    return ["".join(pieces)]
 
 
 if __name__ == "__main__":

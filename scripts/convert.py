@@ -6,8 +6,8 @@ python -m scripts.convert --tie [--model-tag d4]              one table for embe
 python -m scripts.convert --model-tag FOLDER [--era ERA]      nanochat's own files, rewritten in our format
 python -m scripts.convert --from-hf FOLDER                    a Hugging Face folder, likewise
 
-The result is a tag of its own, with a config.py to train it from: --init_from begins with its weights. A changed model
-starts at step 0, a rewritten one keeps its step, and its optimizer state where its files hold that whole.
+The result is a tag of its own, with a config.py to train it from, initialised from its weights (--init_from). A changed
+model starts at step 0, a rewritten one keeps its step, and its optimizer state where its files hold all of it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ logger = logging.getLogger("nanochat")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("scripts.convert", __doc__)
     parser.add_argument("--model-tag", help="folder under base_checkpoints, or the path of one (default: the newest)")
-    parser.add_argument("--step", type=number(int, 0), help="step to take (default: the newest whole one)")
+    parser.add_argument("--step", type=number(int, 0), help="step to take (default: the newest complete one)")
     parser.add_argument("--era", help="what nanochat's files are from, as in 2026-03-02 (default: what they look like)")
     parser.add_argument("--from-hf", metavar="FOLDER", help="a folder that export_hf or save_pretrained wrote")
     parser.add_argument("--output-tag", help="tag of the new model (default: the old one's and what was done)")
@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--codebooks", type=number(int, 1), default=1, help="codebooks of audio (default 1)")
     parser.add_argument("--expert-dim", type=number(int, 1), help="width inside the experts (default: the model's)")
     parser.add_argument("--output-layers", choices=("separate", "masked", "shared"), help="logits (separate)")
-    parser.add_argument("--fresh-experts", action="store_true", help="do not begin with a copy of text's")
+    parser.add_argument("--fresh-experts", action="store_true", help="random experts, no copy of text's")
     parser.add_argument("--seed", type=seed, default=0, help="of the new weights")
     args = parser.parse(argv)
     if args.untie not in (None, True) and not args.add_modality:
@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if (args.untie is True) + (args.tie is not None) + (args.add_modality is not None) > 1:
         raise UserError("--untie, --tie and --add-modality make different models: one at a time")
     if args.from_hf and (args.model_tag or args.step is not None or args.era):
-        raise UserError("--from-hf names the model: leave out --model-tag, --step and --era")
+        raise UserError("--from-hf names the model: drop --model-tag, --step and --era")
     return args
 
 
@@ -91,11 +91,11 @@ def rewrite(args: argparse.Namespace, source: Source, settings: Settings) -> str
     """The same model in our format."""
     tag = args.output_tag or f"{source.name}-converted"
     folder = conversion.write(source, tag, source.step, source.config, source.state, settings, source.optimizer_state)
-    state = "with its optimizer state" if source.optimizer_state else "without optimizer state: training begins it anew"
+    state = "with" if source.optimizer_state else "without"
     tokenizer = "" if source.tokenizer else ", and without a tokenizer"
     exact = "bit for bit, NaN and infinite values too" if describe_nonfinite(source.state) else "bit for bit"
-    logger.info(f"{folder}: {count(source.state)}, {exact}, {state}{tokenizer}")
-    say_how_to_train(tag)
+    logger.info(f"{folder}: {format_parameters(source.state)}, {exact}, {state} its optimizer state{tokenizer}")
+    log_how_to_train(tag)
     return tag
 
 
@@ -110,10 +110,9 @@ def retie(args: argparse.Namespace, source: Source, before: Settings) -> str:
         config, state = conversion.untied_source(source, loss)
     after = conversion.settings_for(config, as_dict(before))
     tag = args.output_tag or f"{source.name}-{'tied' if args.tie else 'untied'}"
-    logger.info(
-        f"{conversion.write(source, tag, 0, config, state, after)}: {count(state)}, {count(source.state)} before"
-    )
-    say_how_to_train(tag)
+    folder = conversion.write(source, tag, 0, config, state, after)
+    logger.info(f"{folder}: {format_parameters(state)}, {format_parameters(source.state)} before")
+    log_how_to_train(tag)
     return tag
 
 
@@ -149,20 +148,21 @@ def add_modality(args: argparse.Namespace, source: Source, before: Settings) -> 
     if not before.modalities and "audio" in after.modality_codes():  # its text goes on beside the sounds
         after = dataclasses.replace(after, data="synth", text_data=before.data, data_limit=None)
     written = conversion.write(source, tag, 0, config, state, after)
-    logger.info(f"{written}: {count(state)}, {', '.join(m.name for m in new)} added")
-    told = "it has no sounds to learn from: give audio too, or bring data of your own"
+    logger.info(f"{written}: {format_parameters(state)}, {', '.join(m.name for m in new)} added")
     if "audio" in after.modality_codes():
-        told = f"train it on {after.data} ({after.text_data or 'no'} text beside it), or on --data=FOLDER of your own"
-    logger.info(told)
-    say_how_to_train(tag)
+        text = after.text_data or "no"
+        logger.info(f"train it on {after.data} ({text} text beside it), or on --data=FOLDER of your own")
+    else:
+        logger.info("it has no sounds to learn from: give audio too, or bring data of your own")
+    log_how_to_train(tag)
     return tag
 
 
-def count(state: State) -> str:
+def format_parameters(state: State) -> str:
     return f"{sum(tensor.numel() for tensor in state.values()):,} parameters"
 
 
-def say_how_to_train(tag: str) -> None:
+def log_how_to_train(tag: str) -> None:
     logger.info(f"  python -m scripts.base_train {checkpoints_dir() / tag / 'config.py'} --model_tag={tag}-trained")
 
 

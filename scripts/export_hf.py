@@ -23,10 +23,10 @@ logger = logging.getLogger("nanochat")
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Export; returns what write_hf tells of the folder, or refreshed() of an earlier one."""
+    """Export; returns the summary of write_hf(), or of refresh_export()."""
     parser = Parser("scripts.export_hf", __doc__)
     parser.add_argument("--model-tag", help="under base_checkpoints, or the path of a folder, nanochat's own too")
-    parser.add_argument("--step", type=number(int, 0), help="step to take (default: the newest whole one)")
+    parser.add_argument("--step", type=number(int, 0), help="step to take (default: the newest complete one)")
     parser.add_argument("--era", help="of nanochat's own files, where they do not tell it: see scripts.convert")
     parser.add_argument("--out", type=Path, help="the new folder")
     parser.add_argument("--refresh", type=Path, metavar="FOLDER", help=f"an export: replace its {MODELING} by today's")
@@ -36,35 +36,35 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (float32)")
     args = parser.parse(argv)
     if args.refresh is not None:
-        return refreshed(args)
+        return refresh_export(args)
     if args.out is None:
         raise UserError("name the new folder with --out=FOLDER, or an earlier export with --refresh=FOLDER")
     dtype = args.dtype or "float32"
     checkpoint_dir, step = find_checkpoint(args.model_tag, args.step)
     model, tokenizer, _ = build_model(checkpoint_dir, step, "cpu", "eval", era=args.era)
-    facts = write_hf(
+    summary = write_hf(
         args.out, model.config, model.state_dict(), tokenizer, fold=args.fold_projection, dtype=getattr(torch, dtype)
     )
     logger.info(f"{step_path(checkpoint_dir, step)} -> {args.out}")
-    if facts["nonfinite"]:
-        logger.warning(f"the weights hold NaN or infinite values: {facts['nonfinite']}; the export has them too")
+    if summary["nonfinite"]:
+        logger.warning(f"the weights hold NaN or infinite values: {summary['nonfinite']}; the export has them too")
     logger.info(
-        f"{facts['architecture']}, {facts['parameters']:,} parameters, {facts['bytes'] / 1e6:,.1f} MB of {dtype}, "
-        f"weights hash {facts['weights_hash']}, read back bit for bit"
+        f"{summary['architecture']}, {summary['parameters']:,} parameters, {summary['bytes'] / 1e6:,.1f} MB of "
+        f"{dtype}, weights hash {summary['weights_hash']}, read back bit for bit"
     )
     if tokenizer is None:
         logger.info("the checkpoint holds no tokenizer: none was written")
-    if facts["newer"]:
+    if summary["newer"]:
         logger.info(
-            f"transformers' NanoChat has no {', '.join(facts['newer'])}: the folder brings {MODELING}, which runs for "
-            "those who load it with trust_remote_code=True"
+            f"transformers' NanoChat has no {', '.join(summary['newer'])}: the folder brings {MODELING}, which runs "
+            "for those who load it with trust_remote_code=True"
         )
         if model.config.use_output_projection and not args.fold_projection:
             logger.info("--fold-projection would write the output projection as an untied output matrix")
-    return facts
+    return summary
 
 
-def refreshed(args: argparse.Namespace) -> dict:
+def refresh_export(args: argparse.Namespace) -> dict:
     """Refresh an export; returns {"changes": a line for each}."""
     if others := [name for name, value in vars(args).items() if name != "refresh" and value not in (None, False)]:
         raise UserError(f"--refresh changes a folder that is there: it goes without --{others[0].replace('_', '-')}")

@@ -1,7 +1,7 @@
-"""What belongs to an adapter model: its host, its experts, its codec; built from settings, and found again by hash.
+"""Adapter models and their checkpoints: built from settings or loaded, with host, experts and codec checked by hash.
 
-A checkpoint holds the trained tensors alone. Host and experts are read from where they lie, and refused when they are
-others than those of the training.
+A checkpoint holds the trained tensors alone. Host and experts are read from their own files, and refused where they
+differ from those of the training.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from nanochat.adapters.musicgen import (
     Shape,
     experts_hash,
     layer_map,
+    log_licence,
     random_experts,
     read_experts,
     read_shape,
-    say_licence,
 )
 from nanochat.audio.codecs import load_codec
 from nanochat.audio.generation import add_sampling
@@ -38,21 +38,21 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class AdapterRun(RunState):
-    """What a run of adapters remembers: RunState, with the held-out loss over codes and the host's text loss."""
+    """State of an adapter run: RunState, with the held-out loss over codes and the host's text loss."""
 
     val_loss: float | None = None
     best_loss: float | None = None
     evals_since_best: int = 0
     stall_warned: bool = False
-    text_before: float | None = None  # nats a token of the untouched host
+    text_before: float | None = None  # nats per token of the untouched host
     text_begin: float | None = None  # and of the model before its first step, where a softmax is shared
     text_after: float | None = None
 
     def figures(self) -> dict[str, float | None]:
         return {"val_loss/audio": self.val_loss, "val_loss/text": self.text_after}
 
-    def note_val_loss(self, loss: float, stall_evals: int) -> None:
-        """Keep the held-out loss; say once when it rises against the training loss, and once when it stalls."""
+    def record_val_loss(self, loss: float, stall_evals: int) -> None:
+        """Keep the held-out loss; warn once when it rises against the training loss, and once when it stalls."""
         self._note("held-out audio loss", self.val_loss, loss)
         self.val_loss = loss
         if self.best_loss is None or loss < self.best_loss:
@@ -66,41 +66,44 @@ class AdapterRun(RunState):
                 "evaluations: it stalls"
             )
 
-    def note_text(self, after: float) -> None:
-        """Keep the host's text loss, nats a token, and say what the training did to it."""
+    def record_text_loss(self, after: float) -> None:
+        """Keep the host's text loss in nats per token, and log how the training changed it."""
         before, self.text_after = self.text_before, after
-        told = "unchanged" if after == before else f"changed by {after - before:+.4f}"
+        message = "unchanged" if after == before else f"changed by {after - before:+.4f}"
         if self.text_begin not in (None, before):
-            told += f", of which {self.text_begin - before:+.4f} by the shared softmax before the first step"
-        logger.info(f"step {self.step}: the host's text loss {after:.4f} nats a token, {before:.4f} before: {told}")
+            message += f", of which {self.text_begin - before:+.4f} by the shared softmax before the first step"
+        losses = f"{after:.4f} nats per token, {before:.4f} before"
+        logger.info(f"step {self.step}: the host's text loss {losses}: {message}")
 
 
-def audio_of(settings: AdapterSettings, vocab_size: int) -> Modality:
+def make_audio_modality(settings: AdapterSettings, vocab_size: int) -> Modality:
     """The codes behind a host's V ids; `start` is input only, V + Q*K + 1, and absent from an expanded vocabulary."""
     codes, books = settings.modality_codes()["audio"], settings.codebooks
     start = vocab_size + books * codes + 1 if settings.vocabulary == "rows" else None
     return Modality("audio", books, codes, start)
 
 
-def takes_musicgen(settings: AdapterSettings) -> bool:
+def uses_musicgen(settings: AdapterSettings) -> bool:
     """Whether the experts have MusicGen's shape, their weights or not."""
     return settings.musicgen is not None and (settings.expert in ("frozen", "trained") or settings.expert_dim is None)
 
 
-def expert_shape(settings: AdapterSettings, known_ok: bool = False) -> Shape:
+def find_expert_shape(settings: AdapterSettings, known_ok: bool = False) -> Shape:
     """Of the experts: MusicGen's, or of the width that the settings give."""
-    if takes_musicgen(settings):
+    if uses_musicgen(settings):
         return read_shape(settings.musicgen, known_ok=known_ok)
     return Shape(settings.expert_dim, 1, 4 * settings.expert_dim)
 
 
-def config_of(settings: AdapterSettings, vocab_size: int, width: int, n_layer: int, shape: Shape) -> AdapterConfig:
+def make_adapter_config(
+    settings: AdapterSettings, vocab_size: int, width: int, n_layer: int, shape: Shape
+) -> AdapterConfig:
     return AdapterConfig(
         vocab_size=vocab_size,
         width=width,
         n_layer=n_layer,
         sequence_len=settings.max_seq_len,
-        modalities=(audio_of(settings, vocab_size),),
+        modalities=(make_audio_modality(settings, vocab_size),),
         expert=settings.expert,
         expert_dim=shape.width,
         expert_hidden=shape.hidden,
@@ -112,25 +115,25 @@ def config_of(settings: AdapterSettings, vocab_size: int, width: int, n_layer: i
 
 
 def build(settings: AdapterSettings, device, dtype: torch.dtype, begin: bool = True) -> tuple[AdapterModel, dict]:
-    """(model, what a checkpoint says of its host and experts); begin: False where trained tensors will replace its own.
+    """(model, identity of its host and experts); begin: False where trained tensors will replace its own.
 
     UserError: host or MusicGen are not there or of the wrong kind, or max_seq_len is beyond the host's context.
     """
     host = load_host(settings.host, device, dtype)
     check_context(settings, host)
-    shape, layers, experts = expert_shape(settings, known_ok=settings.expert in ("random", "none")), None, None
+    shape, layers, experts = find_expert_shape(settings, known_ok=settings.expert in ("random", "none")), None, None
     if settings.expert != "none":
-        if takes_musicgen(settings) and settings.expert != "random":
+        if uses_musicgen(settings) and settings.expert != "random":
             layers = layer_map(settings.layer_map, shape.layers, host.n_layer)
         if layers and (begin or settings.expert == "frozen"):
             experts = read_experts(settings.musicgen, layers)
         else:
             experts = random_experts(shape, host.n_layer, settings.seed)
             if layers:
-                say_licence()
-    config = config_of(settings, host.vocab_size, host.width, host.n_layer, shape)
+                log_licence()
+    config = make_adapter_config(settings, host.vocab_size, host.width, host.n_layer, shape)
     model = AdapterModel(host, config, experts, settings.seed)
-    facts = dict(
+    identity = dict(
         host=host.name,
         host_hash=host.hash,
         tokenizer_hash=host.tokenizer.hash,
@@ -142,7 +145,7 @@ def build(settings: AdapterSettings, device, dtype: torch.dtype, begin: bool = T
         start=config.modalities[0].start,
         config=dataclasses.asdict(config),
     )
-    return model, facts
+    return model, identity
 
 
 def check_context(settings: AdapterSettings, host: Host) -> None:
@@ -153,43 +156,44 @@ def check_context(settings: AdapterSettings, host: Host) -> None:
         )
 
 
-def check_facts(saved: dict, mine: dict, where: Path) -> None:
-    """UserError when host, experts or layout are others than those that the checkpoint was trained with."""
-    if saved.get("host_hash") != mine["host_hash"]:
+def check_identity(saved: dict, own: dict, where: Path) -> None:
+    """UserError when host, experts or layout differ from those that the checkpoint was trained with."""
+    if saved.get("host_hash") != own["host_hash"]:
         raise UserError(
             f"{where} was trained on host {saved.get('host')} with weights {str(saved.get('host_hash'))[:8]}, "
-            f"{mine['host']} has {mine['host_hash'][:8]}: name the same host with --host"
+            f"{own['host']} has {own['host_hash'][:8]}: name the same host with --host"
         )
-    if saved.get("expert_hash") != mine["expert_hash"]:
-        there, here = (
-            f"{facts.get('musicgen') or 'a draw'} ({str(facts.get('expert_hash'))[:8]})" for facts in (saved, mine)
+    if saved.get("expert_hash") != own["expert_hash"]:
+        theirs, ours = (
+            f"{identity.get('musicgen') or 'random draw'} ({str(identity.get('expert_hash'))[:8]})"
+            for identity in (saved, own)
         )
         raise UserError(
-            f"{where} was trained around experts of {there}, these are of {here}: name the same ones with --musicgen"
+            f"{where} was trained around experts of {theirs}, these are of {ours}: name the same ones with --musicgen"
         )
     for name in ("tokenizer_hash", "expert", "layer_map", "ranges", "start"):
-        if saved.get(name) != mine[name]:
-            raise UserError(f"{where}: {name} is {mine[name]!r} here, {saved.get(name)!r} in the checkpoint")
+        if saved.get(name) != own[name]:
+            raise UserError(f"{where}: {name} is {own[name]!r} here, {saved.get(name)!r} in the checkpoint")
 
 
 def load_trained(model: AdapterModel, state: dict[str, torch.Tensor], where: Path) -> None:
     """Put the tensors of a checkpoint into the model; UserError names one that is missing, unexpected or misshapen."""
-    mine = dict(model.trained())
-    for name in sorted(mine.keys() | state.keys()):
-        if name not in state or name not in mine:
-            raise UserError(f"{where}: model.safetensors {'lacks' if name in mine else 'holds an unexpected'} {name}")
-        if state[name].shape != mine[name].shape:
-            raise UserError(f"{where}: {name} has shape {tuple(state[name].shape)}, expected {tuple(mine[name].shape)}")
+    own = dict(model.trained())
+    for name in sorted(own.keys() | state.keys()):
+        if name not in state or name not in own:
+            raise UserError(f"{where}: model.safetensors {'lacks' if name in own else 'holds an unexpected'} {name}")
+        if state[name].shape != own[name].shape:
+            raise UserError(f"{where}: {name} has shape {tuple(state[name].shape)}, expected {tuple(own[name].shape)}")
     with torch.no_grad():
         for name, tensor in state.items():
-            mine[name].copy_(tensor)
+            own[name].copy_(tensor)
 
 
 def adapters_dir() -> Path:
     return base_dir() / AdapterSettings.checkpoints
 
 
-def settings_of(metadata: dict, where: Path, **changes) -> AdapterSettings:
+def restore_settings(metadata: dict, where: Path, **changes) -> AdapterSettings:
     """The settings of the training, `changes` on top: where host and MusicGen lie now."""
     if "adapters" not in metadata:
         raise UserError(f"{where} is no checkpoint of adapters: its state.json says nothing of a host")
@@ -203,13 +207,13 @@ def settings_of(metadata: dict, where: Path, **changes) -> AdapterSettings:
 def open_adapters(
     model_tag: str | None, step: int | None, device, host: str | None = None, musicgen: str | None = None
 ) -> tuple[AdapterModel, object, dict, AdapterSettings, Path]:
-    """(model, codec, metadata, settings, step folder) of a checkpoint; UserError where a part is amiss or another."""
+    """(model, codec, metadata, settings, step folder) of a checkpoint; UserError where a part is missing or differs."""
     checkpoint_dir, step = checkpoints.find_checkpoint(model_tag, step, adapters_dir())
     folder = checkpoint_files.step_dir(checkpoint_dir, step)
     state, _, metadata = checkpoints.load_checkpoint(checkpoint_dir, step)
-    settings = settings_of(metadata, folder, host=host, musicgen=musicgen)
-    model, facts = build(settings, device, pick_dtype(settings.dtype, torch.device(device).type), begin=False)
-    check_facts(metadata["adapters"], facts, folder)
+    settings = restore_settings(metadata, folder, host=host, musicgen=musicgen)
+    model, identity = build(settings, device, pick_dtype(settings.dtype, torch.device(device).type), begin=False)
+    check_identity(metadata["adapters"], identity, folder)
     load_trained(model, state, folder)
     codec = load_codec(folder / "codec")
     trained = metadata.get("codec") or {}
@@ -221,8 +225,8 @@ def open_adapters(
     return model.eval(), codec, metadata, settings, folder
 
 
-def add_adapters(parser: Parser) -> None:
-    """The flags that choose a checkpoint, find what belongs to it, and say how to draw."""
+def add_adapter_flags(parser: Parser) -> None:
+    """Flags for the checkpoint, for its host and experts, and for sampling."""
     parser.add_argument("--guidance", type=number(float, 0.0), default=1.0, help="classifier-free guidance; 1 is none")
     parser.add_argument("--host", help="where the host lies (default: as in training)")
     parser.add_argument("--musicgen", help="where MusicGen lies (default: as in training)")

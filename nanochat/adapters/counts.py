@@ -6,9 +6,9 @@ import torch
 import torch.nn as nn
 
 from nanochat.adapters import meta_host as meta_format
-from nanochat.adapters.checkpoint import config_of, expert_shape
+from nanochat.adapters.checkpoint import find_expert_shape, make_adapter_config
 from nanochat.adapters.hosts import find_nanochat
-from nanochat.adapters.model import AdapterModules, count_parts
+from nanochat.adapters.model import AdapterModules, count_parameters
 from nanochat.checkpoint_manager import metadata_of, model_config
 from nanochat.config.adapter_settings import AdapterSettings
 from nanochat.data.hub import place_caches
@@ -27,20 +27,20 @@ KNOWN = {
 
 
 def parameter_counts(settings: AdapterSettings) -> dict[str, int]:
-    """Parameters by kind, as adapters.count_parts() gives them; "whole output": all of it, whether trained or not.
+    """Parameters by kind, as adapters.count_parameters() gives them; "whole output": all of it, whether trained or not.
 
     UserError: the host's configuration is neither here nor known.
     """
     host, (rows, width), n_layer = host_on_meta(settings.host)
-    shape = expert_shape(settings, known_ok=True)
-    config = config_of(settings, rows, width, n_layer, shape)
+    shape = find_expert_shape(settings, known_ok=True)
+    config = make_adapter_config(settings, rows, width, n_layer, shape)
     with torch.device("meta"):
         parts = AdapterModules(config)
         if settings.finetune_host or settings.unfreeze:
             parts.host_model = host
             for name, parameter in host.named_parameters():
                 parameter.requires_grad_(settings.finetune_host or settings.unfreeze in name)
-    count = count_parts(parts, sum(parameter.numel() for parameter in host.parameters()))
+    count = count_parameters(parts, sum(parameter.numel() for parameter in host.parameters()))
     return count | {"whole output": config.vocabulary.size * width}
 
 

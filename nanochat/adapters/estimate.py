@@ -17,7 +17,7 @@ TRAINED_BYTES = {"trained weights": 4, "their gradients": 4, "their optimizer st
 
 
 def report(settings: AdapterSettings, hardware: Hardware) -> list[str]:
-    """The prediction as lines of at most 80 columns; what cannot be counted, for want of a host, is said with why."""
+    """The prediction as lines of at most 80 columns; without a host's configuration, why there are no counts."""
     from nanochat.adapters.counts import parameter_counts  # hosts and experts, which base training does without
 
     steps = settings.num_iterations

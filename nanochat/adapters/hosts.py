@@ -50,7 +50,7 @@ class TransformersHost:
     def __init__(self, name: str, model: nn.Module, tokenizer, weights: str):
         check_gated(name, model)
         check_finite(name, model)
-        self.name, self.hash, self.model, self.tokenizer = name, weights, _frozen(model), tokenizer
+        self.name, self.hash, self.model, self.tokenizer = name, weights, _freeze(model), tokenizer
         table, output = model.get_input_embeddings(), model.get_output_embeddings()
         self.vocab_size, self.width = table.weight.shape
         self.tied, self.output_weight = output.weight is table.weight, output.weight
@@ -111,7 +111,7 @@ class NanochatHost:
 
     def __init__(self, name: str, model: GPT, tokenizer, weights: str):
         check_finite(name, model)
-        self.name, self.hash, self.model, self.tokenizer = name, weights, _frozen(model), tokenizer
+        self.name, self.hash, self.model, self.tokenizer = name, weights, _freeze(model), tokenizer
         self.vocab_size, self.width = model.output_weight.shape
         self.softcap = model.config.softcap
         self.tied, self.output_weight = model.config.tie_weights, model.output_weight
@@ -145,19 +145,19 @@ def load_host(name: str, device: torch.device | str, dtype: torch.dtype) -> Host
     """The frozen model that `name` names, computing in `dtype`.
 
     name: a hub name or a local folder of transformers, meta:FOLDER with Meta's own files, or a checkpoint of ours:
-    nanochat:TAG, its newest step, or nanochat:TAG@STEP. UserError: not there, not whole, without a tokenizer, or of
+    nanochat:TAG, its newest step, or nanochat:TAG@STEP. UserError: missing, incomplete, without a tokenizer, or of
     another kind.
     """
     kind, _, place = name.partition(":")
     if kind == "nanochat":
-        host = _nanochat(name, place, device, dtype)
+        host = _load_nanochat(name, place, device, dtype)
     else:
         place_caches()
         try:
             import transformers  # noqa: F401
         except ImportError as error:
             raise UserError(f"host={name!r} needs transformers: pip install -e '.[hf]'") from error
-        host = _meta(name, place, device, dtype) if kind == "meta" else _transformers(name, device, dtype)
+        host = _load_meta(name, place, device, dtype) if kind == "meta" else _load_transformers(name, device, dtype)
     if host.tokenizer.vocab_size > host.vocab_size:
         raise UserError(
             f"host={name!r}: the tokenizer has {host.tokenizer.vocab_size} ids, the embedding {host.vocab_size} rows: "
@@ -206,7 +206,7 @@ def check_finite(name: str, model: nn.Module) -> None:
         )
 
 
-def _frozen(model: nn.Module) -> nn.Module:
+def _freeze(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
@@ -214,7 +214,7 @@ def _frozen(model: nn.Module) -> nn.Module:
 # transformers' format
 
 
-def _transformers(name: str, device, dtype: torch.dtype) -> TransformersHost:
+def _load_transformers(name: str, device, dtype: torch.dtype) -> TransformersHost:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -229,7 +229,7 @@ def _transformers(name: str, device, dtype: torch.dtype) -> TransformersHost:
             "of it, for --host=nanochat:TAG"
         )
     kind = str(described.get("model_type"))
-    with _quiet(), _told(name):
+    with _quiet_transformers(), _transformers_errors_as_user_errors(name):
         config = None
         if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -244,19 +244,19 @@ def _transformers(name: str, device, dtype: torch.dtype) -> TransformersHost:
     if wrappers:  # whose names transformers does not know
         for phrase in wrappers:
             logger.info(f"host {name}: {phrase}")
-        model = _loaded(name, type(empty), None, config=config, state_dict=state, dtype=dtype)
+        model = _load_pretrained(name, type(empty), None, config=config, state_dict=state, dtype=dtype)
         if (folder / "generation_config.json").is_file():
-            with _quiet(), _told(name):
+            with _quiet_transformers(), _transformers_errors_as_user_errors(name):
                 model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     else:
-        model = _loaded(name, AutoModelForCausalLM, folder, config=config, use_safetensors=True, dtype=dtype)
+        model = _load_pretrained(name, AutoModelForCausalLM, folder, config=config, use_safetensors=True, dtype=dtype)
     return TransformersHost(name, model.to(device), tokenizer, weights)
 
 
-def _loaded(name: str, kind, place: Path | None, **options) -> nn.Module:
+def _load_pretrained(name: str, kind, place: Path | None, **options) -> nn.Module:
     """kind.from_pretrained(place, ...); a missing tensor, which transformers would draw at random, is a UserError."""
-    with _quiet(), _told(name):
-        model, told = kind.from_pretrained(
+    with _quiet_transformers(), _transformers_errors_as_user_errors(name):
+        model, info = kind.from_pretrained(
             place,
             attn_implementation="sdpa",
             local_files_only=True,
@@ -264,22 +264,22 @@ def _loaded(name: str, kind, place: Path | None, **options) -> nn.Module:
             ignore_mismatched_sizes=True,
             **options,
         )
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(info["missing_keys"]):
         raise UserError(f"host={name!r} lacks {len(missing)} tensors, {missing[0]} first: fetch it again")
-    if wrong := sorted(told["mismatched_keys"]):
+    if wrong := sorted(info["mismatched_keys"]):
         key, found, expected = wrong[0]
         raise UserError(
             f"host={name!r}: {key} has shape {tuple(found)}, its configuration says {tuple(expected)}: fetch both again"
         )
-    if unknown := sorted(told["unexpected_keys"]):
+    if unknown := sorted(info["unexpected_keys"]):
         kind = type(model).__name__
         logger.info(f"host {name}: {len(unknown)} tensors are no part of a {kind} and not used, {unknown[0]} first")
     return model
 
 
 @contextmanager
-def _told(name: str):
-    """What transformers raises about a host's files becomes the user's one line."""
+def _transformers_errors_as_user_errors(name: str):
+    """Errors of transformers about a host's files as UserError."""
     from huggingface_hub import errors
 
     strict = getattr(errors, "StrictDataclassError", ValueError)  # of newer versions, about values in config.json
@@ -292,8 +292,8 @@ def _told(name: str):
 
 
 @contextmanager
-def _quiet():
-    """Without transformers' progress bars and tables: what they tell that matters, we raise."""
+def _quiet_transformers():
+    """Silence transformers' progress bars and tables; what matters in them is raised here."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -311,7 +311,7 @@ def _quiet():
 # Meta's format and our own
 
 
-def _meta(name: str, place: str, device, dtype: torch.dtype) -> TransformersHost:
+def _load_meta(name: str, place: str, device, dtype: torch.dtype) -> TransformersHost:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with path_errors_as_user_errors("host", name):
@@ -322,9 +322,9 @@ def _meta(name: str, place: str, device, dtype: torch.dtype) -> TransformersHost
     with naming_host(name):
         fields, state, weights = meta_format.read_weights(folder)
         tokenizer = meta_format.MetaTokenizer(folder)
-    with _told(name):
+    with _transformers_errors_as_user_errors(name):
         config = LlamaConfig(**fields, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_ids)
-    model = _loaded(name, LlamaForCausalLM, None, config=config, state_dict=state, dtype=dtype)
+    model = _load_pretrained(name, LlamaForCausalLM, None, config=config, state_dict=state, dtype=dtype)
     return TransformersHost(name, model.to(device), tokenizer, weights)
 
 
@@ -341,7 +341,7 @@ def find_nanochat(name: str, place: str) -> tuple[Path, int]:
         ) from error
 
 
-def _nanochat(name: str, place: str, device, dtype: torch.dtype) -> NanochatHost:
+def _load_nanochat(name: str, place: str, device, dtype: torch.dtype) -> NanochatHost:
     checkpoint_dir, step = find_nanochat(name, place)
     model, tokenizer, _ = build_model(checkpoint_dir, step, device, "eval")
     if model.config.modalities:

@@ -73,14 +73,14 @@ def read_weights(folder: Path) -> tuple[dict, dict[str, torch.Tensor], str]:
             if tensor.ndim != 2 or tensor.size(0) % config["head_dim"]:
                 shape = tuple(tensor.shape)
                 raise UserError(f"{file}: {name} has shape {shape}, params.json says heads of {config['head_dim']}")
-            tensor = half_split(tensor, config["head_dim"])
+            tensor = to_half_split_rotary(tensor, config["head_dim"])
         state[renamed] = tensor
     if config["tie_word_embeddings"]:
         state.pop("lm_head.weight", None)
     return config, state, weights_hash(weights)
 
 
-def half_split(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
+def to_half_split_rotary(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows [H * D, C] for rotary pairs (2i, 2i + 1) -> the same rows in the order for pairs (i, i + D/2)."""
     return weight.view(-1, head_dim // 2, 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
 

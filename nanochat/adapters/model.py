@@ -1,7 +1,7 @@
-"""A frozen language model that learns to speak audio codes: experts behind adapters, and rows of its own for the codes.
+"""Adapters that teach a frozen language model audio codes: an expert per layer, embedding and output rows of codes.
 
-The host keeps its modules, their names and its weights. What changes is where its MLPs and its embedding lead: audio
-ids find their rows here, and audio positions go through an expert,
+The host keeps its modules, their names and its weights. The forwards of its MLPs and its embedding are wrapped: audio
+ids take their rows from here, and audio positions go through an expert,
 
     up_proj(fc2(gelu(fc1(LayerNorm(down_proj x)))))
 
@@ -110,10 +110,10 @@ class AdapterModel(AdapterModules):
     """Host and parts as one model, called like GPT: ids in, float32 logits of all ids or a loss out."""
 
     def __init__(self, host, config: AdapterConfig, experts: list[dict[str, torch.Tensor]] | None, seed: int = 0):
-        """host: as hosts.load_host() gives it; its MLPs and embeddings are led through this model from now on.
+        """host: from hosts.load_host(); its MLPs and embeddings are routed through this model from now on.
 
         experts: for each layer norm.weight, norm.bias, fc1.weight and fc2.weight, None without (expert "none").
-        UserError: the parameters that would be trained are not those that the settings mean.
+        UserError: the trained parameters would not be those that the settings name.
         """
         super().__init__(config)
         self.host, self.config, self.vocabulary = host, config, config.vocabulary
@@ -122,16 +122,16 @@ class AdapterModel(AdapterModules):
         self.register_buffer("expert_of_id", self.vocabulary.table(by_expert=True).to(self.device), persistent=False)
         self.register_buffer("head_of_id", self.vocabulary.table(by_expert=False).to(self.device), persistent=False)
         self.init_weights(seed)
-        self.take_experts(experts)
+        self.copy_experts(experts)
         if config.trains_host:
             self.host_model = host.model.float()  # what is trained is float32
             for name, parameter in host.model.named_parameters():
                 parameter.requires_grad_(config.finetune_host or config.unfreeze in name)
         check_trained(self)
         for mlp, expert in zip(host.mlps, self.experts, strict=True):
-            mlp.forward = partial(self._routed, mlp.forward, expert)
+            mlp.forward = partial(self._run_mlp, mlp.forward, expert)
         for number, embedding in enumerate(host.embeddings):
-            embedding.forward = partial(self._embedded, embedding.forward, number == 0)
+            embedding.forward = partial(self._embed, embedding.forward, number == 0)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -153,7 +153,7 @@ class AdapterModel(AdapterModules):
         for expert in self.experts:
             draw(expert.down_proj.weight, "uniform_", (3 / self.config.width) ** 0.5)
             nn.init.zeros_(expert.up_proj.weight)
-        # What the module gives out, not its weight: some scale what they look up.
+        # The module's output, not its weight: some scale the embedding.
         rows = self.host.embeddings[0](torch.arange(min(self.config.vocab_size, 8192), device=self.device))
         draw(self.audio_embedding.weight, "normal_", rows.float().std().item())
         if self.config.train_output == "whole":
@@ -163,22 +163,22 @@ class AdapterModel(AdapterModules):
             nn.init.zeros_(self.audio_output.weight)
 
     @torch.no_grad()
-    def take_experts(self, experts: list[dict[str, torch.Tensor]] | None) -> None:
+    def copy_experts(self, experts: list[dict[str, torch.Tensor]] | None) -> None:
         if self.config.expert == "none":
             return
         for expert, tensors in zip(self.experts, experts, strict=True):
             for name, tensor in tensors.items():
                 expert.get_parameter(name).copy_(tensor)
-            if self.config.expert != "trained":  # frozen ones need no float32
+            if self.config.expert != "trained":  # frozen: no float32 needed
                 for part in (expert.norm, expert.fc1, expert.fc2):
                     part.to(self.host.output_weight.dtype)
 
-    # -- through the host ---------------------------------------------------------------------------------------------
+    # -- routing inside the host --------------------------------------------------------------------------------------
 
-    def _routed(self, original, expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    def _run_mlp(self, original, expert: Expert, x: torch.Tensor) -> torch.Tensor:
         return original(x) if self.plan is None else route(x, self.plan, (original, expert))
 
-    def _embedded(self, original, first: bool, ids: torch.Tensor) -> torch.Tensor:
+    def _embed(self, original, first: bool, ids: torch.Tensor) -> torch.Tensor:
         """The host's rows, and ours for audio ids; further tables of a nanochat host (value embeddings) give zero."""
         if self.plan is None:
             return original(ids)
@@ -235,33 +235,24 @@ class AdapterModel(AdapterModules):
         """features [..., C] -> float32 [..., V]: the host's own, or those of the trained copy."""
         if self.config.train_output != "whole":
             return self.host.text_logits(x)
-        return self._capped(F.linear(x, self.output.weight[: self.config.vocab_size].to(x.dtype)))
+        return self._softcap(F.linear(x, self.output.weight[: self.config.vocab_size].to(x.dtype)))
 
     def audio_logits(self, x: torch.Tensor) -> torch.Tensor:
         whole = self.config.train_output == "whole"
         rows = self.output.weight[self.config.vocab_size :] if whole else self.audio_output.weight
-        return self._capped(F.linear(x, rows.to(x.dtype)))
+        return self._softcap(F.linear(x, rows.to(x.dtype)))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([self.text_logits(x), self.audio_logits(x)], dim=-1)
 
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+    def _softcap(self, logits: torch.Tensor) -> torch.Tensor:
         logits, cap = logits.float(), self.host.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def new_cache(self, batch: int, length: int):
         return self.host.new_cache(batch, length)
 
-    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(embedding, output) of all ids, [V + audio ids, C] each: the expanded matrices of the recipe."""
-        with torch.no_grad():
-            words = self.host.embeddings[0].weight[: self.host.vocab_size].float()
-            embedding = torch.cat([words, self.audio_embedding.weight])
-            if self.config.train_output == "whole":
-                return embedding, self.output.weight.clone()
-            return embedding, torch.cat([self.host.output_weight.float(), self.audio_output.weight.float()])
-
-    # -- what the training loop asks ----------------------------------------------------------------------------------
+    # -- interface of the training loop -------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> "AdapterModel":
         """The host stays in eval mode, trained or not: no dropout."""
@@ -285,7 +276,7 @@ class AdapterModel(AdapterModules):
         return {f"loss/{name}": part / n for name, part, n in parts if n}
 
     def num_parameters(self) -> dict[str, int]:
-        return count_parts(self, sum(p.numel() for p in self.host.model.parameters()))
+        return count_parameters(self, sum(p.numel() for p in self.host.model.parameters()))
 
     def flops_per_token(self) -> int:
         """Of an audio position, forward and backward: 4 for each frozen weight it meets, 6 for each trained one.
@@ -295,7 +286,7 @@ class AdapterModel(AdapterModules):
         config, host = self.config, self.host
         met = sum(p.numel() for p in host.model.parameters())
         if config.output_layers == "shared" and config.train_output != "whole" and host.tied:
-            met += host.output_weight.numel()  # looked up and multiplied with
+            met += host.output_weight.numel()  # both embedding and output matrix
         met -= sum(m.weight.numel() for m in host.model.modules() if isinstance(m, nn.Embedding))
         met -= sum(p.numel() for mlp in host.mlps for p in mlp.parameters())
         if not host.tied and (config.output_layers == "separate" or config.train_output == "whole"):
@@ -307,8 +298,8 @@ class AdapterModel(AdapterModules):
         return flops + (6 if config.finetune_host else 4) * met + attention
 
 
-def expected_names(config: AdapterConfig) -> set[str]:
-    """The names of the parameters of ours that are to be trained, spelled out."""
+def list_trained_names(config: AdapterConfig) -> set[str]:
+    """Names of our trained parameters, written out independently of requires_grad."""
     parts = {
         "frozen": ("down_proj", "up_proj"),
         "random": ("down_proj", "up_proj"),
@@ -327,7 +318,7 @@ def check_trained(model: AdapterModel) -> None:
     config = model.config
     found = {name for name, _ in model.trained()}
     of_host = {name for name in found if name.startswith("host_model.")}
-    assert found - of_host == expected_names(config), (found - of_host) ^ expected_names(config)
+    assert found - of_host == list_trained_names(config), (found - of_host) ^ list_trained_names(config)
     if config.unfreeze and not of_host:
         names = [name for name, _ in model.host.model.named_parameters()]
         tied = " (its output is its embedding: there is no parameter of that name)" if model.host.tied else ""
@@ -345,7 +336,7 @@ def check_trained(model: AdapterModel) -> None:
         )
 
 
-def count_parts(parts: AdapterModules, of_host: int) -> dict[str, int]:
+def count_parameters(parts: AdapterModules, of_host: int) -> dict[str, int]:
     """Parameters by kind; "trained" and "total" over all."""
     kinds = dict.fromkeys(("experts", "adapters", "audio embedding", "audio output", "whole output"), 0)
     prefixes = {"audio_embedding": "audio embedding", "audio_output": "audio output", "output": "whole output"}
@@ -360,7 +351,7 @@ def count_parts(parts: AdapterModules, of_host: int) -> dict[str, int]:
 
 
 class FrozenHostBaseline:
-    """The untouched host as bits_per_byte() calls a model: nats of text targets [B, T], 0 where ignored."""
+    """The untouched host behind the interface of bits_per_byte(): nats of text targets [B, T], 0 where ignored."""
 
     training = False
 

@@ -49,7 +49,7 @@ LICENCE = (
     "around them\n  hold none of them but work only with them; --expert=trained saves altered ones, which stay "
     "under CC-BY-NC."
 )
-_licence_said = False
+_licence_logged = False
 
 
 def hub_name(source: str) -> str:
@@ -120,7 +120,7 @@ def read_experts(
                 raise UserError(f"musicgen={shown(source)}: {INDEX} names {files[key]}, which is missing: fetch it too")
             expert[name] = _read_tensor(path, key, size, dtype)
         experts.append(expert)
-    say_licence()
+    log_licence()
     return experts
 
 
@@ -158,11 +158,11 @@ def experts_hash(experts: list[dict[str, torch.Tensor]]) -> str:
     )
 
 
-def say_licence() -> None:
+def log_licence() -> None:
     """Print once per process what MusicGen's licence allows."""
-    global _licence_said
-    if not _licence_said:
-        _licence_said = True
+    global _licence_logged
+    if not _licence_logged:
+        _licence_logged = True
         logger.info(LICENCE)
 
 

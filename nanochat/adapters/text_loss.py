@@ -1,4 +1,4 @@
-"""The frozen host's loss on held-out text: the same before and after, or something is wrong."""
+"""The host's loss on held-out text; a frozen host's must not change in training."""
 
 import logging
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from nanochat.runtime import Compute, rank0_first
 logger = logging.getLogger(__name__)
 
 
-def text_measure(
+def make_text_loss(
     settings: AdapterSettings, model: AdapterModel, compute: Compute, known: dict | None = None
 ) -> tuple[Callable | None, dict | None]:
-    """(measure(model, stop=None) -> nats a token of held-out text, of at most check_tokens; the text's fingerprint).
+    """(measure(model, stop=None) -> nats per token of held-out text, of at most check_tokens; the text's fingerprint).
 
     None without check_text. known: the fingerprint in a checkpoint, by which the prepared text is found again.
     """
@@ -35,12 +35,12 @@ def text_measure(
     if not is_same(known, dataset.fingerprint):
         logger.warning(
             f"check_text={settings.check_text} is {describe(dataset.fingerprint)} now, {describe(known)} when "
-            "the training began: the text's losses before and after do not compare"
+            "the training began: the text's losses before and after are not comparable"
         )
     tokenizer = model.host.tokenizer
     stream = TokenStore(dataset, tokenizer, "val").stream(settings.check_tokens + 1)
     counts = torch.ones(model.config.vocab_size, dtype=torch.int64).numpy()
-    counts[tokenizer.bos_id] = 0  # the beginning of a document is nobody's to predict
+    counts[tokenizer.bos_id] = 0  # nothing predicts the beginning of a document
 
     def measure(scored, stop: Callable[[], bool] | None = None) -> float:
         found = bits_per_byte(

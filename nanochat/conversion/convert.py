@@ -87,7 +87,7 @@ def _checked(source: Source) -> Source:
 
 
 def settings_for(config: GPTConfig, saved: dict | None = None) -> Settings:
-    """Settings to train the model on with: the saved ones (unknown names left out), else made from its config.
+    """Settings to train the model on with: the saved ones (unknown names ignored), else made from its config.
 
     Tables that were tied, or untied, since then keep their size and so their rate. What no setting decides (the gates
     of value embeddings) a run takes over with the weights. UserError for a model that no settings describe.
@@ -124,7 +124,7 @@ def write(
     origin = dict(model_tag=source.name, step=source.step)
     if "upstream" in source.metadata:
         origin["era"] = source.metadata["upstream"]["era"]
-    facts = dict(
+    metadata = dict(
         settings=as_dict(settings),
         model_config=dataclasses.asdict(config),
         converted_from=origin,
@@ -141,7 +141,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         write_atomically(folder / "config.py", render_config(settings))
-        return save_checkpoint(folder, step, state, optimizer_state, facts, 0, source.tokenizer, source.codec)
+        return save_checkpoint(folder, step, state, optimizer_state, metadata, 0, source.tokenizer, source.codec)
     except BaseException:
         if is_new:  # no tag without a step
             shutil.rmtree(folder, ignore_errors=True)
@@ -155,7 +155,7 @@ Loss = Callable[[GPTConfig, State], float]
 
 
 def held_out_loss(source: Source, settings: Settings, data: str | None) -> Loss | None:
-    """loss(config, state): nats a token of a model made from the source, over a few held-out batches, on the CPU.
+    """loss(config, state): nats per token of a model made from the source, over a few held-out batches, on the CPU.
 
     Of the data that the settings name, or of `data`. None, with the reason printed, where there is none at hand:
     nothing is downloaded unasked. UserError for a `data` that cannot be used.
@@ -185,7 +185,7 @@ def held_out_loss(source: Source, settings: Settings, data: str | None) -> Loss 
         parts = found.get("losses", {"text": dict(nats=found["nats"] / found["tokens"], tokens=found["tokens"])})
         return sum(p["nats"] * p["tokens"] for p in parts.values()) / sum(p["tokens"] for p in parts.values())
 
-    logger.info(f"loss in nats a token over up to {MEASURED_TOKENS:,} held-out tokens of {dataset.name}:")
+    logger.info(f"loss in nats per token over up to {MEASURED_TOKENS:,} held-out tokens of {dataset.name}:")
     return loss
 
 

@@ -355,10 +355,10 @@ def read_config(path: Path) -> tuple[GPTConfig, str]:
     if found.get("quantization_config"):
         raise UserError(f"{path}: quantization_config: quantized weights are not read, take the model before that")
     if model_type == MODERN:
-        fields = {name: found[there(name)] for name in MODERN_FIELDS if found.get(there(name)) is not None}
-        lacking = [name for name in MODERN_FIELDS if name not in (*fields, *LATER_FIELDS)]
-        if lacking:
-            raise UserError(f"{path} lacks {there(lacking[0])}")
+        given = {name: found.get("tie_word_embeddings" if name == "tie_weights" else name) for name in MODERN_FIELDS}
+        fields = {name: value for name, value in given.items() if value is not None}
+        if missing := [name for name in MODERN_FIELDS if name not in (*fields, *LATER_FIELDS)]:
+            raise UserError(f"{path} lacks {missing[0]}")
     else:
         fields = classic_fields(found, path)
     for name, value in fields.items():  # transformers may write 15.0 where 15 was, and the other way round
@@ -370,10 +370,6 @@ def read_config(path: Path) -> tuple[GPTConfig, str]:
         raise UserError(f"{path}: {error}") from error
 
 
-def there(name: str) -> str:
-    return "tie_word_embeddings" if name == "tie_weights" else name
-
-
 def classic_fields(found: dict, path: Path) -> dict:
     """GPTConfig's fields from NanoChat's configuration; absent and null keys mean what transformers takes."""
     given = {key: value for key, value in found.items() if value is not None}
@@ -382,8 +378,8 @@ def classic_fields(found: dict, path: Path) -> dict:
         if key == "rms_norm_eps" and isinstance(have, float) and abs(have / EPSILON - 1) < 1e-3:
             continue
         if have != value:
-            told = ", which nanochat's models have: correct config.json if this is one" if key == "rms_norm_eps" else ""
-            raise UserError(f"{path}: {key}={have!r} cannot be expressed, only {value!r}{told}")
+            hint = ", which nanochat's models have: correct config.json if this is one" if key == "rms_norm_eps" else ""
+            raise UserError(f"{path}: {key}={have!r} cannot be expressed, only {value!r}{hint}")
     if "final_logit_softcapping" in found and found["final_logit_softcapping"] is None:
         raise UserError(f"{path}: final_logit_softcapping=null cannot be expressed: our logits are always capped")
     fields = {name: given.get(key, default) for name, (key, default) in KEYS.items()}

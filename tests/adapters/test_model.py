@@ -341,15 +341,13 @@ def test_guidance_is_its_formula(folders):
             assert token == max(legal, key=lambda i: guided[i])
 
 
-def test_expanded_matrices(folders):
-    """[V + K, C] each, codes alone; one product with them gives the model's logits. Red with an `end` row."""
+def test_an_expanded_vocabulary_has_rows_for_codes_alone(folders):
+    """K rows each, for codes alone; one product with all output rows gives the logits. Red with an `end` row."""
     model = adapters(folders / "untied", markers=False, books=1)
     fit(model)
-    embedding, output = model.matrices()
     V, C = model.config.vocab_size, model.config.width
-    assert embedding.shape == output.shape == (V + K, C)
-    assert torch.equal(embedding[:V], model.host.model.get_input_embeddings().weight)
-    assert torch.equal(output[:V], model.host.model.lm_head.weight)
+    output = torch.cat([model.host.model.lm_head.weight, model.audio_output.weight])
+    assert model.audio_embedding.weight.shape == model.audio_output.weight.shape == (K, C)
     inputs, _ = sounds(model)
     with torch.no_grad():
         features = model.features(inputs)

@@ -17,10 +17,10 @@ from nanochat.adapters.musicgen import (
     Shape,
     experts_hash,
     layer_map,
+    log_licence,
     random_experts,
     read_experts,
     read_shape,
-    say_licence,
 )
 from nanochat.system.environment import UserError
 from tests.messages import record_messages
@@ -230,7 +230,7 @@ def test_published_sizes_are_known_without_a_file(models, tmp_path, monkeypatch)
 
 def test_the_licence_is_told_once_and_only_when_weights_are_read(models, monkeypatch):
     """Red when read_shape or random_experts tell it, or it is told each time."""
-    monkeypatch.setattr(musicgen, "_licence_said", False)
+    monkeypatch.setattr(musicgen, "_licence_logged", False)
     lines = []
     with record_messages(lines):
         read_shape(models["one"][0])
@@ -243,7 +243,7 @@ def test_the_licence_is_told_once_and_only_when_weights_are_read(models, monkeyp
     with record_messages(lines):
         read_experts(models["decoder"][0], (0,))
     with record_messages(lines):
-        say_licence()
+        log_licence()
     assert len(lines) == 1
     assert "CC-BY-NC 4.0" in lines[0]
     assert lines[0].count("\n") <= 1

@@ -65,7 +65,7 @@ def test_untie_and_tie_a_run(train, capsys):
         (["--model-tag=words"], "in our format already: say what to do"),
         (["--model-tag=words", "--untie=mlp"], "is of an added modality"),
         (["--model-tag=words", "--untie", "--tie"], "one at a time"),
-        (["--model-tag=words", "--from-hf=x"], "leave out --model-tag"),
+        (["--model-tag=words", "--from-hf=x"], "drop --model-tag"),
         (["--model-tag=words", "--untie", "--output-tag=n", "--data=nowhere"], "nowhere"),
     ):
         with pytest.raises(UserError, match=said):

@@ -163,7 +163,7 @@ def test_resumed_is_uninterrupted(teach):
 def test_the_text_of_a_resumed_run_is_found_again(teach, tiny_corpus, tmp_path, capsys):
     """check_text's folder is gone: its prepared shards are the ones that were measured before the training.
 
-    Red when text_measure() prepares what check_text names.
+    Red when make_text_loss() prepares what check_text names.
     """
     source = shutil.copytree(tiny_corpus, tmp_path / "checked")
     text = dict(check_text=source, check_tokens=300)
@@ -416,7 +416,7 @@ def test_stalling_and_over_fitting_are_said_once(capsys):
     for step, (train_loss, val) in enumerate([(5, 4.0), (4, 3.0), (3, 3.5), (2, 3.4), (1, 3.3), (0.5, 3.2)]):
         run.step = step
         run.note_loss(train_loss)
-        run.note_val_loss(val, stall_evals=2)
+        run.record_val_loss(val, stall_evals=2)
     out = capsys.readouterr().out
     assert out.count("over-fitting") == 1 and out.count("it stalls") == 1
     assert "has not been below 3.0000 for 2 evaluations" in out
