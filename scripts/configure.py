@@ -36,7 +36,14 @@ from nanochat.files import write_atomically
 from nanochat.runtime import nearest_name, pick_device_type, run_script, shown
 from nanochat.system.environment import UserError
 from nanochat.training import estimate
-from nanochat.training.estimate import Hardware, find_hardware, measure, measure_bytes, tying_saves, usable_devices
+from nanochat.training.estimate import (
+    Hardware,
+    describe_tying_savings,
+    find_hardware,
+    measure,
+    measure_bytes,
+    usable_devices,
+)
 
 TYING = ("use_output_projection", "output_projection_residual", "tied_weights_lr", "embedding_lr", "unembedding_lr")
 PRESETS_ABOUT = {
@@ -334,7 +341,7 @@ def _explain(settings: RunSettings, name: str) -> str:
     """The line above a question; for tie_weights, the parameters that it saves at this vocabulary and width."""
     problem = _find_problem(settings)  # no model can be made of a wrong pattern, which may still be mended
     if name == "tie_weights" and (problem is None or problem.name != "window_pattern"):
-        return f"one matrix for the embedding and the logits {tying_saves(settings)}"
+        return f"one matrix for the embedding and the logits {describe_tying_savings(settings)}"
     data = fields_of(type(settings))[name].metadata
     choices = data["choices"]
     return data["help"] + (f" ({', '.join(choices)})" if choices else "")

@@ -1,4 +1,4 @@
-"""What a run left behind, told from its files alone; and what speedrun.sh needs to know to take the next step.
+"""Summarise a run from its files alone; and tell speedrun.sh what to do next.
 
 python -m scripts.summary [config.py] [--key=value ...]            the closing summary of that configuration's run
 python -m scripts.summary [config.py] [--key=value ...] --plan     one line: ranks, action, state, step, evaluated, tag
@@ -31,9 +31,9 @@ from nanochat.training.tracker import read_metrics
 class Run:
     """The state on disk of one tag's run.
 
-    state: "new" (nothing there), "done", or unfinished: "preempted" (saved after a signal), "nonfinite" (stopped by the
-    guard) or "started" (cut off).
-    step: the newest whole checkpoint, None without. evaluation: base_eval's complete results for that step, else None.
+    state: "new" (no files), "done", or unfinished: "preempted" (saved after a signal), "nonfinite" (stopped by the
+    guard) or "started" (killed).
+    step: the newest complete checkpoint, or None. evaluation: base_eval's complete results for that step, or None.
     """
 
     tag: str
@@ -52,22 +52,20 @@ class Run:
 
 
 def find_run(tag: str) -> Run:
-    """Look at a tag's folder. A torn last line of metrics.jsonl, or a torn evaluation, counts as not there."""
+    """Read a tag's folder. A truncated last line of metrics.jsonl, or a truncated evaluation, counts as missing."""
     folder = checkpoints_dir() / tag
     if not folder.is_dir() or not any(folder.iterdir()):
         return Run(tag, "new", None, [], None)
     step, metrics = newest_step(folder), read_metrics(folder / "metrics.jsonl")
-    turns = [
-        line["event"] for line in metrics if line.get("event") in ("start", "resume", "done", "preempted", "nonfinite")
-    ]
-    last = turns[-1] if turns else "start"
+    events = [line.get("event") for line in metrics]
+    last = next((e for e in reversed(events) if e in ("start", "resume", "done", "preempted", "nonfinite")), "start")
     ended = last in ("preempted", "nonfinite") or (last == "done" and step is not None)
     run = Run(tag, last if ended else "started", step, metrics, None)
     return run if step is None else Run(tag, run.state, step, metrics, read_evaluation(run))
 
 
 def read_state(run: Run) -> dict:
-    """state.json of the run's newest whole step."""
+    """state.json of the run's newest complete step."""
     return json.loads((step_dir(run.folder, run.step) / "state.json").read_text(encoding="utf-8"))
 
 
@@ -90,14 +88,14 @@ def read_evaluation(run: Run) -> dict | None:
 # for speedrun.sh
 
 
-def gpus_for(settings: Settings) -> int:
+def count_gpus(settings: Settings) -> int:
     """The GPUs that a run with these settings can use here."""
     import torch
 
     return torch.cuda.device_count() if pick_device_type(settings.device_type) == "cuda" else 0
 
 
-def action(run: Run, settings: Settings, given: Iterable[str]) -> str:
+def choose_action(run: Run, settings: Settings, given: Iterable[str]) -> str:
     """What training has to do: "start", "resume", or "nothing" when the run is done with the very values given.
 
     A longer horizon, or a value that a resume refuses, is for base_train to judge.
@@ -111,21 +109,22 @@ def action(run: Run, settings: Settings, given: Iterable[str]) -> str:
     return "nothing" if all(same) else "resume"
 
 
-def plan(settings: Settings, given: Iterable[str] = ()) -> str:
+def format_plan(settings: Settings, given: Iterable[str] = ()) -> str:
     """'ranks action state step evaluated tag' of the run that the settings name; step is - when there is none."""
-    with contextlib.redirect_stdout(sys.stderr):  # what is said about damaged steps is not part of the answer
+    with contextlib.redirect_stdout(sys.stderr):  # messages about corrupt steps are not part of the answer
         run = find_run(settings.tag)
-    gpus = gpus_for(settings)
+    gpus = count_gpus(settings)
     world = usable_devices(settings, gpus)
     if world < gpus:
         print(f"{settings.rows} rows a step do not divide by {gpus} GPUs: using {world}", file=sys.stderr)
     step = "-" if run.step is None else run.step
     names = set(given) - {"model_tag"}  # the folder that was found answers for it
-    return f"{world} {action(run, settings, names)} {run.state} {step} {'yes' if run.evaluation else 'no'} {run.tag}"
+    words = (world, choose_action(run, settings, names), run.state, step, "yes" if run.evaluation else "no", run.tag)
+    return " ".join(map(str, words))
 
 
-def wizard_arguments(settings: Settings, names_data: bool, gpus: int) -> str:
-    """The preset of this machine, and packages as its data where climbmix is wished by no one and out of reach."""
+def choose_wizard_arguments(settings: Settings, names_data: bool, gpus: int) -> str:
+    """The preset of this machine; with packages as its data where nobody asked for climbmix and it is unreachable."""
     name = hardware_preset(pick_device_type(settings.device_type), gpus)
     arguments = f"--preset {name}"
     if names_data or preset(name).data != "climbmix":
@@ -146,7 +145,7 @@ def wizard_arguments(settings: Settings, names_data: bool, gpus: int) -> str:
 # the closing summary
 
 
-def summary(run: Run) -> str:
+def format_summary(run: Run) -> str:
     """The summary as text: checkpoint, size, training, bpb beside the compressors, suite, samples, next commands."""
     if run.step is None:
         raise UserError(f"no checkpoint in {run.folder}: train one with `python -m scripts.base_train`")
@@ -162,14 +161,14 @@ def summary(run: Run) -> str:
 
 def _training_lines(run: Run) -> list[str]:
     state = read_state(run)
-    facts = [f"{run.step:,} steps"]
+    parts = [f"{run.step:,} steps"]
     if total := state.get("derived", {}).get("parameters", {}).get("total"):
-        facts.insert(0, f"{total:,} parameters")
+        parts.insert(0, f"{total:,} parameters")
     if tokens := [line["tokens"] for line in run.metrics if "tokens" in line]:
-        facts.append(f"{tokens[-1]:,} tokens")
+        parts.append(f"{tokens[-1]:,} tokens")
     if seconds := state.get("run", {}).get("train_seconds"):
-        facts.append(f"{seconds:,.0f} s of training")
-    return [f"model       {run.tag}: {', '.join(facts)}"]
+        parts.append(f"{seconds:,.0f} s of training")
+    return [f"model       {run.tag}: {', '.join(parts)}"]
 
 
 def _bpb_lines(bpb: dict) -> list[str]:
@@ -227,15 +226,15 @@ def main(argv: list[str] | None = None) -> Run | None:
     require_output()
     if "preset" in line.switches:
         if line.config_path is None:
-            print(wizard_arguments(line.settings, "data" in line.origins, gpus_for(line.settings)))
+            print(choose_wizard_arguments(line.settings, "data" in line.origins, count_gpus(line.settings)))
         else:
             print(f"using {line.config_path} as it is", file=sys.stderr)
         return None
     if "plan" in line.switches:
-        print(plan(line.settings, line.origins))
+        print(format_plan(line.settings, line.origins))
         return None
     run = find_run(line.settings.tag)
-    print(summary(run))
+    print(format_summary(run))
     return run
 
 

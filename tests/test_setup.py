@@ -408,26 +408,28 @@ def test_action(run_folder):
     """Returning "nothing" for every run that is done turns this red: a longer horizon would be ignored."""
     run = summary.find_run("t")
     same = Settings(model_tag="t", num_iterations=20)
-    assert summary.action(run, same, {"num_iterations", "adam_betas"}) == "nothing"
-    assert summary.action(run, replace(same, num_iterations=30), {"num_iterations"}) == "resume"
-    assert summary.action(run, replace(same, num_iterations=30), {"depth"}) == "nothing"  # a default was not asked for
-    assert summary.action(run, replace(same, overwrite=True), {"overwrite"}) == "start"
+    assert summary.choose_action(run, same, {"num_iterations", "adam_betas"}) == "nothing"
+    assert summary.choose_action(run, replace(same, num_iterations=30), {"num_iterations"}) == "resume"
+    assert (
+        summary.choose_action(run, replace(same, num_iterations=30), {"depth"}) == "nothing"
+    )  # a default was not asked for
+    assert summary.choose_action(run, replace(same, overwrite=True), {"overwrite"}) == "start"
     for last in ("preempted", "nonfinite", "eval"):
         events(run_folder, "start", last)
-        assert summary.action(summary.find_run("t"), same, {}) == "resume"
-    assert summary.action(summary.find_run("other"), same, {}) == "start"
+        assert summary.choose_action(summary.find_run("t"), same, {}) == "resume"
+    assert summary.choose_action(summary.find_run("other"), same, {}) == "start"
 
 
 def test_plan_line(run_folder, capsys):
     """The line that speedrun.sh reads; what is said about damaged steps must not get into it."""
-    assert summary.plan(Settings(model_tag="t")) == "1 nothing done 20 no t"
+    assert summary.format_plan(Settings(model_tag="t")) == "1 nothing done 20 no t"
     evaluate(EVALUATION)
     (run_folder / "step_000030").mkdir()
     summary.main(["--model_tag=t", "--plan"])
     said = capsys.readouterr()
     assert said.out == "1 nothing done 20 yes t\n"
     assert "step_000030" in said.err
-    assert summary.plan(Settings(model_tag="other")) == "1 start new - no other"
+    assert summary.format_plan(Settings(model_tag="other")) == "1 start new - no other"
 
 
 def test_wizard_arguments(monkeypatch, tmp_path, capsys):
@@ -438,9 +440,11 @@ def test_wizard_arguments(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(summary, "pick_device_type", lambda name: name or "cuda")
-    assert summary.wizard_arguments(Settings(device_type="cpu"), False, 0) == "--preset cpu"
-    assert summary.wizard_arguments(Settings(), False, 1) == "--preset gpu1 --set data=packages"  # tests are offline
-    assert summary.wizard_arguments(Settings(data="climbmix"), True, 8) == "--preset 8xh100"
+    assert summary.choose_wizard_arguments(Settings(device_type="cpu"), False, 0) == "--preset cpu"
+    assert (
+        summary.choose_wizard_arguments(Settings(), False, 1) == "--preset gpu1 --set data=packages"
+    )  # tests are offline
+    assert summary.choose_wizard_arguments(Settings(data="climbmix"), True, 8) == "--preset 8xh100"
     folder = tmp_path / "data" / "climbmix"
     folder.mkdir(parents=True)
     entries = [{"name": f"shard_{number:05d}.parquet"} for number in (*range(24), 6542)]  # as gpu1 wants them
@@ -450,11 +454,13 @@ def test_wizard_arguments(monkeypatch, tmp_path, capsys):
         (folder / "manifest.json").write_text(json.dumps({"files": entries[:count]}))
         capsys.readouterr()
         whole = count == len(entries)
-        assert summary.wizard_arguments(Settings(), False, 1) == "--preset gpu1" + " --set data=packages" * (not whole)
+        assert summary.choose_wizard_arguments(Settings(), False, 1) == "--preset gpu1" + " --set data=packages" * (
+            not whole
+        )
         assert ("climbmix is not here and" in capsys.readouterr().err) != whole
-    assert summary.wizard_arguments(Settings(), False, 8).endswith("data=packages")  # 240 shards
+    assert summary.choose_wizard_arguments(Settings(), False, 8).endswith("data=packages")  # 240 shards
     monkeypatch.setattr("nanochat.data.hub.probe", lambda what: None)
-    assert summary.wizard_arguments(Settings(), False, 8) == "--preset 8xh100"
+    assert summary.choose_wizard_arguments(Settings(), False, 8) == "--preset 8xh100"
 
 
 def test_preset_is_asked_for_only_without_a_config(tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import torch
 
 from nanochat.config.adapter_settings import AdapterSettings
 from nanochat.system.environment import UserError
-from nanochat.training.estimate import Hardware, checkpoints_of, gigabytes, millions
+from nanochat.training.estimate import Hardware, count_checkpoints, format_gib, format_millions
 
 # of each trained parameter, all float32; the last are AdamW's two moments
 TRAINED_BYTES = {"trained weights": 4, "their gradients": 4, "their optimizer state": 8}
@@ -32,24 +32,24 @@ def report(settings: AdapterSettings, hardware: Hardware) -> list[str]:
         dtype = torch.float32  # our own models' weights are cast where they are used; trained ones are float32
     frozen = count["total"] - trained
     names = ("bfloat16", "float32") if dtype.itemsize == 2 else ("float32", "bfloat16")
-    other = gigabytes(frozen * (6 - dtype.itemsize))  # 2 bytes or 4, whichever it is not
+    other = format_gib(frozen * (6 - dtype.itemsize))  # 2 bytes or 4, whichever it is not
     memory = {f"frozen weights in {names[0]} ({other} in {names[1]})": frozen * dtype.itemsize}
     memory |= {f"{part} in float32": size * trained for part, size in TRAINED_BYTES.items()}
     whole = sum(memory.values())
-    saves, kept = checkpoints_of(settings, steps)
+    saves, kept = count_checkpoints(settings, steps)
     weights = TRAINED_BYTES["trained weights"] * trained
     checkpoint = weights + TRAINED_BYTES["their optimizer state"] * trained
     lines = [
         *parameter_table(settings, count),
         "",
         horizon,
-        f"memory            {gigabytes(whole)} per device and activations on top, of which",
-        *(f"                  {gigabytes(size):>10}  {part}" for part, size in memory.items()),
+        f"memory            {format_gib(whole)} per device and activations on top, of which",
+        *(f"                  {format_gib(size):>10}  {part}" for part, size in memory.items()),
         f"checkpoint        {megabytes(checkpoint)}, of which trained tensors {megabytes(weights)}",
         f"disk              {megabytes(kept * checkpoint)}: {kept:,} of {saves:,} checkpoints at a time",
     ]
     if hardware.memory and whole > hardware.memory:
-        lines.append(f"warning: a device has {gigabytes(hardware.memory)}: take a smaller host, or dtype=bfloat16")
+        lines.append(f"warning: a device has {format_gib(hardware.memory)}: take a smaller host, or dtype=bfloat16")
     return lines
 
 
@@ -67,7 +67,7 @@ def parameter_table(settings: AdapterSettings, count: dict[str, int]) -> list[st
     rows = [(f"{name} ({note})", count[name]) for name, note in notes.items() if count[name]]
     rows += [("total", count["total"]), (f"trained ({count['trained'] / count['total']:.1%})", count["trained"])]
     head = f"{'parameters':<44}{'count':>16}{'millions':>14}"
-    return [head, *(f"{label:<44}{number:>16,}{millions(number):>14}" for label, number in rows)]
+    return [head, *(f"{label:<44}{number:>16,}{format_millions(number):>14}" for label, number in rows)]
 
 
 def megabytes(size: float) -> str:

@@ -1,4 +1,4 @@
-"""config.py and the command line: read, written, and laid over each other.
+"""Reading and writing config.py, and the command line that overrides it.
 
 A config.py is a list of `name = literal` lines. It is parsed, never executed. Precedence: the field's default, then
 config.py, then a flag. --help is generated here from the fields of a stage's settings; kind says which stage's.
@@ -21,9 +21,9 @@ from nanochat.system.environment import UserError, world_size_from_env
 
 STAGES: dict[str, type[RunSettings]] = {kind.stage: kind for kind in (Settings, AdapterSettings)}
 DEFAULT_CONFIG = "config.py"
-MAX_CONFIG_BYTES = 1 << 20  # a rendered config has about 8 KB: anything far larger is another kind of file
-WORDS = {"true": True, "yes": True, "y": True, "on": True, "1": True}
-WORDS |= {"false": False, "no": False, "n": False, "off": False, "0": False}
+MAX_CONFIG_BYTES = 1 << 20  # a rendered config has about 8 KB: anything far larger is something else
+BOOLEANS = {"true": True, "yes": True, "y": True, "on": True, "1": True}
+BOOLEANS |= {"false": False, "no": False, "n": False, "off": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def _read_with_lines(path: Path, kind: type[RunSettings]) -> dict[str, tuple[obj
         raise UserError(f"{path}:{error.lineno or 1}: not valid Python: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:  # null bytes, or brackets nested without end
         raise UserError(f"{path}: not valid Python: {str(error) or type(error).__name__}") from None
+
     found: dict[str, tuple[object, int]] = {}
     for index, statement in enumerate(body):
         where = f"{path}:{statement.lineno}"
@@ -63,11 +64,13 @@ def _read_with_lines(path: Path, kind: type[RunSettings]) -> dict[str, tuple[obj
         if not (isinstance(statement, ast.Assign) and [type(t) for t in statement.targets] == [ast.Name]):
             form = type(statement.value if isinstance(statement, ast.Expr) else statement).__name__.lower()
             raise UserError(f"{where}: only lines of the form name = value are allowed, this is a Python {form}")
+
         name = statement.targets[0].id
         if name not in {*fields_of(kind), *REMOVED}:
             raise UserError(f"{where}: unknown setting {name!r}{did_you_mean(name, kind)}")
         if name in found:
             raise UserError(f"{where}: {name} is assigned a second time (first in line {found[name][1]})")
+
         try:
             value = ast.literal_eval(statement.value)
         except (ValueError, TypeError, RecursionError, MemoryError):
@@ -75,6 +78,7 @@ def _read_with_lines(path: Path, kind: type[RunSettings]) -> dict[str, tuple[obj
             raise UserError(
                 f"{where}: {name} = {shown(code)[1:-1]} is not a plain literal: config files are read, never executed"
             ) from None
+
         if drop_removed(name, value, where):
             continue
         try:
@@ -85,7 +89,7 @@ def _read_with_lines(path: Path, kind: type[RunSettings]) -> dict[str, tuple[obj
 
 
 def did_you_mean(name: str, kind: type[RunSettings], *further: str) -> str:
-    """What an unknown setting may be: one of another stage, or a misspelt one (further: other names that are known)."""
+    """A hint on an unknown setting: it belongs to another stage, or is close to a known name (further: other ones)."""
     for stage, other in STAGES.items():
         if name in fields_of(other):
             return f": it belongs to stage {stage} ({other.script}), and this command reads stage {kind.stage}"
@@ -99,7 +103,7 @@ def _config_text(path: Path) -> str:
             hint = f"pass {inside}" if inside.is_file() else f"and it holds no {DEFAULT_CONFIG}"
             raise UserError(f"config {str(path)!r} is a folder: {hint}")
         if not path.exists():
-            raise UserError(f"config {str(path)!r} not found: looked for {path.absolute()}{_others(path)}")
+            raise UserError(f"config {str(path)!r} not found: looked for {path.absolute()}{_suggest_config(path)}")
         if not path.is_file():
             raise UserError(f"config {str(path)!r} is not a regular file")
         with open(path, "rb") as file:
@@ -117,8 +121,8 @@ def _config_text(path: Path) -> str:
         raise UserError(f"{path}:{line}: not UTF-8 text (byte {raw[error.start]:#04x}): not a config file") from None
 
 
-def _others(path: Path) -> str:
-    """What could have been meant by a config that does not exist."""
+def _suggest_config(path: Path) -> str:
+    """A hint on a config that does not exist: the closest file name in its folder."""
     folder = path.parent
     if not folder.is_dir():
         return f" (the folder {folder} does not exist)"
@@ -131,16 +135,16 @@ def _others(path: Path) -> str:
 
 
 def parse_value(name: str, text: str, kind: type[RunSettings] = Settings):
-    """A setting's value from what a person typed: 'None' switches off, yes/no for truth, 1e9 and 4_096 for numbers."""
+    """A setting's value from text: None switches off, yes and no are booleans, 1e9 and 4_096 are numbers."""
     hint, text = types_of(kind)[name], text.strip()
     if text.lower() == "none" and "none" not in (fields_of(kind)[name].metadata["choices"] or ()):
         return checked(name, None, kind)
     if hint in (str, str | None):
         return checked(name, text, kind)
     if hint is bool:
-        if text.lower() not in WORDS:
+        if text.lower() not in BOOLEANS:
             raise UserError(f"{name}={shown(text)} is not yes or no")
-        return WORDS[text.lower()]
+        return BOOLEANS[text.lower()]
     parts = text.strip("()[]").split(",") if hint == tuple[float, float] else [text]
     numbers = [number for part in parts if (number := _number(part)) is not None]
     if len(numbers) < len(parts):
@@ -171,17 +175,40 @@ def from_command_line(
     Raises UserError for anything unknown, malformed, given twice, or illegal together (checked for WORLD_SIZE ranks).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    flags, on, paths = _parse_words(words, switches, kind)
+    if "help" in on:
+        print(help_text(usage, switches, kind))
+        sys.exit(0)
+    if len(paths) > 1:
+        raise UserError(f"one config file is expected, not {len(paths)}: {', '.join(paths)}; flags are --name=value")
+    config = Path(paths[0]) if paths else Path(DEFAULT_CONFIG) if Path(DEFAULT_CONFIG).exists() else None
+
+    lines = _read_with_lines(config, kind) if config else {}
+    origins = {name: f"{config}:{line}" for name, (_, line) in lines.items()}
+    origins |= {name: "command line" for name in flags}
+    settings = kind(**{**{name: value for name, (value, _) in lines.items()}, **flags})
+
+    # Otherwise a checkpoint's settings come in first, and training/resume.py validates.
+    if "resume" not in on and getattr(settings, "init_from", None) is None:
+        validate(settings, world_size_from_env())
+    return CommandLine(settings, origins, on, config)
+
+
+def _parse_words(
+    words: list[str], switches: tuple[str, ...], kind: type[RunSettings]
+) -> tuple[dict[str, object], set[str], list[str]]:
+    """(values of the flags by name, the switches that are on, the paths); "help" is a switch that ends the parsing."""
     flags: dict[str, object] = {}
     on: set[str] = set()
     paths: list[str] = []
     while words:
         word = words.pop(0)
         if word in ("-h", "--help"):
-            print(help_text(usage, switches, kind))
-            sys.exit(0)
+            return flags, {"help"}, paths
         if not word.startswith("-"):
             paths.append(word)
             continue
+
         given, equals, text = word.partition("=")
         name = given.lstrip("-").replace("-", "_")
         if not given.startswith("--") or name not in {*fields_of(kind), *switches, *REMOVED}:
@@ -193,31 +220,22 @@ def from_command_line(
                 raise UserError(f"--{name} is a switch and takes no value")
             on.add(name)
             continue
+
         if not equals:
             if not words or words[0].startswith("--"):
                 raise UserError(f"--{name} needs a value: --{name}={type_name(name, kind)}")
             text = words.pop(0)
         if name in REMOVED:
             drop_removed(name, None if text.strip().lower() == "none" else text, "command line")
-            continue
-        flags[name] = parse_value(name, text, kind)
-    if len(paths) > 1:
-        raise UserError(f"one config file is expected, not {len(paths)}: {', '.join(paths)}; flags are --name=value")
-    config = Path(paths[0]) if paths else Path(DEFAULT_CONFIG) if Path(DEFAULT_CONFIG).exists() else None
-    lines = _read_with_lines(config, kind) if config else {}
-    origins = {name: f"{config}:{line}" for name, (_, line) in lines.items()}
-    origins |= {name: "command line" for name in flags}
-    settings = kind(**{**{name: value for name, (value, _) in lines.items()}, **flags})
-    # Else a checkpoint's settings join in first, and resume.py validates.
-    if "resume" not in on and getattr(settings, "init_from", None) is None:
-        validate(settings, world_size_from_env())
-    return CommandLine(settings, origins, on, config)
+        else:
+            flags[name] = parse_value(name, text, kind)
+    return flags, on, paths
 
 
 def differences(settings: RunSettings, origins: dict[str, str]) -> list[str]:
-    """Lines on what differs from the defaults and where it came from; a value without effect is said with its reason.
+    """Lines on the settings that differ from their defaults: value, default, origin, and why one has no effect.
 
-    A value given on the command line that has no effect is listed even when it equals the default.
+    A flag without effect is listed even at its default.
     """
     lines = []
     for name, declared in fields_of(type(settings)).items():
@@ -232,7 +250,7 @@ def differences(settings: RunSettings, origins: dict[str, str]) -> list[str]:
 
 
 def find_no_effect(line: CommandLine, groups: tuple[str, ...] = ("data", "modalities")) -> list[str]:
-    """One note for each value of these groups that was given, is not the default or was typed, and has no effect."""
+    """A note for each setting of these groups that has no effect and was given as a flag, or not at its default."""
     fields, notes = fields_of(type(line.settings)), []
     for name, origin in line.origins.items():
         given = origin == "command line" or getattr(line.settings, name) != fields[name].default
@@ -255,7 +273,7 @@ def literal(value) -> str:
 
 
 def render_config(settings: RunSettings) -> str:
-    """The text of a commented config.py in groups; read_config gives exactly these settings back."""
+    """The text of a commented config.py in groups; read_config returns exactly these settings."""
     kind = type(settings)
     lines = [
         f"# Settings of one run, stage {kind.stage}: plain literals, read and never executed. None switches off.",
@@ -277,7 +295,7 @@ def names_of(group: str, kind: type[RunSettings] = Settings) -> list[str]:
 
 
 def describe_setting(name: str, kind: type[RunSettings] = Settings) -> str:
-    """One line on a setting: what it is, its choices or range, and when it matters."""
+    """One line on a setting: its help, its choices, and when it has an effect."""
     data = fields_of(kind)[name].metadata
     parts = [data["help"]]
     if data["choices"]:

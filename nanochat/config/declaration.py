@@ -1,4 +1,4 @@
-"""How a setting is declared: default, help, group, legal values, and when it has an effect."""
+"""How a setting is declared: default, help, group, legal values, when it has an effect, who may change it."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from nanochat.runtime import shown
 from nanochat.system.environment import UserError
 
-ON = "on"  # in `when`: any value but these
+ON = "on"  # in `when`: any value that is not in OFF
 OFF = (None, False, 0, "disabled", "none", "L")
 
 
@@ -26,13 +26,13 @@ class IllegalCombination(UserError):
 def setting(
     default, help: str, group: str, *, ge=None, gt=None, le=None, choices=None, when=None, ask=False, resumable=False
 ):
-    """One setting: default, help (what it is and why, with the unit), group, and everything else that depends on it.
+    """Declare one setting: default, help (what it is, with the unit) and the section of config.py it belongs to.
 
     ge, gt, le         the legal range of a number: at least, more than, at most
     choices            the legal values of a text
     when               (name of another setting, its value, a tuple of values, Like or ON): it has an effect only then
-    ask                whether the wizard asks for it; a text is the question, else it is the name
-    resumable          whether --resume may change it: what it changes is not the model's path through training
+    ask                whether the wizard asks for it, with a text as the question instead of the name
+    resumable          whether --resume may change it
     """
     metadata = dict(help=help, group=group, ge=ge, gt=gt, le=le, choices=choices, when=when, ask=ask)
     return dataclasses.field(default=default, metadata={**metadata, "resumable": resumable})
@@ -44,7 +44,7 @@ def in_group(group: str) -> Callable:
 
 
 def redeclare(kind: type, name: str, default=dataclasses.MISSING, **metadata):
-    """A field of another class with another default or other metadata; the rest is as declared there."""
+    """A field of another class with another default or other metadata; the rest as declared there."""
     declared = fields_of(kind)[name]
     kept = declared.default if default is dataclasses.MISSING else default
     return dataclasses.field(default=kept, metadata={**declared.metadata, **metadata})
@@ -68,13 +68,13 @@ def types_of(kind: type) -> dict[str, object]:
     return {name: hints[name] for name in fields_of(kind)}
 
 
-def check_number(name, value, kind, facts, without=""):
-    """without: what a message on a number that is too small says of None."""
+def check_number(name, value, kind, metadata, without=""):
+    """The number as kind; UserError outside the legal range. without: what None would mean, for the message."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1.7e308 < value < 1.7e308:
         raise UserError(f"{name}={shown(value)} is not a finite number{without}")
     if kind is int and value != int(value):
         raise UserError(f"{name}={shown(value)} is not a whole number")
-    low, above, high = facts["ge"], facts["gt"], facts["le"]
+    low, above, high = metadata["ge"], metadata["gt"], metadata["le"]
     if low is not None and value < low:
         raise UserError(f"{name}={shown(value)} is too small: at least {low}{without}")
     if above is not None and value <= above:
@@ -92,7 +92,7 @@ def nearest_divisor(number: int, wish: int) -> int:
 
 @dataclass(frozen=True)
 class Like:
-    """In `when`: any text that a pattern matches, whatever the case; words: how it looks, for --help."""
+    """In `when`: any text that a pattern matches, ignoring case; words: the same for --help."""
 
     pattern: str
     words: str
@@ -102,7 +102,7 @@ class Like:
 
 
 def meets(value, wanted) -> bool:
-    """Whether a value is what `when` wants."""
+    """Whether a value fulfils the condition of a `when`."""
     if isinstance(wanted, Like):
         return wanted.matches(value)
     return value not in OFF if wanted is ON else value in (wanted if isinstance(wanted, tuple) else (wanted,))

@@ -222,7 +222,7 @@ class RunSettings:
         if name == "data_audio_column" and not AUDIO.matches(self.modalities):
             return f"data_audio_column has no effect while modalities={self.modalities!r}"
         other = name
-        while condition := fields_of(type(self))[other].metadata["when"]:  # what switches off a switch counts too
+        while condition := fields_of(type(self))[other].metadata["when"]:  # a switch may itself be switched off
             other, wanted = condition
             value = getattr(self, other)
             if not meets(value, wanted):
@@ -230,7 +230,7 @@ class RunSettings:
         return None
 
     def check(self, world_size: int = 1) -> None:
-        """Whether the values go together; IllegalCombination names the nearest legal value. Single ones are checked."""
+        """IllegalCombination, with the nearest legal value, for values that are legal alone and not together."""
         tag = self.model_tag or ""
         if tag.startswith(".") or set("/\\") & set(tag) or len(tag.encode()) > 200:
             message = f"model_tag={shown(tag)} must be a folder's name: no slashes, no leading dot, at most 200 bytes"
@@ -472,7 +472,7 @@ class Settings(RunSettings):
 
     @property
     def tag(self) -> str:
-        """Folder of the checkpoints: the given one, or depth and variant."""
+        """Name of the checkpoint folder: model_tag, or depth and variant."""
         if self.model_tag:
             return self.model_tag
         tied = "-tied" * self.tie_weights
@@ -482,7 +482,7 @@ class Settings(RunSettings):
         return f"d{self.depth}{tied}{'-proj' * projected}{'-res' * residual}{further}"
 
     def model_arguments(self, vocab_size: int | None = None, bos_id: int = 0) -> dict:
-        """Arguments of GPTConfig that are no settings of the same name and meaning; see GPTConfig.from_settings()."""
+        """Arguments of GPTConfig that are derived, not copied by name; see GPTConfig.from_settings()."""
         vocab_size = vocab_size or self.vocab_size
         projected = self.tie_weights and self.use_output_projection
         quarter = math.ceil(self.max_seq_len / 512) * 128  # as nanochat: rounded up to its kernels' tile
@@ -514,7 +514,7 @@ class Settings(RunSettings):
         return shape | dict(bigram_rows=config.bigram_rows or None, document_mask=config.document_start is not None)
 
     def untie_step(self, steps: int) -> int | None:
-        """How many of `steps` are done before the tied tables are split: one at least, not all. None: never split."""
+        """The step, 1 to steps - 1, after which the tied matrix is untied; None: never."""
         if not (self.tie_weights and self.untie_at):
             return None
         return max(1, min(round(self.untie_at * steps), steps - 1))
@@ -525,7 +525,7 @@ class Settings(RunSettings):
         covers = window >= self.max_seq_len - 1 and f"max_seq_len={self.max_seq_len}, which {window} tokens cover"
         features = self.value_embeddings or self.smear or self.residual_scalars or (self.backout and self.depth > 2)
         reasons = {
-            # the tokenizer and the tables come with the weights
+            # tokenizer and embeddings come with the weights
             "vocab_size": self.init_from and not self.tokenizer and f"init_from={self.init_from!r}",
             "tied_init_std": self.tie_weights and self.init_from and f"init_from={self.init_from!r}",
             "backout": self.depth < 3 and f"depth={self.depth}",
@@ -627,7 +627,7 @@ GROUPS, FIELDS, TYPES = Settings.groups, fields_of(Settings), types_of(Settings)
 
 
 def type_name(name: str, kind: type[RunSettings] = Settings) -> str:
-    """The setting's type in words a person types: 'int or None', 'two numbers'."""
+    """The setting's type as text: 'int or None', 'two numbers'."""
     hint = types_of(kind)[name]
     if hint == tuple[float, float]:
         return "two numbers"
@@ -642,23 +642,23 @@ def checked(name: str, value, kind: type[RunSettings] = Settings):
     if name not in fields:
         raise UserError(f"unknown setting {name!r}{nearest_name(name, fields)}")
     check_removed_value(name, value)
-    hint, facts = types_of(kind)[name], fields[name].metadata
+    hint, metadata = types_of(kind)[name], fields[name].metadata
     allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in allowed:
         return None
     if hint == tuple[float, float]:
         if not isinstance(value, (tuple, list)) or len(value) != 2:
             raise UserError(f"{name}={shown(value)} is not two numbers, such as {fields[name].default}")
-        return tuple(check_number(name, part, float, facts) for part in value)
+        return tuple(check_number(name, part, float, metadata) for part in value)
     for one in allowed:
         if one is bool and isinstance(value, bool):
             return value
         if one in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            without = _meaning_of_none(facts["help"]) if type(None) in allowed else ""
-            return check_number(name, value, one, facts, without)
+            without = _meaning_of_none(metadata["help"]) if type(None) in allowed else ""
+            return check_number(name, value, one, metadata, without)
         if one is str and isinstance(value, str):
-            if facts["choices"] and value not in facts["choices"]:
-                raise UserError(f"{name}={shown(value)} is not one of {', '.join(facts['choices'])}")
+            if metadata["choices"] and value not in metadata["choices"]:
+                raise UserError(f"{name}={shown(value)} is not one of {', '.join(metadata['choices'])}")
             if any(0xD800 <= ord(c) < 0xE000 for c in value):
                 raise UserError(f"{name}={shown(value)} is no text in this locale: set LC_ALL=C.UTF-8, or rename it")
             if not value.strip() or any(ord(c) < 32 for c in value):
@@ -673,7 +673,7 @@ def checked_settings(values: dict, kind: type[RunSettings] = Settings, origin: s
 
 
 def _meaning_of_none(help: str) -> str:
-    """', or None (never clips)': what a setting's help says of None, which -1 and 0 are elsewhere."""
+    """', or None (never clips)' from a setting's help: other programs take -1 or 0 for that."""
     meaning = re.search(r"\bNone:? ([^;]+)", help)
     return f", or None ({meaning[1] if meaning else 'off'})"
 

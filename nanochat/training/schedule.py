@@ -1,4 +1,4 @@
-"""Pure functions of the step: horizon, learning rate, momentum, weight decay. No torch."""
+"""Schedules as pure functions of the step: horizon, learning rate, momentum, weight decay. No torch."""
 
 import math
 
@@ -8,7 +8,7 @@ MOMENTUM_WARMUP = 300  # steps until Muon's momentum has risen from 0.85 to 0.95
 
 
 def num_iterations(settings: Settings, matmul_parameters: int, flops_per_token: int) -> int:
-    """Optimizer steps of the run: given outright, or from a FLOPs budget, or from a ratio of tokens to parameters."""
+    """Optimizer steps of the run: given, or from a compute budget in FLOPs, or from a ratio of tokens to parameters."""
     if settings.num_iterations is not None:
         return settings.num_iterations
     if settings.target_flops is not None:
@@ -19,7 +19,7 @@ def num_iterations(settings: Settings, matmul_parameters: int, flops_per_token: 
 
 
 def lr_multiplier(settings: RunSettings, step: int, steps: int) -> float:
-    """Linear warmup, constant, linear warmdown to final_lr_frac: the factor of every learning rate at `step`."""
+    """The factor of every learning rate at `step`: linear warmup, constant, linear warmdown to final_lr_frac."""
     warmup = (step + 1) / settings.warmup_steps if step < settings.warmup_steps else 1.0
 
     warmdown_steps = round(settings.warmdown_ratio * steps)
@@ -30,19 +30,20 @@ def lr_multiplier(settings: RunSettings, step: int, steps: int) -> float:
 
 
 def muon_momentum(step: int) -> float:
+    """Rises linearly from 0.85 to 0.95 over MOMENTUM_WARMUP steps."""
     return 0.85 + 0.10 * min(step / MOMENTUM_WARMUP, 1.0)
 
 
 def weight_decay(settings: Settings, step: int, steps: int) -> float:
-    """Linear to zero at the end: late decay would only fight the small last updates (nanochat)."""
+    """Decays linearly to zero: late weight decay would only fight the small last updates (nanochat)."""
     return settings.weight_decay * (1 - step / steps)
 
 
 def is_due(every: int | None, step: int) -> bool:
-    """Whether something on a cadence happens after `step` steps; None is never."""
+    """Whether something with a cadence of `every` steps is due after `step` of them; None is never."""
     return every is not None and step > 0 and step % every == 0
 
 
 def clip_scale(norm: float, limit: float | None) -> float:
-    """The factor that brings a gradient of this norm within the limit."""
+    """The factor that clips a gradient of this norm to the limit."""
     return 1.0 if limit is None or norm <= limit or not math.isfinite(norm) else limit / norm

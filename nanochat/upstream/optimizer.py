@@ -51,7 +51,7 @@ def read_optimizer(folder: Path, step: int, config: GPTConfig) -> tuple[dict[str
         state = _translate([read_pt_tree(file) for file in files], config)
         gates = sum(name.endswith("ve_gate.weight.step") for name in state)
         anew = f"; that of {gates} gates begins anew, for they are AdamW's here" if gates else ""
-        return state, f"whole, in {', '.join(file.name for file in files)}{anew}"
+        return state, f"complete, in {', '.join(file.name for file in files)}{anew}"
     except (UserError, _UnfitError) as error:
         return None, f"none: {error}"
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:

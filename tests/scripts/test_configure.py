@@ -89,7 +89,8 @@ def test_defaults_never_overwrite_unasked():
     """Red when the `args.force` branch of _write is dropped: the file would be replaced."""
     Path("config.py").write_text("depth = 3\n")
     run = wizard([], "--defaults", "--set", "seed=1")
-    assert "config.py exists and would change" in run.error and "--force" in run.error
+    assert "config.py exists and would change" in run.error
+    assert "--force" in run.error
     assert Path("config.py").read_text() == "depth = 3\n"
     forced = wizard([], "--defaults", "--set", "seed=1", "--force")
     assert forced.result == Settings(depth=3, seed=1) == Settings(**read_config("config.py"))
@@ -132,7 +133,8 @@ def test_a_damaged_existing_config_is_named_and_kept():
     Path("config.py").write_text("depth = 4\nwhat is this\n")
     for argv in ([], ["--defaults"], ["--defaults", "--force"]):
         run = wizard(ENTERS, *argv)
-        assert "config.py:2: only lines of the form name = value" in run.error and "--preset" in run.error
+        assert "config.py:2: only lines of the form name = value" in run.error
+        assert "--preset" in run.error
     assert Path("config.py").read_text() == "depth = 4\nwhat is this\n"
     assert wizard([], "--defaults", "--force", "--preset=cpu").result == preset("cpu")
 
@@ -141,7 +143,8 @@ def test_a_link_is_written_through():
     os.mkdir("kept")
     os.symlink("kept/real.py", "config.py")
     wizard([], "--defaults")
-    assert os.path.islink("config.py") and Settings(**read_config("kept/real.py")) == preset("cpu")
+    assert os.path.islink("config.py")
+    assert Settings(**read_config("kept/real.py")) == preset("cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,7 +154,8 @@ def test_a_link_is_written_through():
 def test_enter_keeps_everything():
     run = wizard(ENTERS)
     assert run.result == preset("cpu") == Settings(**read_config("config.py"))
-    assert "\x1b" not in run.text and max(map(len, run.text.splitlines())) <= 80
+    assert "\x1b" not in run.text
+    assert max(map(len, run.text.splitlines())) <= 80
 
 
 def test_the_tying_questions_in_order():
@@ -176,8 +180,10 @@ def test_what_was_asked_is_not_listed_as_not_asked(tied, rate):
     listed = set(rest.split("\n\n")[0].replace(",", " ").split())
     questions = {name for name, field in FIELDS.items() if field.metadata["ask"]}
     asked = {name for name in questions if not run.result.no_effect_reason(name)}
-    assert ("tied_weights_lr" in asked) == (tied == "yes") and rate in asking
-    assert not asked & listed and questions - asked <= listed
+    assert ("tied_weights_lr" in asked) == (tied == "yes")
+    assert rate in asking
+    assert not asked & listed
+    assert questions - asked <= listed
     assert asked | listed == set(FIELDS)
 
 
@@ -201,11 +207,13 @@ class Prompted(io.StringIO):
 def test_untied_asks_neither_further_question():
     """Red when QUESTIONS are asked without `inert`."""
     run = wizard({"tie embedding": ["no"], "unembedding_lr": ["0.01"]})
-    assert "add an output projection" not in run.text and "tied learning rate" not in run.text
+    assert "add an output projection" not in run.text
+    assert "tied learning rate" not in run.text
     assert "unembedding_lr [0.004]" in run.text
     assert run.result == preset("cpu", tie_weights=False, unembedding_lr=0.01)
     written = read_config("config.py")
-    assert written["use_output_projection"] is False and written["tied_weights_lr"] == Settings().tied_weights_lr
+    assert written["use_output_projection"] is False
+    assert written["tied_weights_lr"] == Settings().tied_weights_lr
 
 
 def test_wrong_answers_are_asked_again_with_the_reason():
@@ -241,14 +249,16 @@ def test_an_illegal_combination_offers_the_nearest_legal_value():
     run = wizard({"head_dim": ["80"], "max_seq_len": ["384"]})
     text = " ".join(run.text.split())
     assert f"model_dim={cpu.n_embd} is not a multiple of head_dim (80): nearest legal value {width}" in text
-    assert f"model_dim [{width}]:" in text and f"total_batch_size [{batch}]:" in text
+    assert f"model_dim [{width}]:" in text
+    assert f"total_batch_size [{batch}]:" in text
     expected = dict(head_dim=80, model_dim=width, max_seq_len=384, total_batch_size=batch, device_batch_size=rows)
     assert run.result == preset("cpu", **expected)
 
 
 def test_going_back_reaches_the_question_before_across_groups():
     run = wizard({"preset": ["cpu", "gpu1"], "model_tag": ["<", "tag", "other"], "device_type": ["<"], "data": ["<"]})
-    assert run.text.count("preset (cpu") == 2 and run.text.count("model_tag [") == 3
+    assert run.text.count("preset (cpu") == 2
+    assert run.text.count("model_tag [") == 3
     assert run.text.count("wandb_mode [") == 2  # data's way back leads into the group before
     assert run.result == preset("gpu1", model_tag="other")
 
@@ -256,7 +266,8 @@ def test_going_back_reaches_the_question_before_across_groups():
 @pytest.mark.parametrize("argv", [[], ["--preset=cpu"]])
 def test_there_is_nothing_before_the_first_question(argv):
     run = wizard(after("<"), *argv)
-    assert "this is the first question" in run.text and run.result == preset("cpu")
+    assert "this is the first question" in run.text
+    assert run.result == preset("cpu")
 
 
 def test_modalities_are_asked_for():
@@ -294,7 +305,8 @@ def test_modalities_are_asked_for():
     assert all(words in " ".join(run.text.split()) for words in (*said, "no modality 'sound'", "text_data='nowhere'"))
     assert "modality experts" in run.text
     plain = wizard(after("cpu")).text
-    assert "further modalities" in plain and "untie" not in plain.split("also in the file")[0]
+    assert "further modalities" in plain
+    assert "untie" not in plain.split("also in the file")[0]
 
 
 def test_back_passes_over_questions_that_were_not_asked():
@@ -315,14 +327,17 @@ def test_an_existing_config_gives_the_defaults_and_is_kept_without_consent():
     original = "depth = 3\nmodel_tag = 'mine'\n"
     Path("config.py").write_text(original)
     run = wizard(ENTERS)
-    assert "preset (cpu, audio, gpu1, 8xh100, keep) [keep]" in run.text and "depth [3]" in run.text
-    assert "config.py exists and would change" in run.text and run.result is None
+    assert "preset (cpu, audio, gpu1, 8xh100, keep) [keep]" in run.text
+    assert "depth [3]" in run.text
+    assert "config.py exists and would change" in run.text
+    assert run.result is None
     assert Path("config.py").read_text() == original
     questions = run.text.count("]: ")
     any_rank = wizard([*[""] * (questions - 1), "yes"])
     assert any_rank.result == Settings(depth=3, model_tag="mine") == Settings(**read_config("config.py"))
     again = wizard(ENTERS)
-    assert "nothing to write" in again.text and again.result == any_rank.result
+    assert "nothing to write" in again.text
+    assert again.result == any_rank.result
 
 
 def test_the_end_of_input_at_any_question_leaves_the_disk_alone(stubbed):
@@ -337,7 +352,9 @@ def test_the_end_of_input_at_any_question_leaves_the_disk_alone(stubbed):
 
 def test_a_declined_consent_writes_nothing(stubbed):
     run = wizard({"write": ["no"]})
-    assert "nothing was written" in run.text and run.result is None and os.listdir(stubbed) == []
+    assert "nothing was written" in run.text
+    assert run.result is None
+    assert os.listdir(stubbed) == []
     back = wizard({"measure": ["<"], "keep_last": ["", "7"]})
     assert back.result == preset("cpu", keep_last=7)
 
@@ -345,13 +362,16 @@ def test_a_declined_consent_writes_nothing(stubbed):
 def test_help_explains_type_range_and_flag():
     text = " ".join(wizard({"preset": ["?"], "vocab_size": ["?"], "depth": ["<", "?"]}).text.split())
     assert "minutes on a laptop" in text
-    assert "ids of the tokenizer" in text and "int, at least 272, at most 1,000,000" in text
-    assert "flag --vocab_size" in text and text.count("vocab_size [4096]") == 3
+    assert "ids of the tokenizer" in text
+    assert "int, at least 272, at most 1,000,000" in text
+    assert "flag --vocab_size" in text
+    assert text.count("vocab_size [4096]") == 3
 
 
 def test_measured_speed_is_shown_when_agreed():
     run = wizard({"measure": ["y"]})
-    assert "(measured 0.01 TFLOP/s per device)" in run.text and run.result == preset("cpu")
+    assert "(measured 0.01 TFLOP/s per device)" in run.text
+    assert run.result == preset("cpu")
 
 
 def test_a_measurement_that_runs_out_of_memory_is_said(monkeypatch):
@@ -362,12 +382,14 @@ def test_a_measurement_that_runs_out_of_memory_is_said(monkeypatch):
 
     monkeypatch.setattr(configure, "measure", runs_out)
     run = wizard({"measure": ["y"]})
-    assert "not measured: the device ran out of memory" in run.text and run.result == preset("cpu")
+    assert "not measured: the device ran out of memory" in run.text
+    assert run.result == preset("cpu")
     # the weights would fit twenty times over, the activations of a micro-batch do not
     small = Hardware("cpu", "a processor", 1, 700 << 20, 1e14, torch.float32)
     monkeypatch.setattr(configure, "find_hardware", lambda device_type=None: small)
     run = wizard(ENTERS, "--output=small.py")
-    assert "too little memory here" in run.text and "measure the speed" not in run.text
+    assert "too little memory here" in run.text
+    assert "measure the speed" not in run.text
 
 
 def test_several_gpus_are_put_into_the_commands(monkeypatch):
@@ -377,7 +399,8 @@ def test_several_gpus_are_put_into_the_commands(monkeypatch):
     assert "--standalone --nproc_per_node=8 -m scripts.base_train 'my config.py'" in text
     assert "8 x NVIDIA H100" in text
     odd = wizard([], "--defaults", "--output=odd.py", "--set=total_batch_size=12288", "--set=device_batch_size=1").text
-    assert "--nproc_per_node=6" in odd and "2 idle" in odd
+    assert "--nproc_per_node=6" in odd
+    assert "2 idle" in odd
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,7 +412,8 @@ def test_random_dialogues_end_in_a_valid_config_or_a_clean_refusal(tmp_path, mon
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     counts = check_dialogues.main(["--dialogues=40", "--seed=5"])  # the script itself holds 10,000
     ends = {"written", "already so", "declined", "refused", "end of input", "Ctrl-C"}
-    assert set(counts) == ends and sum(counts.values()) == 40
+    assert set(counts) == ends
+    assert sum(counts.values()) == 40
     assert "tracebacks: 0\nhalf-written files: 0\n" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -402,7 +426,8 @@ def test_random_dialogues_notice_what_they_look_for(tmp_path, monkeypatch, capsy
         check_dialogues.main(["--dialogues=30"])
     assert caught.value.code == 1
     out = capsys.readouterr().out
-    assert "ZeroDivisionError" in out and "changed without consent" in out
+    assert "ZeroDivisionError" in out
+    assert "changed without consent" in out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,7 +472,9 @@ def test_terminal_enter_to_the_end(tmp_path):
     terminal.answer("[cpu]: ")
     terminal.enter_until("write config.py", "yes")
     code, text = terminal.finish()
-    assert code == 0 and "wrote config.py" in text and f"{sys.executable} -m scripts.base_train config.py" in text
+    assert code == 0
+    assert "wrote config.py" in text
+    assert f"{sys.executable} -m scripts.base_train config.py" in text
     assert Settings(**read_config(tmp_path / "config.py")) == preset("cpu")
 
 
@@ -466,7 +493,8 @@ def test_terminal_back_help_and_wrong_answers(tmp_path):
     terminal.enter_until("tie embedding weights", "no")
     terminal.enter_until("write config.py", "yes")
     code, text = terminal.finish()
-    assert code == 0 and "add an output projection" not in text
+    assert code == 0
+    assert "add an output projection" not in text
     written = Settings(**read_config(tmp_path / "config.py"))
     assert written == preset("cpu", model_tag="second", device_type="cpu", depth=2, tie_weights=False)
 
@@ -478,7 +506,9 @@ def test_terminal_ctrl_c_leaves_the_disk_as_it_was(tmp_path):
     terminal.child.expect_exact("head_dim [64]: ")
     terminal.child.send("\x03")
     code, text = terminal.finish()
-    assert code == 130 and "nothing was written" in text and os.listdir(tmp_path) == []
+    assert code == 130
+    assert "nothing was written" in text
+    assert os.listdir(tmp_path) == []
 
 
 def test_terminal_end_of_input_is_a_clean_refusal(tmp_path):
@@ -487,7 +517,9 @@ def test_terminal_end_of_input_is_a_clean_refusal(tmp_path):
     terminal.child.expect_exact("model_tag [None]: ")
     terminal.child.send("\x04")
     code, text = terminal.finish()
-    assert code == 2 and "error: the input ended" in text and os.listdir(tmp_path) == []
+    assert code == 2
+    assert "error: the input ended" in text
+    assert os.listdir(tmp_path) == []
 
 
 def test_terminal_an_existing_file_is_only_replaced_with_consent(tmp_path):
@@ -499,7 +531,8 @@ def test_terminal_an_existing_file_is_only_replaced_with_consent(tmp_path):
     terminal.enter_until("overwrite it", "<")
     terminal.enter_until("overwrite it", "yes")
     code, _ = terminal.finish()
-    assert code == 0 and Settings(**read_config(path)) == preset("cpu", depth=5)
+    assert code == 0
+    assert Settings(**read_config(path)) == preset("cpu", depth=5)
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])

@@ -17,6 +17,7 @@ from nanochat.runtime import Compute
 from nanochat.training.estimate import (
     Hardware,
     checkpoint_bytes,
+    describe_tying_savings,
     estimate,
     find_hardware,
     known_vocab_size,
@@ -26,7 +27,6 @@ from nanochat.training.estimate import (
     meta_model,
     parameter_table,
     report,
-    tying_saves,
     usable_devices,
 )
 from scripts.stress.gpu import Plan
@@ -99,7 +99,7 @@ def test_the_orientation_of_the_design():
     assert untied["transformer"] == (4 * 12 * 512**2, 12.58)
     projected = dataclasses.replace(s, tie_weights=True, use_output_projection=True)
     assert parsed(parameter_table(projected))["output projection"] == (512**2, 0.26)
-    assert tying_saves(s) == "saves 24,576 x 512 = 12.58M of 37.75M parameters (33%)"
+    assert describe_tying_savings(s) == "saves 24,576 x 512 = 12.58M of 37.75M parameters (33%)"
 
 
 def test_steps_tokens_and_flops_by_hand():
@@ -107,7 +107,8 @@ def test_steps_tokens_and_flops_by_hand():
     matmul = 1000 * 128 + 2 * 12 * 128**2
     e = estimate(dataclasses.replace(s, target_param_data_ratio=3.0), CPU)
     assert e.flops_per_token == 6 * matmul + 12 * 2 * 128 * 64
-    assert e.steps == round(3 * matmul / 1024) and e.tokens == e.steps * 1024
+    assert e.steps == round(3 * matmul / 1024)
+    assert e.tokens == e.steps * 1024
     # Muon's five iterations: 4 square matrices and 2 of 128 x 512 a layer
     muon = 2 * 5 * (4 * (4 * 128**3 + 2 * 128**3) + 2 * (4 * 128 * 128 * 512 + 2 * 128**3))
     passes = e.tokens * e.flops_per_token
@@ -269,7 +270,8 @@ def test_presets_at_full_size_on_the_meta_device(name):
     lines = report(s, CPU if name == "cpu" else dataclasses.replace(H100, count=PRESET_WORLD[name]))
     assert max(map(len, lines)) <= 80
     e = estimate(s, CPU)
-    assert e.steps > 1 and 0 < e.peak_memory < math.inf
+    assert e.steps > 1
+    assert 0 < e.peak_memory < math.inf
 
 
 def test_a_run_that_does_not_fit_is_warned_about():
@@ -287,11 +289,12 @@ def test_extreme_settings_are_still_estimated():
         Settings(model_dim=1_000_000, head_dim=10_000, vocab_size=1_000_000),
     ):
         lines = report(validate(s), CPU)
-        assert lines[0].startswith("parameters") and any(line.startswith("disk") for line in lines)
+        assert lines[0].startswith("parameters")
+        assert any(line.startswith("disk") for line in lines)
 
 
 def test_measuring_takes_seconds_even_for_a_model_far_too_large():
-    """Red when _affordable stops shrinking the layers."""
+    """Red when _shrink_to_budget stops shrinking the layers."""
     large = preset("gpu1", vocab_size=512, dtype="float32")
     slow = dataclasses.replace(CPU, peak=2e9)
     assert 1e6 < measure(large, slow, seconds=0.2) < 1e14
@@ -309,8 +312,10 @@ def test_a_measurement_counts_the_activations_of_what_it_measures():
 
 def test_the_hardware_found_is_this_one():
     hardware = find_hardware("cpu")
-    assert hardware.device_type == "cpu" and hardware.count == 1
-    assert 1e8 < hardware.peak < 1e14 and hardware.memory > 1 << 28
+    assert hardware.device_type == "cpu"
+    assert hardware.count == 1
+    assert 1e8 < hardware.peak < 1e14
+    assert hardware.memory > 1 << 28
 
 
 def test_the_size_of_a_named_tokenizer_counts(tmp_path, monkeypatch):
@@ -324,5 +329,5 @@ def test_the_size_of_a_named_tokenizer_counts(tmp_path, monkeypatch):
     named = Settings(vocab_size=8192, tokenizer=str(tmp_path / "small"), **shape)
     assert known_vocab_size(named) == 272
     assert meta_model(named).num_parameters() == meta_model(Settings(vocab_size=272, **shape)).num_parameters()
-    assert tying_saves(named).startswith("saves 272 x 64")
+    assert describe_tying_savings(named).startswith("saves 272 x 64")
     assert known_vocab_size(Settings(vocab_size=8192, tokenizer="nowhere")) == 8192  # the run will refuse it

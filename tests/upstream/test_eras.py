@@ -266,7 +266,7 @@ def test_bad_files_are_refused_in_one_line_and_inspected(base, case, capsys):
         cm.build_model(folder, 7, "cpu", "eval")
     assert "\n" not in str(caught.value)
     assert re.search(r"(model|meta)_000007", str(caught.value))
-    assert inspect_checkpoint.main([str(folder)])["damage"] == str(caught.value)
+    assert inspect_checkpoint.main([str(folder)])["corruption"] == str(caught.value)
 
 
 def test_absent_sizes_are_nanochats_defaults(base, capsys):
@@ -285,20 +285,20 @@ def test_absent_sizes_are_nanochats_defaults(base, capsys):
 
 
 def test_what_the_inspector_says_of_nanochats_files(base, capsys):
-    """Format, what decided it, config, counts, tokenizer, optimizer. Red when of_upstream() hashes the raw tensors."""
+    """Format, what decided it, config, counts, tokenizer, optimizer. Red when raw tensors are hashed."""
     folder, state = small(base / "hub", "2026-03-14", tokenizer=True)
     fixtures.write_optimizer(folder, fixtures.optimizer_files(state, fixtures.moments(state), "one"))
     for path in (folder, folder / MODEL):
         report = inspect_checkpoint.main([str(path), "--tensors"])
-        assert (report["folder"], report["damage"], report["era"]) == (str(folder / MODEL), None, "2026-03-14")
+        assert (report["folder"], report["corruption"], report["era"]) == (str(folder / MODEL), None, "2026-03-14")
         assert report["weights_hash"] == checkpoint_files.weights_hash(state)
         out = capsys.readouterr().out
-        told = ["whole\n", "by smear_gate.weight", "2 of keys", "qk_scale=1.2", "value_embeds 10,240", "265 ids"]
-        told += ["data       not recorded", "whole, in optim_000007_rank0.pt", "transformer.h.1.attn.ve_gate"]
+        told = ["complete\n", "by smear_gate.weight", "2 of keys", "qk_scale=1.2", "value_embeds 10,240", "265 ids"]
+        told += ["data       not recorded", "complete, in optim_000007_rank0.pt", "transformer.h.1.attn.ve_gate"]
         assert [text for text in told if text not in out] == []
     state["lm_head.weight"][0, 0] = float("inf")
     torch.save(state, folder / MODEL)
-    assert "lm_head.weight the first" in inspect_checkpoint.main([str(folder)])["damage"]
+    assert "lm_head.weight the first" in inspect_checkpoint.main([str(folder)])["corruption"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
