@@ -322,31 +322,20 @@ def _hub(settings: Settings) -> SoundSource:
 
 
 def _hub_items(name: str, options: dict, seconds: float | None, log: Log) -> list[Item]:
-    """Stream the rows once, their encoded sounds into a nameless file: they are read in two orders afterwards.
-
-    Beside a training split the dataset's own validation or test split is held out, at most a tenth of the limit.
-    """
+    """Stream the rows once, their encoded sounds into a nameless file: they are read in two orders afterwards."""
     items: list[Item] = []
-    done = [0]
-    with hub.hub_errors_as_user_errors(name, done, "sounds"):
-        logger.info(f"data: streaming hf:{name}, at most {options['limit']} sounds")
-        streams = hub.open_splits(name, options)
-        spool = tempfile.TemporaryFile(dir=base_dir() / "data")  # noqa: SIM115 (the items read it, and it goes with them)
-        for part, (split, stream) in enumerate(streams.items()):
-            most = max(1, options["limit"] // 10) if part else options["limit"]
-            place = f"{name}/{split}" if part else name
-            held = ("val" if part else "train") if len(streams) > 1 else None
-            for row, (caption, raw) in enumerate(_hub_rows(name, stream, options)):
-                if row >= most:
-                    logger.info(f"data: stopped after {most} sounds of hf:{name} {split} (--data_limit takes more)")
-                    break
-                done[0] += 1
-                if raw is None:
-                    log.leave_out("caption without its sound", f"{place}#{row}")
-                elif usable(caption, f"{place}#{row}", log):
-                    where = spool.tell(), spool.write(raw)
-                    load = functools.partial(_load_spooled, f"{place}#{row}", caption, spool, where, seconds)
-                    items.append(Item(f"{place}#{row}", load, held, 1 if seconds else where[1]))
+    spool = None
+    for place, _, held, (caption, raw) in hub.stream_rows(
+        name, options, "sounds", lambda stream: _hub_rows(name, stream, options)
+    ):
+        if raw is None:
+            log.leave_out("caption without its sound", place)
+        elif usable(caption, place, log):
+            if spool is None:  # the items read it, and it goes with them
+                spool = tempfile.TemporaryFile(dir=base_dir() / "data")  # noqa: SIM115
+            where = spool.tell(), spool.write(raw)
+            load = functools.partial(_load_spooled, place, caption, spool, where, seconds)
+            items.append(Item(place, load, held, 1 if seconds else where[1]))
     return items
 
 

@@ -119,34 +119,46 @@ def local_state(name: str) -> list | None:
 
 
 def _hub_documents(name: str, options: dict, manifest: dict, counts: Counter) -> Iterator[tuple]:
-    """Rows of a streamed hub dataset (or of a local folder that `datasets` reads), called <name>#<row>.
+    """The text of each row; a dataset with more than LARGEST_MEAN characters a document is refused."""
+    column = options["column"]
+    room = options["limit"] * LARGEST_MEAN
 
-    Those of the split that is held out are called <name>/<split>#<row>.
+    def select(stream):
+        known = column in (stream.column_names or ())
+        return stream.select_columns([column]) if known else stream  # the others may be pictures to decode
+
+    for done, (place, split, held, record) in enumerate(stream_rows(name, options, "documents", select), 1):
+        counts["files"] += 1
+        text = text_of(record, column, f"hf:{name}")
+        room -= len(text)
+        if room < 0:
+            allowed = f"{options['limit'] * LARGEST_MEAN:,} characters in {done} documents"
+            raise UserError(f"data=hf:{name} has over {allowed}: lower --data_limit")
+        if held == "val":
+            manifest["split_rule"] = f"its own split {split!r} is held out"
+        yield place, text, None, None, held
+
+
+def stream_rows(name: str, options: dict, unit: str, rows: Callable) -> Iterator[tuple]:
+    """(row name, dataset split, "train", "val" or None for the usual rule, row) of a streamed dataset of the hub.
+
+    Beside a training split the dataset's own validation or test split is held out, at most a tenth of the limit. Rows
+    are called <name>#<row>, and <name>/<split>#<row> where they are held out. unit: what a row is, in messages.
+    rows(stream): the rows of a split as the caller wants them.
     """
-    column, limit, done = options["column"], options["limit"], [0]
-    logger.info(f"data: streaming hf:{name}, at most {limit} documents")
-    with hub_errors_as_user_errors(name, done):
+    limit, done = options["limit"], [0]
+    with hub_errors_as_user_errors(name, done, unit):
+        logger.info(f"data: streaming hf:{name}, at most {limit} {unit}")
         streams = open_splits(name, options)
-        room = limit * LARGEST_MEAN
         for part, (split, stream) in enumerate(streams.items()):
-            if column in (stream.column_names or ()):
-                stream = stream.select_columns([column])  # the others may be pictures to decode
             most = max(1, limit // 10) if part else limit
-            for row, record in enumerate(stream):
+            held = ("val" if part else "train") if len(streams) > 1 else None
+            for row, record in enumerate(rows(stream)):
                 if row >= most:
-                    logger.info(f"data: stopped after {most} documents of hf:{name} {split} (--data_limit takes more)")
+                    logger.info(f"data: stopped after {most} {unit} of hf:{name} {split} (--data_limit takes more)")
                     break
-                counts["files"] += 1
                 done[0] += 1
-                text = text_of(record, column, f"hf:{name}")
-                room -= len(text)
-                if room < 0:
-                    allowed = f"{limit * LARGEST_MEAN:,} characters in {done[0]} documents"
-                    raise UserError(f"data=hf:{name} has over {allowed}: lower --data_limit")
-                place = f"{name}/{split}#{row}" if part else f"{name}#{row}"
-                yield place, text, None, None, ("val" if part else "train") if len(streams) > 1 else None
-        if len(streams) > 1:
-            manifest["split_rule"] = f"its own split {list(streams)[1]!r} is held out"
+                yield f"{name}/{split}#{row}" if part else f"{name}#{row}", split, held, record
 
 
 def open_splits(name: str, options: dict) -> dict:
