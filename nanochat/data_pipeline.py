@@ -9,8 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochat.checkpoint_files import read_metadata
-from nanochat.checkpoint_manager import step_path, tokenizer_of
+from nanochat.checkpoint_manager import tokenizer_of
 from nanochat.config.declaration import fields_of
 from nanochat.config.settings import RunSettings, Settings
 from nanochat.data.dataloader import DataLoader
@@ -35,32 +34,31 @@ from nanochat.modality import Vocabulary, modalities_of
 from nanochat.runtime import Compute, first_line, rank0_first
 from nanochat.system import logs
 from nanochat.system.environment import UserError, base_dir
+from nanochat.training.resume import Origin
 from nanochat.upstream.named_tokenizer import find_folders, load_named
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_data(
-    settings: Settings, compute: Compute, initial: tuple[Path, int] | None = None, resumed: bool = False
-) -> tuple[Dataset, Tokenizer]:
+def prepare_data(settings: Settings, compute: Compute, origin: Origin | None = None) -> tuple[Dataset, Tokenizer]:
     """Dataset and tokenizer; what is missing is made by rank 0, then found by all, or made once on nodes apart.
 
-    initial: tag folder and step of the checkpoint that gives the run its weights, and so its tokenizer. resumed: it is
-    the run's own, whose data is found again by its fingerprint. UserError when that is not to be had.
+    origin: the checkpoint that gives the run its weights, and so its tokenizer; where the run resumes, its data is
+    found again by its fingerprint. UserError when that is not to be had.
     """
 
     def make() -> tuple[Dataset, Tokenizer]:
-        if resumed:
-            dataset = resumed_data(settings, *initial)
-            if own := tokenizer_of(*initial):
+        if origin and origin.resumed:
+            dataset = resumed_data(settings, origin)
+            if own := tokenizer_of(origin.folder, origin.step):
                 return dataset, named_or_own(settings, own)
         else:
             dataset = prepare_for(settings)
-        if initial is None or settings.tokenizer:
+        if origin is None or settings.tokenizer:
             return dataset, find_or_train(settings, dataset)
-        own = tokenizer_of(*initial)
+        own = tokenizer_of(origin.folder, origin.step)
         if own is None:
-            raise UserError(f"{step_path(*initial)} holds no tokenizer: name the one of its training with --tokenizer")
+            raise UserError(f"{origin.path} holds no tokenizer: name the one of its training with --tokenizer")
         return dataset, own
 
     return rank0_first(compute, make)
@@ -77,11 +75,10 @@ def named_or_own(settings: Settings, own: Tokenizer) -> Tokenizer:
         return own
 
 
-def resumed_data(settings: RunSettings, tag_dir: Path, step: int) -> Dataset:
-    """The data of a run that resumes from this step; UserError when what is there is another."""
-    where = step_path(tag_dir, step)
-    metadata = read_metadata(where)
-    return open_resumed_data(settings, metadata.get("data_fingerprint"), metadata.get("settings", {}), where)
+def resumed_data(settings: RunSettings, origin: Origin) -> Dataset:
+    """The data of a run that resumes from this checkpoint; UserError when what is there is another."""
+    fingerprint, trained_with = (origin.metadata.get(name) for name in ("data_fingerprint", "settings"))
+    return open_resumed_data(settings, fingerprint, trained_with or {}, origin.path)
 
 
 def vocabulary_of(settings: Settings, tokenizer: Tokenizer) -> Vocabulary:

@@ -7,11 +7,9 @@ loop this is. Trained are the adapters around the experts, the audio rows, and w
 import logging
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as checkpoints
 from nanochat.adapters.checkpoint import AdapterRun, build, check_identity, load_trained
 from nanochat.adapters.hosts import state_hash
@@ -30,7 +28,7 @@ from nanochat.training import schedule
 from nanochat.training.background_saver import BackgroundSaver
 from nanochat.training.launch import launch
 from nanochat.training.rank_agreement import agree_before_first_step
-from nanochat.training.resume import restore_progress
+from nanochat.training.resume import Origin, restore_progress
 from scripts.base_train import TrainState, training_loop
 
 logger = logging.getLogger("nanochat")
@@ -42,27 +40,24 @@ def main(argv: list[str] | None = None) -> dict:
     return launch(lambda: from_command_line(argv, usage=usage, kind=AdapterSettings), train)
 
 
-def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) -> dict:
+def train(settings: AdapterSettings, origin: Origin | None, compute: Compute) -> dict:
     """The run itself; see main()."""
     logger.info(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
-    folder, resumed = checkpoints.tag_dir(settings), resume_step is not None
+    resumed = origin is not None
 
     # -- host, experts, data ------------------------------------------------------------------------------------------
     model, adapters = rank0_first(compute, lambda: build(settings, compute.device, compute.dtype, not resumed))
     checkpoints.check_finite(model.state_dict(), f"host {settings.host}")
-    if resumed:
-        dataset = rank0_first(compute, lambda: resumed_data(settings, folder, resume_step))
-        saved = checkpoint_files.read_metadata(checkpoint_files.step_dir(folder, resume_step))
-    else:
-        dataset, saved = rank0_first(compute, lambda: prepare_for(settings)), {}
+    dataset = rank0_first(compute, lambda: resumed_data(settings, origin) if resumed else prepare_for(settings))
     agree_before_first_step(compute, dict(adapters=adapters, data_sha256=dataset.fingerprint["sha256"]))
     loader = open_loader(settings, compute, model, dataset)
     warn_repeated_rows(settings, loader)
-    text_loss, text_fingerprint = make_text_loss(settings, model, compute, saved.get("text_fingerprint"))
+    measured_on = origin.metadata.get("text_fingerprint") if resumed else None
+    text_loss, text_fingerprint = make_text_loss(settings, model, compute, measured_on)
 
     # -- optimizer, and the checkpoint that the run resumes from ------------------------------------------------------
     optimizer = build_optimizer(model, settings, compute.rank, compute.world_size)
-    run = restore(folder, resume_step, model, optimizer, loader, dataset, adapters) if resumed else AdapterRun()
+    run = restore(origin, model, optimizer, loader, dataset, adapters) if resumed else AdapterRun()
     changes = model.config.changes_text
     if text_loss and not (resumed and changes):  # by the same device and dtype as afterwards
         run.text_before = text_loss(FrozenHostBaseline(model))
@@ -88,7 +83,7 @@ def train(settings: AdapterSettings, resume_step: int | None, compute: Compute) 
         run=run,
         steps=settings.num_iterations,
         learning_rate=settings.learning_rate,
-        saver=BackgroundSaver(folder, settings.keep_last, None, compute.rank, codec),
+        saver=BackgroundSaver(checkpoints.tag_dir(settings), settings.keep_last, None, compute.rank, codec),
         trained=model.trained,
         metadata=dict(
             adapters=adapters,
@@ -124,11 +119,11 @@ def open_loader(settings: AdapterSettings, compute: Compute, model: AdapterModel
 
 
 def restore(
-    folder: Path, step: int, model: AdapterModel, optimizer: MuonAdamW, loader: PackedLoader, dataset, adapters: dict
+    origin: Origin, model: AdapterModel, optimizer: MuonAdamW, loader: PackedLoader, dataset, adapters: dict
 ) -> AdapterRun:
     """Load what was trained, optimizer, loader and generators of a step; returns the run's state at it."""
-    state, optimizer_state, metadata = checkpoints.load_checkpoint(folder, step, load_optimizer=True)
-    where = checkpoint_files.step_dir(folder, step)
+    where = origin.path
+    state, optimizer_state, metadata = checkpoints.load_checkpoint(origin.folder, origin.step, load_optimizer=True)
     check_identity(metadata.get("adapters", {}), adapters, where)
     checkpoints.check_finite(state | optimizer_state, where)
     checkpoints.check_codec(dataset, metadata, where)

@@ -45,8 +45,8 @@ from nanochat.training.launch import launch
 from nanochat.training.progress import Progress, duration
 from nanochat.training.rank_agreement import agree_before_first_step
 from nanochat.training.resume import (
+    Origin,
     RunState,
-    find_initial_checkpoint,
     init_from_checkpoint,
     merge_checkpoint_config,
     record_evaluated,
@@ -67,14 +67,13 @@ def main(argv: list[str] | None = None) -> dict:
     return launch(lambda: from_command_line(argv, usage="python -m scripts.base_train [config.py]"), train)
 
 
-def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict:
+def train(settings: Settings, origin: Origin | None, compute: Compute) -> dict:
     """The run itself; see main()."""
     logger.info(f"training {settings.tag} on {compute.world_size} x {device_name(compute)}, {str(compute.dtype)[6:]}")
-    folder, resumed = tag_dir(settings), resume_step is not None
-    initial = find_initial_checkpoint(settings, folder, resume_step)
+    resumed = origin is not None and origin.resumed
 
     # -- data and tokenizer -------------------------------------------------------------------------------------------
-    dataset, tokenizer = prepare_data(settings, compute, initial, resumed=resumed)
+    dataset, tokenizer = prepare_data(settings, compute, origin)
     agree_before_first_step(compute, dict(data_sha256=dataset.fingerprint["sha256"], tokenizer_hash=tokenizer.hash))
     warn_unused_modalities(settings, dataset)
     loader = batches(settings, dataset, tokenizer, compute)
@@ -85,8 +84,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
 
     # -- model, optimizer, and the checkpoint that they start from ----------------------------------------------------
     config = GPTConfig.from_settings(settings, tokenizer.vocab_size, tokenizer.bos_id)
-    era = None if resumed else settings.init_era
-    config, untied = merge_checkpoint_config(config, *initial, era) if initial else (config, False)
+    config, untied = merge_checkpoint_config(config, origin) if origin else (config, False)
     model = build_model(config, settings, compute)
     steps = schedule.num_iterations(settings, model.num_matmul_parameters(), model.flops_per_token())
     if resumed and untied:
@@ -95,9 +93,9 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
 
     run = RunState()
     if resumed:
-        run = restore(folder, resume_step, model, optimizer, loader, tokenizer, dataset)
-    elif settings.init_from:
-        init_from_checkpoint(*initial, era, model, optimizer, tokenizer, dataset)
+        run = restore(origin, model, optimizer, loader, tokenizer, dataset)
+    elif origin:
+        init_from_checkpoint(origin, settings.init_era, model, optimizer, tokenizer, dataset)
 
     choose_kernels(model, settings)
     micro_batch_size, _ = settings.batch_plan(compute.world_size)
@@ -118,7 +116,7 @@ def train(settings: Settings, resume_step: int | None, compute: Compute) -> dict
         run=run,
         steps=steps,
         learning_rate=settings.matrix_lr,
-        saver=BackgroundSaver(folder, settings.keep_last, tokenizer, compute.rank, codec),
+        saver=BackgroundSaver(tag_dir(settings), settings.keep_last, tokenizer, compute.rank, codec),
         trained=lambda: model.state_dict().items(),
         metadata=metadata,
         evaluate=lambda state: evaluate(state, validate, tokenizer, dataset),

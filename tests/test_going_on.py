@@ -114,3 +114,15 @@ def test_training_goes_on_from_nanochats_files(train, corpus, capsys):
     (folder / "tokenizer.pkl").unlink()
     with pytest.raises(UserError, match="holds no tokenizer: name the one of its training with --tokenizer"):
         go_on("mute")
+
+
+def test_the_checkpoint_to_start_from_is_looked_up_once(train, corpus, capsys):
+    """Its newest step is corrupt, which is logged once. Red when train() looks for it again."""
+    train("source", num_iterations=2, save_every=1)
+    corrupt = checkpoint_files.step_dir(tag_dir("source"), 2)
+    (corrupt / "state.json").unlink()
+    capsys.readouterr()
+    base_train.main(flags({**TINY, "data": corpus, "init_from": "source", "num_iterations": 1, "model_tag": "next"}))
+    lines = capsys.readouterr().out
+    assert lines.count(f"skipping {corrupt}: state.json is missing") == 1
+    assert f"initialised from the weights of {checkpoint_files.step_dir(tag_dir('source'), 1)}" in lines

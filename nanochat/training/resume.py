@@ -21,7 +21,7 @@ from nanochat.data.trained_data import PLACE, check_same, is_local
 from nanochat.files import write_atomically
 from nanochat.gpt import GPTConfig
 from nanochat.runtime import process_state
-from nanochat.system.environment import UserError, rank_from_env, under_torchrun, world_size_from_env
+from nanochat.system.environment import UserError, under_torchrun, world_size_from_env
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +61,39 @@ class RunState:
         self.smooth_loss_at_eval = self.smooth_loss
 
 
-def resolve_run(command: CommandLine, resume: bool) -> tuple[RunSettings, int | None]:
-    """The settings that count and the step to resume from (None: a new run). All checks that need no device."""
-    settings = command.settings
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run starts from: its own newest one where it resumes, else the newest one of init_from."""
+
+    folder: Path  # of the tag
+    step: int
+    metadata: dict  # of that step, as checkpoint_manager.metadata_of() gives it
+    resumed: bool = False  # it is the run's own
+
+    @property
+    def path(self) -> Path:
+        """What holds the weights: a folder, or a file of nanochat's."""
+        return checkpoints.step_path(self.folder, self.step)
+
+
+def read_origin(settings: RunSettings, step: int | None) -> Origin | None:
+    """The checkpoint that a run starts from. step: the one to resume from. None: the run draws its first weights."""
+    if step is not None:
+        folder = checkpoints.tag_dir(settings)
+        return Origin(folder, step, checkpoint_files.read_metadata(checkpoint_files.step_dir(folder, step)), True)
+    init_from = getattr(settings, "init_from", None)
+    if init_from is None:
+        return None
+    folder, step = checkpoints.find_checkpoint(init_from, None)
+    return Origin(folder, step, checkpoints.metadata_of(folder, step, settings.init_era))
+
+
+def resolve_run(command: CommandLine, resume: bool, initial: Origin | None) -> tuple[RunSettings, Origin | None]:
+    """The settings that count, validated, and the checkpoint to start from; --overwrite moves an earlier run aside.
+
+    initial: what apply_init_from() read. Includes all checks that need no device.
+    """
+    settings, origin = command.settings, initial
     tag_dir = checkpoints.tag_dir(settings)
     if foreign := sorted(tag_dir.glob("model_*.pt")):
         raise UserError(
@@ -74,24 +104,33 @@ def resolve_run(command: CommandLine, resume: bool) -> tuple[RunSettings, int | 
         step = checkpoints.newest_step(tag_dir)
         if step is None:
             raise UserError(f"{tag_dir} holds no complete step to resume from; --overwrite=True starts over beside it")
-        metadata = checkpoint_files.read_metadata(checkpoint_files.step_dir(tag_dir, step))
-        return resumed_settings(command, tag_dir, metadata.get("settings", {}), step), step
-    if resume and (tag_dir / "config.py").is_file():
+        origin = read_origin(settings, step)
+        settings = resumed_settings(command, tag_dir, origin.metadata.get("settings", {}), step)
+    elif resume and (tag_dir / "config.py").is_file():
         logger.info(f"{tag_dir} holds no step yet: starting its run again")
-        return resumed_settings(command, tag_dir, read_config(tag_dir / "config.py", type(settings)), 0), None
-    if resume:
-        validate(settings, world_size_from_env())
+        settings, origin = (
+            resumed_settings(command, tag_dir, read_config(tag_dir / "config.py", type(settings)), 0),
+            None,
+        )
+    elif resume:
         logger.info(f"nothing to resume in {tag_dir}: starting a new run")
-    elif (rank_from_env() == 0 or not settings.overwrite) and tag_dir.is_dir() and any(tag_dir.iterdir()):
-        if not settings.overwrite:
-            raise UserError(
-                f"model_tag={settings.tag!r} holds a run already ({tag_dir}): continue it with --resume, take another "
-                f"name with --model_tag=NAME, or start over with --overwrite=True"
-            )
-        aside = next(p for n in range(1, 10**6) if not (p := tag_dir.with_name(f".{tag_dir.name}.old-{n}")).exists())
-        os.rename(tag_dir, aside)
-        logger.info(f"the earlier run was moved to {aside}")
-    return settings, None
+
+    validate(settings, world_size_from_env())
+    if not resume and tag_dir.is_dir() and any(tag_dir.iterdir()):
+        _move_aside(tag_dir, settings)
+    return settings, origin or read_origin(settings, None)
+
+
+def _move_aside(tag_dir: Path, settings: RunSettings) -> None:
+    """Make room for a new run of this name; UserError without --overwrite."""
+    if not settings.overwrite:
+        raise UserError(
+            f"model_tag={settings.tag!r} holds a run already ({tag_dir}): continue it with --resume, take another "
+            f"name with --model_tag=NAME, or start over with --overwrite=True"
+        )
+    aside = next(p for n in range(1, 10**6) if not (p := tag_dir.with_name(f".{tag_dir.name}.old-{n}")).exists())
+    os.rename(tag_dir, aside)
+    logger.info(f"the earlier run was moved to {aside}")
 
 
 def _launcher() -> dict:
@@ -150,31 +189,32 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
     horizon = [name for name in ("num_iterations", "target_flops", "target_param_data_ratio") if name in changed]
     if horizon and (changed.get("num_iterations") or math.inf) > step:
         logger.info(f"new horizon ({', '.join(horizon)}): the warmdown is recomputed for it")
-    merged = dataclasses.replace(merged, **{name: changed[name] for name in changed.keys() & changeable})
-    return validate(merged, world_size_from_env())
+    return dataclasses.replace(merged, **{name: changed[name] for name in changed.keys() & changeable})
 
 
-def apply_init_from(command: CommandLine) -> CommandLine:
-    """Under init_from: what neither config.py nor a flag says of the model is as that checkpoint has it."""
-    init_from, resume = getattr(command.settings, "init_from", None), "resume" in command.switches
-    if init_from is None or (resume and command.settings.model_tag):  # then the run's own checkpoint tells
-        return command
-    tag_dir, step = checkpoints.find_checkpoint(init_from, None)
-    config = checkpoints.model_config(checkpoints.metadata_of(tag_dir, step, command.settings.init_era))
-    open_ = {name: value for name, value in Settings.of_model(config).items() if name not in command.origins}
-    settings = dataclasses.replace(command.settings, **open_)
-    if not resume:
-        validate(settings, world_size_from_env())
-    origins = {name: f"init_from={init_from}" for name in open_}
-    return dataclasses.replace(command, settings=settings, origins=origins | command.origins)
+def apply_init_from(command: CommandLine) -> tuple[CommandLine, Origin | None]:
+    """Under init_from, model settings that neither config.py nor a flag gives are those of that checkpoint.
+
+    Returns the checkpoint, too; None without init_from, and for a named run that resumes: its own checkpoint counts.
+    """
+    if "resume" in command.switches and command.settings.model_tag:
+        return command, None
+    origin = read_origin(command.settings, None)
+    if origin is None:
+        return command, None
+    config = checkpoints.model_config(origin.metadata)
+    inherited = {name: value for name, value in Settings.of_model(config).items() if name not in command.origins}
+    settings = dataclasses.replace(command.settings, **inherited)
+    origins = {name: f"init_from={settings.init_from}" for name in inherited}
+    return dataclasses.replace(command, settings=settings, origins=origins | command.origins), origin
 
 
-def merge_checkpoint_config(config: GPTConfig, tag_dir: Path, step: int, era: str | None) -> tuple[GPTConfig, bool]:
+def merge_checkpoint_config(config: GPTConfig, origin: Origin) -> tuple[GPTConfig, bool]:
     """The configuration with what no setting names as a checkpoint has it, and whether untie_at has split its tables.
 
     No setting names what a gate reads and its range, nor the number of ids where the tokenizer does not use them all.
     """
-    saved = checkpoints.model_config(checkpoints.metadata_of(tag_dir, step, era))
+    saved = checkpoints.model_config(origin.metadata)
     names = ["vocab_size", "value_gate_channels", "value_gate_range"]
     if config.n_layer < 3:  # where the settings leave backout out, for it has no effect
         names.append("backout")
@@ -182,48 +222,47 @@ def merge_checkpoint_config(config: GPTConfig, tag_dir: Path, step: int, era: st
     return dataclasses.replace(config, **{name: getattr(saved, name) for name in names}), split
 
 
-def find_initial_checkpoint(settings: Settings, tag_dir: Path, resume_step: int | None) -> tuple[Path, int] | None:
-    """(tag folder, step) of the weights that a run goes on from, or begins with; None for one that begins with none."""
-    if resume_step is not None:
-        return tag_dir, resume_step
-    return checkpoints.find_checkpoint(settings.init_from, None) if settings.init_from else None
+def init_from_checkpoint(origin: Origin, era: str | None, model, optimizer, tokenizer, dataset) -> None:
+    """Load the weights of another run's checkpoint into a new run; UserError where they are of another kind.
 
-
-def init_from_checkpoint(tag_dir: Path, step: int, era: str | None, model, optimizer, tokenizer, dataset) -> None:
-    """The weights of a step, for a new run; UserError where they are of another kind.
-
-    Of a run of ours nothing else: it has ended its schedule. One of nanochat's goes on with its optimizer's state where
-    the files hold it whole, converted or not.
+    Of a run of ours only the weights, for it has ended its schedule. One of nanochat's continues with its optimizer's
+    state where the files hold it completely, converted or not. era: the setting init_era.
     """
-    where = checkpoints.step_path(tag_dir, step)
-    theirs = checkpoints.is_upstream(tag_dir, step)
-    converted = not theirs and "converted_from" in checkpoint_files.read_metadata(where)
+    where = origin.path
+    theirs = checkpoints.is_upstream(origin.folder, origin.step)
+    converted = not theirs and "converted_from" in origin.metadata
     state, optimizer_state, metadata = checkpoints.load_checkpoint(
-        tag_dir, step, load_optimizer=theirs or (converted and (where / "optimizer.safetensors").is_file()), era=era
+        origin.folder,
+        origin.step,
+        load_optimizer=theirs or (converted and (where / "optimizer.safetensors").is_file()),
+        era=era,
     )
     checkpoints.check_tokenizer(tokenizer, metadata, where)
     saved = checkpoints.model_config(metadata)
     mine = dataclasses.asdict(model.config)
     there = dataclasses.asdict(dataclasses.replace(saved, sequence_len=model.config.sequence_len))
     if differing := [name for name in mine if there[name] != mine[name]]:
-        told = ", ".join(f"{name}={there[name]!r} there, {mine[name]!r} here" for name in differing)
-        raise UserError(f"init_from={tag_dir.name!r} holds another model than the settings describe: {told}")
+        named = ", ".join(f"{name}={there[name]!r} there, {mine[name]!r} here" for name in differing)
+        raise UserError(f"init_from={origin.folder.name!r} holds another model than the settings describe: {named}")
     checkpoints.check_codec(dataset, metadata, where)
     checkpoints.check_state(model, state, where)
     checkpoints.check_finite(state, where)
     model.load_state_dict(state)
     if optimizer_state is not None:
         optimizer.load_state_dict(optimizer_state)
-    logger.info(f"beginning with the weights of {where}" + " and its optimizer's state" * (optimizer_state is not None))
+    with_moments = " and its optimizer's state" if optimizer_state is not None else ""
+    logger.info(f"initialised from the weights of {where}{with_moments}")
 
 
-def restore(tag_dir: Path, step: int, model, optimizer, loader, tokenizer, dataset) -> RunState:
+def restore(origin: Origin, model, optimizer, loader, tokenizer, dataset) -> RunState:
     """Load weights, optimizer, loader and generators of a step; returns the run's state at it.
 
     UserError when a part is missing or of another shape, or belongs to another model, tokenizer or data.
     """
-    model_state, optimizer_state, metadata = checkpoints.load_checkpoint(tag_dir, step, load_optimizer=True)
-    where = checkpoint_files.step_dir(tag_dir, step)
+    where = origin.path
+    model_state, optimizer_state, metadata = checkpoints.load_checkpoint(
+        origin.folder, origin.step, load_optimizer=True
+    )
     checkpoints.check_tokenizer(tokenizer, metadata, where)
     if (saved := checkpoints.model_config(metadata)) != model.config:
         raise UserError(f"{where} holds another model than the settings describe: {saved}, not {model.config}")

@@ -377,7 +377,7 @@ def test_sounds_of_another_codec(spoken, train, tmp_path, capsys):
         train("astray", **SOUNDS | dict(init_from="spoken", tokenizer=str(words), overwrite=True))
     codec = str(checkpoint_files.step_dir(tag_dir("spoken"), 8) / "codec")
     train("on", **more | dict(init_from="spoken", codec=codec, num_iterations=1))
-    assert "beginning with the weights of" in capsys.readouterr().out
+    assert "initialised from the weights of" in capsys.readouterr().out
     sounds = tmp_path / "sounds"
     sounds.mkdir()
     for number in range(40):

@@ -98,7 +98,7 @@ def test_a_text_run_grows_and_trains_on(train, capsys):
         convert.main([f"--model-tag={tag}", "--add-modality=audio:32", "--output-tag=again"])
     short = dict(max_seq_len=128, total_batch_size=1024, clip_seconds=0.2, data_limit=60, num_iterations=1)
     base_train.main([str(tag_dir(tag) / "config.py"), *flags(short | dict(model_tag="on"))])
-    assert f"beginning with the weights of {checkpoint_files.step_dir(tag_dir(tag), 0)}" in capsys.readouterr().out
+    assert f"initialised from the weights of {checkpoint_files.step_dir(tag_dir(tag), 0)}" in capsys.readouterr().out
     first = next(line for line in metrics("on") if "loss" in line)
     assert first["loss/text"] < losses("words")[0] - 0.2
     assert first["loss/audio"] == pytest.approx(4.17, abs=0.1)
