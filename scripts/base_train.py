@@ -334,7 +334,7 @@ def record_step(state: TrainState, step: StepResult) -> bool:
     if step.finite:
         run.note_loss(step.loss_value)
         run.bad_in_a_row = 0
-        if spikes := state.guard.spikes():
+        if spikes := state.guard.find_spikes():
             state.log.write(run.step, event="spike", **found, usual=spikes)
         return True
 

@@ -3,6 +3,9 @@
 A name ends in <process>-<its start time>-<machine>. On the owner's machine the process table says whether it lives. On
 another machine, which may share the folder, only its heartbeat does: the time of change, which scratch_folder() renews
 and every write to a file does.
+
+Locks are flock's, not the package filelock's: that one leaves its files behind, raises on network file systems without
+locks other than ENOSYS, and polls. Ours are removed with their work, and where no lock is to be had work is done twice.
 """
 
 import contextlib
@@ -22,7 +25,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-BEAT = 30.0  # seconds between two heartbeats of a scratch folder
+BEAT = 30.0  # seconds between two heartbeats
 SILENCE = 3600.0  # seconds without one after which an owner on another machine counts as dead
 OWNER = re.compile(r"(\d+)-(\d+)-([0-9a-f]{8})(?:-\d+)*(?:\.[a-z]+)?$")
 _numbers = itertools.count()
@@ -96,12 +99,10 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     remove_abandoned(target.parent, f".{glob_escape(target.name)}.*.tmp")
     scratch = target.with_name(f".{target.name}.{owner_suffix()}.tmp")
     scratch.mkdir()
-    done = threading.Event()
-    threading.Thread(target=_beat, args=(scratch, done), name="heartbeat", daemon=True).start()
     try:
-        yield scratch
+        with heartbeat(scratch):
+            yield scratch
     finally:
-        done.set()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -110,10 +111,21 @@ def glob_escape(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-def _beat(path: Path, done: threading.Event) -> None:
-    while not done.wait(BEAT):
-        with contextlib.suppress(OSError):  # renamed just now, or a disk that is gone: the owner will find out
-            os.utime(path)
+@contextlib.contextmanager
+def heartbeat(path: Path) -> Iterator[None]:
+    """Renew a path's time of change every BEAT seconds: other hosts see that its owner is alive."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(BEAT):
+            with contextlib.suppress(OSError):  # renamed just now, or a disk that is gone: the owner will find out
+                os.utime(path)
+
+    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def open_locked(path: Path, wait: bool = False, log_unlocked: bool = False) -> int | None:

@@ -1,6 +1,6 @@
-"""Saving while the training goes on: the tensors are copied, a thread writes the copy to disk.
+"""Saving while the training continues: the tensors are copied, a thread writes the copy to disk.
 
-At most one save is in flight; what went wrong in it is raised in the loop, by the next call.
+At most one save is in flight; its error is raised in the loop, by the next call.
 """
 
 import logging
@@ -23,16 +23,16 @@ class BackgroundSaver:
     """Saves steps into one tag's folder from rank 0, then prunes; all ranks call save(), whose items are collectives.
 
     Use: save(...) when a checkpoint is due, poll() after every step, wait() at the end; or copy(...), and write_copy()
-    if it turns out to be needed. As a context manager it lets a
-    save in flight end when the loop is left by an exception, and does not hide that exception.
+    if it turns out to be needed. As a context manager it lets a save in flight end when the loop is left by an
+    exception, and does not hide that exception.
     """
 
     def __init__(
         self, folder: Path, keep_last: int | None, tokenizer: Tokenizer, rank: int = 0, codec: Path | None = None
     ):
         self.folder, self.keep_last, self.tokenizer, self.rank = folder, keep_last, tokenizer, rank
-        self.codec = codec  # a folder: a checkpoint holds what turns its codes into sound
-        self._copies: tuple[dict[str, torch.Tensor], ...] = ({}, {})  # used again by each save: no new memory
+        self.codec = codec  # a folder, copied into each checkpoint: it turns codes into sound
+        self._copies: tuple[dict[str, torch.Tensor], ...] = ({}, {})  # reused by each save: no new memory
         self._thread: threading.Thread | None = None
         self._copied: tuple[int, dict] | None = None  # step and metadata of the copies, before they are written
         self._result: Path | None = None
@@ -45,10 +45,10 @@ class BackgroundSaver:
         if self._thread is not None:
             self._thread.join()
             if self._error is not None:
-                logger.info(f"the save that was under way failed too: {self._error}")
+                logger.info(f"the save in flight failed, too: {self._error}")
 
     def save(self, step: int, model_items: Named, optimizer_items: Named, metadata: dict) -> Path | None:
-        """Copy, and begin to write; first waits for the save before, whose result is returned as by wait()."""
+        """Copy, and start to write; first waits for the previous save, whose result is returned as by wait()."""
         before = self.wait()
         self.copy(step, model_items, optimizer_items, metadata)
         self.write_copy()
@@ -62,7 +62,7 @@ class BackgroundSaver:
         self._copied = (step, metadata)
 
     def write_copy(self) -> None:
-        """Begin to write what copy() took; without collectives, so that rank 0 can do it when the others are gone."""
+        """Start to write what copy() took; without collectives, so that rank 0 can do it when the others are gone."""
         if self.rank == 0 and self._copied is not None:
             self._thread = threading.Thread(target=self._write, args=self._copied, name="save")
             self._thread.start()
@@ -73,14 +73,14 @@ class BackgroundSaver:
         """The step that write_copy() would write."""
         return self._copied[0] if self._copied is not None else None
 
-    def is_writing(self, patience: float = 0.0) -> bool:
-        """Whether a save is still in flight after at most `patience` seconds; always False but on rank 0."""
+    def is_writing(self, timeout: float = 0.0) -> bool:
+        """Whether a save is still in flight after at most `timeout` seconds; always False but on rank 0."""
         if self._thread is not None:
-            self._thread.join(patience)
+            self._thread.join(timeout)
         return self._thread is not None and self._thread.is_alive()
 
     def poll(self) -> Path | None:
-        """The folder of a save that has ended since the last call, None without; raises what went wrong in it."""
+        """The folder of a save that has ended since the last call, None without; raises that save's error."""
         return None if self._thread is None or self._thread.is_alive() else self.wait()
 
     def wait(self) -> Path | None:
@@ -106,7 +106,7 @@ class BackgroundSaver:
 
 
 def _copy(items: Named, copies: dict[str, torch.Tensor], keep: bool) -> None:
-    """Bring each tensor to the CPU, into the memory of the last time; without keep only run through the items."""
+    """Copy each tensor to the CPU, into the memory of the last save; without keep only iterate over the items."""
     fresh = dict(copies)
     copies.clear()
     for name, tensor in items:

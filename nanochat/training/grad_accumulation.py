@@ -1,4 +1,4 @@
-"""Loss and gradients of a step, micro-batch by micro-batch, and what happens when memory runs out."""
+"""Loss and gradients of a step, micro-batch by micro-batch, and smaller micro-batches when memory runs out."""
 
 import contextlib
 import dataclasses
@@ -16,23 +16,24 @@ def forward_backward(
     model,
     inputs: torch.Tensor,
     targets: torch.Tensor,
-    rows: int,
-    valid: torch.Tensor,
+    micro_batch_size: int,
+    num_targets: torch.Tensor,
     optimizer: MuonAdamW | None = None,
 ) -> torch.Tensor | None:
-    """Forward and backward of `rows` rows at a time; the loss over `valid` targets, or None without memory.
+    """Forward and backward, one micro-batch after the other; the mean loss, or None when memory runs out.
 
-    inputs, targets int64 [rows of this rank, T]; valid: targets that count in the global batch, a scalar tensor.
-    Returns each modality's part of the loss, [E]: their sum is the loss.
-    Gradients are left in the parameters, or are already on their way to the other ranks if the optimizer is given;
-    after None they are not of use, and all ranks have to drop them.
+    inputs, targets: int64 [rows of this rank, T]. micro_batch_size: rows. num_targets: targets that are scored in the
+    global batch, a scalar tensor. Returns each modality's part of the loss, [E]: their sum is the loss.
+    Gradients are left in the parameters, or their reduce-scatter is launched where an optimizer is given; after None
+    they are incomplete, and all ranks have to drop them.
     """
-    loss: torch.Tensor | None = torch.zeros((), device=inputs.device)  # of as many modalities as the model says
+    loss: torch.Tensor | None = torch.zeros((), device=inputs.device)  # becomes [E] with the first addition
     try:
-        for start in range(0, len(inputs), rows):
-            x, y = inputs[start : start + rows], targets[start : start + rows]
-            micro_loss = model(x, y, loss_reduction="modalities") / valid.clamp(min=1)
-            if optimizer is not None and start + rows >= len(inputs):
+        for start in range(0, len(inputs), micro_batch_size):
+            end = start + micro_batch_size
+            micro_loss = model(inputs[start:end], targets[start:end], loss_reduction="modalities")
+            micro_loss = micro_loss / num_targets.clamp(min=1)
+            if optimizer is not None and end >= len(inputs):
                 optimizer.overlap_gradient_reduction()
             micro_loss.sum().backward()
             loss = loss + micro_loss.detach()
@@ -46,15 +47,15 @@ def forward_backward(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """The CUDA allocator's error or Python's; driver, cuBLAS and the CPU's allocator raise others, known by words."""
-    words = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    """The CUDA allocator's error or Python's, or those of driver, cuBLAS and CPU allocator, known by their text."""
+    texts = ("can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(part in str(error) for part in words)
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     )
 
 
 def halve_micro_batch(settings: Settings, world_size: int) -> Settings:
-    """The settings with at most half as many rows a micro-batch; UserError when one row was too much already."""
+    """The settings with at most half the micro-batch size; UserError when it is one row already."""
     micro, _ = settings.batch_plan(world_size)
     if micro == 1:
         raise UserError(
@@ -78,5 +79,5 @@ def suggest_batch_size_on_oom(settings: Settings, world_size: int) -> Iterator[N
         fits = halve_micro_batch(settings, world_size).device_batch_size
         raise UserError(
             f"out of memory with device_batch_size={micro}, outside of a step's forward and backward, which would be "
-            f"tried again in smaller parts: continue with --resume --device_batch_size={fits} ({first_line(error)})"
+            f"retried with smaller micro-batches: use --resume --device_batch_size={fits} ({first_line(error)})"
         ) from error

@@ -1,4 +1,4 @@
-"""The step guard: non-finite steps are skipped and counted, spikes are logged."""
+"""The step guard: non-finite steps are skipped and counted, spikes of loss and gradient norm are reported."""
 
 import itertools
 import json
@@ -10,23 +10,23 @@ from pathlib import Path
 from nanochat.files import write_atomically
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
-WINDOW = 50  # good steps that the next one is compared with
+WINDOW = 50  # finite steps that the next one is compared with
 SPIKE_DEVIATIONS = 8.0  # robust standard deviations above the median
 SPIKE_RATIO = 1.1  # and at least this much above it: early on, and on tiny data, the deviations are tiny too
 
 
 class StepGuard:
-    """Looks at loss and gradient norm of every step, which are the same numbers on all ranks.
+    """Checks loss and gradient norm of every step, which are the same numbers on all ranks.
 
-    Use: check() at each step; then spikes() after a good one, record_skipped() instead of a bad one.
+    Use: check() at each step; then find_spikes() after a finite one, record_skipped() after any other.
     """
 
     def __init__(self, bad_before: int = 0):
-        """bad_before: bad steps in a row that ended the run's last stretch, before it was resumed."""
+        """bad_before: non-finite steps in a row just before the checkpoint that the run resumes from."""
         self.bad_before = bad_before
         self.recent = {"loss": deque(maxlen=WINDOW), "grad_norm": deque(maxlen=WINDOW)}
-        self.last: dict = {}  # what check() saw
-        self.bad: list[dict] = []  # the non-finite steps since the last good one
+        self.last: dict = {}  # the arguments of check()
+        self.bad: list[dict] = []  # the non-finite steps since the last finite one
 
     def check(self, step: int, loss: float, grad_norm: float, norms: dict[str, float]) -> bool:
         """Whether the update of this step may be made. norms: of each group's gradient."""
@@ -34,13 +34,13 @@ class StepGuard:
         return math.isfinite(loss) and math.isfinite(grad_norm)
 
     def record_skipped(self, rows: list[dict]) -> bool:
-        """Remember the last step as bad, with the rows of its whole batch; True when the run has to end."""
+        """Record the last step as non-finite, with the rows of its whole batch; True when the run has to end."""
         self.bad.append({**self.last, "rows": rows})
         del self.bad[:-MAX_BAD_STEPS]
         return self.bad_before + len(self.bad) >= MAX_BAD_STEPS
 
-    def spikes(self) -> dict[str, float]:
-        """What of the last step, a good one, stands out: {"loss" or "grad_norm": median of the steps before}."""
+    def find_spikes(self) -> dict[str, float]:
+        """The outliers of the last step, a finite one: {"loss" or "grad_norm": median of the steps before}."""
         self.bad.clear()
         self.bad_before = 0
         found = {}
@@ -48,7 +48,7 @@ class StepGuard:
             value = self.last[name]
             if len(recent) >= WINDOW // 2:
                 median = statistics.median(recent)
-                # From step to step, so that the fall of the loss does not count; sigma of a normal distribution.
+                # From step to step, since the loss falls; 1.4826 x MAD estimates their sigma, sqrt(2) times a step's.
                 noise = 1.4826 / 2**0.5 * statistics.median(abs(b - a) for a, b in itertools.pairwise(recent))
                 if value > max(median + SPIKE_DEVIATIONS * noise, median * SPIKE_RATIO):
                     found[name] = median
@@ -56,15 +56,15 @@ class StepGuard:
         return found
 
     def write_report(self, path: Path) -> None:
-        """bad_batch.json: step, loss, norms and rows of the last bad step, and the ones before it in a row."""
-        spelled = [_spell(record) for record in self.bad]
-        write_atomically(path, json.dumps({**spelled[-1], "earlier": spelled[:-1]}, indent=1) + "\n")
+        """bad_batch.json: step, loss, norms and rows of the last non-finite step, and those before it in a row."""
+        records = [_replace_non_finite(record) for record in self.bad]
+        write_atomically(path, json.dumps({**records[-1], "earlier": records[:-1]}, indent=1) + "\n")
 
 
-def _spell(value):
+def _replace_non_finite(value):
     """NaN and infinities as strings, which JSON lacks."""
     if isinstance(value, dict):
-        return {key: _spell(inner) for key, inner in value.items()}
+        return {key: _replace_non_finite(inner) for key, inner in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

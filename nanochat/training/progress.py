@@ -25,7 +25,7 @@ class Progress:
     def __init__(self, steps: int, plain_every: float = 10.0):
         self.steps, self.plain_every = steps, plain_every
         self.status = None
-        self.said = 0.0
+        self.logged_at = 0.0
 
     def __enter__(self) -> "Progress":
         if rank_from_env() == 0 and streams.on_terminal():
@@ -55,6 +55,6 @@ class Progress:
         )
         if self.status is not None:
             self.status.update(line)
-        elif step in (1, self.steps) or time.monotonic() - self.said > self.plain_every:
-            self.said = time.monotonic()
+        elif step in (1, self.steps) or time.monotonic() - self.logged_at > self.plain_every:
+            self.logged_at = time.monotonic()
             logger.info(line)

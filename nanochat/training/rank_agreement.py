@@ -1,7 +1,8 @@
-"""Before the first step all ranks agree on what they train, or all of them end with one line that says who differs.
+"""Before the first step all ranks agree on what they train, or all end with one line that names who differs.
 
 Each rank reads its own command line, config.py, base folder and checkout. They need not be the same files (nodes with
-a disk each), but what they say has to be. Until the process group exists the ranks talk through the launcher's store.
+a disk each), but their contents have to be equal. Until the process group exists the ranks exchange messages through
+the launcher's store.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ from nanochat.system.environment import (
 from nanochat.system.storage_errors import describe, find_storage_error
 
 CHECKOUT = Path(__file__).parents[2]
-MOST_NAMED = 4  # differences in one message
+MAX_NAMED = 4  # differences in one message
 
 
 class Meeting:
@@ -119,16 +120,16 @@ def refuse_differences(what: str, reports: list[dict]) -> None:
     first, lines = reports[0]["facts"], []
     for rank, report in enumerate(reports):
         names = [n for n in sorted(first.keys() | report["facts"].keys()) if first.get(n) != report["facts"].get(n)]
-        for name in names[:MOST_NAMED]:
+        for name in names[:MAX_NAMED]:
             here, there = shown(first.get(name)), shown(report["facts"].get(name))
             lines.append(f"{name} is {here} on rank 0 and {there} on rank {rank} ({report['host']})")
-        if len(names) > MOST_NAMED:
-            lines.append(f"{len(names) - MOST_NAMED} more differ on rank {rank}")
+        if len(names) > MAX_NAMED:
+            lines.append(f"{len(names) - MAX_NAMED} more differ on rank {rank}")
     if lines:
-        told = "; ".join(lines[: 2 * MOST_NAMED]) + f"; {len(lines) - 2 * MOST_NAMED} more" * (len(lines) > 8)
+        listed = "; ".join(lines[: 2 * MAX_NAMED]) + f"; {len(lines) - 2 * MAX_NAMED} more" * (len(lines) > 8)
         raise SharedError(
-            f"the ranks do not agree on {what}: {told}. Give all ranks the same command, config.py, checkout, data and "
-            "checkpoints"
+            f"the ranks do not agree on {what}: {listed}. Give all ranks the same command, config.py, checkout, "
+            "data and checkpoints"
         )
 
 

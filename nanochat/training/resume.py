@@ -1,4 +1,4 @@
-"""Resuming: which settings count, what a run remembers, and how all of it comes back from a checkpoint."""
+"""Resuming: which settings apply, the state of a run beside weights and optimizer, and loading it from a checkpoint."""
 
 import base64
 import dataclasses
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class RunState:
-    """What a run remembers besides weights, optimizer and loader; part of every checkpoint."""
+    """The state of a run besides weights, optimizer and loader; part of every checkpoint."""
 
     step: int = 0
     train_seconds: float = 0.0  # steps only: without evaluation, samples and saving
@@ -36,9 +36,9 @@ class RunState:
     val_bpb: float | None = None
     smooth_loss_at_eval: float | None = None
     overfit_warned: bool = False
-    skipped: int = 0  # non-finite steps
-    bad_in_a_row: int = 0  # of them, those since the last good step
-    evaluated: int = 0  # the last step of which all evaluation that was due is done
+    skipped: int = 0  # non-finite steps, whose update was skipped
+    bad_in_a_row: int = 0  # of them, those since the last finite step
+    evaluated: int = 0  # the last step at which all evaluation that was due is done
 
     def figures(self) -> dict[str, float | None]:
         """What was last measured on held-out data, under the names of metrics.jsonl."""
@@ -48,7 +48,7 @@ class RunState:
         self.smooth_loss = loss if self.smooth_loss is None else 0.9 * self.smooth_loss + 0.1 * loss
 
     def note_val_bpb(self, bpb: float) -> None:
-        """Keep val bpb; warn once when it rises while the training loss falls: the model learns the text by heart."""
+        """Keep val bpb; warn once when it rises while the training loss falls, which is over-fitting."""
         self._note("val bpb", self.val_bpb, bpb)
         self.val_bpb = bpb
 
@@ -148,7 +148,7 @@ def record_launcher(tag_dir: Path) -> None:
 
 
 def is_own_torchrun(tag_dir: Path) -> bool:
-    """Whether the run in the folder was begun by the torchrun that started this process, perhaps from another host.
+    """Whether the run in the folder was started by the torchrun that started this process, perhaps from another host.
 
     A start that was refused, because the folder holds somebody else's run, must not turn into a resume when torchrun
     tries it again.
@@ -166,26 +166,26 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
     """The run's own settings with what the flags may change; any other flag that differs is refused by name.
 
     settings: as the checkpoint has them, or the tag's config.py when the run ended before its first one. The config.py
-    of the command line has no say here, and what it says otherwise is told: the run is what its checkpoint says.
+    of the command line is ignored, with a message for each difference: the checkpoint describes the run.
     """
     kind = type(command.settings)
     may_change = resumable_names(kind)
     saved = checked_settings(settings, kind, f"{tag_dir.name}, step {step}")
-    if saved:  # a setting that the checkpoint is too old to know was at its default, whatever a config.py says
+    if saved:  # a setting newer than the checkpoint was at its default, whatever a config.py has
         saved = {name: field.default for name, field in fields_of(kind).items() if name not in may_change} | saved
     merged = dataclasses.replace(command.settings, **saved)
-    if merged.tag != tag_dir.name:  # the folder was renamed or copied: it goes on where it lies
+    if merged.tag != tag_dir.name:  # the folder was renamed or copied: the run continues there
         merged = dataclasses.replace(merged, model_tag=tag_dir.name)
     differing = {name: getattr(command.settings, name) for name in command.origins}
     differing = {name: value for name, value in differing.items() if value != getattr(merged, name)}
     changed = {name: value for name, value in differing.items() if command.origins[name] == "command line"}
     for name in sorted(differing.keys() - changed.keys() - {"model_tag"}):
-        told = f"{name}={getattr(merged, name)!r} counts, not {differing[name]!r} of {command.origins[name]}"
-        logger.info(f"resuming: {told}" + (f"; change it with --{name}=..." if name in may_change else ""))
+        message = f"{name}={getattr(merged, name)!r} applies, not {differing[name]!r} of {command.origins[name]}"
+        logger.info(f"resuming: {message}" + (f"; change it with --{name}=..." if name in may_change else ""))
     changeable = may_change | (set(PLACE) if is_local(changed.get("data")) else set())
     if refused := sorted(changed.keys() - changeable - {"model_tag"}):
-        told = ", ".join(f"{n}={changed[n]!r} (the run has {getattr(merged, n)!r})" for n in refused)
-        raise UserError(f"--resume cannot change {told}: leave it out, or start a new run with --model_tag=NAME")
+        named = ", ".join(f"{n}={changed[n]!r} (the run has {getattr(merged, n)!r})" for n in refused)
+        raise UserError(f"--resume cannot change {named}: drop the flag, or start a new run with --model_tag=NAME")
     horizon = [name for name in ("num_iterations", "target_flops", "target_param_data_ratio") if name in changed]
     if horizon and (changed.get("num_iterations") or math.inf) > step:
         logger.info(f"new horizon ({', '.join(horizon)}): the warmdown is recomputed for it")
@@ -279,7 +279,7 @@ def restore(origin: Origin, model, optimizer, loader, tokenizer, dataset) -> Run
 
 
 def progress_of(run: RunState, loader) -> dict:
-    """What a checkpoint says of where the run is; restore_progress() reads it."""
+    """Where the run is, for a checkpoint's metadata; restore_progress() reads it."""
     return dict(
         loader=loader.state_dict(),
         run=dataclasses.asdict(run),
@@ -290,7 +290,7 @@ def progress_of(run: RunState, loader) -> dict:
 
 
 def record_evaluated(tag_dir: Path, run: RunState) -> None:
-    """Leave what an evaluation found beside the steps: the checkpoint of its step was written before it."""
+    """Write an evaluation's results beside the steps: the checkpoint of its step was written before it."""
     write_atomically(tag_dir / "evaluated.json", json.dumps(dataclasses.asdict(run)) + "\n")
 
 

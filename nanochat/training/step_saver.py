@@ -88,7 +88,7 @@ class StepSaver:
             self.saver.copy(*self._contents())
 
     def save_before_error(self, error: Exception) -> None:
-        """Have this step on the disk before the error of an evaluation ends the run; a UserError says so itself."""
+        """Save this step before the error of an evaluation ends the run; a UserError names the outcome."""
         run, outcome = self.state.run, self._rescue()
         if isinstance(error, SharedError):  # the first rank that leaves has its launcher end the others
             self.compute.barrier(patient=True)
@@ -99,7 +99,7 @@ class StepSaver:
         logger.info(f"the evaluation of step {run.step} failed ({cause}); {outcome}")
 
     def _rescue(self) -> str:
-        """Save this step if that is still possible; says what became of it."""
+        """Save this step if that is still possible; returns the outcome in words."""
         run, saver = self.state.run, self.saver
         if self.compute.rank != 0:
             return f"rank 0 saves step {run.step}"
@@ -129,7 +129,7 @@ def evaluation_is_due(state) -> bool:
 
 
 def agree_where_run_is(state) -> bool:
-    """Compare on all ranks what is trained and where the run is; whether metrics.jsonl says that it has ended here.
+    """Compare on all ranks what is trained and where the run is; whether metrics.jsonl records its end here.
 
     Rank 0's evaluated.json completes the run's state: an evaluation that came after the save of its step.
     """

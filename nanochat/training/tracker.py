@@ -1,7 +1,7 @@
-"""The metrics log, always written, and the tracker, which reads it in a process of its own and can stop nothing.
+"""The metrics log, always written, and the tracker, which follows it in its own process and cannot stop the run.
 
-wandb leaves exit hooks behind that wait for its service for ever, and its start can wait minutes for a network: no
-thread inside the training process could be rid of it. A process can be killed.
+wandb leaves exit hooks behind that wait for its service for ever, and its start can wait minutes for a network: a
+thread inside the training process could not be ended. A process can be killed.
 """
 
 import json
@@ -13,6 +13,7 @@ import secrets
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,8 +32,8 @@ class MetricsLog:
     """metrics.jsonl, one JSON object a line, always written; a tracker may follow the file. Main thread only.
 
     path: the file, appended to. tracker: what open_tracker() gave. keep_below: on resume, lines with a larger step are
-    dropped, so that the file describes one run; drop_evals_of: a step whose evaluation did not end and is made up. A
-    line that a kill tore is dropped in any case.
+    dropped, so that the file describes one run; drop_evals_of: a step whose evaluation was interrupted and is repeated.
+    A line that a kill tore is dropped in any case.
     """
 
     def __init__(
@@ -44,15 +45,15 @@ class MetricsLog:
     ):
         self.path, self.tracker = path, tracker
         self.file = None
-        self.noted: dict[str, str] = {}  # streams that are lost, as this file says already
+        self.noted: dict[str, str] = {}  # streams that are lost, as this file already notes
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            before = path.read_bytes()
-            last = math.inf if keep_below is None else keep_below
-            lines = [line for line in before.split(b"\n") if _step_of(line) <= last]
-            after = b"".join(line + b"\n" for line in lines if not _is_eval(line, drop_evals_of))
+            before, last = path.read_bytes(), math.inf if keep_below is None else keep_below
+            kept = [(line, entry) for line, entry in _entries(path) if entry["step"] <= last]
+            repeated = (drop_evals_of, "eval")
+            after = b"".join(line + b"\n" for line, e in kept if (e["step"], e.get("event")) != repeated)
             if after != before:
                 write_atomically(path, after.decode())
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115  (lives as long as the run)
@@ -66,7 +67,7 @@ class MetricsLog:
         line = {"step": step, "time": round(time.time(), 3), **values}
         if news := {name: why for name, why in streams.lost.items() if name not in self.noted}:
             self.noted |= news
-            line["lost"] = news  # what a person looks for when the printed lines end
+            line["lost"] = news  # explains why the printed lines end
         rest = f"{json.dumps({k: _plain(v) for k, v in line.items()})}\n".encode()
         with naming_storage_errors(self.path):
             while rest:  # one system call for the whole line, so that a kill leaves at most the last one torn
@@ -75,7 +76,7 @@ class MetricsLog:
             self.tracker.check()
 
     def close(self, hurry: bool = False) -> None:
-        """hurry: somebody waits for the end of this process, and will kill it soon."""
+        """hurry: the scheduler will kill this process soon."""
         if self.file is not None:
             self.file.close()
             self.file = None
@@ -83,24 +84,23 @@ class MetricsLog:
                 self.tracker.finish(HURRIED_SECONDS if hurry else FINISH_SECONDS)
 
 
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, [] without the file. Lines that are incomplete or have no step are skipped."""
+    return [entry for _, entry in _entries(path)]
+
+
 def last_event(path: Path) -> tuple[int, str] | None:
     """(step, event) of the last line of a metrics.jsonl that has an event; None without."""
-    for line in reversed(path.read_bytes().split(b"\n") if path.is_file() else []):
-        if not math.isnan(_step_of(line)) and "event" in (found := json.loads(line)):
-            return found["step"], found["event"]
-    return None
+    return next(((entry["step"], entry["event"]) for entry in reversed(read_metrics(path)) if "event" in entry), None)
 
 
-def _step_of(line: bytes) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.nan  # torn, or none of ours: not below any step
-
-
-def _is_eval(line: bytes, step: int | None) -> bool:
-    """Whether a whole line holds figures of an evaluation of that step."""
-    return step is not None and _step_of(line) == step and json.loads(line).get("event") == "eval"
+def _entries(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """Each complete line of a metrics.jsonl, as it is in the file and parsed; a kill may have torn the last one."""
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        with suppress(ValueError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), (int, float)):
+                yield line, entry
 
 
 def _plain(value):
@@ -140,12 +140,12 @@ class Tracker:
         os.set_blocking(self.process.stdout.fileno(), False)
 
     def check(self) -> None:
-        """Print what the child has to say; when it has failed, warn once and continue without it."""
+        """Log the child's messages; when it has failed, warn once and continue without it."""
         if self.process is not None and self._listen() == b"":
             self._give_up("its process ended")
 
     def finish(self, seconds: float) -> None:
-        """Let the child send the rest; it is killed after `seconds`."""
+        """Let the child send the rest; kill it after `seconds`."""
         if self.process is None:
             return
         self.process.stdin.close()
@@ -156,26 +156,26 @@ class Tracker:
         self._listen()
         if self.process is not None and code != 0:
             self._give_up(f"exit code {code}")
-        self._let_go()
+        self._release()
 
     def _listen(self) -> bytes | None:
-        """Print or act on the child's words; returns them, None for nothing new, b"" when it has ended."""
-        words = self.process.stdout.read()
-        for line in (words or b"").decode(errors="replace").splitlines():
+        """Log or act on the child's messages; returns them, None for nothing new, b"" when it has ended."""
+        output = self.process.stdout.read()
+        for line in (output or b"").decode(errors="replace").splitlines():
             if line.startswith("error: "):
                 self._give_up(line.removeprefix("error: "))
                 break
             logger.info(f"wandb: {line}")
-        return words
+        return output
 
     def _give_up(self, reason: str) -> None:
         logger.warning(
             f"wandb stopped ({reason}): the run continues without it and metrics.jsonl is complete; "
             f"see {self.directory / 'tracker.log'}"
         )
-        self._let_go()
+        self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if self.process is not None:
             self.process.kill()
             with suppress(subprocess.TimeoutExpired):  # a process that waits for a lost disk dies later
@@ -205,8 +205,8 @@ def _environment(directory: Path) -> dict[str, str]:
 def open_tracker(mode: str, run: str, config: dict, directory: Path) -> Tracker | None:
     """A wandb run ('online' or 'offline') for MetricsLog, or None ('disabled', or any rank but the first).
 
-    directory: the run's own folder. It takes all that wandb writes, and keeps the run's id, so that a resumed run goes
-    on there; `wandb sync` sends the offline runs later, several of one id in their order.
+    directory: the run's own folder. It takes all that wandb writes, and keeps the run's id, so that a resumed run
+    continues there; `wandb sync` sends the offline runs later, several of one id in their order.
     """
     if mode == "disabled" or rank_from_env() != 0:
         return None
@@ -229,16 +229,3 @@ def _run_id(directory: Path) -> str:
     new = secrets.token_hex(8)  # not from the run's seed: two runs must differ
     write_atomically(path, f"{new}\n")
     return new
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; lines that are not whole JSON objects (a process was killed) are skipped."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            lines.append(line)
-    return lines

@@ -1,8 +1,8 @@
 """Sends the lines of metrics.jsonl to wandb; started by tracker.py, imports nothing of ours to start quickly.
 
 Its argument is a JSON object: init (arguments of wandb.init), path and offset (where to begin in the file, bytes). It
-follows the file until its standard input ends, then finishes the run. On standard output it says where the run is, or
-one line `error: ...`; wandb's own messages go to standard error.
+follows the file until its standard input ends, then finishes the run. It prints where the run is, or one line
+`error: ...`; wandb's own messages go to standard error.
 """
 
 import json
@@ -57,7 +57,7 @@ def main() -> None:
         say(run.url or f"offline run in {os.path.dirname(run.dir)}")
         follow(facts["path"], facts["offset"], run)
         run.finish()
-    except Exception as error:  # whatever it is, the training process logs it and continues
+    except Exception as error:  # whatever it is: the training process logs it and continues
         traceback.print_exc()
         say(f"error: {type(error).__name__}: {error}")
         os._exit(1)  # past wandb's exit hooks, which may wait for ever

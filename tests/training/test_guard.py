@@ -26,7 +26,7 @@ def test_only_bad_steps_in_a_row_end_the_run_and_the_report_is_json(tmp_path):
         check(guard, step, math.nan, math.inf)
         assert not guard.record_skipped([{"row": step}])
     check(guard, 10, 2.0)
-    guard.spikes()
+    guard.find_spikes()
     for step in range(11, 11 + MAX_BAD_STEPS):
         check(guard, step, math.nan, math.inf)
         assert guard.record_skipped([{"row": step}]) == (step == 10 + MAX_BAD_STEPS)
@@ -46,7 +46,7 @@ def test_bad_steps_before_a_resume_count():
     check(guard, 10, math.nan)
     assert guard.record_skipped([])
     check(guard, 11, 1.0)
-    guard.spikes()
+    guard.find_spikes()
     check(guard, 12, math.nan)
     assert not guard.record_skipped([])
 
@@ -57,7 +57,7 @@ def test_a_spike_stands_out_of_a_falling_and_of_a_noisy_curve():
         guard, found = StepGuard(), {}
         for i in range(100):
             check(guard, i, curve(i) + (4 if i == 80 else 0), 30.0 if i == 60 else 1 + 0.1 * math.cos(i))
-            if spikes := guard.spikes():
+            if spikes := guard.find_spikes():
                 found[i] = sorted(spikes)
         assert found == {60: ["grad_norm"], 80: ["loss"]}
 
@@ -67,7 +67,7 @@ def spikes_of(curve: list[float]) -> dict[int, float]:
     guard, found = StepGuard(), {}
     for i, loss in enumerate(curve):
         check(guard, i, loss)
-        if spikes := guard.spikes():
+        if spikes := guard.find_spikes():
             found[i] = spikes["loss"]
     return found
 
@@ -100,6 +100,6 @@ def test_a_good_step_forgives_the_bad_ones_before_it():
         check(guard, step, math.nan)
         assert not guard.record_skipped([])
     check(guard, 9, 1.0)
-    guard.spikes()
+    guard.find_spikes()
     check(guard, 10, math.nan)
     assert not guard.record_skipped([])

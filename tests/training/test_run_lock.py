@@ -11,8 +11,8 @@ import time
 import pytest
 
 from nanochat.runtime import process_state
+from nanochat.system import temporary
 from nanochat.system.environment import UserError
-from nanochat.training import run_lock as module
 from nanochat.training.run_lock import run_lock
 from tests.forked import Forked
 
@@ -178,8 +178,8 @@ def test_a_file_system_without_locks_still_trains(folder, monkeypatch, capsys):
 
 
 def test_the_holder_shows_that_it_lives(folder, monkeypatch):
-    """Red without _beat: on another host a long run would look stale."""
-    monkeypatch.setattr(module, "BEAT", 0.01)
+    """Red without heartbeat(): on another host a long run would look stale."""
+    monkeypatch.setattr(temporary, "BEAT", 0.01)
     with run_lock(folder):
         path = folder.with_name(".tag.lock")
         os.utime(path, (1, 1))
