@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from nanochat.config.config_file import literal
+from nanochat.config.declaration import fields_of
 from nanochat.config.presets import REASONS
+from nanochat.config.settings import Settings
 
 FOLDER = Path(__file__).resolve().parents[2] / "runs"
 
@@ -11,12 +13,11 @@ FOLDER = Path(__file__).resolve().parents[2] / "runs"
 def render_preset(name: str) -> str:
     """The text of runs/<name>.py: a line for each setting that differs from its default, with the reason."""
     lines = [f"# Preset {name}: what differs from the defaults; `--help` of scripts.base_train lists all settings."]
-    return (
-        "\n".join(
-            [*lines, *(f"{key} = {literal(value)}  # {reason}" for key, (value, reason) in REASONS[name].items())]
-        )
-        + "\n"
-    )
+    for key in fields_of(Settings):
+        if key in REASONS[name]:
+            value, reason = REASONS[name][key]
+            lines.append(f"{key} = {literal(value)}  # {reason}")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
