@@ -1,8 +1,8 @@
-"""nanochat's own checkpoints, of any age: found, told apart, translated. They are only read, never written.
+"""nanochat's own checkpoints, of any age: found, dated, translated. They are only read, never written.
 
-A folder holds model_000123.pt, meta_000123.json and perhaps optim_000123*.pt for each step. Of nanochat's constants the
-metadata says nothing, so the age of a file is told by its tensors and keys; the dates are those of nanochat's public
-history (github.com/karpathy/nanochat).
+A folder holds model_000123.pt, meta_000123.json and perhaps optim_000123*.pt for each step. The
+metadata lacks nanochat's constants, so the era of a file is inferred from its tensors and keys; the dates are those of
+nanochat's public history (github.com/karpathy/nanochat).
 """
 
 import logging
@@ -19,7 +19,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import nearest_name, shown
 from nanochat.system.environment import UserError, base_dir
 from nanochat.upstream.foreign_weights import read_json, strip_wrappers
-from nanochat.upstream.pickles import broken_part, read_pt, read_tokenizer_pickle
+from nanochat.upstream.pickles import find_broken_part, read_pt, read_tokenizer_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 # the eras
 
 
-def half(context: int) -> int:
+def half_context(context: int) -> int:
     return context // 2
 
 
-def third(context: int) -> int:
+def third_of_context(context: int) -> int:
     return -(-context // (3 * 128)) * 128  # rounded up to the tile of FlashAttention-3
 
 
-def quarter(context: int) -> int:
+def quarter_of_context(context: int) -> int:
     return -(-context // (4 * 128)) * 128
 
 
@@ -55,11 +55,11 @@ class Era(NamedTuple):
 ERAS = {
     "2025-10-13": Era(1, None, None, 15.0, 10_000.0, 1.0, False),
     "2025-12-09": Era(64, None, None, 15.0, 10_000.0, 1.0, False),
-    "2026-01-11": Era(64, half, None, 15.0, 10_000.0, 1.0, False),
-    "2026-01-16": Era(64, half, (32, 2.0), 15.0, 10_000.0, 1.0, False),
-    "2026-03-02": Era(64, half, (32, 2.0), 20.0, 10_000.0, 1.0, False),
-    "2026-03-09": Era(64, third, (12, 3.0), 15.0, 100_000.0, 1.15, False),
-    "2026-03-14": Era(64, quarter, (12, 3.0), 15.0, 100_000.0, 1.2, True),
+    "2026-01-11": Era(64, half_context, None, 15.0, 10_000.0, 1.0, False),
+    "2026-01-16": Era(64, half_context, (32, 2.0), 15.0, 10_000.0, 1.0, False),
+    "2026-03-02": Era(64, half_context, (32, 2.0), 20.0, 10_000.0, 1.0, False),
+    "2026-03-09": Era(64, third_of_context, (12, 3.0), 15.0, 100_000.0, 1.15, False),
+    "2026-03-14": Era(64, quarter_of_context, (12, 3.0), 15.0, 100_000.0, 1.2, True),
 }
 MODEL_NAME = re.compile(r"model_([0-9]{6}|[1-9][0-9]{6,})\.pt")
 SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
@@ -69,22 +69,23 @@ ELSEWHERE = "update this repository, or open it with the commit of nanochat that
 
 
 def infer_era(sizes: dict, state: dict[str, torch.Tensor]) -> tuple[str, str]:
-    """(era, what tells it) from nanochat's model_config and its tensors by name."""
+    """(era, the evidence for it) from nanochat's model_config and its tensors by name."""
     gates = [name for name in sorted(state) if name.endswith(".ve_gate.weight")]
     values = [name for name in sorted(state) if name.startswith("value_embeds.")]
-    told = {"2026-03-14": next((name for name in SMEAR if name in state), None)}
+    evidence = {"2026-03-14": next((name for name in SMEAR if name in state), None)}
     if gates and state[gates[0]].shape[-1:] == (12,):
-        told["2026-03-09"] = f"{gates[0]} reads 12 channels"
-    told["2026-01-16"] = next(iter(gates + values), None)
-    told["2026-01-11"] = next((name for name in (*RESIDUAL, "window_pattern") if name in state or name in sizes), None)
+        evidence["2026-03-09"] = f"{gates[0]} reads 12 channels"
+    evidence["2026-01-16"] = next(iter(gates + values), None)
+    newer = (*RESIDUAL, "window_pattern")
+    evidence["2026-01-11"] = next((name for name in newer if name in state or name in sizes), None)
     if (rows := _rows(state)) > sizes["vocab_size"]:
-        told["2025-12-09"] = f"{rows} rows of transformer.wte.weight for {sizes['vocab_size']} ids"
-    told["2025-10-13"] = "nothing newer in it"
-    return next((era, why) for era, why in told.items() if why)
+        evidence["2025-12-09"] = f"{rows} rows of transformer.wte.weight for {sizes['vocab_size']} ids"
+    evidence["2025-10-13"] = "nothing newer in it"
+    return next((era, why) for era, why in evidence.items() if why)
 
 
 def _rows(state: dict[str, torch.Tensor]) -> int:
-    """Of the embedding; 0 where there is none."""
+    """Rows of the embedding; 0 without one."""
     table = state.get("transformer.wte.weight")
     return 0 if table is None or table.ndim == 0 else len(table)
 
@@ -119,28 +120,24 @@ def gpt_config(era: str, sizes: dict, state: dict[str, torch.Tensor]) -> GPTConf
         raise UserError(f"model_config describes no model that can be: {error}") from error
 
 
-def _check_fit(config: GPTConfig, era: str, told: str, state: dict[str, torch.Tensor]) -> None:
-    """UserError that names the first tensor which this model of this era lacks, does not know, or has otherwise."""
+def _check_fit(config: GPTConfig, era: str, evidence: str, state: dict[str, torch.Tensor]) -> None:
+    """UserError that names the first tensor that is unexpected, missing or misshapen for this model of this era."""
     if config.n_layer > len(state):  # before it is built
         raise UserError(f"model_config says {config.n_layer} layers, the file has {len(state)} tensors in all")
     with torch.device("meta"):
         wanted = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+    source = f"nanochat's era {era} ({evidence})"
     if strange := sorted(state.keys() - wanted.keys()):
-        way = f"nor by any that is known up to {max(ERAS)}: {ELSEWHERE}" if told != "--era" else "leave --era out"
-        raise UserError(
-            f"{shown(strange[0])} ({len(strange)} tensors in all) is not explained by nanochat's era {era} ({told}), "
-            f"{way}"
-        )
+        hint = f"nor by any that is known up to {max(ERAS)}: {ELSEWHERE}" if evidence != "--era" else "drop --era"
+        raise UserError(f"{shown(strange[0])} ({len(strange)} tensors in all) is not explained by {source}, {hint}")
     if missing := sorted(wanted.keys() - state.keys()):
         raise UserError(
-            f"{missing[0]} ({len(missing)} tensors in all) is missing, which nanochat's era {era} ({told}) has: take "
-            f"the whole file; where it is one of nanochat's trials between two eras, {ELSEWHERE}"
+            f"{missing[0]} ({len(missing)} tensors in all) is missing, which {source} has: take the complete file; "
+            f"where it is one of nanochat's trials between two eras, {ELSEWHERE}"
         )
     for name, tensor in state.items():
         if tuple(tensor.shape) != wanted[name]:
-            raise UserError(
-                f"{name} has shape {list(tensor.shape)}, the metadata and era {era} ({told}) say {list(wanted[name])}"
-            )
+            raise UserError(f"{name} has shape {list(tensor.shape)}, metadata and {source} say {list(wanted[name])}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +153,7 @@ def meta_file(folder: Path, step: int) -> Path:
 
 
 def list_steps(folder: Path) -> list[int]:
-    """Steps of nanochat's own that lie in the folder, whole or not, in ascending order."""
+    """Steps of nanochat's own in the folder, complete or not, in ascending order."""
     matches = (MODEL_NAME.fullmatch(path.name) for path in Path(folder).glob("model_*.pt"))
     return sorted(int(match[1]) for match in matches if match)
 
@@ -193,12 +190,12 @@ def find_corruption(folder: Path, step: int) -> str | None:
 def load(folder: Path, step: int, era: str | None = None) -> tuple[dict[str, torch.Tensor], dict]:
     """(float32 tensors by our names, metadata in our shape) of nanochat's model_000123.pt, on the CPU.
 
-    era: one of ERAS instead of the inferred one. UserError: a damaged file, one changed byte included, an unknown era,
+    era: one of ERAS instead of the inferred one. UserError: a corrupt file, one changed byte included, an unknown era,
     a key or tensor that no era explains or that the era lacks.
     """
     path = model_file(folder, step)
-    state, metadata = _open(folder, step, era)
-    if part := broken_part(path):
+    state, metadata = _read_checkpoint(folder, step, era)
+    if part := find_broken_part(path):
         raise UserError(f"{path} is damaged: the checksum of its part {part} does not hold: copy it again")
     return {name: tensor.float() for name, tensor in state.items()}, metadata
 
@@ -206,13 +203,13 @@ def load(folder: Path, step: int, era: str | None = None) -> tuple[dict[str, tor
 def describe(folder: Path, step: int, era: str | None = None) -> dict:
     """load()'s metadata alone, without reading the tensors.
 
-    It has in `upstream` the era, what told it, what is to be said of it ("notes") and nanochat's own facts.
+    Its `upstream` holds the era, the evidence for it ("told_by"), messages ("notes") and nanochat's own metadata.
     """
-    return _open(folder, step, era)[1]
+    return _read_checkpoint(folder, step, era)[1]
 
 
-def _open(folder: Path, step: int, era: str | None) -> tuple[dict[str, torch.Tensor], dict]:
-    """The tensors as they lie in the file, mapped, and the metadata."""
+def _read_checkpoint(folder: Path, step: int, era: str | None) -> tuple[dict[str, torch.Tensor], dict]:
+    """The tensors of the file, mapped, and the metadata."""
     if era is not None and era not in ERAS:
         raise UserError(f"era={era!r} is unknown{nearest_name(era, ERAS)}: one of {', '.join(ERAS)}")
     meta, path = read_meta(folder, step), model_file(folder, step)
@@ -222,9 +219,9 @@ def _open(folder: Path, step: int, era: str | None) -> tuple[dict[str, torch.Ten
     notes = []
     if absent := [f"{name}={getattr(GPTConfig, name)}" for name in SIZES if name not in sizes]:
         notes.append(f"{meta_file(folder, step)} lacks sizes: taking nanochat's defaults, {', '.join(absent)}")
-    found, told = infer_era({"vocab_size": GPTConfig.vocab_size} | sizes, state)
+    found, evidence = infer_era({"vocab_size": GPTConfig.vocab_size} | sizes, state)
     if era is not None:
-        found, told = era, "--era"
+        found, evidence = era, "--era"
     elif found == "2026-01-16":
         notes.append(
             f"{path}: era {found}; a model of the first week of March 2026 looks the same, but its logits were capped "
@@ -235,11 +232,11 @@ def _open(folder: Path, step: int, era: str | None) -> tuple[dict[str, torch.Ten
         if config.residual_scalars:
             for name, absent_value in RESIDUAL.items():
                 state.setdefault(name, absent_value(config.n_layer))
-        _check_fit(config, found, told, state)
+        _check_fit(config, found, evidence, state)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    facts = {name: value for name, value in meta.items() if name not in ("step", "model_config")}
-    origin = {"era": found, "told_by": told, "file": path.name, "notes": notes, "metadata": facts}
+    own_metadata = {name: value for name, value in meta.items() if name not in ("step", "model_config")}
+    origin = {"era": found, "told_by": evidence, "file": path.name, "notes": notes, "metadata": own_metadata}
     described = asdict(config) | {"modalities": []}  # as JSON would have it
     return state, {"step": step, "model_config": described, "upstream": origin}
 

@@ -33,24 +33,24 @@ class _UnfitError(ValueError):
 
 
 def load_optimizer(folder: Path, step: int, config: GPTConfig) -> dict[str, torch.Tensor] | None:
-    """read_optimizer(), its words printed."""
-    state, told = read_optimizer(folder, step, config)
+    """The state of read_optimizer(); its message is logged."""
+    state, outcome = read_optimizer(folder, step, config)
     logger.info(
-        f"{folder}: optimizer state {told}" + (", so training would begin with a fresh one" if state is None else "")
+        f"{folder}: optimizer state {outcome}" + (", so training would begin with a fresh one" if state is None else "")
     )
     return state
 
 
 def read_optimizer(folder: Path, step: int, config: GPTConfig) -> tuple[dict[str, torch.Tensor] | None, str]:
-    """(whole float32 tensors '<parameter>.<quantity>', as MuonAdamW.load_state_dict() takes them; words about them).
+    """(full float32 tensors '<parameter>.<quantity>', as MuonAdamW.load_state_dict() takes them; a message about them).
 
     None, and why, where nanochat's files do not hold the state of all parameters of this model.
     """
     try:
-        files = _files(Path(folder), step)
+        files = _find_files(Path(folder), step)
         state = _translate([read_pt_tree(file) for file in files], config)
         gates = sum(name.endswith("ve_gate.weight.step") for name in state)
-        anew = f"; that of {gates} gates begins anew, for they are AdamW's here" if gates else ""
+        anew = f"; that of {gates} gates starts from zero, since they are AdamW's here" if gates else ""
         return state, f"complete, in {', '.join(file.name for file in files)}{anew}"
     except (UserError, _UnfitError) as error:
         return None, f"none: {error}"
@@ -58,7 +58,7 @@ def read_optimizer(folder: Path, step: int, config: GPTConfig) -> tuple[dict[str
         return None, f"none: not laid out as nanochat's ({type(error).__name__}: {first_line(error)})"
 
 
-def _files(folder: Path, step: int) -> list[Path]:
+def _find_files(folder: Path, step: int) -> list[Path]:
     """The files of all ranks, in their order."""
     found = folder.glob(f"optim_{step:06d}_rank*.pt")
     ranks = {int(match[1]): path for path in found if (match := re.search(r"_rank(\d+)\.pt$", path.name))}
@@ -76,7 +76,7 @@ def _translate(trees: list, config: GPTConfig) -> dict[str, torch.Tensor]:
     adamw = [name for prefix in BY_ADAMW.split() for name in shapes if name.startswith(prefix)]
     muon = [name for name in shapes if name not in adamw]
     taken: dict[str, dict[str, torch.Tensor]] = {}
-    groups = [list(_groups(tree)) for tree in trees]
+    groups = [list(_read_groups(tree)) for tree in trees]
     ours = iter(adamw)
     for ranks in zip(*groups, strict=True):
         (kind, *others), states = zip(*ranks, strict=True)
@@ -87,21 +87,21 @@ def _translate(trees: list, config: GPTConfig) -> dict[str, torch.Tensor]:
             for found in per_parameter:
                 if (name := next(ours, None)) is None:
                     raise _UnfitError(f"AdamW has more parameters than the {len(adamw)} of the model")
-                taken[name] = _adamw(name, shapes[name], found)
+                taken[name] = _translate_adamw(name, shapes[name], found)
         else:
-            for name, quantities in _muon(shapes, muon, per_parameter):
+            for name, quantities in _translate_muon(shapes, muon, per_parameter):
                 if name in taken:
                     raise _UnfitError(f"{name} has two states")
                 taken[name] = quantities
     if missing := [name for name in shapes if name not in taken]:
         raise _UnfitError(f"nothing for {missing[0]} ({len(missing)} parameters in all)")
     for name, shape in shapes.items():
-        if name in muon and is_scalar(name):  # a gate, a matrix for nanochat's Muon, is AdamW's here: it starts anew
+        if name in muon and is_scalar(name):  # gates are Muon's there, AdamW's here: from zero
             taken[name] = {quantity: torch.zeros(shape) for quantity in ADAMW} | {"step": torch.tensor(0)}
     return {f"{name}.{quantity}": value for name in shapes for quantity, value in taken[name].items()}
 
 
-def _groups(tree) -> Iterator[tuple[str, list[dict]]]:
+def _read_groups(tree) -> Iterator[tuple[str, list[dict]]]:
     """(kind, state of each parameter) of every group of one file."""
     for number, optimizer in enumerate(tree if isinstance(tree, list) else [tree]):
         for group in optimizer["param_groups"]:
@@ -109,8 +109,8 @@ def _groups(tree) -> Iterator[tuple[str, list[dict]]]:
             yield kind, [optimizer["state"].get(index, {}) for index in group["params"]]
 
 
-def _adamw(name: str, shape: tuple, states: States) -> dict[str, torch.Tensor]:
-    """Moments that each rank has whole, or for its share of the rows."""
+def _translate_adamw(name: str, shape: tuple, states: States) -> dict[str, torch.Tensor]:
+    """Moments of one parameter, which each rank has in full or for its shard of the rows."""
     if strange := {key for state in states for key in state} ^ (ADAMW | {"step"}):
         raise _UnfitError(f"{name} has AdamW's state without or beyond {shown(min(map(str, strange)))}")
     steps = {int(state["step"]) for state in states}
@@ -119,16 +119,18 @@ def _adamw(name: str, shape: tuple, states: States) -> dict[str, torch.Tensor]:
     result = {"step": torch.tensor(steps.pop())}
     for quantity in sorted(ADAMW):
         parts = [state[quantity].detach().float() for state in states]
-        whole = parts[0] if tuple(parts[0].shape) == shape else torch.cat(parts)
-        if tuple(whole.shape) != shape:
+        tensor = parts[0] if tuple(parts[0].shape) == shape else torch.cat(parts)
+        if tuple(tensor.shape) != shape:
             raise _UnfitError(
-                f"{name} has {quantity} of {list(whole.shape)}, not {list(shape)}: some ranks' or another model's"
+                f"{name} has {quantity} of {list(tensor.shape)}, not {list(shape)}: some ranks' or another model's"
             )
-        result[quantity] = whole
+        result[quantity] = tensor
     return result
 
 
-def _muon(shapes: dict, muon: list[str], states: list[States]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def _translate_muon(
+    shapes: dict, muon: list[str], states: list[States]
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """(parameter, its buffers) of one group: all matrices of a shape, or, in the oldest files, of a size."""
     buffers = [state["momentum_buffer"] for found in states for state in found if "momentum_buffer" in state]
     if not buffers:
@@ -145,7 +147,7 @@ def _muon(shapes: dict, muon: list[str], states: list[States]) -> Iterator[tuple
     if stacked:
         if any(state for found in states[1:] for state in found):
             raise _UnfitError(f"{names[0]} has a stack for its group, whose others have states too")
-        yield from _unstacked(names, shape, states[0])
+        yield from _unstack_muon(names, shape, states[0])
         return
     for name, found in zip(names, states, strict=True):
         owners = [state for state in found if "momentum_buffer" in state]
@@ -156,7 +158,7 @@ def _muon(shapes: dict, muon: list[str], states: list[States]) -> Iterator[tuple
         yield name, {"momentum": owners[0]["momentum_buffer"].detach().float()}
 
 
-def _unstacked(names: list[str], shape: tuple, states: States) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+def _unstack_muon(names: list[str], shape: tuple, states: States) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
     """The matrices of a group, which are stacked in the state of its first: a chunk a rank, the last one padded."""
     rows, columns = shape
     chunk = -(-len(names) // len(states))

@@ -20,7 +20,7 @@ from nanochat.runtime import first_line, shown
 from nanochat.system.environment import UserError
 
 LARGEST_TOKENIZER = 64 * 2**20  # bytes; 65,536 ids take about 1 MB, 200,000 take 4 MB
-# All that pickle's protocols 4 and 5 (Python >= 3.8) need for an Encoding. Left out besides all calls: tuples, which
+# All that pickle's protocols 4 and 5 (Python >= 3.8) need for an Encoding. Excluded besides all calls: tuples, which
 # nest into keys that take for ever to hash, and numbered memo slots, for which a few bytes claim gigabytes.
 ADMITTED = set(
     "PROTO FRAME STOP MARK MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL EMPTY_TUPLE NEWOBJ BUILD EMPTY_DICT SETITEM "
@@ -126,7 +126,7 @@ def read_pt(path: Path | str) -> dict[str, torch.Tensor]:
     Raises UserError with the reason for a file that is damaged, that asks for anything but tensors, or whose tensors
     claim more than the file holds.
     """
-    with _refusing(path):
+    with _errors_as_user_errors(path):
         state = _load(path)
         if not isinstance(state, dict):
             raise UserError(f"it holds a {type(state).__name__}, not tensors by name")
@@ -142,7 +142,7 @@ def read_pt_tree(path: Path | str) -> object:
 
     On the CPU, mapped, not copied; a thing that is in it several times may hold itself. UserError as read_pt().
     """
-    with _refusing(path):
+    with _errors_as_user_errors(path):
         tree = _load(path)
         waiting, met = [tree], set()  # each thing once: a few bytes may nest it ten thousand times in itself
         while waiting:
@@ -159,9 +159,9 @@ def read_pt_tree(path: Path | str) -> object:
         return tree
 
 
-def broken_part(path: Path | str) -> str | None:
+def find_broken_part(path: Path | str) -> str | None:
     """The name of the first part of a .pt file that does not have its checksum; reads the whole file."""
-    with _refusing(path), zipfile.ZipFile(path) as archive:
+    with _errors_as_user_errors(path), zipfile.ZipFile(path) as archive:
         return archive.testzip()
 
 
@@ -187,8 +187,8 @@ def _check_tensor(tensor: object, name: str, path: Path | str) -> None:
 
 
 @contextlib.contextmanager
-def _refusing(path: Path | str) -> Iterator[None]:
-    """Whatever a stranger's file does to the unpickler becomes one line with its name."""
+def _errors_as_user_errors(path: Path | str) -> Iterator[None]:
+    """Errors of the unpickler about a file, as one line with its name."""
     try:
         yield
     except OSError as error:
@@ -205,6 +205,6 @@ def _reason(error: Exception) -> str:
     if asked := re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", text):
         return f"it asks for {shown(asked[1])}, and only tensors are admitted"
     if isinstance(error, pickle.UnpicklingError):
-        told = re.search(r"WeightsUnpickler error: (.*)", text)
-        text = (told and told[1].strip()) or "weights_only refuses it"
+        advice = re.search(r"WeightsUnpickler error: (.*)", text)
+        text = (advice and advice[1].strip()) or "weights_only refuses it"
     return f"it is damaged ({type(error).__name__}: {text.strip().partition(chr(10))[0][:300]}): copy it again"
