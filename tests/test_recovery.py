@@ -1,4 +1,4 @@
-"""Never lose a run: stops, damage, full disks, other numbers of ranks, bad numbers, no memory, ranks that die."""
+"""Never lose a run: stops, corruption, full disks, other world sizes, non-finite steps, out of memory, dead ranks."""
 
 import errno
 import json
@@ -226,7 +226,8 @@ def test_enospc(train, monkeypatch, code, capsys):
     One line and code 2, the earlier step stays, nothing half-written does, and with space again the run goes on to
     the same weights. Red when the saver's thread keeps its error, or leaves its temporary folder.
     """
-    train("roomy", save_every=2, num_iterations=6, overwrite=True)
+    if not tag_dir("roomy").is_dir():
+        train("roomy", save_every=2, num_iterations=6)
     real, calls = checkpoint_files.save_file, []
 
     def full(tensors, path):
@@ -252,20 +253,21 @@ def test_enospc(train, monkeypatch, code, capsys):
 
 
 def resumed_over(train, tag: str, capsys, damage) -> str:
-    """Train, damage the newest step, resume: the run ends as before, and the damaged folder is still there."""
-    train(tag, save_every=2)
-    whole = state_hashes(tag, 4)
+    """Damage the newest step of a copy of a run, resume: it ends as before, and the corrupt folder is still there."""
+    if not tag_dir("intact").is_dir():
+        train("intact", save_every=2)
+    shutil.copytree(tag_dir("intact"), tag_dir(tag))
     step = checkpoint_files.step_dir(tag_dir(tag), 4)
     damage(step)
     left = sorted((path.name, path.stat().st_size) for path in step.iterdir())
     main([f"--model_tag={tag}", "--resume"])
-    said = capsys.readouterr().out
-    assert f"skipping {step}" in said
-    assert f"resuming from {checkpoint_files.step_dir(tag_dir(tag), 2)}" in said
-    assert state_hashes(tag, 4) == whole
+    output = capsys.readouterr().out
+    assert f"skipping {step}" in output
+    assert f"resuming from {checkpoint_files.step_dir(tag_dir(tag), 2)}" in output
+    assert state_hashes(tag, 4) == state_hashes("intact", 4)
     aside = tag_dir(tag) / "step_000004.bad-1"
     assert sorted((path.name, path.stat().st_size) for path in aside.iterdir()) == left
-    return said
+    return output
 
 
 def test_bitflip(train, capsys):
@@ -289,10 +291,10 @@ def test_truncation(train, capsys):
 
 
 def test_a_missing_manifest_or_an_empty_folder_is_no_step(train, capsys):
-    said = resumed_over(train, "no-manifest", capsys, lambda step: (step / "manifest.json").unlink())
-    assert "manifest.json is missing" in said
-    said = resumed_over(train, "empty", capsys, lambda step: [shutil.rmtree(step), step.mkdir()])
-    assert "manifest.json is missing" in said
+    output = resumed_over(train, "no-manifest", capsys, lambda step: (step / "manifest.json").unlink())
+    assert "manifest.json is missing" in output
+    output = resumed_over(train, "empty", capsys, lambda step: [shutil.rmtree(step), step.mkdir()])
+    assert "manifest.json is missing" in output
 
 
 def test_a_run_that_ended_before_its_first_step_starts_again_with_its_own_settings(train, capsys):

@@ -121,7 +121,10 @@ def test_from_folders_to_a_sound(teach, models, base, tmp_path):
         size = sum(tensor.numel() * 4 for tensor in state.values())
         assert (folder / "model.safetensors").stat().st_size < size + 1000
         found = json.loads((folder / "state.json").read_text())["adapters"]
-        assert found["layer_map"] == [0, 5] and found["host_hash"] and found["expert_hash"] and found["start"] is None
+        assert found["layer_map"] == [0, 5]
+        assert found["host_hash"]
+        assert found["expert_hash"]
+        assert found["start"] is None
         assert state_hash(load_host(str(models / name), "cpu", torch.float32)) == hashed
         words = ["--prompt=a high sine", f"--out={tmp_path / name}.wav", "--seconds=0.4", f"--model-tag={name}"]
         lines.append(f"main({[*words, '--device-type=cpu']})")
@@ -130,7 +133,8 @@ def test_from_folders_to_a_sound(teach, models, base, tmp_path):
     assert process.wait(timeout=120) == 0, process.output()
     for name in ("tied", "untied"):
         wav, rate = read_wav(tmp_path / f"{name}.wav")
-        assert rate == 32000 and len(wav) == 12800
+        assert rate == 32000
+        assert len(wav) == 12800
 
 
 @pytest.mark.parametrize("expert", ["frozen", "trained", "random", "none"])
@@ -170,7 +174,8 @@ def test_the_text_of_a_resumed_run_is_found_again(teach, tiny_corpus, tmp_path, 
     first = teach("checked", num_iterations=2, **text)
     shutil.rmtree(source)
     again = teach("checked", "--resume", num_iterations=4, **text)
-    assert again["step"] == 4 and again["val_loss/text"] == first["val_loss/text"]
+    assert again["step"] == 4
+    assert again["val_loss/text"] == first["val_loss/text"]
     assert "warning: check_text" not in capsys.readouterr().out
 
 
@@ -223,7 +228,8 @@ def test_a_host_of_ours(teach, base, ours, capsys):
     before = bits_per_byte(host.model, stream, tokenizer.token_bytes, **how)
     found = teach("ours", **ours | dict(num_iterations=12, check_text="stdlib", check_tokens=500))
     out = capsys.readouterr().out
-    assert "unchanged" in out and "the host's tensors are unchanged" in out
+    assert "unchanged" in out
+    assert "the host's tensors are unchanged" in out
     assert found["val_loss/audio"] < np.log(65) - 0.05
     model, _, metadata, settings, _ = open_adapters("ours", None, "cpu")
     counts = metadata["derived"]["parameters"]
@@ -233,7 +239,8 @@ def test_a_host_of_ours(teach, base, ours, capsys):
     model.plan = True  # as inside of features()
     values = model.host.embeddings[1](torch.tensor([[3, 302]]))
     model.plan = None
-    assert torch.equal(values[0, 0], model.host.embeddings[1].weight[3]) and (values[0, 1] == 0).all()
+    assert torch.equal(values[0, 0], model.host.embeddings[1].weight[3])
+    assert (values[0, 1] == 0).all()
     with torch.no_grad():
         model.audio_output.weight.normal_(std=100.0)
         assert 14 < model(torch.tensor([[3, 302]])).abs().max() <= 15  # capped like the host's words
@@ -243,7 +250,9 @@ def test_whole_output_is_warned_about(teach, capsys):
     """With the measured change. Red when the text is measured by the host alone afterwards."""
     teach("whole-output", train_output="whole", output_layers="shared", check_text="stdlib", check_tokens=500)
     out = capsys.readouterr().out
-    assert "warning: train_output=whole" in out and "changed by" in out and "by the shared softmax" in out
+    assert "warning: train_output=whole" in out
+    assert "changed by" in out
+    assert "by the shared softmax" in out
     (line,) = [m for m in metrics("whole-output", stage=STAGE) if m.get("event") == "done"]
     assert line["val_loss/text"] > 0
 
@@ -298,7 +307,8 @@ def test_guidance_between_none_and_without_caption(speaks, base):
     prompt = torch.tensor([[*model.host.tokenizer.encode(caption, bos=True), start]])
     plain = [int(t) for t in decode(model, prompt, 13, frames=6, temperature=0)]
     drawn = model.vocabulary.ids_of("audio", codes(caption, 1.0).T).tolist()
-    assert drawn == plain[: len(drawn)] and not np.array_equal(codes(caption, 1.0), codes("", 1.0))
+    assert drawn == plain[: len(drawn)]
+    assert not np.array_equal(codes(caption, 1.0), codes("", 1.0))
 
 
 def test_several_words_from_one_prompt(speaks, base):
@@ -306,7 +316,8 @@ def test_several_words_from_one_prompt(speaks, base):
     words = adapter_generate.main(
         ["--prompt=the king", "--text", "--num=3", "--max-tokens=5", f"--model-tag={speaks}", "--temperature=0"]
     )
-    assert len(words) == 3 and len(set(words)) == 1
+    assert len(words) == 3
+    assert len(set(words)) == 1
     with pytest.raises(UserError, match="beyond the 512 positions"):
         adapter_generate.main(["--prompt=the", "--text", "--max-tokens=600", f"--model-tag={speaks}"])
 
@@ -418,7 +429,8 @@ def test_stalling_and_over_fitting_are_said_once(capsys):
         run.note_loss(train_loss)
         run.record_val_loss(val, stall_evals=2)
     out = capsys.readouterr().out
-    assert out.count("over-fitting") == 1 and out.count("it stalls") == 1
+    assert out.count("over-fitting") == 1
+    assert out.count("it stalls") == 1
     assert "has not been below 3.0000 for 2 evaluations" in out
 
 

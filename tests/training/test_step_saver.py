@@ -350,4 +350,5 @@ def test_ranks_with_other_weights_do_not_begin(tmp_path, monkeypatch):
         )
         monkeypatch.setattr(step_saver, "evaluated_after_save", lambda folder, run: {})
         assert step_saver.agree_where_run_is(state) is False
-    assert seen[0] is None and seen[1] == step_saver.weights_checksum([("w", torch.ones(3))])
+    assert seen[0] is None
+    assert seen[1] == step_saver.weights_checksum([("w", torch.ones(3))])

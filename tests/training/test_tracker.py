@@ -150,7 +150,9 @@ def test_no_tracker_stops_or_delays_a_run(fake, tmp_path, capsys, how, where):
         "hang": "did not finish within 0.5 s",
         "exit": "exit code 7" if where == "finish" else "ended",
     }[how]
-    assert len(said) == 1 and reason in said[0] and "metrics.jsonl is complete" in said[0]
+    assert len(said) == 1
+    assert reason in said[0]
+    assert "metrics.jsonl is complete" in said[0]
     assert child.poll() is not None
     if how == "raise":
         assert "Traceback" in (tmp_path / "tracker.log").read_text()
@@ -206,7 +208,9 @@ def test_a_resumed_run_keeps_its_id_and_a_torn_one_is_replaced(tmp_path, capsys)
     for odd in (b"", first["id"][:7].encode(), b"\xff\xfe", b"../../etc/passwd"):
         path.write_bytes(odd)
         new = open_tracker("offline", "r", {}, tmp_path).init["id"]
-        assert len(new) == 16 and new != first["id"] and path.read_text() == f"{new}\n"
+        assert len(new) == 16
+        assert new != first["id"]
+        assert path.read_text() == f"{new}\n"
     path.unlink()
     path.mkdir()
     assert open_tracker("offline", "r", {}, tmp_path) is None
@@ -230,7 +234,8 @@ def records(path: Path):
             continue
         crc, size, kind = struct.unpack_from("<IHB", data, at)
         part = data[at + 7 : at + 7 + size]
-        assert len(part) == size and zlib.crc32(bytes([kind]) + part) == crc
+        assert len(part) == size
+        assert zlib.crc32(bytes([kind]) + part) == crc
         parts.append(part)
         at += 7 + size
         if kind in (1, 4):  # full, last
@@ -270,7 +275,8 @@ def test_offline_runs_are_whole_and_can_be_sent_later(tmp_path, monkeypatch):
         assert found[-1].WhichOneof("record_type") in ("exit", "footer", "final", "request")
     assert steps == list(range(1, 801))
     assert ids == {(folder / "wandb_run_id").read_text().strip()}
-    assert not any((tmp_path / "HOME").iterdir()) and not any((tmp_path / "TMPDIR").iterdir())
+    assert not any((tmp_path / "HOME").iterdir())
+    assert not any((tmp_path / "TMPDIR").iterdir())
 
 
 def test_tracker_failure(fake, tmp_path, monkeypatch, capsys):
