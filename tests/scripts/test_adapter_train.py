@@ -91,10 +91,10 @@ def same_run(tag: str, step: int, ranks: int = 1) -> list:
     return [state_hashes(tag, step, STAGE), losses(tag, STAGE), rows_of(tag, ranks, STAGE)]
 
 
-def test_from_folders_to_a_sound(teach, models, base, tmp_path):
-    """Host (tied and untied), MusicGen and EnCodec from folders: 20 steps, saved, and in a new process a wav of exactly
-    0.4 s. Red when the length is the codec's last whole second, or when a tensor that is trained is not saved."""
-    lines = ["from scripts.adapter_generate import main"]
+def test_from_folders_to_a_sound(teach, models, tmp_path):
+    """Host (tied and untied), MusicGen and EnCodec from folders: 10 steps, saved, and from them a wav of 0.4 s sharp.
+
+    Red when the length is the codec's last whole second, or when a tensor that is trained is not saved."""
     for name in ("tied", "untied"):
         hashed = state_hash(load_host(str(models / name), "cpu", torch.float32))
         teach(
@@ -104,14 +104,14 @@ def test_from_folders_to_a_sound(teach, models, base, tmp_path):
             modalities="audio:64",
             codebooks=4,
             clip_seconds=0.4,
-            num_iterations=20,
+            num_iterations=10,
             max_seq_len=160,
             total_batch_size=480,
             vocabulary="expanded",
             learning_rate=0.003,
         )
         assert losses(name, STAGE)[-1] < losses(name, STAGE)[0] == pytest.approx(np.log(256), abs=1e-4)
-        folder = checkpoint_files.step_dir(tag_dir(name, STAGE), 20)
+        folder = checkpoint_files.step_dir(tag_dir(name, STAGE), 10)
         state = load_file(folder / "model.safetensors")
         assert state.keys() == {
             "audio_embedding.weight",
@@ -127,11 +127,7 @@ def test_from_folders_to_a_sound(teach, models, base, tmp_path):
         assert found["start"] is None
         assert state_hash(load_host(str(models / name), "cpu", torch.float32)) == hashed
         words = ["--prompt=a high sine", f"--out={tmp_path / name}.wav", "--seconds=0.4", f"--model-tag={name}"]
-        lines.append(f"main({[*words, '--device-type=cpu']})")
-    (tmp_path / "both.py").write_text("\n".join(lines))
-    process = start(base, script=tmp_path / "both.py")
-    assert process.wait(timeout=120) == 0, process.output()
-    for name in ("tied", "untied"):
+        adapter_generate.main([*words, "--device-type=cpu"])
         wav, rate = read_wav(tmp_path / f"{name}.wav")
         assert rate == 32000
         assert len(wav) == 12800

@@ -283,14 +283,14 @@ def test_a_save_that_is_due_while_one_is_written_is_postponed_but_not_the_last(m
 
 SLOW = """
 import time
-from nanochat import checkpoint_files
 from nanochat import checkpoint_manager as cm
 from nanochat.runtime import run_script
 from scripts.base_train import main
 real = cm.save_checkpoint
 
 def save(*args, **options):
-    time.sleep(8)
+    cm.save_checkpoint = real
+    time.sleep(6)
     return real(*args, **options)
 
 cm.save_checkpoint = save
@@ -299,14 +299,14 @@ run_script(main)
 
 
 def test_a_save_slower_than_the_ranks_patience_ends_no_run(train, base, corpus, tmp_path):
-    """Two ranks, saves of 8 s, rank_timeout 6 s, another save due meanwhile and at the end.
+    """Two ranks, a first save of 6 s, rank_timeout 4 s, another save due meanwhile and at the end.
 
     Red when save() waits for the save before while the other rank is in a collective.
     """
     train("warm", num_iterations=1)
     script = tmp_path / "slow.py"
     script.write_text(textwrap.dedent(SLOW))
-    shape = {**TINY, "num_iterations": 6, "save_every": 2, "rank_timeout": 6, "device_batch_size": 3}
+    shape = {**TINY, "num_iterations": 6, "save_every": 2, "rank_timeout": 4, "device_batch_size": 3}
     process = start(base, *flags(shape | {"data": corpus, "model_tag": "slow"}), ranks=2, script=script)
     output = process.communicate(timeout=170)[0]
     assert process.returncode == 0, output
