@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from nanochat import hardware
+from nanochat import decoding, hardware
 from nanochat.config.settings import validate
 from nanochat.runtime import Compute
 from nanochat.system.environment import UserError
@@ -39,7 +39,8 @@ TINY = gpu.Plan(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Peaks are measured in no time, processes are forks."""
+    """Peaks are measured in no time, processes are forks, and the step of a static cache is not compiled."""
+    monkeypatch.setattr(decoding, "compiler_problem", lambda: "switched off")
     monkeypatch.setattr(gpu, "matmul_peak", lambda *args: 1e12)
     monkeypatch.setattr(hardware, "measured_matmul_flops", lambda *args, **how: 1e12)
     monkeypatch.setattr("nanochat.training.estimate.measured_matmul_flops", lambda *args, **how: 1e12)

@@ -47,13 +47,12 @@ def child(path: Path, harm: str = "") -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory) -> Iterator[Bench]:
-    """12 steps, a save every 2: the reference has run, undisturbed, as a user starts it; the others will be forks."""
+    """12 steps, a save every 2, in forks: the reference has run, undisturbed."""
     folder = tmp_path_factory.mktemp("kills").resolve()
-    made = Bench(folder, steps=12, save_every=2, child=child(folder / "child.py"))
     with pytest.MonkeyPatch.context() as patch:
         forks = SimpleNamespace(Popen=Forked, STDOUT=subprocess.STDOUT, TimeoutExpired=subprocess.TimeoutExpired)
         patch.setattr(kills, "subprocess", forks)
-        yield made
+        yield Bench(folder, steps=12, save_every=2, child=child(folder / "child.py"))
 
 
 @pytest.fixture
