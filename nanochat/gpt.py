@@ -84,7 +84,7 @@ class GPTConfig:
         assert self.n_embd % self.n_head == 0, f"n_head={self.n_head} does not divide n_embd={self.n_embd}"
         assert self.n_head % self.n_kv_head == 0, f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}"
         assert self.tie_weights or not self.use_output_projection, "an output projection needs tied weights"
-        assert self.window_pattern and set(self.window_pattern) <= set("LS"), f"window_pattern={self.window_pattern!r}"
+        assert set(self.window_pattern) in ({"L"}, {"S"}, {"L", "S"}), f"window_pattern={self.window_pattern!r}"
         assert (self.document_start or 0) in range(self.vocab_size), f"document_start={self.document_start}"
 
     @classmethod

@@ -84,8 +84,8 @@ class Vocabulary:
         self.starts = {m.start: number for number, m in enumerate(self.modalities, 1) if m.start is not None}
         self.input_size = self.size + (self.size in self.starts)
         assert len(set(self.names)) == len(self.names), self.names
-        legal = all(0 <= start < text_size or start == self.size for start in self.starts)
-        assert legal and len(self.starts) == sum(m.start is not None for m in self.modalities), self.modalities
+        assert all(0 <= start < text_size or start == self.size for start in self.starts), self.modalities
+        assert len(self.starts) == sum(m.start is not None for m in self.modalities), self.modalities
 
     def modality(self, name: str) -> Modality:
         return self.modalities[self._index(name) - 1]

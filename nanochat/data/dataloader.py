@@ -44,7 +44,8 @@ class DataLoader:
         world_size: int = 1,
         device: str | torch.device = "cpu",
     ):
-        assert rows % world_size == 0 and 0 <= rank < world_size, (rows, rank, world_size)
+        assert rows % world_size == 0, (rows, world_size)
+        assert 0 <= rank < world_size, (rank, world_size)
         self.store, self.rows, self.seq_len, self.seed = store, rows, seq_len, seed
         self.device = torch.device(device)
         self.rank, self.world_size = rank, world_size
