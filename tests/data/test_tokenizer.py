@@ -85,7 +85,7 @@ def test_text_survives(tokenizer, text):
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
 
 
-@hypothesis_settings(max_examples=300)
+@hypothesis_settings(max_examples=100)
 @given(UNICODE)
 def test_hugging_face_file_gives_the_same_ids(tokenizer, hugging_face, text):
     """Red when the file lists only one split of each token (range(1, 2)), or holds another split pattern."""
@@ -94,7 +94,7 @@ def test_hugging_face_file_gives_the_same_ids(tokenizer, hugging_face, text):
     assert hugging_face.decode(tokenizer.encode(text)) == text
 
 
-@hypothesis_settings(max_examples=300)
+@hypothesis_settings(max_examples=100)
 @given(UNICODE)
 def test_training_splits_as_tiktoken_does(tokenizer, pieces, text):
     """tiktoken's ids are naive BPE over the pieces that Hugging Face's Split makes of the same pattern in training.

@@ -34,7 +34,7 @@ def read(texts, **limits) -> tuple[list[str], list[str], TrainingSample]:
         return chunks, lines, sample
 
 
-@hypothesis_settings(max_examples=300)
+@hypothesis_settings(max_examples=100)
 @given(CUTTABLE, st.integers(20, 60))
 def test_chunks_have_the_pieces_of_the_whole_text(text, longest):
     """Red when it is cut behind any newline ("|(?<=\\n)" in _BOUNDARY), or before the letter ("(?= )" removed)."""
