@@ -20,15 +20,22 @@ from nanochat.data.packing import PackedLoader, Rows
 from nanochat.data.prepare import (
     CLIMBMIX_SHARDS,
     find_version,
-    materialise,
     open_climbmix,
+    open_or_prepare,
+    plan_text_source,
     prepare,
     state_of,
-    text_source,
 )
 from nanochat.data.token_store import TokenStore
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.data.trained_data import LOOK, PLACE, check_same, describe, find_prepared, is_same
+from nanochat.data.trained_data import (
+    COMPARED_DOCUMENTS,
+    LOCATION_SETTINGS,
+    check_same,
+    describe,
+    find_prepared,
+    is_same,
+)
 from nanochat.evaluation.bpb import bits_per_byte, packed_losses
 from nanochat.modality import Vocabulary, modalities_of
 from nanochat.runtime import Compute, first_line, rank0_first
@@ -49,9 +56,9 @@ def prepare_data(settings: Settings, compute: Compute, origin: Origin | None = N
 
     def make() -> tuple[Dataset, Tokenizer]:
         if origin and origin.resumed:
-            dataset = resumed_data(settings, origin)
+            dataset = open_run_data(settings, origin)
             if own := tokenizer_of(origin.folder, origin.step):
-                return dataset, named_or_own(settings, own)
+                return dataset, load_named_or_own_tokenizer(settings, own)
         else:
             dataset = prepare_for(settings)
         if origin is None or settings.tokenizer:
@@ -64,7 +71,7 @@ def prepare_data(settings: Settings, compute: Compute, origin: Origin | None = N
     return rank0_first(compute, make)
 
 
-def named_or_own(settings: Settings, own: Tokenizer) -> Tokenizer:
+def load_named_or_own_tokenizer(settings: Settings, own: Tokenizer) -> Tokenizer:
     """The tokenizer that the settings of a resumed run name, to be compared; the checkpoint's own where it is gone."""
     if settings.tokenizer is None:
         return own
@@ -75,13 +82,13 @@ def named_or_own(settings: Settings, own: Tokenizer) -> Tokenizer:
         return own
 
 
-def resumed_data(settings: RunSettings, origin: Origin) -> Dataset:
+def open_run_data(settings: RunSettings, origin: Origin) -> Dataset:
     """The data of a run that resumes from this checkpoint; UserError when what is there is another."""
     fingerprint, trained_with = (origin.metadata.get(name) for name in ("data_fingerprint", "settings"))
     return open_resumed_data(settings, fingerprint, trained_with or {}, origin.path)
 
 
-def vocabulary_of(settings: Settings, tokenizer: Tokenizer) -> Vocabulary:
+def build_vocabulary(settings: Settings, tokenizer: Tokenizer) -> Vocabulary:
     """The ids of the run's model; UserError for a tokenizer without reserved ids to start the modalities with."""
     modalities = modalities_of(settings, tokenizer.vocab_size)
     for number, modality in enumerate(modalities):
@@ -130,9 +137,9 @@ def codec_files(dataset: Dataset) -> Path | None:
     return folder
 
 
-def batches(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> DataLoader:
+def make_train_loader(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> DataLoader:
     """The training batches: a stream of text, or whole captioned sounds in rows."""
-    store = TokenStore(dataset, tokenizer, "train", vocabulary=vocabulary_of(settings, tokenizer))
+    store = TokenStore(dataset, tokenizer, "train", vocabulary=build_vocabulary(settings, tokenizer))
     shape = (settings.rows, settings.max_seq_len, settings.seed, compute.rank, compute.world_size, compute.device)
     if dataset.codec is None:
         return DataLoader(store, *shape)
@@ -142,7 +149,7 @@ def batches(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute:
 
 def make_validation(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, compute: Compute) -> Callable:
     """measure(model, stop=None) of the held-out split: bits_per_byte() or, with sounds, packed_losses()."""
-    store = TokenStore(dataset, tokenizer, "val", vocabulary=vocabulary_of(settings, tokenizer))
+    store = TokenStore(dataset, tokenizer, "val", vocabulary=build_vocabulary(settings, tokenizer))
     rows, _ = settings.batch_plan(compute.world_size)  # the training's shape, and no more than a step has
     how = dict(rows=rows, max_tokens=settings.eval_tokens, rank=compute.rank, world_size=compute.world_size)
     if dataset.codec is None:
@@ -157,10 +164,10 @@ def make_validation(settings: Settings, dataset: Dataset, tokenizer: Tokenizer, 
 def prepare_for(settings: Settings) -> Dataset:
     """The dataset that the data* settings name, prepared if need be; of captioned sounds when modalities has audio."""
     if "audio" in settings.modality_codes():
-        from nanochat.audio.dataset import audio_source  # needs this module in turn
+        from nanochat.audio.dataset import plan_audio  # needs this module in turn
 
         text = settings.text_data and prepare(settings.text_data, skip_corrupt=settings.skip_corrupt)
-        return materialise(audio_source(settings, text or None), settings.skip_corrupt)
+        return open_or_prepare(plan_audio(settings, text or None), settings.skip_corrupt)
     return prepare(
         settings.data,
         column=settings.data_column,
@@ -171,13 +178,13 @@ def prepare_for(settings: Settings) -> Dataset:
     )
 
 
-def source_of(settings: Settings) -> Source | None:
+def plan_source(settings: Settings) -> Source | None:
     """What prepare_for() would read, from a look at the files; None where the text to mix in is not prepared.
 
     UserError when it is not there. Of anything but climbmix.
     """
     if "audio" not in settings.modality_codes():
-        return text_source(
+        return plan_text_source(
             settings.data,
             settings.data_column,
             settings.data_split,
@@ -185,16 +192,16 @@ def source_of(settings: Settings) -> Source | None:
             settings.data_limit,
             settings.skip_corrupt,
         )
-    from nanochat.audio.dataset import audio_source
+    from nanochat.audio.dataset import plan_audio
 
     if settings.text_data is None:
-        return audio_source(settings, None)
+        return plan_audio(settings, None)
     if settings.text_data == "climbmix":
         text = open_climbmix(CLIMBMIX_SHARDS, settings.skip_corrupt)
     else:
-        plan = text_source(settings.text_data, "text", "train", None, None, settings.skip_corrupt)
+        plan = plan_text_source(settings.text_data, "text", "train", None, None, settings.skip_corrupt)
         text = find_version(plan, settings.skip_corrupt)
-    return text and audio_source(settings, text)
+    return text and plan_audio(settings, text)
 
 
 def find_or_train(settings: Settings, dataset) -> Tokenizer:
@@ -230,7 +237,7 @@ def open_trained_data(settings: RunSettings, trained_on: dict | None) -> Dataset
     dataset = find_prepared(trained_on, settings.skip_corrupt)
     if dataset is None:
         return prepare_for(settings)
-    if change := _change(settings, dataset):
+    if change := _describe_change(settings, dataset):
         sha256 = dataset.fingerprint["sha256"][:8]
         logger.info(
             f"data: {settings.data} {change}: taking the shards that were prepared from it, {sha256} in "
@@ -239,13 +246,13 @@ def open_trained_data(settings: RunSettings, trained_on: dict | None) -> Dataset
     return dataset
 
 
-def _change(settings: RunSettings, dataset: Dataset) -> str | None:
+def _describe_change(settings: RunSettings, dataset: Dataset) -> str | None:
     """What became of a dataset's source since it was prepared, from a look at its files; None: nothing."""
     if settings.data == "climbmix":
         return None
     try:
         with logs.muted():
-            source = source_of(settings)
+            source = plan_source(settings)
     except (UserError, OSError) as error:
         return f"cannot be read now ({first_line(error).partition(';')[0]})"
     if source is None or state_of(source) != dataset.manifest.get("state"):
@@ -260,7 +267,7 @@ def open_resumed_data(settings: RunSettings, trained_on: dict | None, trained_wi
     """
     kind = type(settings)
     defaults = {name: field.default for name, field in fields_of(kind).items()}
-    moved = any(getattr(settings, name) != trained_with.get(name, defaults[name]) for name in PLACE)
+    moved = any(getattr(settings, name) != trained_with.get(name, defaults[name]) for name in LOCATION_SETTINGS)
     if not moved:
         try:
             dataset = open_trained_data(settings, trained_on)
@@ -273,7 +280,7 @@ def open_resumed_data(settings: RunSettings, trained_on: dict | None, trained_wi
             ) from error
     else:
         known = find_prepared(trained_on, settings.skip_corrupt)
-        if known and _begins_differently(settings, known):  # seen before hours of preparing
+        if known and _starts_with_other_documents(settings, known):  # seen before hours of preparing
             raise UserError(
                 f"{where} was trained on {describe(trained_on)}, data={settings.data} begins with other documents: "
                 "name where the same data lies with --data=PATH, or start a new run with --model_tag=NAME"
@@ -285,7 +292,7 @@ def open_resumed_data(settings: RunSettings, trained_on: dict | None, trained_wi
     return dataset
 
 
-def _begins_differently(settings: RunSettings, known: Dataset) -> bool:
+def _starts_with_other_documents(settings: RunSettings, known: Dataset) -> bool:
     """Whether the first documents of what the settings name are others than the first that were prepared.
 
     Of text alone: a look at sounds would encode them. Equal beginnings say nothing: that takes all documents.
@@ -294,10 +301,10 @@ def _begins_differently(settings: RunSettings, known: Dataset) -> bool:
         return False
     prepared = {}
     for split in SPLITS:
-        prepared |= dict(itertools.islice(known.documents(split), LOOK))
+        prepared |= dict(itertools.islice(known.documents(split), COMPARED_DOCUMENTS))
     first = {}
     with logs.muted():
-        documents = list(itertools.islice(source_of(settings).read(Counter()), LOOK))
+        documents = list(itertools.islice(plan_source(settings).read(Counter()), COMPARED_DOCUMENTS))
     for document in documents:
         name, text = document[:2]
         try:

@@ -34,7 +34,7 @@ def _temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path, keep_equal: bool = False) -> Iterator[BinaryIO]:
+def open_atomic(path: Path, keep_equal: bool = False) -> Iterator[BinaryIO]:
     """A file to write that takes the path's place when all went well, and leaves nothing behind otherwise.
 
     keep_equal: a file of the same content stays: on a network file system, one that another host has mapped must not
@@ -77,7 +77,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 def check_output(
     path: Path, flag: str | None = None, suffix: str | None = None, way_out: str = "point NANOCHAT_BASE_DIR elsewhere"
 ) -> None:
-    """UserError unless replacing(path) could write: asked before the work, whose result the file is to take.
+    """UserError unless open_atomic(path) could write: asked before the work, whose result the file is to take.
 
     flag: what named the path, as "--out"; None: it lies below the base folder, and way_out says what helps then.
     suffix: what its name must end in.
@@ -105,5 +105,5 @@ def check_output(
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with open_atomic(path) as file:
         file.write(text.encode("utf-8", "backslashreplace"))  # file names may hold what UTF-8 cannot

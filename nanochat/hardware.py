@@ -79,7 +79,7 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def measured_matmul_flops(
+def measure_matmul_flops(
     device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.3
 ) -> float:
     """The best rate of a few square matmuls on this very device, in FLOP/s: the peak that MFU is measured against."""
@@ -100,7 +100,7 @@ def measured_matmul_flops(
 def peak_flops(compute) -> float:
     """Peak FLOP/s of one rank's device: the table for a known GPU, else a short measurement."""
     known = gpu_peak_flops(torch.cuda.get_device_name(compute.device)) if compute.device_type == "cuda" else None
-    return known or measured_matmul_flops(compute.device, compute.dtype)
+    return known or measure_matmul_flops(compute.device, compute.dtype)
 
 
 def device_name(compute) -> str:

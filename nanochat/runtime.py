@@ -29,7 +29,7 @@ from nanochat.system.environment import (
     base_dir,
     check_launcher,
     keep_caches,
-    own_mistake,
+    rank_error,
     rank_from_env,
     restarts_from_env,
     under_torchrun,
@@ -65,7 +65,7 @@ def run_script(main) -> None:
             fail(describe(failed, base_dir()))
         if under_torchrun():  # a launcher that saw the dead rank before us ends us, too: not before it is named
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        lost = lost_ranks()
+        lost = find_lost_ranks()
         if not lost:
             if others := sorted({host for host, _, _ in _places if host != platform.node()}):
                 print(f"ranks on other hosts cannot be seen from here: {', '.join(others)}", file=sys.stderr)
@@ -220,7 +220,7 @@ def init_compute(
                 device_id=device if kind == "cuda" else None,
             )
         except (dist.DistStoreError, dist.DistNetworkError, ConnectionError, TimeoutError, socket.gaierror) as error:
-            raise own_mistake(
+            raise rank_error(
                 f"rank {rank} of {world} met no other at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
                 f"({first_line(error)}): start all ranks, as torchrun does, or for a single process `unset "
                 f"{' '.join(name for name in (*LAUNCHER, *LOCAL) if name in os.environ)}`"
@@ -264,7 +264,7 @@ def _rendezvous(timeout: timedelta = LONG_TIMEOUT) -> dict:
     return dict(store=dist.PrefixStore(f"attempt_{restarts_from_env()}", store), rank=rank, world_size=world)
 
 
-def lost_ranks() -> str:
+def find_lost_ranks() -> str:
     """Which ranks on this host died or are stopped, as text; empty when all are running."""
     deadline = time.monotonic() + 2  # a dying process closes its sockets a moment before it is gone
     while _places:

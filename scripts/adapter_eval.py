@@ -11,8 +11,8 @@ import logging
 from nanochat.adapters.checkpoint import add_adapter_flags, open_adapters
 from nanochat.adapters.model import FrozenHostBaseline
 from nanochat.adapters.text_loss import make_text_loss
-from nanochat.audio.adherence import needs_librosa
-from nanochat.audio.evaluation import check_places, listen, write_result
+from nanochat.audio.adherence import import_librosa
+from nanochat.audio.evaluation import check_writable_results, evaluate_sounds, write_result
 from nanochat.audio.loss import evaluate_audio
 from nanochat.checkpoint_manager import check_codec
 from nanochat.config.command_line import Parser, number
@@ -35,14 +35,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Measure; returns what is written."""
     args = parse(argv)
-    needs_librosa()  # now, and not when the sounds are made
+    import_librosa()  # now, and not when the sounds are made
     compute = init_compute(args.device_type, None, args.seed)
     model, codec, metadata, settings, folder = open_adapters(
         args.model_tag, args.step, compute.device, args.host, args.musicgen
     )
     tokenizer = model.host.tokenizer
     result = dict(model_tag=folder.parent.name, step=metadata["step"], guidance=args.guidance)
-    check_places(result, "adapter_eval", "adapter_audio")
+    check_writable_results(result, "adapter_eval", "adapter_audio")
     dataset = open_trained_data(settings, metadata.get("data_fingerprint"))
     check_codec(dataset, metadata, folder)
     warn_of_other_data(dataset, metadata.get("data_fingerprint"))
@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> dict:
         logger.info(f"the host's text loss {after:.6f} nats per token, {before:.6f} before the training: {message}")
     result |= dict(loss=loss, text=dict(before=before, after=after))
     write_result(result, "adapter_eval")
-    return listen(model, tokenizer, codec, dataset, args, result, "adapter_eval", "adapter_audio", args.guidance)
+    return evaluate_sounds(
+        model, tokenizer, codec, dataset, args, result, "adapter_eval", "adapter_audio", args.guidance
+    )
 
 
 if __name__ == "__main__":

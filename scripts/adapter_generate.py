@@ -10,7 +10,7 @@ import argparse
 import torch
 
 from nanochat.adapters.checkpoint import add_adapter_flags, open_adapters
-from nanochat.audio.generation import add_request, check_out, generate_codes, to_sound, write_all
+from nanochat.audio.generation import add_request, check_out_writable, generate_codes, to_sound, write_all
 from nanochat.config.command_line import Parser, number
 from nanochat.engine import generate
 from nanochat.runtime import init_compute, run_script
@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.text == (args.out is not None):
         raise UserError("name a file with --out x.wav for sound, or --text for words: one of the two")
     if args.out is not None:
-        check_out(args.out, args.num)
+        check_out_writable(args.out, args.num)
     return args
 
 

@@ -20,7 +20,7 @@ from nanochat.config.adapter_settings import AdapterSettings
 from nanochat.config.config_file import from_command_line
 from nanochat.data.packing import PackedLoader, Rows
 from nanochat.data.token_store import TokenStore
-from nanochat.data_pipeline import codec_files, prepare_for, resumed_data, warn_repeated_rows
+from nanochat.data_pipeline import codec_files, open_run_data, prepare_for, warn_repeated_rows
 from nanochat.hardware import device_name
 from nanochat.optim import MuonAdamW
 from nanochat.runtime import Compute, rank0_first, run_script
@@ -48,7 +48,7 @@ def train(settings: AdapterSettings, origin: Origin | None, compute: Compute) ->
     # -- host, experts, data ------------------------------------------------------------------------------------------
     model, adapters = rank0_first(compute, lambda: build(settings, compute.device, compute.dtype, not resumed))
     checkpoints.check_finite(model.state_dict(), f"host {settings.host}")
-    dataset = rank0_first(compute, lambda: resumed_data(settings, origin) if resumed else prepare_for(settings))
+    dataset = rank0_first(compute, lambda: open_run_data(settings, origin) if resumed else prepare_for(settings))
     agree_before_first_step(compute, dict(adapters=adapters, data_sha256=dataset.fingerprint["sha256"]))
     loader = open_loader(settings, compute, model, dataset)
     warn_repeated_rows(settings, loader)

@@ -9,7 +9,7 @@ base_dir()/audio_eval/<tag>_<step>.json. Sounds without attributes are compared 
 import argparse
 
 from nanochat.audio import adherence as audio_eval
-from nanochat.audio.evaluation import check_places, listen
+from nanochat.audio.evaluation import check_writable_results, evaluate_sounds
 from nanochat.audio.generation import add_sampling, open_audio_model
 from nanochat.checkpoint_manager import check_codec
 from nanochat.config.command_line import Parser, number
@@ -30,15 +30,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Generate, measure, write page and figures; returns the figures."""
     args = parse(argv)
-    audio_eval.needs_librosa()  # now, and not when the sounds are made
+    audio_eval.import_librosa()  # now, and not when the sounds are made
     compute = init_compute(args.device_type, None, args.seed)
     model, tokenizer, codec, metadata, folder = open_audio_model(args.model_tag, args.step, compute.device)
     result = {"model_tag": folder.parent.name, "step": metadata["step"]}
-    check_places(result, "audio_eval", "audio")
+    check_writable_results(result, "audio_eval", "audio")
     dataset = open_trained_data(settings_of(metadata), metadata.get("data_fingerprint"))
     check_codec(dataset, metadata, folder)
     warn_of_other_data(dataset, metadata.get("data_fingerprint"))
-    return listen(model, tokenizer, codec, dataset, args, result)
+    return evaluate_sounds(model, tokenizer, codec, dataset, args, result)
 
 
 if __name__ == "__main__":

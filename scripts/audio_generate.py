@@ -13,7 +13,7 @@ import numpy as np
 from nanochat.audio.generation import (
     add_request,
     add_sampling,
-    check_out,
+    check_out_writable,
     generate_codes,
     open_audio_model,
     stream_sound,
@@ -37,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.out is None and not args.stream:
         raise UserError("name a file with --out x.wav, or play with --stream")
     if args.out is not None:
-        check_out(args.out, args.num)
+        check_out_writable(args.out, args.num)
     return args
 
 

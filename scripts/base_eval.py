@@ -31,7 +31,7 @@ from nanochat.config.command_line import Parser, number
 from nanochat.config.settings import Settings
 from nanochat.data.dataset import Dataset
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.data.trained_data import with_other_data
+from nanochat.data.trained_data import replace_data
 from nanochat.data_pipeline import find_or_train, open_trained_data, prepare_for
 from nanochat.evaluation.bpb import compressor_baselines
 from nanochat.evaluation.core import evaluate_core
@@ -113,7 +113,7 @@ def choose_data(args: argparse.Namespace, settings: Settings, codec: Path | None
     """The settings with the data of --data in place of the training's; codec: the model's, which other sounds take."""
     if not args.data:
         return settings
-    settings = with_other_data(settings, args.data, **{name: getattr(args, name) for name in DATA_FLAGS})
+    settings = replace_data(settings, args.data, **{name: getattr(args, name) for name in DATA_FLAGS})
     if not holds_sounds(args.data):
         return dataclasses.replace(settings, modalities=None)
     return dataclasses.replace(settings, codec=str(codec)) if codec else settings

@@ -22,8 +22,8 @@ from nanochat.conversion.tying import untie
 from nanochat.data.dataloader import DataLoader
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.data_pipeline import (
-    batches,
     codec_files,
+    make_train_loader,
     make_validation,
     prepare_data,
     warn_repeated_rows,
@@ -76,7 +76,7 @@ def train(settings: Settings, origin: Origin | None, compute: Compute) -> dict:
     dataset, tokenizer = prepare_data(settings, compute, origin)
     agree_before_first_step(compute, dict(data_sha256=dataset.fingerprint["sha256"], tokenizer_hash=tokenizer.hash))
     warn_unused_modalities(settings, dataset)
-    loader = batches(settings, dataset, tokenizer, compute)
+    loader = make_train_loader(settings, dataset, tokenizer, compute)
     warn_repeated_rows(settings, loader)
     validate = make_validation(settings, dataset, tokenizer, compute)
     if settings.core_metric_every:

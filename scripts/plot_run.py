@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanochat.checkpoint_manager import checkpoints_dir, newest_tag
 from nanochat.config.command_line import Parser
-from nanochat.files import check_output, replacing
+from nanochat.files import check_output, open_atomic
 from nanochat.runtime import run_script
 from nanochat.system.environment import UserError, base_dir
 from nanochat.training.tracker import read_metrics
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> Path:
     if right.lines:
         right.legend(fontsize=8)
     figure.tight_layout()
-    with replacing(arguments.output) as file:
+    with open_atomic(arguments.output) as file:
         figure.savefig(file, format=kind, dpi=110)
     print(f"written: {arguments.output}")
     return arguments.output

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 
 from nanochat.config.config_file import find_no_effect, from_command_line
-from nanochat.data.tokenizer import bytes_per_token, held_out_text
+from nanochat.data.tokenizer import measure_bytes_per_token, read_held_out_text
 from nanochat.data_pipeline import find_or_train, prepare_for
 from nanochat.runtime import run_script
 from nanochat.system.environment import base_dir
@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     dataset = prepare_for(settings)
     tokenizer = find_or_train(settings, dataset)
     encoders = {tokenizer.name: tokenizer.encode_batch, **fetch_rivals()}
-    texts = {"held out": held_out_text(dataset), **{name: [text] for name, text in MIX.items()}}
+    texts = {"held out": read_held_out_text(dataset), **{name: [text] for name, text in MIX.items()}}
     table = {
-        name: {column: bytes_per_token(encode, text) for column, encode in encoders.items()}
+        name: {column: measure_bytes_per_token(encode, text) for column, encode in encoders.items()}
         for name, text in texts.items()
     }
     widths = [max(8, len(column)) for column in encoders]

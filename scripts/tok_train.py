@@ -3,7 +3,7 @@
 import logging
 
 from nanochat.config.config_file import find_no_effect, from_command_line
-from nanochat.data.tokenizer import Tokenizer, bytes_per_token, held_out_text
+from nanochat.data.tokenizer import Tokenizer, measure_bytes_per_token, read_held_out_text
 from nanochat.data_pipeline import find_or_train, prepare_for
 from nanochat.runtime import run_script
 
@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> Tokenizer:
         logger.info(note)
     dataset = prepare_for(settings)
     tokenizer = find_or_train(settings, dataset)
-    rate = bytes_per_token(tokenizer.encode_batch, held_out_text(dataset))
+    rate = measure_bytes_per_token(tokenizer.encode_batch, read_held_out_text(dataset))
     logger.info(f"tokenizer {tokenizer.name}: {tokenizer.vocab_size} ids, hash {tokenizer.hash}")
     logger.info(f"{rate:.3f} bytes per token on held-out text of {dataset.name}")
     return tokenizer

@@ -157,9 +157,9 @@ def train(base, corpus, monkeypatch):
     from scripts import base_train
     from tests.tiny_run import TINY, flags, started
 
-    real = hardware.measured_matmul_flops
+    real = hardware.measure_matmul_flops
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
-    monkeypatch.setattr(hardware, "measured_matmul_flops", lambda *args: real(*args, size=64, seconds=0) and 1e12)
+    monkeypatch.setattr(hardware, "measure_matmul_flops", lambda *args: real(*args, size=64, seconds=0) and 1e12)
 
     def run(tag: str, *words: str, **settings) -> dict:
         return base_train.main(flags({"data": corpus, **TINY, **settings, "model_tag": tag}) + list(words))

@@ -65,7 +65,7 @@ def test_validation_of_sounds_looks_at_the_first_shards(monkeypatch, base):
     one = prepare_for(settings)
     monkeypatch.setattr(prepare_module, "SHARD_BYTES", 500)
     many = prepare_for(Settings(**{**vars(settings), "data_limit": 61}))
-    vocabulary = training_data.vocabulary_of(settings, BYTES)
+    vocabulary = training_data.build_vocabulary(settings, BYTES)
     store = TokenStore(many, BYTES, "val", vocabulary=vocabulary)
     assert len(Rows(store, 240, max_tokens=700)) >= 3
     made = len(list(store.directory.glob("val*.json")))

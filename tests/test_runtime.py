@@ -91,7 +91,7 @@ def test_peaks():
     assert hardware.gpu_peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert hardware.gpu_peak_flops("NVIDIA H100 PCIe") == 756e12
     assert hardware.gpu_peak_flops("Some new GPU") is None
-    assert hardware.measured_matmul_flops(torch.device("cpu"), torch.float32, size=64, seconds=0.01) > 1e6
+    assert hardware.measure_matmul_flops(torch.device("cpu"), torch.float32, size=64, seconds=0.01) > 1e6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ from nanochat import runtime
 def lost():
     os.kill(os.getpid(), signal.SIGTERM)
     return "rank 1 (process 5 on here) died"
-runtime.lost_ranks = lost
+runtime.find_lost_ranks = lost
 def main():
     raise RuntimeError("Connection closed by peer")
 runtime.run_script(main)
@@ -228,6 +228,6 @@ def test_a_check_leaves_nothing_behind_and_finds_a_full_disk(tmp_path, monkeypat
 def test_the_user_reads_the_name_that_was_given(tmp_path):
     """Red when replacing() lets the error name its temporary file."""
     path = tmp_path / "no" / "x"
-    with pytest.raises(FileNotFoundError) as caught, files.replacing(path):
+    with pytest.raises(FileNotFoundError) as caught, files.open_atomic(path):
         pass
     assert caught.value.filename == str(path)

@@ -13,7 +13,7 @@ from nanochat.checkpoint_files import step_dir
 from nanochat.config.settings import Settings
 from nanochat.data import prepare as prepare_module
 from nanochat.data.prepare import prepare
-from nanochat.data.trained_data import find_prepared, is_same, with_other_data
+from nanochat.data.trained_data import find_prepared, is_same, replace_data
 from nanochat.data_pipeline import open_trained_data, prepare_for
 from nanochat.system.environment import UserError
 from scripts import base_eval, base_train
@@ -182,8 +182,10 @@ def test_climbmix_is_found_by_the_fingerprint_of_its_limit(base, monkeypatch, tm
     for number in (0, 1, 2, prepare_module.CLIMBMIX_LAST):
         path = folder / f"shard_{number:05d}.parquet"
         pq.write_table(pa.table({"text": [f"document {number}"]}), path)
-        entries.append(prepare_module._describe(path, "val" if number == prepare_module.CLIMBMIX_LAST else "train"))
-    whole = prepare_module._fingerprint("climbmix", "repo", 4, entries)
+        entries.append(
+            prepare_module._describe_shard(path, "val" if number == prepare_module.CLIMBMIX_LAST else "train")
+        )
+    whole = prepare_module._make_fingerprint("climbmix", "repo", 4, entries)
     manifest = dict(name="climbmix", source="climbmix", licence="", left_out={}, files=entries, fingerprint=whole)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     two = prepare("climbmix", limit=2)
@@ -212,7 +214,7 @@ def test_other_data_inherits_nothing_of_the_trainings():
         data_audio_column="wav",
         seed=7,
     )
-    other = with_other_data(trained, "hf:b", data_column="story", data_limit=None)
+    other = replace_data(trained, "hf:b", data_column="story", data_limit=None)
     assert other == Settings(data="hf:b", data_column="story", seed=7)
 
 

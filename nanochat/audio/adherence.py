@@ -26,7 +26,7 @@ ATTRIBUTES = {"pitch": "root", "tempo": "bpm", "contour": "contour", "instrument
 ROWS = ("codec", "generated", "shuffled")
 
 
-def needs_librosa():
+def import_librosa():
     """librosa, imported. UserError without it."""
     try:
         import librosa
@@ -36,18 +36,18 @@ def needs_librosa():
     return librosa
 
 
-def mono(wav: np.ndarray, sample_rate: int) -> np.ndarray:
+def to_mono(wav: np.ndarray, sample_rate: int) -> np.ndarray:
     """Any samples [samples] as float32 at RATE around 0, at least one window long; what is not a number becomes 0."""
     wav = np.asarray(wav)
     assert wav.ndim == 1, wav.shape
     wav = np.clip(np.nan_to_num(wav, posinf=0, neginf=0), -1e5, 1e5).astype(np.float32)
     wav -= wav.mean() if wav.size else 0
     if sample_rate != RATE and wav.size:
-        wav = needs_librosa().resample(wav, orig_sr=sample_rate, target_sr=RATE)
+        wav = import_librosa().resample(wav, orig_sr=sample_rate, target_sr=RATE)
     return np.pad(wav, (0, max(0, WINDOW - wav.size)))
 
 
-def decibel(power: np.ndarray) -> np.ndarray:
+def to_decibel(power: np.ndarray) -> np.ndarray:
     return 10 * np.log10(np.maximum(power, 1e-12))
 
 
@@ -112,24 +112,24 @@ class Heard:
 
 def hear(wav: np.ndarray, sample_rate: int) -> Heard:
     """Notes of a mono sound [samples]. Any content is accepted: silence, noise and NaN are sounds without notes."""
-    librosa = needs_librosa()
-    wav = mono(wav, sample_rate)
+    librosa = import_librosa()
+    wav = to_mono(wav, sample_rate)
     power = np.abs(librosa.stft(wav, n_fft=WINDOW, hop_length=HOP)) ** 2  # [bins, frames]
-    loudness = decibel(librosa.feature.rms(y=wav, frame_length=512, hop_length=HOP)[0] ** 2)  # [frames]
+    loudness = to_decibel(librosa.feature.rms(y=wav, frame_length=512, hop_length=HOP)[0] ** 2)  # [frames]
     seconds = wav.size / RATE
     if loudness.max() < SILENCE:
         return Heard(np.empty(0), np.empty(0), None, seconds)
-    onsets = onset_frames(librosa, power, loudness)
+    onsets = find_onsets(librosa, power, loudness)
     f0 = librosa.yin(wav, fmin=LOWEST, fmax=HIGHEST, sr=RATE, frame_length=1024, hop_length=HOP, trough_threshold=0.25)
     ends = [*onsets[1:], loudness.size]
-    notes = [note_frames(loudness, start, end) for start, end in zip(onsets, ends, strict=True)]
-    pitches = np.array([stable_pitch(f0[frames]) for frames in notes])
+    notes = [select_note_frames(loudness, start, end) for start, end in zip(onsets, ends, strict=True)]
+    pitches = np.array([find_stable_pitch(f0[frames]) for frames in notes])
     pitched = [(frames, hz) for frames, hz in zip(notes, pitches, strict=True) if np.isfinite(hz)]
-    timbre = np.median([timbre_of(power, loudness, *note) for note in pitched], axis=0) if pitched else None
+    timbre = np.median([measure_timbre(power, loudness, *note) for note in pitched], axis=0) if pitched else None
     return Heard(np.array(onsets) * HOP / RATE, pitches, timbre, seconds)
 
 
-def onset_frames(librosa, power: np.ndarray, loudness: np.ndarray) -> list[int]:
+def find_onsets(librosa, power: np.ndarray, loudness: np.ndarray) -> list[int]:
     """Frames at which notes begin: the first loud one, and peaks of the share of the spectrum that is new.
 
     The share compares spectra 60 ms apart, as square roots of magnitudes down to 35 dB below the loudest, so that a
@@ -151,14 +151,14 @@ def onset_frames(librosa, power: np.ndarray, loudness: np.ndarray) -> list[int]:
     return [first, *(peak for peak in later if new[peak] > least)]
 
 
-def note_frames(loudness: np.ndarray, start: int, end: int) -> np.ndarray:
+def select_note_frames(loudness: np.ndarray, start: int, end: int) -> np.ndarray:
     """Frames of one note that are loud and not at its edges, where the window also holds its neighbours."""
     edge = min(4, (end - start) // 4)
     frames = np.arange(start + edge, max(end - edge, start + edge + 1)).clip(max=loudness.size - 1)
     return frames[loudness[frames] > loudness[frames].max() - 20]
 
 
-def stable_pitch(f0: np.ndarray) -> float:
+def find_stable_pitch(f0: np.ndarray) -> float:
     """Median of a note's fundamentals in Hz [frames]; NaN when most frames lie elsewhere, as those of noise do, or
     when it is the estimator's limit."""
     middle = float(np.median(f0))
@@ -166,7 +166,7 @@ def stable_pitch(f0: np.ndarray) -> float:
     return middle if stable and LOWEST < middle < HIGHEST else math.nan
 
 
-def timbre_of(power: np.ndarray, loudness: np.ndarray, frames: np.ndarray, hz: float) -> np.ndarray:
+def measure_timbre(power: np.ndarray, loudness: np.ndarray, frames: np.ndarray, hz: float) -> np.ndarray:
     """Of one note: its harmonics in dB below their sum, odd over even, centroid in harmonics, decay in dB a second."""
     spectrum = power[:, frames].mean(1)
     harmonics = np.zeros(HARMONICS)
@@ -174,10 +174,10 @@ def timbre_of(power: np.ndarray, loudness: np.ndarray, frames: np.ndarray, hz: f
         middle, half = (index + 1) * hz * WINDOW / RATE, max(2.0, 0.03 * (index + 1) * hz * WINDOW / RATE)
         harmonics[index] = spectrum[round(middle - half) : round(middle + half) + 1].sum()
     harmonics = np.maximum(harmonics / max(harmonics.sum(), 1e-12), 1e-4)
-    odd_even = decibel(harmonics[::2].sum()) - decibel(harmonics[1::2].sum())
+    odd_even = to_decibel(harmonics[::2].sum()) - to_decibel(harmonics[1::2].sum())
     centroid = harmonics @ np.arange(1, HARMONICS + 1)
     slope = np.polyfit(frames * HOP / RATE, loudness[frames], 1)[0] if frames.size > 4 else 0.0
-    return np.array([*decibel(harmonics), odd_even, centroid, np.clip(slope, -60, 10)])
+    return np.array([*to_decibel(harmonics), odd_even, centroid, np.clip(slope, -60, 10)])
 
 
 @dataclass(frozen=True)
@@ -208,12 +208,12 @@ def learn_references(sounds: Iterable[tuple[np.ndarray, int, Mapping]]) -> Refer
     labels = np.array([instruments.index(name) for name in names])
     means = np.stack([features[labels == index].mean(0) for index in range(len(instruments))])
     spread = features - means[labels]
-    covariance = shrunk(spread.T @ spread / len(spread))
+    covariance = shrink_covariance(spread.T @ spread / len(spread))
     weights = np.linalg.solve(covariance, means.T).T
     return References(tuple(sorted(tempi)), instruments, weights, -0.5 * (weights * means).sum(1))
 
 
-def shrunk(covariance: np.ndarray) -> np.ndarray:
+def shrink_covariance(covariance: np.ndarray) -> np.ndarray:
     """A covariance [F, F] moved a tenth of the way to its diagonal: invertible with few samples."""
     return 0.9 * covariance + np.diag(0.1 * np.diag(covariance) + 1e-3)
 
@@ -233,7 +233,7 @@ def measure(wav: np.ndarray, sample_rate: int, references: References) -> dict:
     }
 
 
-def hits(measured: Mapping, attributes: Mapping) -> dict[str, bool]:
+def compare_attributes(measured: Mapping, attributes: Mapping) -> dict[str, bool]:
     """Whether pitch (within 50 cents), tempo, contour and instrument are those of a clip's attributes."""
     f0 = measured["f0"]
     return {
@@ -244,7 +244,7 @@ def hits(measured: Mapping, attributes: Mapping) -> dict[str, bool]:
     }
 
 
-def adherence_table(codec: Sequence[tuple], generated: Sequence[tuple], seed: int = 0) -> dict:
+def tabulate_adherence(codec: Sequence[tuple], generated: Sequence[tuple], seed: int = 0) -> dict:
     """Shares of hits from (measured, attributes) pairs: {"seen": {row: {"n", quantity: {...}}}, "unseen": ...}.
 
     Rows: codec (real clips through the codec: the ceiling), generated, shuffled (the floor: each generated sound
@@ -256,22 +256,22 @@ def adherence_table(codec: Sequence[tuple], generated: Sequence[tuple], seed: in
         real, made = ([pair for pair in pairs if bool(pair[1].get("unseen")) is unseen] for pairs in (codec, generated))
         others = derangement(len(made), seed)
         shuffled = [(made[index][0], made[other][1]) for index, other in enumerate(others)]
-        table[split] = {row: shares(pairs) for row, pairs in zip(ROWS, (real, made, shuffled), strict=True)}
+        table[split] = {row: hit_rates(pairs) for row, pairs in zip(ROWS, (real, made, shuffled), strict=True)}
         table[split]["chance"] = {
             quantity: max(Counter(attributes[key] for _, attributes in made).values()) / len(made) if made else None
             for quantity, key in ATTRIBUTES.items()
         }
-        table[split]["above shuffled"] = above(made, shuffled)
+        table[split]["above shuffled"] = hits_above_shuffled(made, shuffled)
     return table
 
 
-def above(made: Sequence[tuple], shuffled: Sequence[tuple]) -> dict:
+def hits_above_shuffled(made: Sequence[tuple], shuffled: Sequence[tuple]) -> dict:
     """For each quantity how much more of the sounds hit their own caption than another's: mean and 95% interval.
 
     The difference of each sound is -1, 0 or 1; the interval is the normal one of their mean.
     """
     table = {}
-    pairs = [(hits(*own), hits(*other)) for own, other in zip(made, shuffled, strict=True)]
+    pairs = [(compare_attributes(*own), compare_attributes(*other)) for own, other in zip(made, shuffled, strict=True)]
     for quantity in QUANTITIES if len(pairs) > 1 else ():
         differences = np.array([float(own[quantity]) - float(other[quantity]) for own, other in pairs])
         mean, half = float(differences.mean()), float(1.96 * differences.std(ddof=1) / len(pairs) ** 0.5)
@@ -279,9 +279,9 @@ def above(made: Sequence[tuple], shuffled: Sequence[tuple]) -> dict:
     return table
 
 
-def shares(pairs: Sequence[tuple]) -> dict:
+def hit_rates(pairs: Sequence[tuple]) -> dict:
     """One row: n, and of each quantity the hits, their share (None of nothing) and its 95% interval."""
-    counts = Counter(name for pair in pairs for name, hit in hits(*pair).items() if hit)
+    counts = Counter(name for pair in pairs for name, hit in compare_attributes(*pair).items() if hit)
     row: dict = {"n": len(pairs)}
     for quantity in QUANTITIES:
         low, high = wilson(counts[quantity], len(pairs))
@@ -306,7 +306,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return interval.low, interval.high
 
 
-def adherence_text(table: dict) -> str:
+def format_adherence(table: dict) -> str:
     """The table for a terminal or a page: a block for each split that has generated clips."""
     names = {"codec": "codec (ceiling)", "generated": "generated", "shuffled": "shuffled (floor)"}
     blocks = []

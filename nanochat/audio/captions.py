@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.data.encodings import Corrupt, Undecodable, decode_text
-from nanochat.data.text_files import io_errors_as_corrupt, text_of
+from nanochat.data.text_files import get_text, io_errors_as_corrupt
 from nanochat.runtime import first_line, nearest_name
 from nanochat.system.environment import UserError
 
@@ -31,7 +31,7 @@ SPLIT_COLUMN = "split"  # its values, where all are known, are the split
 LARGEST_CELL = 2**31 - 1
 LONGEST_NAME = 1024
 MOST_LINES = 50  # that a quoted cell may have in a table with stray quotes
-Skip = Callable[..., object]  # of a kind, a name and a detail: audio_sources.Log.leave_out
+Skip = Callable[..., object]  # of a kind, a name and a detail: audio_sources.Log.skip
 
 
 class SoundNames:
@@ -237,7 +237,7 @@ def _table_captions(path: Path, table: str, column: str, find: _Finder, skip: Sk
     for line, row in found.rows:
         name = _as_name(row.get(found.name_column))
         if column in row:
-            yield name, Caption(text_of(row, column, f"{path} line {line}"), _split_of(row))
+            yield name, Caption(get_text(row, column, f"{path} line {line}"), _split_of(row))
         else:
             skip("row without a caption", f"{table} line {line}")
 

@@ -29,7 +29,7 @@ def save_codec(directory: Path, codec, tensors: dict[str, torch.Tensor] | None =
     UserError when the folder already holds another codec; the same one is left as it is.
     """
     if (directory / "codec.json").exists():
-        return _same(directory, codec)
+        return _check_same(directory, codec)
     description = {"name": codec.name, "codebooks": codec.codebooks, "codes": codec.codes, "hash": codec.hash, **more}
     try:
         with new_folder(directory) as folder:
@@ -40,12 +40,12 @@ def save_codec(directory: Path, codec, tensors: dict[str, torch.Tensor] | None =
     except OSError:
         if not (directory / "codec.json").exists():  # otherwise another process was faster
             raise
-        return _same(directory, codec)
+        return _check_same(directory, codec)
     return directory
 
 
-def _same(directory: Path, codec) -> Path:
-    present = _description(directory)["hash"]
+def _check_same(directory: Path, codec) -> Path:
+    present = read_description(directory)["hash"]
     if present != codec.hash:
         raise UserError(
             f"{directory} holds another codec (hash {present[:8]}, this one is {codec.hash[:8]}): "
@@ -54,7 +54,7 @@ def _same(directory: Path, codec) -> Path:
     return directory
 
 
-def _description(directory: Path) -> dict:
+def read_description(directory: Path) -> dict:
     try:
         found = json.loads((directory / "codec.json").read_text(encoding="utf-8"))
         return {

@@ -19,7 +19,7 @@ left over), found by k-means:
 import re
 from pathlib import Path
 
-from nanochat.audio.codec_files import KINDS, _description
+from nanochat.audio.codec_files import KINDS, read_description
 from nanochat.audio.fitted_codec import FittedCodec
 from nanochat.checkpoint_files import read_tensors
 from nanochat.data.local_sources import path_errors_as_user_errors
@@ -32,7 +32,7 @@ from nanochat.system.environment import UserError, base_dir
 def load_codec(directory: Path | str):
     """The codec of a folder that save() wrote; UserError when a file is missing, damaged or not what it was."""
     directory = Path(directory)
-    description = _description(directory)
+    description = read_description(directory)
     if description["source"] is not None:
         from nanochat.audio.encodec import EncodecCodec
 
@@ -70,7 +70,7 @@ def open_codec(name: str, codebooks: int, codes: int):
 
         codec = EncodecCodec(name.removeprefix("encodec:"), codebooks)
     else:
-        codec = load_codec(_named(name))
+        codec = load_codec(_find_codec(name))
     if (codec.codebooks, codec.codes) != (codebooks, codes):
         raise UserError(
             f"codec={name!r} has {codec.codebooks} codebooks of {codec.codes} codes, the settings say {codebooks} of "
@@ -79,7 +79,7 @@ def open_codec(name: str, codebooks: int, codes: int):
     return codec
 
 
-def _named(name: str) -> Path:
+def _find_codec(name: str) -> Path:
     root = base_dir() / "codecs"
     with path_errors_as_user_errors("codec", name):
         for path in (Path(name).expanduser(), root / name):

@@ -16,13 +16,12 @@ import numpy as np
 
 from nanochat.audio import codec_files, fitted_codec
 from nanochat.audio import codecs as audio
-from nanochat.audio.sources import Item, Log, Sound, SoundSource, sound_source
+from nanochat.audio.sources import Item, Log, Sound, SoundSource, plan_sounds
 from nanochat.audio.spectra import SAMPLE_RATE
 from nanochat.config.settings import Settings
-from nanochat.data import local_sources as sources
 from nanochat.data.dataset import SPLITS, Dataset, Document
-from nanochat.data.local_sources import Source, digest, slug_of
-from nanochat.data.splits import SHARE, held_out, is_sane
+from nanochat.data.local_sources import Source, digest, slugify, stat_all
+from nanochat.data.splits import SHARE, is_held_out, is_sane
 from nanochat.system import logs
 from nanochat.system.environment import UserError, base_dir, expand_user
 
@@ -36,13 +35,13 @@ COPY = "held-out sound with the codes of a training sound"
 FORMAT = 1  # part of the state: raise it when the same sounds would give other codes
 
 
-def audio_source(settings: Settings, text: Dataset | None) -> Source:
+def plan_audio(settings: Settings, text: Dataset | None) -> Source:
     """The documents of the sounds that `data` names, each with its codes, and of text-only documents among them.
 
     text: what text_data names, so much of it that it takes `text_share` of the positions of each split; a code counts
     as one position, and so do BYTES_PER_POSITION bytes of a caption or text.
     """
-    sounds = sound_source(settings)
+    sounds = plan_sounds(settings)
     codes = settings.modality_codes()["audio"]
     plan = {
         "codec": [_codec_state(settings, codes), settings.codebooks, codes],
@@ -54,7 +53,7 @@ def audio_source(settings: Settings, text: Dataset | None) -> Source:
     limit = settings.data_limit if settings.data == "synth" or settings.data.startswith("hf:") else None
     chosen = [settings.codec, settings.data_column, settings.clip_seconds, limit]
     chosen += [settings.text_data, settings.text_share] if text else []
-    shape = f"{slug_of(settings.codec.rpartition('/')[2].rpartition(':')[2])}-{settings.codebooks}x{codes}"
+    shape = f"{slugify(settings.codec.rpartition('/')[2].rpartition(':')[2])}-{settings.codebooks}x{codes}"
     manifest: dict = {"codec": {"codebooks": settings.codebooks, "codes": codes}}
     return Source(
         f"{sounds.name}-{shape}-{digest(json.dumps(chosen))[:8]}",
@@ -76,7 +75,7 @@ def _codec_state(settings: Settings, codes: int) -> object:
         return audio.open_codec(settings.codec, settings.codebooks, codes).hash
     folder = expand_user(settings.codec.removeprefix("encodec:"), "codec")
     files = sorted((path.name, path) for path in folder.iterdir()) if folder.is_dir() else []
-    return [settings.codec, sources._stat_all(files)]
+    return [settings.codec, stat_all(files)]
 
 
 def _documents(
@@ -91,8 +90,8 @@ def _documents(
     items = _assign_splits(sounds.fetch(log), sounds.source, manifest)
     counts["files"] = len(items)
     opened = audio.open_codec(settings.codec, settings.codebooks, codes)
-    codec = opened or _fitted(settings, sounds, items, codes, log)
-    manifest["codec"] = _kept(codec)
+    codec = opened or _fit_codec(settings, sounds, items, codes, log)
+    manifest["codec"] = _save_codec(codec)
     clips: Counter = Counter()  # by split
 
     def documents() -> Iterator[Document]:
@@ -100,20 +99,20 @@ def _documents(
         splits = {split: [item for item in items if item.split == split] for split in SPLITS}
         for split, chosen in splits.items():
             loaded = (item.load(codec.sample_rate, log) for item in chosen)
-            for sound, coded in _encoded(codec, loaded, f"{len(chosen):,} {split}"):
+            for sound, coded in _encode_sounds(codec, loaded, f"{len(chosen):,} {split}"):
                 key = hashlib.sha256(repr(coded.shape).encode() + coded.tobytes()).hexdigest()
                 if split == "train":
                     trained.add(key)
                 elif key in trained:
-                    log.leave_out(COPY, sound.name)
+                    log.skip(COPY, sound.name)
                     continue
                 clips[split] += 1
                 yield Document(sound.name, sound.caption, coded, sound.attributes, split)
 
-    yield from documents() if text is None else _mixed(documents(), text, settings.text_share)
+    yield from documents() if text is None else _mix_text(documents(), text, settings.text_share)
     log.close()
     manifest["altered"] = dict(sorted(log.altered.items()))
-    _check(settings, sounds, clips, counts)
+    _check_enough(settings, sounds, clips, counts)
 
 
 def _assign_splits(items: list[Item], sounds: str, manifest: dict) -> list[Item]:
@@ -122,7 +121,7 @@ def _assign_splits(items: list[Item], sounds: str, manifest: dict) -> list[Item]
     Names of a few sounds, or of one that is most of the data, may hold out next to nothing or nearly all. Outside the
     bounds of is_sane() sounds are held out in their order instead, whenever that keeps a tenth of the bytes.
     """
-    splits = [item.split or ("val" if held_out(item.name) else "train") for item in items]
+    splits = [item.split or ("val" if is_held_out(item.name) else "train") for item in items]
     sizes = dict.fromkeys(SPLITS, 0)
     for item, split in zip(items, splits, strict=True):
         sizes[split] += item.size
@@ -144,7 +143,7 @@ def _assign_splits(items: list[Item], sounds: str, manifest: dict) -> list[Item]
     return [dataclasses.replace(item, split=split) for item, split in zip(items, splits, strict=True)]
 
 
-def _mixed(sounds: Iterable[Document], text: Dataset, share: float) -> Iterator[Document]:
+def _mix_text(sounds: Iterable[Document], text: Dataset, share: float) -> Iterator[Document]:
     """The sounds' documents, and after each the text-only ones that are due in its split, whole."""
     texts = {split: _shuffled(text, split) for split in SPLITS}
     due = dict.fromkeys(SPLITS, 0.0)  # positions of text owed to a split
@@ -168,7 +167,7 @@ def _shuffled(text: Dataset, split: str) -> Iterator[tuple[str, str]]:
         yield from sorted(text.read(shard), key=lambda document: digest(document[0]))
 
 
-def _encoded(codec, sounds: Iterable[Sound | None], total: str) -> Iterator[tuple[Sound, np.ndarray]]:
+def _encode_sounds(codec, sounds: Iterable[Sound | None], total: str) -> Iterator[tuple[Sound, np.ndarray]]:
     """Each sound with its codes [T, Q]; neighbours of equal length are encoded together."""
     batch: list[Sound] = []
     done = 0
@@ -191,7 +190,7 @@ def _encoded(codec, sounds: Iterable[Sound | None], total: str) -> Iterator[tupl
     yield from flush()
 
 
-def _fitted(settings: Settings, sounds: SoundSource, items: list[Item], codes: int, log: Log):
+def _fit_codec(settings: Settings, sounds: SoundSource, items: list[Item], codes: int, log: Log):
     """A codec fitted on FIT_SECONDS of the training split, drawn over the whole source by the hash of the names."""
     rate, room = SAMPLE_RATE, FIT_SECONDS * SAMPLE_RATE
     unused = Log()
@@ -208,20 +207,20 @@ def _fitted(settings: Settings, sounds: SoundSource, items: list[Item], codes: i
                 break
     if not pieces:
         loaded = Counter(item.split for item in items if item.load(rate, log) is not None)
-        _check(settings, sounds, loaded, log.left_out)
+        _check_enough(settings, sounds, loaded, log.skipped)
     seconds = sum(map(len, pieces)) / rate
     logger.info(f"data: fitting a codec {settings.codec} on {seconds:.0f} s of {len(pieces)} sounds")
     return fitted_codec.fit_codec(settings.codec, pieces, settings.codebooks, codes)
 
 
-def _kept(codec) -> dict:
+def _save_codec(codec) -> dict:
     """Save a codec below base_dir()/codecs unless it is there; returns its entry for the manifest."""
     place = codec.save(audio.codec_folder(codec))
     keys = ("name", "hash", "codebooks", "codes", "frame_rate", "sample_rate")
     return {key: getattr(codec, key) for key in keys} | {"directory": place.relative_to(base_dir()).as_posix()}
 
 
-def _check(settings: Settings, sounds: SoundSource, clips: Counter, counts: Counter) -> None:
+def _check_enough(settings: Settings, sounds: SoundSource, clips: Counter, counts: Counter) -> None:
     """UserError with all counts unless most sounds can be read and both splits have some; clips: number by split."""
     left = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()) if kind != "files")
     found = f"{counts['files']} captioned sounds{f' (skipped: {left})' if left else ''}"

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from nanochat.audio.adherence import RATE, SILENCE, WINDOW, decibel, hear, mono, needs_librosa, shrunk
+from nanochat.audio.adherence import RATE, SILENCE, WINDOW, hear, import_librosa, shrink_covariance, to_decibel, to_mono
 
 
-def distance_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]], sample_rate: int) -> dict:
+def tabulate_distances(pairs: Iterable[tuple[np.ndarray, np.ndarray]], sample_rate: int) -> dict:
     """Means over (reference [samples], other [samples]) pairs at one sample rate, cut to the shorter one's length.
 
     n, silent (references without a sound, skipped), stft_convergence, log_mel_l1, si_sdr (dB; means something only for
@@ -16,7 +16,7 @@ def distance_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]], sample_rate: 
     kept, silent = [], 0
     for pair in pairs:
         length = min(len(wav) for wav in pair)
-        reference, other = (mono(wav[:length], sample_rate) for wav in pair)
+        reference, other = (to_mono(wav[:length], sample_rate) for wav in pair)
         if np.abs(reference).max() > 10 ** (SILENCE / 20):
             kept.append((reference, other))
         else:
@@ -30,7 +30,7 @@ def distance_table(pairs: Iterable[tuple[np.ndarray, np.ndarray]], sample_rate: 
 
 def stft_convergence(reference: np.ndarray, other: np.ndarray) -> float:
     """||A - B|| / ||A|| of the magnitudes, a mean over windows of 2048 to 256 samples; 0 is equal (1910.11480)."""
-    stft, total = needs_librosa().stft, 0.0
+    stft, total = import_librosa().stft, 0.0
     for window in (2048, 1024, 512, 256):
         a, b = (np.abs(stft(wav, n_fft=window)) for wav in (reference, other))
         total += np.linalg.norm(a - b) / np.linalg.norm(a)
@@ -39,7 +39,7 @@ def stft_convergence(reference: np.ndarray, other: np.ndarray) -> float:
 
 def log_mel_l1(reference: np.ndarray, other: np.ndarray) -> float:
     """Mean distance in nats between the logarithms of 80 mel bands' magnitudes at RATE, 1e-3 and up."""
-    mel = needs_librosa().feature.melspectrogram
+    mel = import_librosa().feature.melspectrogram
     a, b = (mel(y=wav, sr=RATE, n_fft=1024, hop_length=256, n_mels=80, power=1) for wav in (reference, other))
     return float(np.abs(np.log(np.maximum(a, 1e-3)) - np.log(np.maximum(b, 1e-3))).mean())
 
@@ -72,15 +72,15 @@ def frechet_dsp(sounds: Sequence[np.ndarray], others: Sequence[np.ndarray], samp
         return None
     first, second = (np.array([dsp_features(wav, sample_rate) for wav in wavs]) for wavs in (sounds, others))
     scale = first.std(0) + 1e-3
-    moments = ((rows.mean(0), shrunk(np.cov(rows.T))) for rows in (first / scale, second / scale))
+    moments = ((rows.mean(0), shrink_covariance(np.cov(rows.T))) for rows in (first / scale, second / scale))
     return frechet(*next(moments), *next(moments))
 
 
 def dsp_features(wav: np.ndarray, sample_rate: int) -> np.ndarray:
     """The features [45] of one sound [samples]; see frechet_dsp."""
-    librosa = needs_librosa()
-    wav = mono(wav, sample_rate)
-    mel = decibel(librosa.feature.melspectrogram(y=wav, sr=RATE, n_fft=1024, hop_length=256, n_mels=16) + 1e-6)
+    librosa = import_librosa()
+    wav = to_mono(wav, sample_rate)
+    mel = to_decibel(librosa.feature.melspectrogram(y=wav, sr=RATE, n_fft=1024, hop_length=256, n_mels=16) + 1e-6)
     chroma = librosa.feature.chroma_stft(y=wav, sr=RATE, n_fft=WINDOW, hop_length=512, tuning=0).mean(1)
     return np.array([*mel.mean(1), *mel.std(1), *chroma, hear(wav, RATE).onsets.size * RATE / wav.size])
 

@@ -49,7 +49,7 @@ class EncodecCodec:
         self.sample_rate, self.codebooks, self.codes = config.sampling_rate, codebooks, config.codebook_size
         self.frame_rate = self.sample_rate / self._hop
         self.hash = weights_hash({f"encodec-1/{codebooks}/{key}": value for key, value in model.state_dict().items()})
-        self.device = pick_device()
+        self.device = pick_codec_device()
         model.to(self.device)
 
     def encode(self, wav: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -97,7 +97,7 @@ class EncodecCodec:
         return save_codec(Path(directory), self, source=self.source)
 
 
-def pick_device() -> torch.device:
+def pick_codec_device() -> torch.device:
     """The current GPU, or the CPU. Apple's GPUs lack convolutions of this length."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.audio import adherence as audio_eval
-from nanochat.audio.distance import distance_table
+from nanochat.audio.distance import tabulate_distances
 from nanochat.audio.generation import generate_codes, to_sound
 from nanochat.audio.listen_page import write_page
-from nanochat.audio.loss import clips
+from nanochat.audio.loss import iterate_clips
 from nanochat.files import check_output, write_atomically
 from nanochat.system.environment import UserError, base_dir
 
@@ -32,7 +32,7 @@ def page_path(result: dict, place: str) -> Path:
     return base_dir() / place / result["model_tag"] / "listen.html"
 
 
-def check_places(result: dict, kind: str, place: str) -> None:
+def check_writable_results(result: dict, kind: str, place: str) -> None:
     """UserError, before the work, where figures or page cannot be written."""
     check_output(result_path(result, kind))
     check_output(page_path(result, place))
@@ -45,7 +45,7 @@ def write_result(result: dict, kind: str) -> None:
     logger.info(f"written: {path}")
 
 
-def listen(
+def evaluate_sounds(
     model,
     tokenizer,
     codec,
@@ -60,12 +60,12 @@ def listen(
 
     result: model_tag, step and what else was measured. The page is base_dir()/<place>/<tag>/listen.html.
     """
-    found = list(clips(dataset, "val"))
+    found = list(iterate_clips(dataset, "val"))
     room = model.config.sequence_len - codec.codebooks
     fitting = [clip for clip in found if len(tokenizer.encode(clip[0], bos=True)) < room]
     if len(fitting) < len(found):
         logger.info(f"{len(found) - len(fitting)} of {len(found)} captions leave no room for sound: skipped")
-    held_out = chosen(fitting, args.num)
+    held_out = choose_clips(fitting, args.num)
     start = time.perf_counter()
     captions = [caption for caption, _, _ in held_out]
     how = dict(seed=args.seed, temperature=args.temperature, top_k=args.top_k, guidance=guidance)
@@ -76,11 +76,11 @@ def listen(
     real = to_sound(codec, [codes.T for _, codes, _ in held_out])
     result |= {"seed": args.seed, "temperature": args.temperature, "clips": len(codes)}
     if all("pitch_hz" in attributes for _, _, attributes in held_out):
-        table, items = adherence(codec, dataset, held_out, real, generated, args.seed)
-        text = audio_eval.adherence_text(table)
+        table, items = measure_adherence(codec, dataset, held_out, real, generated, args.seed)
+        text = audio_eval.format_adherence(table)
         result["adherence"] = table
     else:
-        table, text = distances(real, generated, codec.sample_rate)
+        table, text = measure_distances(real, generated, codec.sample_rate)
         items = [
             dict(caption=c, sound=(g, codec.sample_rate), reference=(r, codec.sample_rate))
             for c, g, r in zip(captions, generated, real, strict=True)
@@ -93,14 +93,14 @@ def listen(
     return result
 
 
-def distances(real: list, generated: list, sample_rate: int) -> tuple[dict, str]:
+def measure_distances(real: list, generated: list, sample_rate: int) -> tuple[dict, str]:
     """How far generated sounds are from the real ones of their captions; from others'; and real ones from others."""
     rows = {
         "generated": zip(real, generated, strict=True),
         "shuffled (floor)": zip([*real[1:], real[0]], generated, strict=True),
         "real, shuffled": zip([*real[1:], real[0]], real, strict=True),
     }
-    table = {row: distance_table(pairs, sample_rate) for row, pairs in rows.items()}
+    table = {row: tabulate_distances(pairs, sample_rate) for row, pairs in rows.items()}
     names = list(table["generated"])
     lines = [f"{'to the real sound':<20}" + "".join(f"{name:>18}" for name in names)]
     for row, values in table.items():
@@ -109,7 +109,7 @@ def distances(real: list, generated: list, sample_rate: int) -> tuple[dict, str]
     return table, "\n".join(lines)
 
 
-def chosen(found: list[tuple], num: int) -> list[tuple]:
+def choose_clips(found: list[tuple], num: int) -> list[tuple]:
     """Evenly spread over the held-out sounds, half of them of unseen combinations where there are enough."""
     unseen = [item for item in found if item[2].get("unseen")]
     seen = [item for item in found if not item[2].get("unseen")]
@@ -123,16 +123,18 @@ def _spread(items: list, num: int) -> list:
     return [items[i] for i in np.linspace(0, len(items) - 1, min(num, len(items))).round().astype(int)] if items else []
 
 
-def adherence(codec, dataset, held_out: list[tuple], real: list, generated: list, seed: int) -> tuple[dict, list[dict]]:
+def measure_adherence(
+    codec, dataset, held_out: list[tuple], real: list, generated: list, seed: int
+) -> tuple[dict, list[dict]]:
     """The table of hits, and the page's items."""
-    training = [clip for clip, _ in zip(clips(dataset, "train"), range(REFERENCES), strict=False)]
+    training = [clip for clip, _ in zip(iterate_clips(dataset, "train"), range(REFERENCES), strict=False)]
     sounds = to_sound(codec, [codes.T for _, codes, _ in training])
     known = [(wav, codec.sample_rate, attributes) for wav, (_, _, attributes) in zip(sounds, training, strict=True)]
     references = audio_eval.learn_references(known)
     wanted = [attributes for _, _, attributes in held_out]
     heard = [audio_eval.measure(wav, codec.sample_rate, references) for wav in generated]
     ceiling = [audio_eval.measure(wav, codec.sample_rate, references) for wav in real]
-    table = audio_eval.adherence_table(
+    table = audio_eval.tabulate_adherence(
         list(zip(ceiling, wanted, strict=True)), list(zip(heard, wanted, strict=True)), seed
     )
     items = []

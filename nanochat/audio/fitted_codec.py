@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from nanochat.audio.codec_files import KINDS, check_codes, save_codec
-from nanochat.audio.pitch import OCTAVES, harmonics, sound, track
+from nanochat.audio.pitch import OCTAVES, measure_harmonics, synthesize, track_pitch
 from nanochat.audio.spectra import HOP, SAMPLE_RATE, from_log_spectra, from_mdct, log_spectra, mdct
 from nanochat.checkpoint_files import weights_hash
 from nanochat.system.environment import UserError
@@ -87,9 +87,9 @@ class FittedCodec:
     def _encode(self, wavs: torch.Tensor) -> torch.Tensor:
         codes, seen = [], None
         if self.name == "pitch":
-            states = track(wavs, bins_for(self.codes))
+            states = track_pitch(wavs, bins_for(self.codes))
             codes.append(states)
-            rows, seen = harmonics(wavs, states, bins_for(self.codes))
+            rows, seen = measure_harmonics(wavs, states, bins_for(self.codes))
         elif self.name == "mdct":
             rows = mdct(wavs)
         else:
@@ -105,7 +105,7 @@ class FittedCodec:
         if self.name == "pitch":
             bins = bins_for(self.codes)
             states = codes[:, 0].masked_fill(codes[:, 0] > OCTAVES * bins, 0)
-            return sound(states, rows, bins)
+            return synthesize(states, rows, bins)
         if self.name == "mdct":
             return from_mdct(rows)
         logs = rows @ self.tensors["basis"].T + self.tensors["mean"]
@@ -179,7 +179,7 @@ def _measure(kind: str, wav: torch.Tensor, codes: int) -> tuple[torch.Tensor, to
     """A sound [1, samples] as rows [T, features], and which of their entries could be measured."""
     if kind == "pitch":
         bins = bins_for(codes)
-        rows, seen = harmonics(wav, track(wav, bins), bins)
+        rows, seen = measure_harmonics(wav, track_pitch(wav, bins), bins)
         return rows[0], seen[0]
     rows = (mdct(wav) if kind == "mdct" else log_spectra(wav))[0]
     return rows, rows

@@ -37,10 +37,10 @@ def open_audio_model(model_tag: str | None, step: int | None, device) -> tuple[G
     if tokenizer is None:
         raise UserError(f"{folder} holds no tokenizer: captions cannot be read")
     model.compute_dtype = pick_dtype((metadata.get("settings") or {}).get("dtype"), torch.device(device).type)
-    return model, tokenizer, codec_of(model, metadata, folder), metadata, folder
+    return model, tokenizer, load_checkpoint_codec(model, metadata, folder), metadata, folder
 
 
-def codec_of(model: GPT, metadata: dict, folder: Path):
+def load_checkpoint_codec(model: GPT, metadata: dict, folder: Path):
     """The codec that the training data was coded with, from the checkpoint; UserError when it is another one."""
     trained = metadata.get("codec") or {}
     if not (folder / "codec").is_dir():
@@ -60,7 +60,7 @@ def codec_of(model: GPT, metadata: dict, folder: Path):
     return codec
 
 
-def prompt_ids(model: GPT, tokenizer: Tokenizer, caption: str, frames: int | None) -> tuple[list[int], int]:
+def encode_prompt(model: GPT, tokenizer: Tokenizer, caption: str, frames: int | None) -> tuple[list[int], int]:
     """(BOS, caption, `start`; the most frames that may follow): what the training context has room for, or fewer."""
     audio = model.vocabulary.modality("audio")
     ids = [*tokenizer.encode(caption, bos=True), *([] if audio.start is None else [audio.start])]
@@ -91,12 +91,12 @@ def generate_codes(
     guidance: as decode() takes it; other than 1 it wants a model that was trained with caption dropout.
     """
     audio, end = model.vocabulary.modality("audio"), model.vocabulary.end("audio")
-    further = dict(guidance=guidance, unguided=prompt_ids(model, tokenizer, "", frames)[0])
+    further = dict(guidance=guidance, unguided=encode_prompt(model, tokenizer, "", frames)[0])
     if audio.start is None:
         further["inside"] = "audio"
     lengths = defaultdict(list)
     for number, caption in enumerate(captions):
-        ids, room = prompt_ids(model, tokenizer, caption, frames)
+        ids, room = encode_prompt(model, tokenizer, caption, frames)
         if frames is not None and room < frames:
             logger.info(
                 f"{frames} frames were asked for, behind this caption the context holds {room}: {caption[:60]!r}"
@@ -152,7 +152,7 @@ def stream_sound(
     phases guesses them anew each time.
     """
     audio, end = model.vocabulary.modality("audio"), model.vocabulary.end("audio")
-    ids, room = prompt_ids(model, tokenizer, caption, frames)
+    ids, room = encode_prompt(model, tokenizer, caption, frames)
     hop, fade = round(codec.sample_rate / codec.frame_rate), codec.sample_rate // 100
     how = dict(temperature=temperature, top_k=top_k, frames=room, seed=seed)
     drawn: list[int] = []
@@ -192,7 +192,7 @@ def add_request(parser: Parser) -> None:
     )
 
 
-def check_out(out: Path, num: int) -> None:
+def check_out_writable(out: Path, num: int) -> None:
     """UserError where not all of num sounds can be written, now and not when they are made."""
     for path in output_paths(out, num):
         check_output(path, "--out", suffix=".wav")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat.files import replacing, write_atomically
+from nanochat.files import open_atomic, write_atomically
 from nanochat.system.environment import UserError
 from nanochat.system.temporary import file_lock
 
@@ -42,7 +42,7 @@ def write_wav(path: Path, wav: np.ndarray, sample_rate: int) -> None:
     """Write a mono sound [samples] of -1..1 as 16-bit PCM, whole or not at all; louder is clipped, NaN is silence."""
     pcm = np.round(np.clip(np.nan_to_num(wav, posinf=1, neginf=-1), -1, 1) * 32767).astype("<i2")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file, wave.open(file, "wb") as writer:
+    with open_atomic(path) as file, wave.open(file, "wb") as writer:
         writer.setnchannels(1)
         writer.setsampwidth(2)
         writer.setframerate(sample_rate)
@@ -60,7 +60,7 @@ def read_wav(path: Path) -> tuple[np.ndarray, int]:
         raise UserError(f"{path} is no 16-bit wav file ({error}): write it again") from error
 
 
-def png(levels: np.ndarray) -> bytes:
+def encode_png(levels: np.ndarray) -> bytes:
     """A PNG file of levels 0..1 [rows, columns] in 256 colours from dark blue to yellow."""
     steps = np.linspace(0, len(COLOURS) - 1, 256)
     palette = np.stack([np.interp(steps, range(len(COLOURS)), channel) for channel in zip(*COLOURS, strict=True)], 1)
@@ -109,7 +109,7 @@ def write_page(path: Path, title: str, items: Iterable[Mapping], notes: str = ""
         with file_lock(path.with_name(f".{path.name}.lock")):  # else the folder of another process's page would go
             if not folder.is_dir():
                 os.replace(whole, folder)
-            write_atomically(path, page(title, notes, items, folder.name))
+            write_atomically(path, render_page(title, notes, items, folder.name))
             for old in path.parent.iterdir():
                 if old != folder and re.fullmatch(re.escape(path.stem) + "-[0-9a-f]{12}", old.name) and old.is_dir():
                     shutil.rmtree(old)
@@ -120,16 +120,16 @@ def write_sound(folder: Path, name: str, sound: Sound) -> None:
     """Write name.wav and name.png, its spectrogram."""
     wav, sample_rate = sound if isinstance(sound, tuple) else read_wav(Path(sound))
     write_wav(folder / f"{name}.wav", wav, sample_rate)
-    with replacing(folder / f"{name}.png") as file:
-        file.write(png(spectrogram(wav, sample_rate)))
+    with open_atomic(folder / f"{name}.png") as file:
+        file.write(encode_png(spectrogram(wav, sample_rate)))
 
 
-def page(title: str, notes: str, items: list[Mapping], folder: str) -> str:
+def render_page(title: str, notes: str, items: list[Mapping], folder: str) -> str:
     """The HTML text; everything that comes from outside is escaped."""
     sections: dict[str, list[str]] = {}
     for number, item in enumerate(items):
         source = f"{html.escape(folder)}/{number:04d}"
-        sections.setdefault(str(item.get("split") or "clips"), []).append(article(item, source))
+        sections.setdefault(str(item.get("split") or "clips"), []).append(render_clip(item, source))
     body = "\n".join(
         f'<h2>{html.escape(split)}: {len(articles)}</h2>\n<div class="clips">\n' + "\n".join(articles) + "\n</div>"
         for split, articles in sections.items()
@@ -143,10 +143,10 @@ def page(title: str, notes: str, items: list[Mapping], folder: str) -> str:
     )
 
 
-def article(item: Mapping, source: str) -> str:
+def render_clip(item: Mapping, source: str) -> str:
     """One clip: its caption, spectrogram and player, what was measured and what of it hit, and the reference."""
     caption = html.escape(item["caption"])
-    parts = [f"<h3>{caption}</h3>", media(source, caption)]
+    parts = [f"<h3>{caption}</h3>", render_player(source, caption)]
     if item.get("measured"):
         heard = ", ".join(f"{name} {shown(value)}" for name, value in item["measured"].items())
         parts.append(f"<p>heard: {html.escape(heard)}</p>")
@@ -158,11 +158,11 @@ def article(item: Mapping, source: str) -> str:
         )
         parts.append(f"<p>{', '.join(words)}</p>")
     if item.get("reference") is not None:
-        parts.append(f"<p>reference</p>{media(f'{source}-reference', f'reference: {caption}')}")
+        parts.append(f"<p>reference</p>{render_player(f'{source}-reference', f'reference: {caption}')}")
     return "<article>\n" + "\n".join(parts) + "\n</article>"
 
 
-def media(source: str, label: str) -> str:
+def render_player(source: str, label: str) -> str:
     """Spectrogram and player of one sound; label is escaped already."""
     return (
         f'<img src="{source}.png" width="{WIDTH}" height="{HEIGHT}" loading="lazy" alt="Spectrogram of: {label}">\n'

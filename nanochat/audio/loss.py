@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nanochat.data.dataset import Dataset
-from nanochat.data.token_store import sound_ids
+from nanochat.data.token_store import encode_sound
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.evaluation.bpb import eval_mode, sum_over_ranks
 from nanochat.modality import IGNORED, Vocabulary
@@ -23,7 +23,7 @@ PRIOR = 0.5  # added to every unigram count
 BACKING = 4.0  # pseudo-counts of the unigram behind each code of the bigram
 
 
-def clips(dataset: Dataset, split: str) -> Iterator[tuple[str, np.ndarray, dict]]:
+def iterate_clips(dataset: Dataset, split: str) -> Iterator[tuple[str, np.ndarray, dict]]:
     """(caption, codes [T, Q], attributes) of the sounds of a split."""
     for shard in dataset.shards(split):
         for _, caption, codes, attributes in dataset.read_clips(shard):
@@ -55,10 +55,10 @@ def evaluate_audio(
     room, start = model.config.sequence_len, vocabulary.modality("audio").start
     begin = [] if start is None else [start]
     found, too_long = [], 0
-    for caption, codes, attributes in clips(dataset, "val"):
+    for caption, codes, attributes in iterate_clips(dataset, "val"):
         if max_clips is not None and len(found) >= max(2, max_clips):
             break  # the rest of the split is not read
-        sound = sound_ids(vocabulary, codes)[len(begin) :]
+        sound = encode_sound(vocabulary, codes)[len(begin) :]
         caption_ids = tokenizer.encode(caption, bos=True)
         if len(caption_ids) + len(begin) + len(sound) > room + 1:
             too_long += 1
@@ -135,7 +135,9 @@ def count_baselines(dataset: Dataset, vocabulary: Vocabulary, sounds: list[list[
     audio = vocabulary.modality("audio")
     size = audio.size + 1  # codes, end, and the beginning as a code to come from
     begin = int(audio.start is not None)
-    trained = [_symbols(vocabulary, sound_ids(vocabulary, codes)[begin:]) for _, codes, _ in clips(dataset, "train")]
+    trained = [
+        _symbols(vocabulary, encode_sound(vocabulary, codes)[begin:]) for _, codes, _ in iterate_clips(dataset, "train")
+    ]
     keys = np.concatenate([row[:-1] * size + row[1:] for row in trained])
     pairs, times = np.unique(keys, return_counts=True)  # most pairs never occur
     seen = np.bincount(pairs // size, times, size)

@@ -29,7 +29,7 @@ def pitches(bins: int) -> torch.Tensor:
     return LOWEST * 2.0 ** (torch.arange(OCTAVES * bins) / bins)
 
 
-def track(wavs: torch.Tensor, bins: int) -> torch.Tensor:
+def track_pitch(wavs: torch.Tensor, bins: int) -> torch.Tensor:
     """[B, N] -> int64 [B, T]: the pitch of each frame, 1 .. S, or 0 without one.
 
     YIN's normalised difference (de Cheveigne and Kawahara 2002) says how well each pitch explains each frame; the
@@ -42,15 +42,15 @@ def track(wavs: torch.Tensor, bins: int) -> torch.Tensor:
     energy = torch.nn.functional.pad(rows.square().cumsum(2), (1, 0))
     total = energy[..., -1:]
     at = torch.cat([whole, lags])
-    both = _at(energy, WINDOW - at) + total - _at(energy, at)  # of the two overlapping parts
+    both = _interpolate(energy, WINDOW - at) + total - _interpolate(energy, at)  # of the two overlapping parts
     difference = (1 - 2 * matches / (both + 1e-9)).clamp(min=0)
     mean = difference[..., : len(whole)].cumsum(2) / whole
-    cost = difference[..., len(whole) :] / (_at(torch.nn.functional.pad(mean, (1, 0)), lags) + 1e-9)
+    cost = difference[..., len(whole) :] / (_interpolate(torch.nn.functional.pad(mean, (1, 0)), lags) + 1e-9)
     cost = cost.clamp(max=1.0) + OCTAVE_UP * torch.log2(lags)
     cost = torch.cat([torch.full_like(total, UNVOICED + OCTAVE_UP * math.log2(lags.mean())), cost], 2)
     level = total / WINDOW
     trust = level / (level + 1e-2 * level.amax(1, keepdim=True) + SILENT**2)
-    best = _cheapest_path(cost * trust)
+    best = _find_cheapest_path(cost * trust)
     return best.masked_fill(level[..., 0] < SILENT**2 / 2, 0)
 
 
@@ -66,13 +66,13 @@ def _lags(bins: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return whole, lags, weight * torch.cos(angles) / (2 * WINDOW)
 
 
-def _at(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+def _interpolate(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """values [..., n] at fractional places [m], linearly interpolated: [..., m]."""
     low = places.floor().long().clamp(max=values.shape[-1] - 2)
     return torch.lerp(values.index_select(-1, low), values.index_select(-1, low + 1), places - low)
 
 
-def _cheapest_path(cost: torch.Tensor) -> torch.Tensor:
+def _find_cheapest_path(cost: torch.Tensor) -> torch.Tensor:
     """cost [B, T, 1 + S] of each state -> states [B, T] of the cheapest path; a change costs JUMP, to the next STEP."""
     batch, count, states = cost.shape
     here = torch.arange(states).expand(batch, -1)
@@ -93,8 +93,8 @@ def _cheapest_path(cost: torch.Tensor) -> torch.Tensor:
     return torch.stack(path[::-1], 1)
 
 
-def harmonics(wavs: torch.Tensor, states: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, N], [B, T] of track() -> rows [B, T, 1 + A] and which of their entries lie below the Nyquist frequency.
+def measure_harmonics(wavs: torch.Tensor, states: torch.Tensor, bins: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, N], [B, T] of track_pitch() -> rows [B, T, 1 + A] and which of their entries lie below the Nyquist frequency.
 
     An entry is a log amplitude: first the frame's level, then each band relative to it.
     """
@@ -102,7 +102,7 @@ def harmonics(wavs: torch.Tensor, states: torch.Tensor, bins: int) -> tuple[torc
     spectra = torch.fft.rfft(frames(wavs, WINDOW) * window)
     power = spectra.real.square() + spectra.imag.square()
     sums = torch.nn.functional.pad(power.cumsum(2), (1, 0)) * (2 / (WINDOW * window.square().sum()))
-    edges = _base(states, bins)[..., None] * torch.tensor(EDGES)
+    edges = _base_frequency(states, bins)[..., None] * torch.tensor(EDGES)
     places = (edges * (WINDOW / SAMPLE_RATE) + 0.5).clamp(max=sums.shape[-1] - 1)
     low = places.long().clamp(max=sums.shape[-1] - 2)
     inside = torch.lerp(sums.gather(2, low), sums.gather(2, low + 1), places - low)
@@ -114,19 +114,19 @@ def harmonics(wavs: torch.Tensor, states: torch.Tensor, bins: int) -> tuple[torc
     return rows, torch.cat([torch.ones_like(level, dtype=torch.bool), visible], 2)
 
 
-def _base(states: torch.Tensor, bins: int) -> torch.Tensor:
+def _base_frequency(states: torch.Tensor, bins: int) -> torch.Tensor:
     """Hz of each state; REFERENCE for state 0."""
     return torch.cat([torch.tensor([REFERENCE]), pitches(bins)])[states]
 
 
-def sound(states: torch.Tensor, rows: torch.Tensor, bins: int) -> torch.Tensor:
-    """The inverse of track() and harmonics(): [B, T], [B, T, 1 + A] -> [B, T * HOP].
+def synthesize(states: torch.Tensor, rows: torch.Tensor, bins: int) -> torch.Tensor:
+    """The inverse of track_pitch() and measure_harmonics(): [B, T], [B, T, 1 + A] -> [B, T * HOP].
 
     Each frame sounds with steady harmonics, or as noise, under a window of two hops; phases continue across frames.
     """
     level = (torch.exp(rows[..., :1] / LEVEL_WEIGHT) - SILENT).clamp(min=0)
     shape = (torch.exp(rows[..., 1:]) - RELATIVE_FLOOR).clamp(min=0)
-    base = _base(states, bins)
+    base = _base_frequency(states, bins)
     edges = torch.tensor(EDGES)
     amplitude = shape / (shape.square().sum(2, keepdim=True).sqrt() + 1e-9) * level
     voiced = states > 0

@@ -22,14 +22,13 @@ from typing import BinaryIO
 import numpy as np
 
 from nanochat.audio import captions
-from nanochat.audio.wav_header import PLACEHOLDER, bytes_behind, mend_header
+from nanochat.audio.wav_header import PLACEHOLDER, count_trailing_bytes, repair_header
 from nanochat.config.settings import Settings
 from nanochat.data import hub
-from nanochat.data import local_sources as sources
-from nanochat.data.folders import Found, find_files
-from nanochat.data.local_sources import digest, path_errors_as_user_errors, slug_of
-from nanochat.data.splits import own_split
-from nanochat.data.text_files import text_of
+from nanochat.data.folders import Found, escape_undecodable, find_files
+from nanochat.data.local_sources import digest, path_errors_as_user_errors, slugify, stat_all
+from nanochat.data.splits import find_own_split
+from nanochat.data.text_files import get_text
 from nanochat.runtime import first_line, nearest_name, shown
 from nanochat.system.environment import UserError, base_dir, expand_user
 
@@ -101,13 +100,13 @@ class Sound:
 class Log:
     """Counts what is skipped or altered, by kind, and names the first few of each."""
 
-    def __init__(self, left_out: Counter | None = None):
-        self.left_out = Counter() if left_out is None else left_out
+    def __init__(self, skipped: Counter | None = None):
+        self.skipped = Counter() if skipped is None else skipped
         self.altered: Counter = Counter()
         self.reported: set[str] = {"files"}  # kinds whose numbers were said as a whole
 
-    def leave_out(self, kind: str, name: str, detail: str = "") -> None:
-        self._note(self.left_out, kind, name, f"{kind}{f' ({detail})' if detail else ''}: skipped")
+    def skip(self, kind: str, name: str, detail: str = "") -> None:
+        self._note(self.skipped, kind, name, f"{kind}{f' ({detail})' if detail else ''}: skipped")
 
     def alter(self, kind: str, name: str) -> None:
         self._note(self.altered, kind, name, kind)
@@ -119,7 +118,7 @@ class Log:
 
     def close(self) -> None:
         """Say how many of each kind were not named."""
-        for kind, number in (*self.left_out.items(), *self.altered.items()):
+        for kind, number in (*self.skipped.items(), *self.altered.items()):
             if number > NAMED and kind not in self.reported:
                 logger.info(f"data: ... and {number - NAMED} more: {kind}")
 
@@ -164,13 +163,13 @@ def holds_sounds(data: str) -> bool:
     return any(name.lower().endswith(SOUND_SUFFIXES + OTHER_SOUNDS) for name, _ in files)
 
 
-def sound_source(settings: Settings) -> SoundSource:
+def plan_sounds(settings: Settings) -> SoundSource:
     """The captioned sounds that `data` names: synth, hf:<dataset> or a folder; UserError for anything else."""
     data, seconds = settings.data, settings.clip_seconds
     if data == "synth":
-        return _synth(settings.data_limit or SYNTH_CLIPS, seconds or SYNTH_SECONDS)
+        return _plan_synth(settings.data_limit or SYNTH_CLIPS, seconds or SYNTH_SECONDS)
     if data.startswith("hf:"):
-        return _hub(settings)
+        return _plan_hub(settings)
     ways = "one of synth, hf:<dataset>, or the path of a folder of sounds"
     if data in ("stdlib", "packages", "climbmix"):
         raise UserError(f"data={data} holds no sounds: {ways}; text to mix in goes to --text_data={data}")
@@ -181,14 +180,14 @@ def sound_source(settings: Settings) -> SoundSource:
         raise UserError(f"data={data} is a file: captioned sounds are {ways}")
     if not is_folder:
         raise UserError(f"data={data}: no such folder; {ways}")
-    return _folder(root, settings, seconds)
+    return _plan_folder(root, settings, seconds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # synthesised melodies
 
 
-def _synth(limit: int, seconds: float) -> SoundSource:
+def _plan_synth(limit: int, seconds: float) -> SoundSource:
     """Clips 0 .. limit-1, of `seconds` each; a sound is on one side of the split, whatever the clips that have it."""
     from nanochat.audio.synth import SAMPLE_RATE, clip, describe_clip, is_held_out
 
@@ -215,7 +214,7 @@ def _synth(limit: int, seconds: float) -> SoundSource:
 # folders
 
 
-def _folder(root: Path, settings: Settings, seconds: float | None) -> SoundSource:
+def _plan_folder(root: Path, settings: Settings, seconds: float | None) -> SoundSource:
     """Sounds below a folder, each called by its relative path, with captions from tables or from x.txt beside x.wav."""
     data, column = settings.data, settings.data_column
     found = find_files(root, skip_corrupt=settings.skip_corrupt)
@@ -234,11 +233,11 @@ def _folder(root: Path, settings: Settings, seconds: float | None) -> SoundSourc
         "take the files' names"
     )
     return SoundSource(
-        f"{slug_of(absolute.name)}-{digest(str(absolute))[:8]}",
-        sources.printable(absolute.name),
+        f"{slugify(absolute.name)}-{digest(str(absolute))[:8]}",
+        escape_undecodable(absolute.name),
         f"column {column}",
         "not known: your own files",
-        [column, seconds, FOLDER_FORMAT, sources._stat_all(files)],
+        [column, seconds, FOLDER_FORMAT, stat_all(files)],
         lambda log: _folder_items(data, root, found, column, seconds, log),
         advice,
     )
@@ -247,24 +246,24 @@ def _folder(root: Path, settings: Settings, seconds: float | None) -> SoundSourc
 def _folder_items(data: str, root: Path, found: Found, column: str, seconds: float | None, log: Log) -> list[Item]:
     """The sounds of a folder that have captions; what the folder holds besides is named and counted."""
     found.report(counts := {})
-    log.left_out.update(counts)
+    log.skipped.update(counts)
     log.reported |= counts.keys()
     files = dict(found.files)
     names = [name for name in files if name.lower().endswith(SOUND_SUFFIXES)]
     if column == FROM_NAMES:
         texts = {name: captions.Caption(re.sub("[_-]+", " ", Path(name).stem)) for name in names}
     else:
-        texts = captions.find_captions(data, files, names, column, log.leave_out, root.resolve())
+        texts = captions.find_captions(data, files, names, column, log.skip, root.resolve())
     splits = _splits(names, texts)
     items = []
     for name in names:
         if name not in texts:
-            log.leave_out("sound without a caption", name)
+            log.skip("sound without a caption", name)
         elif texts[name] is None:
             continue  # named with its caption
         elif splits and splits[name] is None:
-            log.leave_out("sound of a test part beside the validation part that is held out", name)
-        elif usable(caption := texts[name].text.strip(), name, log):
+            log.skip("sound of a test part beside the validation part that is held out", name)
+        elif is_usable(caption := texts[name].text.strip(), name, log):
             load = functools.partial(_load_file, name, caption, files[name], seconds)
             size = 1 if seconds else files[name].stat().st_size
             items.append(Item(name, load, splits[name] if splits else None, size))
@@ -275,10 +274,10 @@ def _splits(names: list[str], texts: dict[str, captions.Caption | None]) -> dict
     """The split that a folder brings along, by sound: from a column of its tables, or from folders train/, test/."""
     said = {name: caption.split for name, caption in texts.items() if caption is not None}
     if said and None not in said.values():
-        by_column = own_split(f"{split}/{name}" for name, split in said.items())
+        by_column = find_own_split(f"{split}/{name}" for name, split in said.items())
         if by_column:
             return {name: by_column.get(f"{said.get(name)}/{name}", "train") for name in names}
-    return own_split(names)
+    return find_own_split(names)
 
 
 def _load_file(name: str, caption: str, path: Path, seconds: float | None, rate: int, log: Log) -> Sound | None:
@@ -286,11 +285,11 @@ def _load_file(name: str, caption: str, path: Path, seconds: float | None, rate:
     return None if wav is None else Sound(name, caption, wav)
 
 
-def usable(caption: str, name: str, log: Log) -> bool:
+def is_usable(caption: str, name: str, log: Log) -> bool:
     """Whether a caption says something and can be written as UTF-8; the log names one that does not."""
     broken = any(0xD800 <= ord(character) < 0xE000 for character in caption)  # lone surrogates; JSON may hold them too
     if broken or not caption:
-        log.leave_out("caption that is not UTF-8" if broken else "empty caption", name)
+        log.skip("caption that is not UTF-8" if broken else "empty caption", name)
     return not broken and bool(caption)
 
 
@@ -298,7 +297,7 @@ def usable(caption: str, name: str, log: Log) -> bool:
 # the hub
 
 
-def _hub(settings: Settings) -> SoundSource:
+def _plan_hub(settings: Settings) -> SoundSource:
     name = settings.data.removeprefix("hf:")
     if not name:
         raise UserError("data=hf: lacks the dataset's name, as in hf:ashraq/esc50")
@@ -309,9 +308,9 @@ def _hub(settings: Settings) -> SoundSource:
         config=settings.data_config,
         limit=settings.data_limit or HUB_SOUNDS,
     )
-    files = hub.local_state(name)
+    files = hub.stat_local_dataset(name)
     return SoundSource(
-        f"hf-{slug_of(name)}-{digest(json.dumps([name, options]))[:8]}",
+        f"hf-{slugify(name)}-{digest(json.dumps([name, options]))[:8]}",
         f"hf:{name}",
         ", ".join(f"{key} {value}" for key, value in options.items() if value is not None),
         f"see the dataset card of {name} on the hub",
@@ -329,8 +328,8 @@ def _hub_items(name: str, options: dict, seconds: float | None, log: Log) -> lis
         name, options, "sounds", lambda stream: _hub_rows(name, stream, options)
     ):
         if raw is None:
-            log.leave_out("caption without its sound", place)
-        elif usable(caption, place, log):
+            log.skip("caption without its sound", place)
+        elif is_usable(caption, place, log):
             if spool is None:  # the items read it, and it goes with them
                 spool = tempfile.TemporaryFile(dir=base_dir() / "data")  # noqa: SIM115
             where = spool.tell(), spool.write(raw)
@@ -356,7 +355,7 @@ def _hub_rows(name: str, stream, options: dict) -> Iterator[tuple[str, bytes | N
     column, audio = options["column"], options["audio_column"]
     _check_columns(name, stream.features, audio, column)
     for record in stream.select_columns([audio, column]).cast_column(audio, Undecoded(decode=False)):
-        caption, value = text_of(record, column, f"hf:{name}").strip(), record[audio] or {}
+        caption, value = get_text(record, column, f"hf:{name}").strip(), record[audio] or {}
         raw = value.get("bytes")
         if raw is None and value.get("path"):
             with fsspec.open(value["path"], "rb") as file:
@@ -410,43 +409,43 @@ def decode(file: Path | io.BytesIO, name: str, rate: int, seconds: float | None,
     None, and a word in the log, for a sound that is empty, truncated, unreadable, silent (peak below -80 dB), not
     finite, or of an absurd sample rate. No more is decoded than asked for.
     """
-    soundfile = needed("soundfile", "to decode sounds")
+    soundfile = import_optional("soundfile", "to decode sounds")
     seconds = seconds or LONGEST
     try:
         with open(file, "rb") if isinstance(file, Path) else nullcontext(file) as raw:
             if not raw.seek(0, os.SEEK_END):
-                return log.leave_out("empty sound", name)
-            if bytes_behind(raw) > (1 - WHOLE) * raw.seek(0, os.SEEK_END):
+                return log.skip("empty sound", name)
+            if count_trailing_bytes(raw) > (1 - WHOLE) * raw.seek(0, os.SEEK_END):
                 log.alter("longer than its header says, which alone is read", name)
-            if ogg_is_cut(raw):
-                return log.leave_out("truncated", name)
-            view = mend_header(raw)
+            if is_cut_ogg(raw):
+                return log.skip("truncated", name)
+            view = repair_header(raw)
             # a path where nothing is to be mended: libsndfile reads it faster, and knows some formats by the suffix
             with soundfile.SoundFile(file if view is raw and isinstance(file, Path) else view) as sound:
                 given, channels = sound.samplerate, sound.channels
                 if not RATES[0] <= given <= RATES[1]:
-                    return log.leave_out("absurd sample rate", name, f"{given} Hz")
-                if lacking := _bytes_lacking(sound.extra_info):
+                    return log.skip("absurd sample rate", name, f"{given} Hz")
+                if lacking := _missing_share(sound.extra_info):
                     if lacking > 1 - WHOLE:
-                        return log.leave_out("truncated", name)
+                        return log.skip("truncated", name)
                     log.alter("a little shorter than its header says", name)
                 wanted = max(1, round(seconds * given))
                 blocks, length = _read_blocks(sound, wanted)
                 if length <= wanted and length < WHOLE * sound.frames and sound.frames < UNKNOWN_FRAMES:
-                    return log.leave_out("truncated", name)
+                    return log.skip("truncated", name)
     except (soundfile.SoundFileError, OSError) as error:
-        return log.leave_out("unreadable", name, first_line(error))
+        return log.skip("unreadable", name, first_line(error))
     if not length:
-        return log.leave_out("empty sound", name)
+        return log.skip("empty sound", name)
     wav = np.concatenate(blocks)
     if length > wanted:
         wav = wav[:wanted]
         log.alter(f"cut to {seconds:g} s", name)
     if not np.isfinite(wav).all():
-        return log.leave_out("samples that are no numbers", name)
+        return log.skip("samples that are no numbers", name)
     peak = np.abs(wav).max()
     if peak < SILENT:
-        return log.leave_out("silent", name)
+        return log.skip("silent", name)
     if channels > 1:
         log.alter("several channels mixed to one", name)
     if peak > 1:
@@ -466,7 +465,7 @@ def _read_blocks(sound, wanted: int) -> tuple[list[np.ndarray], int]:
     return blocks, length
 
 
-def _bytes_lacking(facts: str) -> float:
+def _missing_share(facts: str) -> float:
     """The part of the announced bytes that libsndfile did not find; 0 where a pipe's writer announced no length."""
     sizes = re.search(r"(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", facts)
     if not sizes or not 0 < int(sizes[1]) < PLACEHOLDER:
@@ -474,7 +473,7 @@ def _bytes_lacking(facts: str) -> float:
     return max(0, int(sizes[1]) - int(sizes[2])) / int(sizes[1])
 
 
-def ogg_is_cut(file: BinaryIO) -> bool:
+def is_cut_ogg(file: BinaryIO) -> bool:
     """Whether an Ogg file ends within a page, or before the page that is marked as the last (RFC 3533)."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -494,10 +493,10 @@ def resample(wav: np.ndarray, given: int, rate: int) -> np.ndarray:
     """float32 [samples] at `given` Hz as float32 at `rate` Hz."""
     if given == rate:
         return wav
-    return needed("soxr", "to change sample rates").resample(wav, given, rate).astype(np.float32, copy=False)
+    return import_optional("soxr", "to change sample rates").resample(wav, given, rate).astype(np.float32, copy=False)
 
 
-def needed(module: str, purpose: str):
+def import_optional(module: str, purpose: str):
     """An optional module, imported; UserError says how to install it."""
     import importlib
 

@@ -73,7 +73,7 @@ def sound_key(attributes: dict, seconds: float) -> str:
     """
     beat, instrument = 60 / attributes["bpm"], attributes["instrument"]
     notes = []
-    for place, number in enumerate(_numbers(attributes, seconds).tolist()):
+    for place, number in enumerate(_note_numbers(attributes, seconds).tolist()):
         end = min((place + 1) * beat, seconds)
         if end - place * beat - GAP > 2 / SAMPLE_RATE:  # below that no sample lies between the envelope's two zeros
             notes.append(f"{number}@{place * beat:.4f}-{end:.4f}")
@@ -108,18 +108,18 @@ def clip(index: int, seed: int = 0, seconds: float = 2.0) -> Clip:
 
 def render(attributes: dict, seconds: float) -> np.ndarray:
     """The sound that a clip's attributes describe: float32 [samples]."""
-    pitches = frequency(_numbers(attributes, seconds))
-    return melody(pitches, 60 / attributes["bpm"], attributes["instrument"], seconds)
+    pitches = frequency(_note_numbers(attributes, seconds))
+    return render_melody(pitches, 60 / attributes["bpm"], attributes["instrument"], seconds)
 
 
-def _numbers(attributes: dict, seconds: float) -> np.ndarray:
+def _note_numbers(attributes: dict, seconds: float) -> np.ndarray:
     """MIDI numbers of the notes that begin within `seconds`, one a beat: int [notes]."""
     beats = int(np.ceil(seconds * attributes["bpm"] / 60 - 1e-9))
     degrees = CONTOURS[attributes["contour"]] * (np.arange(beats) % 8)  # at most an octave away
     return attributes["root"] + 12 * (degrees // 7) + np.array(SCALES[attributes["mode"]])[degrees % 7]
 
 
-def melody(pitches: np.ndarray, beat: float, instrument: str, seconds: float) -> np.ndarray:
+def render_melody(pitches: np.ndarray, beat: float, instrument: str, seconds: float) -> np.ndarray:
     """Notes of these fundamentals [notes] in Hz, one a beat (seconds), as float32 [samples]."""
     time = np.arange(round(seconds * SAMPLE_RATE)) / SAMPLE_RATE
     note = (time / beat).astype(int)

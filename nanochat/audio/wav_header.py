@@ -49,28 +49,28 @@ class Joined(io.RawIOBase):
         return len(data)
 
 
-def mend_header(file: BinaryIO) -> BinaryIO:
+def repair_header(file: BinaryIO) -> BinaryIO:
     """The file itself, at its beginning, or for a wav file as above a view of it."""
     total = file.seek(0, os.SEEK_END)
     start = _tag_size(file)
-    head = _bytes(file, start, 12)
+    head = _read_at(file, start, 12)
     found = None
     if head[:4] in (b"RIFF", b"RF64", b"BW64") and head[8:] == b"WAVE":
-        found = _samples(file, start + 12, total)
+        found = _find_samples(file, start + 12, total)
     file.seek(0)
     if found is None:
         return file
     form, place, size, blind = found
     if not (blind or start or head[:4] != b"RIFF"):
         return file
-    return Joined(_header(form, size), file, place, min(size, total - place))
+    return Joined(_make_header(form, size), file, place, min(size, total - place))
 
 
-def bytes_behind(file: BinaryIO) -> int:
+def count_trailing_bytes(file: BinaryIO) -> int:
     """Bytes of a wav file behind its samples that are no chunks: its header says less than was written."""
     total = file.seek(0, os.SEEK_END)
-    head = _bytes(file, 0, 12)
-    found = _samples(file, 12, total) if head[:4] == b"RIFF" and head[8:] == b"WAVE" else None
+    head = _read_at(file, 0, 12)
+    found = _find_samples(file, 12, total) if head[:4] == b"RIFF" and head[8:] == b"WAVE" else None
     if found is None:
         return 0
     _, place, size, blind = found
@@ -78,14 +78,14 @@ def bytes_behind(file: BinaryIO) -> int:
     return 0 if blind or end >= total or _is_chunks(file, end, total) else total - end
 
 
-def _samples(file: BinaryIO, place: int, total: int) -> tuple[bytes, int, int, bool] | None:
+def _find_samples(file: BinaryIO, place: int, total: int) -> tuple[bytes, int, int, bool] | None:
     """(format chunk, place of the samples, bytes of them, whether that is not what the header says); None without.
 
     place: of the first chunk.
     """
     form, long_size = b"", 0
     for _ in range(MOST_CHUNKS):
-        header = _bytes(file, place, 8)
+        header = _read_at(file, place, 8)
         if len(header) < 8:
             return None
         name, size = header[:4], struct.unpack("<I", header[4:])[0]
@@ -93,9 +93,9 @@ def _samples(file: BinaryIO, place: int, total: int) -> tuple[bytes, int, int, b
         if name == b"data":
             break
         if name == b"fmt ":
-            form = _bytes(file, place, min(size, LONGEST_FORMAT))
+            form = _read_at(file, place, min(size, LONGEST_FORMAT))
         elif name == b"ds64" and size >= 16:
-            long_size = struct.unpack("<Q", _bytes(file, place + 8, 8))[0]
+            long_size = struct.unpack("<Q", _read_at(file, place + 8, 8))[0]
         place += size + size % 2
     else:
         return None
@@ -106,7 +106,7 @@ def _samples(file: BinaryIO, place: int, total: int) -> tuple[bytes, int, int, b
     return (form, place, rest if blind else size, blind) if form else None
 
 
-def _header(form: bytes, size: int) -> bytes:
+def _make_header(form: bytes, size: int) -> bytes:
     """A wav header for samples of this format and number of bytes."""
     form = b"fmt " + struct.pack("<I", len(form)) + form + bytes(len(form) % 2)
     if size <= LARGEST:
@@ -118,7 +118,7 @@ def _header(form: bytes, size: int) -> bytes:
 def _is_chunks(file: BinaryIO, place: int, total: int) -> bool:
     """Whether chunks follow up to the file's end: then a size of 0 is meant."""
     while place + 8 <= total:
-        header = _bytes(file, place, 8)
+        header = _read_at(file, place, 8)
         if not all(0x20 <= byte < 0x7F for byte in header[:4]):
             return False
         size = struct.unpack("<I", header[4:])[0]
@@ -128,12 +128,12 @@ def _is_chunks(file: BinaryIO, place: int, total: int) -> bool:
 
 def _tag_size(file: BinaryIO) -> int:
     """Bytes of an ID3v2 tag at the beginning."""
-    head = _bytes(file, 0, 10)
+    head = _read_at(file, 0, 10)
     if head[:3] != b"ID3" or len(head) < 10 or max(head[6:]) > 0x7F:
         return 0
     return 10 + sum(byte << 7 * (3 - i) for i, byte in enumerate(head[6:]))
 
 
-def _bytes(file: BinaryIO, place: int, count: int) -> bytes:
+def _read_at(file: BinaryIO, place: int, count: int) -> bytes:
     file.seek(place)
     return file.read(count)

@@ -27,7 +27,7 @@ from nanochat.config.settings import FIELDS, Settings, checked, validate
 from nanochat.conversion.tying import KEEP, State, tied, untied
 from nanochat.data.prepare import climbmix_is_here
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.data.trained_data import find_prepared, with_other_data
+from nanochat.data.trained_data import find_prepared, replace_data
 from nanochat.data_pipeline import make_validation, open_trained_data
 from nanochat.files import write_atomically
 from nanochat.gpt import GPT, GPTConfig
@@ -161,7 +161,7 @@ def held_out_loss(source: Source, settings: Settings, data: str | None) -> Loss 
     nothing is downloaded unasked. UserError for a `data` that cannot be used.
     """
     if data:
-        settings = with_other_data(settings, data)
+        settings = replace_data(settings, data)
     try:
         if source.tokenizer is None:
             raise UserError("the model has no tokenizer")

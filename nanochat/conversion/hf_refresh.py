@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from nanochat.conversion.huggingface import auto_fields, read_config
-from nanochat.files import replacing
+from nanochat.files import open_atomic
 from nanochat.system.environment import UserError
 from nanochat.upstream.foreign_weights import read_json
 from nanochat.upstream.hf_model_types import CLASSIC, MODELING, format_of
@@ -73,5 +73,5 @@ def config_fields(code: bytes) -> set[str]:
 
 
 def write(path: Path, content: bytes) -> None:
-    with replacing(path) as file:
+    with open_atomic(path) as file:
         file.write(content)

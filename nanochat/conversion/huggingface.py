@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from nanochat.checkpoint_files import read_tensors, weights_hash
 from nanochat.checkpoint_manager import model_config
 from nanochat.conversion.tying import untied
-from nanochat.data.tokenizer import BOS, Tokenizer, byte_characters
+from nanochat.data.tokenizer import BOS, Tokenizer, list_byte_characters
 from nanochat.files import new_folder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import first_line
@@ -436,7 +436,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         merged = [tokens[first + second] for first, second in pairs]
         if merged != sorted(merged) or set(merged) != {tokens[token] for token in order if len(token) > 1}:
             raise ValueError("its merges are not in the order of the ids")
-        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+        byte_of = {character: byte for byte, character in enumerate(list_byte_characters())}
         ranks = [bytes(byte_of[character] for character in token) for token in order]
         if len({rank for rank in ranks if len(rank) == 1}) != 256 or BOS not in specials:
             raise ValueError(f"not all 256 bytes are tokens, or {BOS} is missing")

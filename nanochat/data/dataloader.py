@@ -225,7 +225,7 @@ class DataLoader:
         for shard, start, stop in self._spans(epoch, row):
             ids, offsets = self.store.shard(shard)
             order, ends = self._document_order(epoch, shard)
-            shown = _overlapping(ends, start, stop)
+            shown = _find_overlapping(ends, start, stop)
             lengths = np.minimum(ends[1:][shown], stop) - np.maximum(ends[shown], start)
             shift = offsets[order[shown]] - ends[shown]  # from the stream to the file, for each document
             out[filled : filled + stop - start] = ids[np.arange(start, stop) + np.repeat(shift, lengths)]
@@ -234,10 +234,10 @@ class DataLoader:
     def _documents(self, epoch: int, row: int) -> Iterator[str]:
         for shard, start, stop in self._spans(epoch, row):
             order, ends = self._document_order(epoch, shard)
-            for document in order[_overlapping(ends, start, stop)].tolist():
+            for document in order[_find_overlapping(ends, start, stop)].tolist():
                 yield f"{self.store.paths[shard].stem}:{document}"
 
 
-def _overlapping(ends: np.ndarray, start: int, stop: int) -> slice:
+def _find_overlapping(ends: np.ndarray, start: int, stop: int) -> slice:
     """The documents (by their place in the order) that [start, stop) touches."""
     return slice(int(np.searchsorted(ends, start, "right")) - 1, int(np.searchsorted(ends, stop, "left")))

@@ -149,7 +149,7 @@ class Dataset:
     def _damaged(self, path: Path, why: str) -> None:
         if not self.skip_corrupt:
             remedy = f"delete {path if self.manifest['source'] == 'climbmix' else self.directory} and prepare it again"
-            raise Corrupt(f"{path} {why}: {remedy}, or leave the shard out with --skip_corrupt=True")
+            raise Corrupt(f"{path} {why}: {remedy}, or skip the shard with --skip_corrupt=True")
         if path.name not in self.skipped:
             self.skipped[path.name] = why
             logger.info(f"data: {path.name} {why}: skipped ({len(self.skipped)} so far)")
@@ -223,6 +223,6 @@ def describe(dataset: Dataset) -> None:
         )
     for reason, count in (dataset.manifest["left_out"] | {"corrupt shards": len(dataset.skipped)}).items():
         if count:
-            logger.info(f"skipped     {count:>9,} {reason}")
+            logger.info(f"skipped      {count:>9,} {reason}")
     logger.info(f"fingerprint  sha256 {fingerprint['sha256']}")
     logger.info(f"folder       {dataset.directory}")

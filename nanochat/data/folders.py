@@ -63,7 +63,7 @@ class Found:
         chosen = [file for file in self.files if wanted(file[0])]
         for name, _ in self.files:
             if not wanted(name):
-                self.skip(suffix_of(name), name)
+                self.skip(get_suffix(name), name)
         return chosen
 
     def describe(self) -> list[str]:
@@ -73,18 +73,18 @@ class Found:
         if kinds:
             number = sum(map(len, kinds.values()))
             order = sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
-            parts = [f"{len(names)} {one_line(kind)} ({first_names(names)})" for kind, names in order[:NAMED]]
+            parts = [f"{len(names)} {escape_control(kind)} ({list_first(names)})" for kind, names in order[:NAMED]]
             parts += [f"{len(order) - NAMED} other kinds"] if len(order) > NAMED else []
             lines.append(f"{number} file{'s' * (number != 1)} not read: {', '.join(parts)}")
         for reason, names in sorted(self.skipped.items()):
             if reason not in kinds:
-                lines.append(f"{len(names)} skipped, {reason}: {first_names(names, NAMED)}")
+                lines.append(f"{len(names)} skipped, {reason}: {list_first(names, NAMED)}")
         return lines
 
     def report_own_output(self) -> None:
         """Say that output of this program lies in the folder, and which: it is not read."""
         if names := self.skipped.get(OWN_OUTPUT):
-            logger.info(f"data: {len(names)} skipped, {OWN_OUTPUT}: {first_names(names, NAMED)}")
+            logger.info(f"data: {len(names)} skipped, {OWN_OUTPUT}: {list_first(names, NAMED)}")
 
     def report(self, counts: dict) -> None:
         """Say what was skipped, and add the numbers to counts: files of other kinds together."""
@@ -96,12 +96,12 @@ class Found:
             counts[key] = counts.get(key, 0) + len(names)
 
 
-def first_names(names: Iterable[str], most: int = 2) -> str:
-    names = [one_line(name) for name in names]
+def list_first(names: Iterable[str], most: int = 2) -> str:
+    names = [escape_control(name) for name in names]
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def suffix_of(name: str) -> str:
+def get_suffix(name: str) -> str:
     """The suffix of a path in lower case, with that of the content before a compression's: .txt.gz."""
     parts = posixpath.basename(name).lower().rsplit(".", 2)
     if len(parts) == 3 and parts[2] in ("gz", "bz2", "xz", "zst") and re.fullmatch("[a-z]{2,7}", parts[1]):
@@ -109,16 +109,16 @@ def suffix_of(name: str) -> str:
     return f".{parts[-1]}" if len(parts) > 1 and parts[-1] else "no suffix"
 
 
-def hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     return name.startswith(".")
 
 
-def printable(path: str) -> str:
+def escape_undecodable(path: str) -> str:
     """A file name as valid text: bytes that are no UTF-8 are written as escapes."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def one_line(name: str) -> str:
+def escape_control(name: str) -> str:
     """A name for a message: line ends and other control characters, which steer a terminal, are written as escapes."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name)
 
@@ -130,7 +130,7 @@ def find_files(root: Path, *, skip_corrupt: bool = False) -> Found:
     a link reaches a second time is skipped, and so are links to a folder that holds root.
     Raises Corrupt for a folder that cannot be listed, unless skip_corrupt; UserError for a root that is our own output.
     """
-    if whose := own_output(root):
+    if whose := find_own_output(root):
         raise UserError(f"data={root} is {OWN_OUTPUT} ({whose}): pass the text that it was made from")
     return _Walk(root, skip_corrupt).run()
 
@@ -181,7 +181,7 @@ class _Walk:
                 self.entered.add(identity)
                 own = _own_files(folder, {entry.name for entry in entries})
                 for entry in entries:
-                    if hidden(entry.name):
+                    if is_hidden(entry.name):
                         self.found.skip("hidden", self.name(entry.path))
                     elif entry.name in own:
                         self.found.skip(OWN_OUTPUT, self.name(entry.path))
@@ -197,7 +197,7 @@ class _Walk:
             return "links to folders read under another name"
         if identity in self.above:
             return "links to a folder that holds this one"
-        own = folder != self.root and (identity == self.base or own_output(folder))
+        own = folder != self.root and (identity == self.base or find_own_output(folder))
         return OWN_OUTPUT if own else None
 
     def look(self, entry: os.DirEntry, device: int, todo: list[Path], links: list[Path]) -> None:
@@ -230,11 +230,11 @@ class _Walk:
         """Whether a link leads to a file of our own, as to the shards of a prepared dataset."""
         folder = link.resolve().parent
         if folder not in self.ours:
-            self.ours[folder] = own_output(folder) is not None
+            self.ours[folder] = find_own_output(folder) is not None
         return self.ours[folder]
 
     def name(self, path: str | Path) -> str:
-        return printable(Path(path).relative_to(self.root).as_posix())
+        return escape_undecodable(Path(path).relative_to(self.root).as_posix())
 
     def fail(self, path: Path, error: OSError) -> None:
         if not self.skip_corrupt:
@@ -253,7 +253,7 @@ def _identity(folder: Path) -> tuple[int, int]:
 # our own output
 
 
-def own_output(folder: Path) -> str | None:
+def find_own_output(folder: Path) -> str | None:
     """What of ours a folder is, by the files that this program writes into it; None for a folder of somebody else's."""
     try:
         names = set(os.listdir(folder))
@@ -275,7 +275,7 @@ def own_output(folder: Path) -> str | None:
 
 def _is_run(folder: Path, names: set[str]) -> bool:
     """Whether a folder with config.py and metrics.jsonl is a run's, and holds no further files that could be data."""
-    others = (suffix_of(name) for name in names - {"config.py", "metrics.jsonl"} if (folder / name).is_file())
+    others = (get_suffix(name) for name in names - {"config.py", "metrics.jsonl"} if (folder / name).is_file())
     return _is_config(folder / "config.py") and set(others) <= {".json", ".png", ".log", ".lock", ".html"}
 
 
@@ -316,8 +316,8 @@ def _is_base(folder: Path) -> bool:
         return True
     for holder in HOLDERS:
         if (folder / holder).is_dir():
-            children = (folder / holder / name for name in sorted(os.listdir(folder / holder)) if not hidden(name))
-            if any(path.is_dir() and own_output(path) for path in children):
+            children = (folder / holder / name for name in sorted(os.listdir(folder / holder)) if not is_hidden(name))
+            if any(path.is_dir() and find_own_output(path) for path in children):
                 return True
     return False
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from nanochat.data.encodings import Corrupt
 from nanochat.data.folders import find_files
-from nanochat.data.local_sources import Source, digest, path_errors_as_user_errors, slug_of, stat_all
-from nanochat.data.text_files import text_of
+from nanochat.data.local_sources import Source, digest, path_errors_as_user_errors, slugify, stat_all
+from nanochat.data.text_files import get_text
 from nanochat.files import sha256_of
 from nanochat.runtime import first_line
 from nanochat.system.environment import UserError, base_dir
@@ -86,7 +86,7 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, RuntimeError, HTTPException, HfHubHTTPError.__bases__[0])
 
 
-def hub_dataset(name: str, column: str, split: str, config: str | None, limit: int | None) -> Source:
+def plan_hub_dataset(name: str, column: str, split: str, config: str | None, limit: int | None) -> Source:
     """Rows of a dataset of the hub, or of a local folder that `datasets` reads; at most `limit`, by default 100,000.
 
     Beside a training split, the dataset's own validation split is held out, or its test split; at most a tenth of the
@@ -95,10 +95,10 @@ def hub_dataset(name: str, column: str, split: str, config: str | None, limit: i
     if not name:
         raise UserError("data=hf: lacks the dataset's name, as in hf:roneneldan/TinyStories")
     options = dict(column=column, split=split, config=config, limit=limit or HUB_DOCUMENTS)
-    files = local_state(name)
+    files = stat_local_dataset(name)
     manifest: dict = {}
     return Source(
-        f"hf-{slug_of(name)}-{digest(json.dumps([name, options]))[:8]}",
+        f"hf-{slugify(name)}-{digest(json.dumps([name, options]))[:8]}",
         f"hf:{name}",
         ", ".join(f"{key} {value}" for key, value in options.items() if value is not None),
         f"see the dataset card of {name} on the hub",
@@ -109,7 +109,7 @@ def hub_dataset(name: str, column: str, split: str, config: str | None, limit: i
     )
 
 
-def local_state(name: str) -> list | None:
+def stat_local_dataset(name: str) -> list | None:
     """[path, size, time of change] of every file below a local folder that stands for a hub dataset; None without."""
     with path_errors_as_user_errors("data", f"hf:{name}"):
         folder = Path(name).expanduser()
@@ -129,7 +129,7 @@ def _hub_documents(name: str, options: dict, manifest: dict, counts: Counter) ->
 
     for done, (place, split, held, record) in enumerate(stream_rows(name, options, "documents", select), 1):
         counts["files"] += 1
-        text = text_of(record, column, f"hf:{name}")
+        text = get_text(record, column, f"hf:{name}")
         room -= len(text)
         if room < 0:
             allowed = f"{options['limit'] * LARGEST_MEAN:,} characters in {done} documents"
@@ -237,7 +237,7 @@ def download_climbmix(names: list[str], directory: Path, workers: int, recorded:
         if announced.size is not None and announced.size > LARGEST_SHARD:
             raise Corrupt(f"{name}: the hub announces {announced.size:,} bytes, more than any shard of climbmix has")
         if not (path.exists() and path.stat().st_size == announced.size):
-            _fetch(url, path, announced.size, stop, moved)
+            _download(url, path, announced.size, stop, moved)
         sha256, etag = sha256_of(path), announced.etag or ""
         wanted = recorded.get(name) or (etag if re.fullmatch("[0-9a-f]{64}", etag) else sha256)
         if sha256 != wanted:
@@ -264,7 +264,7 @@ def download_climbmix(names: list[str], directory: Path, workers: int, recorded:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _fetch(url: str, path: Path, size: int | None, stop: threading.Event, moved: Callable[[float], None]) -> None:
+def _download(url: str, path: Path, size: int | None, stop: threading.Event, moved: Callable[[float], None]) -> None:
     """Download into a hidden partial file, from which an interrupted download resumes, then rename it.
 
     huggingface_hub throws partial files away. A cut connection is taken up again as long as bytes arrive. A server

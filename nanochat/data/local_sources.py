@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanochat.data.encodings import Corrupt
-from nanochat.data.folders import Found, find_files, first_names, hidden, printable  # noqa: F401 (hidden: for audio_sources)
-from nanochat.data.splits import mixed_parts, own_split
+from nanochat.data.folders import Found, escape_undecodable, find_files, list_first
+from nanochat.data.splits import find_mixed_parts, find_own_split
 from nanochat.data.text_files import (
     COMPRESSIONS,
     ROW_SUFFIXES,
@@ -78,7 +78,7 @@ class Source:
     undecodable: list[str] = field(default_factory=list)  # the first documents that are no text, and why
 
 
-def stdlib() -> Source:
+def plan_stdlib() -> Source:
     """The standard library of the running interpreter, a file a document: about 7.7 MB without tests and tables."""
     return Source(
         "stdlib",
@@ -86,7 +86,7 @@ def stdlib() -> Source:
         platform.python_version(),
         "Python Software Foundation License (source of the running interpreter)",
         stat_all(files := _stdlib_files()),
-        lambda counts: _whole_files(files, counts, at_least=200),
+        lambda counts: _read_whole_files(files, counts, at_least=200),
         LEAST_STDLIB_BYTES,
         "this Python lacks its source files (zipped or frozen?): pass a folder of text files with --data=FOLDER",
     )
@@ -101,10 +101,10 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     def excluded(folder: str) -> bool:
         return folder in STDLIB_EXCLUDED or folder.startswith("turtle")
 
-    return walk(Path(sysconfig.get_path("stdlib")), wanted, excluded)
+    return list_files(Path(sysconfig.get_path("stdlib")), wanted, excluded)
 
 
-def packages() -> Source:
+def plan_packages() -> Source:
     """The standard library and all our runtime requirements, each module's long docstrings as a further document."""
     installed = dict(_package_files())
     files = sorted((installed | dict(_stdlib_files())).items())
@@ -114,7 +114,9 @@ def packages() -> Source:
         platform.python_version(),
         "each package's own licence, beside its metadata in site-packages; the standard library's is the PSF License",
         ["without copies", stat_all(files)],
-        lambda counts: _with_docstrings(_whole_files(files, counts, at_least=200, at_most=1_000_000), set(installed)),
+        lambda counts: _add_docstrings(
+            _read_whole_files(files, counts, at_least=200, at_most=1_000_000), set(installed)
+        ),
         LEAST_STDLIB_BYTES,
         "pass a folder of text files with --data=FOLDER",
         drop_copies=True,  # packages that hold each other's modules
@@ -163,18 +165,18 @@ def _closure(own) -> list:
     return [found[name] for name in sorted(found)]
 
 
-def _with_docstrings(files: Iterable[tuple[str, bytes]], packages: set[str]) -> Iterator[tuple[str, str | bytes]]:
+def _add_docstrings(files: Iterable[tuple[str, bytes]], packages: set[str]) -> Iterator[tuple[str, str | bytes]]:
     """Every file, and after a package's file one document with its docstrings over 200 characters, repeats skipped."""
     seen: set[str] = set()
     for name, raw in files:
         yield name, raw
-        if name in packages and (new := [doc for doc in _docstrings(raw) if doc not in seen]):
+        if name in packages and (new := [doc for doc in _extract_docstrings(raw) if doc not in seen]):
             new = list(dict.fromkeys(new))
             seen.update(new)
             yield f"{name}#docstrings", "\n\n".join(new) + "\n"
 
 
-def _docstrings(source: bytes) -> list[str]:
+def _extract_docstrings(source: bytes) -> list[str]:
     """Cleaned docstrings of more than 200 characters, in the order of the tree; none for what does not parse."""
     if b'"""' not in source and b"'''" not in source:
         return []
@@ -203,7 +205,7 @@ def path(source: str, column: str, skip_corrupt: bool) -> Source:
         files = found.choose(lambda name: is_read(name, further))
         if alone:
             logger.info(
-                f"data: {len(alone)} tables and compressed files ({first_names(alone)}) are not read beside "
+                f"data: {len(alone)} tables and compressed files ({list_first(alone)}) are not read beside "
                 f"{' '.join(TEXT_SUFFIXES + ROW_SUFFIXES)}: pass one alone, or move the others away"
             )
         if not files:
@@ -213,18 +215,18 @@ def path(source: str, column: str, skip_corrupt: bool) -> Source:
         if not is_read(path.name, further=True):
             kind = path.suffix or "a file without suffix"
             raise UserError(f"data={source}: cannot read {kind}: one of {KINDS}")
-        files = [(printable(path.name), path)]
+        files = [(escape_undecodable(path.name), path)]
     else:
         hint = nearest_name(source, ("stdlib", "packages", "climbmix"))
         hint = hint if "did you mean" in hint else ""
         raise UserError(
             f"data={source}: no such file or folder{hint}; one of stdlib, packages, climbmix, hf:<dataset>, or a path"
         )
-    parts = own_split(name for name, _ in files) if is_folder else None
-    if not parts and is_folder and (mixed := mixed_parts(name for name, _ in files)):
+    parts = find_own_split(name for name, _ in files) if is_folder else None
+    if not parts and is_folder and (mixed := find_mixed_parts(name for name, _ in files)):
         named, others = mixed
         logger.info(
-            f"data: note: {first_names(named)} are called as parts of a split, {first_names(others)} "
+            f"data: note: {list_first(named)} are called as parts of a split, {list_first(others)} "
             "not: all are read, and what is held out is drawn anew (move the others away to keep it)"
         )
     if parts:
@@ -237,8 +239,8 @@ def path(source: str, column: str, skip_corrupt: bool) -> Source:
     if is_folder and not columns and column != "text":
         logger.info(f"data: note: data_column={column!r} has no effect: none of the {len(files)} files has columns")
     return Source(
-        f"{slug_of(absolute.name)}-{digest(str(absolute))[:8]}",
-        printable(absolute.name),
+        f"{slugify(absolute.name)}-{digest(str(absolute))[:8]}",
+        escape_undecodable(absolute.name),
         f"column {column}" if columns else "text",
         "not known: your own files",
         [column, skip_corrupt, is_folder, READING, stat_all(files)],
@@ -273,7 +275,7 @@ def _read_files(
     rows.close()
 
 
-def _whole_files(files, counts: Counter, at_least: int, at_most: int | None = None) -> Iterator[tuple[str, bytes]]:
+def _read_whole_files(files, counts: Counter, at_least: int, at_most: int | None = None) -> Iterator[tuple[str, bytes]]:
     """Each file as one document, without those of other sizes (bytes)."""
     for name, path in files:
         raw = path.read_bytes()
@@ -286,13 +288,13 @@ def _whole_files(files, counts: Counter, at_least: int, at_most: int | None = No
             yield name, raw
 
 
-def walk(root: Path, wanted: Callable[[str], bool], excluded: Callable[[str], bool]) -> list[tuple[str, Path]]:
+def list_files(root: Path, wanted: Callable[[str], bool], excluded: Callable[[str], bool]) -> list[tuple[str, Path]]:
     """(relative posix path, file) below root of wanted paths, sorted; excluded folders, by name, are not entered."""
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not excluded(name)]
         for path in (Path(folder, name) for name in names):
-            relative = printable(path.relative_to(root).as_posix())
+            relative = escape_undecodable(path.relative_to(root).as_posix())
             if wanted(relative) and path.is_file():
                 found.append((relative, path))
     return sorted(found)
@@ -302,9 +304,6 @@ def stat_all(files: Iterable[tuple[str, Path]]) -> list:
     """Name, size and time of change of every file: cheap, and different when a content is."""
     stats = ((name, path.stat()) for name, path in files)
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-
-_stat_all = stat_all  # as audio_sources calls it
 
 
 @contextmanager
@@ -323,6 +322,6 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def slug_of(name: str) -> str:
+def slugify(name: str) -> str:
     """A readable part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80] or "data"

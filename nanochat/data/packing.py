@@ -197,10 +197,10 @@ class PackedLoader(DataLoader):
         return self.packed.tokens
 
     def _split_inputs_targets(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return inputs_and_targets(ids, self.store, self.count)
+        return split_packed_rows(ids, self.store, self.count)
 
 
-def inputs_and_targets(ids: np.ndarray, store: TokenStore, count: tuple | None = None) -> tuple[np.ndarray, np.ndarray]:
+def split_packed_rows(ids: np.ndarray, store: TokenStore, count: tuple | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Rows [n, seq_len + 1] with EMPTY -> inputs (BOS there) and targets (ignored there), [n, seq_len]."""
     inputs, targets = ids[:, :-1], ids[:, 1:]
     inputs = np.where(inputs == EMPTY, store.tokenizer.bos_id, inputs)

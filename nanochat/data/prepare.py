@@ -20,9 +20,9 @@ from nanochat.data import hub
 from nanochat.data import local_sources as sources
 from nanochat.data.dataset import SPLITS, Dataset, Document, read_clips, read_manifest, read_shard
 from nanochat.data.encodings import Undecodable, check_encodable, decode_text
-from nanochat.data.folders import NAMED, one_line
+from nanochat.data.folders import NAMED, escape_control
 from nanochat.data.local_sources import Source, digest
-from nanochat.data.splits import held_out, is_sane, split_by_bytes
+from nanochat.data.splits import is_held_out, is_sane, split_by_bytes
 from nanochat.files import fsync, sha256_of, write_atomically
 from nanochat.system.environment import UserError, base_dir
 from nanochat.system.temporary import file_lock, remove_abandoned, scratch_folder
@@ -64,21 +64,21 @@ def prepare(
     """
     if source == "climbmix":
         return _climbmix(limit or CLIMBMIX_SHARDS, workers, skip_corrupt)
-    return materialise(text_source(source, column, split, config, limit, skip_corrupt), skip_corrupt)
+    return open_or_prepare(plan_text_source(source, column, split, config, limit, skip_corrupt), skip_corrupt)
 
 
-def text_source(
+def plan_text_source(
     source: str, column: str, split: str, config: str | None, limit: int | None, skip_corrupt: bool
 ) -> Source:
     """What prepare() would read; of anything but climbmix."""
     if source == "synth":
         raise UserError("data=synth is captioned sounds: set modalities too, as in --modalities=audio:2048")
     if source.startswith("hf:"):
-        return hub.hub_dataset(source.removeprefix("hf:"), column, split, config, limit)
+        return hub.plan_hub_dataset(source.removeprefix("hf:"), column, split, config, limit)
     if source == "stdlib":
-        return sources.stdlib()
+        return sources.plan_stdlib()
     if source == "packages":
-        return sources.packages()
+        return sources.plan_packages()
     return sources.path(source, column, skip_corrupt)
 
 
@@ -89,19 +89,19 @@ def state_of(source: Source) -> str:
 
 def find_version(source: Source, skip_corrupt: bool) -> Dataset | None:
     """The version of a source that was prepared from its present state."""
-    for directory, manifest in _versions(base_dir() / "data", source.name):
+    for directory, manifest in _list_versions(base_dir() / "data", source.name):
         if manifest["state"] == state_of(source) and codec_is_here(manifest):
             return Dataset(directory, manifest, skip_corrupt)
     return None
 
 
-def materialise(source: Source, skip_corrupt: bool) -> Dataset:
+def open_or_prepare(source: Source, skip_corrupt: bool) -> Dataset:
     """Open the version of this source that was prepared from this state, or make it."""
     data = base_dir() / "data"
     if found := find_version(source, skip_corrupt):
-        _say_split(found.manifest)
+        _log_split_rule(found.manifest)
         return found
-    known = _versions(data, source.name)
+    known = _list_versions(data, source.name)
     why = f"{source.name} changed since it was prepared" if known else f"preparing {source.name}"
     logger.info(f"data: {why}, writing shards")
     with _scratch(data, source.name) as scratch:
@@ -112,13 +112,13 @@ def materialise(source: Source, skip_corrupt: bool) -> Dataset:
             "name": source.name,
             "source": source.source,
             "licence": source.licence,
-            "fingerprint": _fingerprint(source.source, source.version, counts["files"], entries),
+            "fingerprint": _make_fingerprint(source.source, source.version, counts["files"], entries),
             "state": state_of(source),
             "left_out": {reason: n for reason, n in sorted(counts.items()) if reason != "files"},
             **source.manifest,
             "files": entries,
         }
-        known = _versions(data, source.name)  # again: another process may have been faster
+        known = _list_versions(data, source.name)  # again: another process may have been faster
         same = [d for d, m in known if m["fingerprint"]["sha256"] == manifest["fingerprint"]["sha256"]]
         if same:  # touched, not changed
             target, manifest["name"] = same[0], same[0].name
@@ -136,11 +136,11 @@ def materialise(source: Source, skip_corrupt: bool) -> Dataset:
         f"data: {manifest['fingerprint']['files']} files, {manifest['fingerprint']['bytes'] / 1e6:.2f} MB of text"
         f"{f' (skipped: {left})' if left else ''} -> {target}"
     )
-    _say_split(manifest)
+    _log_split_rule(manifest)
     return Dataset(target, manifest, skip_corrupt)
 
 
-def _say_split(manifest: dict) -> None:
+def _log_split_rule(manifest: dict) -> None:
     """Say it when the split is not the usual one, by the hash of the documents' names."""
     if rule := manifest.get("split_rule"):
         logger.info(f"data: {manifest['name']}: {rule}")
@@ -161,28 +161,28 @@ def _write_shards(source: Source, directory: Path, counts: Counter) -> list[dict
     rules = set()
 
     def documents() -> Iterator[Document]:
-        for document in _decoded(source, counts):
+        for document in _decode_documents(source, counts):
             rules.add("own" if document.split else "name")
-            split = document.split or ("val" if held_out(document.name) else "train")
+            split = document.split or ("val" if is_held_out(document.name) else "train")
             order.append(split == "val")
-            hashes[split].append(_hash(document.text))
+            hashes[split].append(_hash_text(document.text))
             yield document._replace(split=split)
 
     codec = source.manifest.get("codec")
-    entries = _write(documents(), directory, codec)
-    sizes = _sizes(entries)
+    entries = _write_documents(documents(), directory, codec)
+    sizes = _bytes_by_split(entries)
     if codec or not entries:
         return entries
     if "own" in rules and "split_rule" in source.manifest:
         source.manifest["split_rule"] += f": {sizes['val'] / (sizes['train'] + sizes['val']):.1%} of the bytes"
     elif not is_sane(sizes):
         entries = _split_anew(source, directory, entries, order, hashes)
-        source.manifest["split_rule"] = _describe_rule(sizes, _sizes(entries))
+        source.manifest["split_rule"] = _describe_rule(sizes, _bytes_by_split(entries))
     copies = np.isin(hashes["val"], np.unique(hashes["train"]))
     if copies.any() and source.drop_copies:
         counts[COPIES] += int(copies.sum())
         pairs = zip(_read_back(directory, entries, "val"), copies, strict=True)
-        return _replace(
+        return _rewrite_splits(
             directory, entries, ("val",), (Document(*pair, split="val") for pair, copy in pairs if not copy)
         )
     if copies.any():
@@ -194,7 +194,7 @@ def _write_shards(source: Source, directory: Path, counts: Counter) -> list[dict
     return entries
 
 
-def _decoded(source: Source, counts: Counter) -> Iterator[Document]:
+def _decode_documents(source: Source, counts: Counter) -> Iterator[Document]:
     """The source's documents as text; those that are no text are named and counted, empty ones counted."""
     for document in source.read(counts):
         document = Document(*document)
@@ -204,7 +204,7 @@ def _decoded(source: Source, counts: Counter) -> Iterator[Document]:
         except Undecodable as error:
             counts["undecodable"] += 1
             row = re.fullmatch(r"(.*\.jsonl)#(\d+)", document.name)
-            where = one_line(f"{row[1]} line {int(row[2]) + 1}" if row else document.name)
+            where = escape_control(f"{row[1]} line {int(row[2]) + 1}" if row else document.name)
             if counts["undecodable"] <= NAMED:
                 source.undecodable.append(f"{where} is {error}")
                 logger.info(f"data: {source.undecodable[-1]}: skipped")
@@ -217,7 +217,7 @@ def _decoded(source: Source, counts: Counter) -> Iterator[Document]:
         logger.info(f"data: ... and {counts['undecodable'] - NAMED} more documents that are not UTF-8")
 
 
-def _write(documents: Iterable[Document], directory: Path, codec: dict | None = None) -> list[dict]:
+def _write_documents(documents: Iterable[Document], directory: Path, codec: dict | None = None) -> list[dict]:
     """Write documents whose split is known as shards of about SHARD_BYTES; returns the manifest's entries."""
     entries: list[dict] = []
     pending: dict[str, list[tuple]] = {split: [] for split in SPLITS}
@@ -234,7 +234,7 @@ def _write(documents: Iterable[Document], directory: Path, codec: dict | None = 
             table = table.append_column("attributes", pa.array(attributes, pa.string()))
         with pa.OSFile(os.fsencode(path), "wb") as file:  # a path need not be UTF-8
             pq.write_table(table, file, compression="zstd", row_group_size=1024, write_page_checksum=True)
-        entries.append(_describe(path, split, codec))
+        entries.append(_describe_shard(path, split, codec))
         pending[split], sizes[split] = [], 0
 
     for name, text, codes, attributes, split in documents:
@@ -250,11 +250,11 @@ def _write(documents: Iterable[Document], directory: Path, codec: dict | None = 
     return sorted(entries, key=lambda entry: (SPLITS.index(entry["split"]), entry["name"]))
 
 
-def _sizes(entries: list[dict]) -> dict[str, int]:
+def _bytes_by_split(entries: list[dict]) -> dict[str, int]:
     return {s: sum(entry["text_bytes"] for entry in entries if entry["split"] == s) for s in SPLITS}
 
 
-def _hash(text: str) -> int:
+def _hash_text(text: str) -> int:
     """64 bits of a text, to find equal ones."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
@@ -282,19 +282,19 @@ def _split_anew(
     new: dict[str, array] = {split: array("Q") for split in SPLITS}
 
     def documents() -> Iterator[Document]:
-        for name, text, split in split_by_bytes(in_order, sum(_sizes(entries).values())):
-            new[split].append(_hash(text))
+        for name, text, split in split_by_bytes(in_order, sum(_bytes_by_split(entries).values())):
+            new[split].append(_hash_text(text))
             yield Document(name, text, split=split)
 
-    entries = _replace(directory, entries, SPLITS, documents())
+    entries = _rewrite_splits(directory, entries, SPLITS, documents())
     hashes.update(new)
     return entries
 
 
-def _replace(directory: Path, entries: list[dict], splits: Iterable[str], documents: Iterable) -> list[dict]:
+def _rewrite_splits(directory: Path, entries: list[dict], splits: Iterable[str], documents: Iterable) -> list[dict]:
     """Write documents in place of the shards of some splits, which may be read meanwhile; returns all entries."""
     with tempfile.TemporaryDirectory(dir=directory, prefix=".") as folder:
-        new = _write(documents, Path(folder))
+        new = _write_documents(documents, Path(folder))
         for entry in entries:
             if entry["split"] in splits:
                 (directory / entry["name"]).unlink()
@@ -304,7 +304,7 @@ def _replace(directory: Path, entries: list[dict], splits: Iterable[str], docume
     return sorted(kept + new, key=lambda entry: (SPLITS.index(entry["split"]), entry["name"]))
 
 
-def _describe(path: Path, split: str, codec: dict | None = None) -> dict:
+def _describe_shard(path: Path, split: str, codec: dict | None = None) -> dict:
     """A shard's manifest entry, from reading it whole: what is recorded is what can be read back."""
     documents, text_bytes, texts = 0, 0, hashlib.sha256()
     sounds, totals = hashlib.sha256(), dict.fromkeys(("clips", "unseen", "caption_bytes", "codes"), 0)
@@ -328,7 +328,7 @@ def _describe(path: Path, split: str, codec: dict | None = None) -> dict:
     return entry | totals | {"codes_sha256": sounds.hexdigest()} if codec else entry
 
 
-def _fingerprint(source: str, version: str, files: int, entries: list[dict]) -> dict:
+def _make_fingerprint(source: str, version: str, files: int, entries: list[dict]) -> dict:
     """The dataset's identity, from its texts and codes: parquet bytes differ between versions of pyarrow."""
     total = sum(entry["text_bytes"] for entry in entries)
     keys = ("split", "text_sha256", "codes_sha256")
@@ -397,13 +397,13 @@ def _climbmix(limit: int, workers: int, skip_corrupt: bool) -> Dataset:
     }
 
     def fingerprint(entries: list[dict]) -> dict:
-        return _fingerprint("climbmix", hub.CLIMBMIX_REPO, len(entries), entries)
+        return _make_fingerprint("climbmix", hub.CLIMBMIX_REPO, len(entries), entries)
 
     known = {entry["name"]: entry for entry in manifest["files"]}
     if missing := [name for name in names if name not in known or not (directory / name).exists()]:
         recorded = {name: entry["sha256"] for name, entry in known.items()}
         for path in hub.download_climbmix(missing, directory, workers, recorded):
-            known[path.name] = _describe(path, "val" if path.name == _shard_name(CLIMBMIX_LAST) else "train")
+            known[path.name] = _describe_shard(path, "val" if path.name == _shard_name(CLIMBMIX_LAST) else "train")
             with file_lock(directory / ".manifest.lock"):  # another process may have added shards meanwhile
                 there = (read_manifest(directory) or manifest)["files"]
                 known = {entry["name"]: entry for entry in there} | known
@@ -417,7 +417,7 @@ def _write_manifest(directory: Path, manifest: dict) -> None:
     write_atomically(directory / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def _versions(data: Path, name: str) -> list[tuple[Path, dict]]:
+def _list_versions(data: Path, name: str) -> list[tuple[Path, dict]]:
     """The prepared versions of a source: the folder of its name, and later ones with -v and the content's hash."""
     folders = sorted(data.iterdir()) if data.is_dir() else []
     ours = [d for d in folders if re.fullmatch(re.escape(name) + "(-v[0-9a-f]{8})?", d.name)]

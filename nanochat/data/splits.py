@@ -14,7 +14,7 @@ BLOCK_BYTES = 4096  # of a long document that is cut; less where there is little
 CUTS = tuple(re.compile(pattern) for pattern in (r"\n\s*\n|\r[ \t]*\r", r"\r\n|\n|\r", r"\s"))
 
 
-def held_out(name: str) -> bool:
+def is_held_out(name: str) -> bool:
     """True for the tenth of all document names that is never trained on; a docstring document follows its file."""
     key = name.removesuffix("#docstrings")
     return int(hashlib.sha256(key.encode("utf-8")).hexdigest(), 16) % 10 == 0
@@ -48,7 +48,7 @@ def split_by_bytes(documents: Iterable[tuple[str, str]], total: int) -> Iterator
             continue
         block = max(1, round(min(BLOCK_BYTES, total // 40) * len(text) / size))
         pieces: list[tuple[str, list[str]]] = []
-        for part in cut(text, block):
+        for part in cut_text(text, block):
             split = take(len(part.encode()))
             if pieces and split == pieces[-1][0] == "train":
                 pieces[-1][1].append(part)
@@ -57,7 +57,7 @@ def split_by_bytes(documents: Iterable[tuple[str, str]], total: int) -> Iterator
         yield from ((f"{name}#{number}", "".join(parts), split) for number, (split, parts) in enumerate(pieces))
 
 
-def cut(text: str, size: int) -> Iterator[str]:
+def cut_text(text: str, size: int) -> Iterator[str]:
     """A text in pieces of `size` to 2 * size characters, which end at a blank line, a line, a blank, or anywhere."""
     start = 0
     while len(text) - start > 2 * size:
@@ -81,7 +81,7 @@ DATA_SUFFIXES = r"\.(txt|jsonl|ndjson|json|csv|tsv|parquet)(\.(gz|bz2|xz|zst))?"
 PROGRAMS = (".py", ".md")  # what is read beside data: src/train/ and src/eval/ of a program are no split
 
 
-def own_split(names: Iterable[str]) -> dict[str, str | None] | None:
+def find_own_split(names: Iterable[str]) -> dict[str, str | None] | None:
     """{path: "train", "val" or None} of the files of a dataset with parts of its own, None for one without.
 
     Its parts are folders beside each other at any depth, as in train/ and test/, default/train/ and default/test/ or
@@ -97,11 +97,11 @@ def own_split(names: Iterable[str]) -> dict[str, str | None] | None:
         for where, part in parts.values():
             known.setdefault(where, set()).add(part)
         if any("train" in found and found & {"validation", "test"} for found in known.values()):
-            return {name: _meaning(part, known[where]) for name, (where, part) in parts.items()}
+            return {name: _split_of_part(part, known[where]) for name, (where, part) in parts.items()}
     return None
 
 
-def mixed_parts(names: Iterable[str]) -> tuple[list[str], list[str]] | None:
+def find_mixed_parts(names: Iterable[str]) -> tuple[list[str], list[str]] | None:
     """(files called as parts of a split, the other files of data), where those others keep it from being one."""
     found = {name: _file_part(name) for name in names if _is_data(name)}
     parts, others = [name for name in found if found[name]], [name for name in found if not found[name]]
@@ -109,7 +109,7 @@ def mixed_parts(names: Iterable[str]) -> tuple[list[str], list[str]] | None:
     return (parts, others) if "train" in known and known & {"validation", "test"} and others else None
 
 
-def _meaning(part: str | None, known: set) -> str | None:
+def _split_of_part(part: str | None, known: set) -> str | None:
     """The split of a part among those beside it."""
     if "train" not in known or not known & {"validation", "test"}:
         return "train"

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.data.encodings import SAMPLE, Corrupt, Undecodable, check_encodable, decode_text, detect_encoding
-from nanochat.data.folders import NAMED, one_line, suffix_of
+from nanochat.data.folders import NAMED, escape_control, get_suffix
 from nanochat.runtime import first_line
 from nanochat.system.environment import UserError
 
@@ -60,7 +60,7 @@ class Rows:
 
 def content_suffix(name: str) -> tuple[str, str]:
     """(suffix of the content, of the compression or ""): book.txt.gz gives .txt and .gz."""
-    suffix = suffix_of(name)
+    suffix = get_suffix(name)
     for compression in COMPRESSIONS:
         if suffix.endswith(compression):
             return suffix.removesuffix(compression), compression
@@ -80,7 +80,7 @@ def file_documents(name: str, path: Path, column: str, single: bool, rows: Rows)
     suffix, compression = content_suffix(path.name)
     with io_errors_as_corrupt(path):
         if suffix in TEXT_SUFFIXES and not single:
-            yield name, _whole(path, compression)
+            yield name, _read_whole(path, compression)
             return
         readers: dict[str, Callable] = {
             ".parquet": _parquet_rows,
@@ -90,7 +90,7 @@ def file_documents(name: str, path: Path, column: str, single: bool, rows: Rows)
             ".csv": _csv_rows,
             ".tsv": _csv_rows,
         }
-        texts = readers[suffix](path, column, rows) if suffix in readers else blocks(path)
+        texts = readers[suffix](path, column, rows) if suffix in readers else read_blocks(path)
         for row, text in enumerate(texts):
             if text is not None:
                 yield f"{name}#{row}", text
@@ -109,7 +109,7 @@ def open_bytes(path: Path, compression: str | None = None) -> BinaryIO:
     return openers[kind](path, "rb") if kind else open(path, "rb")
 
 
-def _whole(path: Path, compression: str = "") -> bytes:
+def _read_whole(path: Path, compression: str = "") -> bytes:
     """All bytes of a file that is one document."""
     if path.stat().st_size <= LARGEST_FILE:
         with open_bytes(path, compression) as file:
@@ -119,7 +119,7 @@ def _whole(path: Path, compression: str = "") -> bytes:
     raise UserError(f"{path} has over {LARGEST_FILE:,} bytes: pass it alone, a single file is read in blocks")
 
 
-def _encoding(path: Path) -> tuple[str, int]:
+def _detect_file_encoding(path: Path) -> tuple[str, int]:
     """Encoding of a file, by its beginning, and the bytes of its mark; Undecodable names the file."""
     with open_bytes(path) as file:
         head = file.read(SAMPLE)
@@ -134,20 +134,20 @@ def open_text(path: Path) -> io.TextIOWrapper:
 
     Bytes that are no UTF-8 become lone surrogates.
     """
-    encoding, mark = _encoding(path)
+    encoding, mark = _detect_file_encoding(path)
     file = open_bytes(path)
     file.read(mark)
     errors = "surrogateescape" if encoding == "utf-8" else "strict"
     return io.TextIOWrapper(file, encoding=encoding, errors=errors, newline="")
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _read_lines(path: Path) -> Iterator[bytes]:
     """A text file's lines, which end with \\n, as UTF-8 without a mark; longer ones than LONGEST_LINE in pieces."""
-    encoding, mark = _encoding(path)
+    encoding, mark = _detect_file_encoding(path)
     with open_bytes(path) as file:
         file.read(mark)
         if encoding == "utf-8":
-            yield from _whole_characters(iter(lambda: file.readline(LONGEST_LINE), b""))
+            yield from _move_split_characters(iter(lambda: file.readline(LONGEST_LINE), b""))
             return
         with io.TextIOWrapper(file, encoding=encoding, newline="\n") as text:
             try:
@@ -156,7 +156,7 @@ def _lines(path: Path) -> Iterator[bytes]:
                 raise Undecodable(f"{path}: {encoding}, but damaged ({error.reason}): save it as UTF-8") from error
 
 
-def _whole_characters(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def _move_split_characters(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Pieces of UTF-8 that end where a character does."""
     rest = b""
     for piece in pieces:
@@ -171,10 +171,10 @@ def _whole_characters(pieces: Iterable[bytes]) -> Iterator[bytes]:
         yield rest
 
 
-def blocks(path: Path) -> Iterator[bytes]:
+def read_blocks(path: Path) -> Iterator[bytes]:
     """A text file in pieces of about 4 KB that end at a blank line, or at any line when none comes for 16 KB."""
     block, size = [], 0
-    for line in _lines(path):
+    for line in _read_lines(path):
         block.append(line)
         size += len(line)
         if size >= BLOCK_BYTES and (not line.strip() or size >= 4 * BLOCK_BYTES):
@@ -201,7 +201,7 @@ def _json_lines(lines: Iterable[str], path: Path, column: str, rows: Rows) -> It
         if not line.strip():
             yield ""
             continue
-        if broken := _undecodable(line):
+        if broken := _find_decoding_error(line):
             yield rows.refuse(f"{where} is {broken}")
             continue
         try:
@@ -209,13 +209,13 @@ def _json_lines(lines: Iterable[str], path: Path, column: str, rows: Rows) -> It
         except (ValueError, RecursionError) as error:
             yield rows.refuse(f"{where} is not JSON ({first_line(error)})")
         else:
-            yield _checked(row, column, where, rows)
+            yield _get_row_text(row, column, where, rows)
 
 
 def _json_rows(path: Path, column: str, rows: Rows) -> Iterator[str | None]:
     """Rows of a JSON array, or of the one array in an object; a file that holds a value a line is read as jsonl."""
     try:
-        text = decode_text(_whole(path, content_suffix(path.name)[1]))
+        text = decode_text(_read_whole(path, content_suffix(path.name)[1]))
     except Undecodable as error:
         raise Undecodable(f"{path}: {error}") from error
     try:
@@ -229,7 +229,7 @@ def _json_rows(path: Path, column: str, rows: Rows) -> Iterator[str | None]:
         arrays = [value for value in found.values() if isinstance(value, list)]
         found = arrays[0] if len(arrays) == 1 else found
     for number, row in enumerate(found if isinstance(found, list) else [found]):
-        yield row if isinstance(row, str) else _checked(row, column, f"{path} row {number}", rows)
+        yield row if isinstance(row, str) else _get_row_text(row, column, f"{path} row {number}", rows)
 
 
 def _csv_rows(path: Path, column: str, rows: Rows) -> Iterator[str | None]:
@@ -245,22 +245,22 @@ def _csv_rows(path: Path, column: str, rows: Rows) -> Iterator[str | None]:
         try:
             names = [name.strip() for name in next(table, [])]
             if names and names.count(column) != 1:
-                raise Corrupt(_not_one_column(f"{path} line 1", column, names))
+                raise Corrupt(_describe_header_fault(f"{path} line 1", column, names))
             for row in table:
                 where = f"{path} line {table.line_num}"
-                if broken := _undecodable("".join(row)):
+                if broken := _find_decoding_error("".join(row)):
                     yield rows.refuse(f"{where} is {broken}")
                 elif not row:
                     yield ""
                 elif len(row) != len(names):
                     yield rows.refuse(f"{where} has {len(row)} columns, the header has {len(names)}")
                 else:
-                    yield _checked(dict(zip(names, row, strict=True)), column, where, rows)
+                    yield _get_row_text(dict(zip(names, row, strict=True)), column, where, rows)
         except csv.Error as error:
             raise Corrupt(f"{path} line {table.line_num} is not csv ({error}): mend its quotes") from error
 
 
-def _undecodable(line: str) -> Undecodable | None:
+def _find_decoding_error(line: str) -> Undecodable | None:
     """What is wrong with a line of a file that open_text() opened, if it is no UTF-8."""
     try:
         check_encodable(line)
@@ -286,27 +286,27 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 def _parquet_rows(path: Path, column: str, rows: Rows) -> Iterator[str | None]:
     file = open_parquet(path)
     if column not in file.schema_arrow.names:
-        raise Corrupt(_no_column(str(path), column, file.schema_arrow.names))
+        raise Corrupt(_describe_missing_column(str(path), column, file.schema_arrow.names))
     for group in range(file.num_row_groups):
         for text in file.read_row_group(group, columns=[column])[column].to_pylist():
-            yield _checked({column: text}, column, str(path), rows)
+            yield _get_row_text({column: text}, column, str(path), rows)
 
 
-def _checked(row: object, column: str, where: str, rows: Rows) -> str | None:
+def _get_row_text(row: object, column: str, where: str, rows: Rows) -> str | None:
     """The text of a row, or None for one that is refused and skipped."""
     if not isinstance(row, dict):
         hint = ": a file that is one array is read when called .json" if isinstance(row, list) else ""
         return rows.refuse(f"{where} is not a JSON object{hint}")
     try:
-        return text_of(row, column, where)
+        return get_text(row, column, where)
     except UserError as error:
         return rows.refuse(str(error))
 
 
-def text_of(row: dict, column: str, where: str) -> str:
+def get_text(row: dict, column: str, where: str) -> str:
     """The text of a row; null is no text; UserError for an absent column or one that holds something else."""
     if column not in row:
-        raise UserError(_no_column(where, column, row))
+        raise UserError(_describe_missing_column(where, column, row))
     text = row[column]
     if isinstance(text, bytes):
         try:
@@ -319,16 +319,16 @@ def text_of(row: dict, column: str, where: str) -> str:
     return text or ""
 
 
-def _no_column(where: str, column: str, names: Iterable) -> str:
-    listed = ", ".join(one_line(str(name))[:40] for name in sorted(map(str, names))[:20]) or "it has none"
+def _describe_missing_column(where: str, column: str, names: Iterable) -> str:
+    listed = ", ".join(escape_control(str(name))[:40] for name in sorted(map(str, names))[:20]) or "it has none"
     return f"{where} has no column {column!r}: choose one with --data_column ({listed})"
 
 
-def _not_one_column(where: str, column: str, names: list[str]) -> str:
+def _describe_header_fault(where: str, column: str, names: list[str]) -> str:
     """What is wrong with the header of a table: no such column, or several."""
     if number := names.count(column):
         return f"{where} has {number} columns {column!r}: rename all but one of them"
-    return _no_column(where, column, names)
+    return _describe_missing_column(where, column, names)
 
 
 @contextmanager

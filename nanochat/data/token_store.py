@@ -16,7 +16,7 @@ import numpy as np
 
 from nanochat.data.dataset import Dataset
 from nanochat.data.tokenizer import Tokenizer
-from nanochat.files import replacing, write_atomically
+from nanochat.files import open_atomic, write_atomically
 from nanochat.modality import Vocabulary
 from nanochat.system.environment import UserError
 from nanochat.system.temporary import file_lock, remove_abandoned
@@ -237,18 +237,18 @@ class TokenStore:
         path = self.paths[shard]
         self._file(shard, ".json").unlink(missing_ok=True)  # from here on the old files do not count
         lengths = [0]
-        with replacing(self._file(shard, ".bin"), keep_equal=True) as file:
-            for texts, sounds in _chunks((text, codes) for _, text, codes, _ in self.dataset.read_clips(path)):
+        with open_atomic(self._file(shard, ".bin"), keep_equal=True) as file:
+            for texts, sounds in _group_documents((text, codes) for _, text, codes, _ in self.dataset.read_clips(path)):
                 if not self._running():
                     raise RuntimeError("tokenising was stopped")
                 documents = [[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(texts, self.workers)]
                 for document, codes in zip(documents, sounds, strict=True):
                     if codes is not None:
-                        document.extend(sound_ids(self.vocabulary, codes))
+                        document.extend(encode_sound(self.vocabulary, codes))
                 # not tofile(): it says nothing of a full disk
                 file.write(np.fromiter(itertools.chain.from_iterable(documents), self.dtype).tobytes())
                 lengths.extend(map(len, documents))
-        with replacing(self._file(shard, ".npy"), keep_equal=True) as file:
+        with open_atomic(self._file(shard, ".npy"), keep_equal=True) as file:
             offsets = io.BytesIO()
             np.save(offsets, np.cumsum(lengths, dtype=np.int64))
             file.write(offsets.getvalue())
@@ -300,7 +300,7 @@ class Stream:
         return self[:].tolist()
 
 
-def _chunks(documents: Iterable[tuple]) -> Iterator[tuple[tuple, tuple]]:
+def _group_documents(documents: Iterable[tuple]) -> Iterator[tuple[tuple, tuple]]:
     """(texts, codes) of documents of about CHUNK_CHARACTERS together."""
     chunk, size = [], 0
     for text, codes in documents:
@@ -313,7 +313,7 @@ def _chunks(documents: Iterable[tuple]) -> Iterator[tuple[tuple, tuple]]:
         yield tuple(zip(*chunk, strict=True))
 
 
-def sound_ids(vocabulary: Vocabulary, codes: np.ndarray) -> list[int]:
+def encode_sound(vocabulary: Vocabulary, codes: np.ndarray) -> list[int]:
     """`start`, the codes [T, Q] frame by frame, `end`; the codes alone where the vocabulary has no markers."""
     ids, start = vocabulary.ids_of("audio", codes).tolist(), vocabulary.modality("audio").start
     return ids if start is None else [start, *ids, vocabulary.end("audio")]

@@ -19,7 +19,7 @@ import numpy as np
 import tiktoken
 
 from nanochat.data.dataset import Dataset
-from nanochat.data.tokenizer_sample import TrainingSample, reporting
+from nanochat.data.tokenizer_sample import TrainingSample, log_progress
 from nanochat.system.environment import UserError
 from nanochat.system.temporary import scratch_folder
 
@@ -61,7 +61,7 @@ class Tokenizer:
         self.bos_id = self._special_ids[BOS]
         self.token_bytes = np.array([len(token) for token in ranks] + [0] * len(specials), dtype=np.int32)
         facts = json.dumps({"pattern": pattern, "specials": specials}, sort_keys=True).encode()
-        self.hash = hashlib.sha256(facts + b"\n" + _ranks_file(ranks)).hexdigest()
+        self.hash = hashlib.sha256(facts + b"\n" + _format_ranks(ranks)).hexdigest()
         self._encoding = tiktoken.Encoding(
             name,
             pat_str=pattern,
@@ -140,9 +140,9 @@ class Tokenizer:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
         sample = TrainingSample(texts)
-        with reporting(sample.progress):
+        with log_progress(sample.progress):
             trainee.train_from_iterator(sample.chunks(), trainer)
-        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+        byte_of = {character: byte for byte, character in enumerate(list_byte_characters())}
         vocabulary = sorted(trainee.get_vocab().items(), key=lambda item: item[1])
         ranks = [bytes(byte_of[character] for character in token) for token, _ in vocabulary]
         if len(ranks) < size:
@@ -173,7 +173,7 @@ class Tokenizer:
             return directory
         directory.parent.mkdir(parents=True, exist_ok=True)
         with scratch_folder(directory) as temporary:
-            (temporary / "ranks.tiktoken").write_bytes(_ranks_file(self.ranks))
+            (temporary / "ranks.tiktoken").write_bytes(_format_ranks(self.ranks))
             (temporary / "tokenizer.json").write_text(self.hugging_face_json(), encoding="utf-8")
             np.save(temporary / "token_bytes.npy", self.token_bytes)
             for file in temporary.iterdir():
@@ -226,7 +226,7 @@ class Tokenizer:
         """The same tokenizer in Hugging Face's format. Each token gets all its splits into two tokens as merges, for
         tiktoken merges any two neighbours whose bytes together are a token; ignore_merges is tiktoken's rule
         that a piece which is a token stays whole."""
-        characters = byte_characters()
+        characters = list_byte_characters()
         known = set(self.ranks)
         merges = [
             [_spell(token[:cut], characters), _spell(token[cut:], characters)]
@@ -264,12 +264,12 @@ class Tokenizer:
         return json.dumps(description, ensure_ascii=False, indent=1) + "\n"
 
 
-def _ranks_file(ranks: list[bytes]) -> bytes:
+def _format_ranks(ranks: list[bytes]) -> bytes:
     """tiktoken's format: a line 'base64 of the token, space, rank' for each token."""
     return b"".join(b"%b %d\n" % (base64.b64encode(token), i) for i, token in enumerate(ranks))
 
 
-def byte_characters() -> list[str]:
+def list_byte_characters() -> list[str]:
     """GPT-2's printable stand-in for each byte 0..255: itself where printable Latin-1, else the next of U+0100.. ."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spare = itertools.count(256)
@@ -287,7 +287,7 @@ def _spell(token: bytes, characters: list[str]) -> str:
 HELD_OUT_CHARACTERS = 10_000_000  # of the val split: plenty for three digits
 
 
-def held_out_text(dataset: Dataset) -> list[str]:
+def read_held_out_text(dataset: Dataset) -> list[str]:
     """The first documents of the val split, HELD_OUT_CHARACTERS together, the last one cut."""
     texts, room = [], HELD_OUT_CHARACTERS
     for _, text in dataset.documents("val"):
@@ -298,7 +298,7 @@ def held_out_text(dataset: Dataset) -> list[str]:
     return texts
 
 
-def bytes_per_token(encode_batch: Callable[[list[str]], list[list[int]]], texts: list[str]) -> float:
+def measure_bytes_per_token(encode_batch: Callable[[list[str]], list[list[int]]], texts: list[str]) -> float:
     """UTF-8 bytes of the texts per id, without BOS; NaN for no text at all."""
     tokens = sum(map(len, encode_batch(texts)))
     return sum(len(text.encode()) for text in texts) / tokens if tokens else float("nan")

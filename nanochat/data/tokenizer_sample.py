@@ -38,7 +38,7 @@ class TrainingSample:
         for text in self.texts:
             self.documents += 1
             for chunk in cut_at_boundaries(text, CHUNK):
-                chunk = without_surrogates(chunk[: TRAINING_CHARACTERS - self.characters])
+                chunk = replace_surrogates(chunk[: TRAINING_CHARACTERS - self.characters])
                 self._count_distinct(chunk)
                 self.characters += len(chunk)
                 yield chunk
@@ -70,7 +70,7 @@ class TrainingSample:
         return f"{read}, merging for {time.monotonic() - self.merging_since:.0f} s"
 
 
-def without_surrogates(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """The text with U+FFFD for each lone surrogate and one character for each pair, as tiktoken encodes it."""
     try:
         text.encode("utf-8")
@@ -93,7 +93,7 @@ def cut_at_boundaries(text: str, longest: int) -> Iterator[str]:
 
 
 @contextmanager
-def reporting(line: Callable[[], str]) -> Iterator[None]:
+def log_progress(line: Callable[[], str]) -> Iterator[None]:
     """Log line() every REPORT_SECONDS, from a thread of its own."""
     done = threading.Event()
 

@@ -16,15 +16,15 @@ from nanochat.system.environment import UserError, base_dir
 
 logger = logging.getLogger(__name__)
 
-LOOK = 50  # documents of a look at other data
+COMPARED_DOCUMENTS = 50  # documents of a look at other data
 
 
 # What says where the data lies and which part of it is taken. A resumed run may name another place of the same data.
-PLACE = ("data", "data_column", "data_split", "data_config", "data_limit")
+LOCATION_SETTINGS = ("data", "data_column", "data_split", "data_config", "data_limit")
 
 
 # Further settings of the training's own data, which mean nothing to other data.
-OWN = (*PLACE, "data_audio_column", "skip_corrupt", "text_data", "text_share")
+DATA_SETTINGS = (*LOCATION_SETTINGS, "data_audio_column", "skip_corrupt", "text_data", "text_share")
 
 
 def find_prepared(fingerprint: dict | None, skip_corrupt: bool = False) -> Dataset | None:
@@ -77,11 +77,11 @@ def describe(fingerprint: dict) -> str:
     return f"{source} ({version}, sha256 {str(fingerprint.get('sha256'))[:8]})"
 
 
-def with_other_data(settings: Settings, data: str, **given) -> Settings:
+def replace_data(settings: Settings, data: str, **given) -> Settings:
     """The settings of a training with other data in the place of its own; nothing else of that data's remains.
 
     given: what is said of the other data (data_limit, data_column, ...); None means the default.
     """
     fields = fields_of(type(settings))
-    plain = {name: fields[name].default for name in OWN if name in fields}
+    plain = {name: fields[name].default for name in DATA_SETTINGS if name in fields}
     return dataclasses.replace(settings, **plain | {n: v for n, v in given.items() if v is not None} | {"data": data})

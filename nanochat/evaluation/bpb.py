@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.data.packing import inputs_and_targets
+from nanochat.data.packing import split_packed_rows
 from nanochat.files import write_atomically
 from nanochat.modality import IGNORED
 from nanochat.system.environment import UserError
@@ -124,7 +124,7 @@ def packed_losses(
             ids = np.full((rows, packed.capacity), -1, dtype=np.int64)
             for place, row in enumerate(local_rows[first : first + rows]):
                 packed.read(row, ids[place])
-            inputs, targets = inputs_and_targets(ids, packed.store)
+            inputs, targets = split_packed_rows(ids, packed.store)
             valid = targets >= 0
             loss = _losses(model, inputs, targets).numpy()[valid]
 

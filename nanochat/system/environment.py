@@ -27,7 +27,7 @@ class SharedError(UserError):
     """A UserError that every rank raises at the same point: rank 0 prints it."""
 
 
-def own_mistake(message: str) -> UserError:
+def rank_error(message: str) -> UserError:
     """A UserError that its rank prints itself."""
     error = UserError(message)
     error.own = True
@@ -179,15 +179,15 @@ def check_launcher() -> None:
             for name in leftovers:
                 del os.environ[name]
         return
-    if (problem := _launcher_problem(values)) is None:
+    if (problem := _find_launcher_fault(values)) is None:
         return
     given = " ".join(f"{name}={value}" for name, value in values.items())
-    raise own_mistake(
+    raise rank_error(
         f"{given}: {problem}; for a single process `unset {' '.join(values)}`, for several start them with torchrun"
     )
 
 
-def _launcher_problem(values: dict[str, str]) -> str | None:
+def _find_launcher_fault(values: dict[str, str]) -> str | None:
     """What is wrong with the launcher variables that are set, RANK or WORLD_SIZE among them; None when nothing is."""
     numbers = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"):

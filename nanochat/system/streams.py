@@ -35,8 +35,8 @@ def open_streams() -> None:
     elif hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes of file names survive input()
     # Standard error first: it takes the message about the other.
-    sys.stderr = _safe(sys.stderr, sys.__stderr__, 2, "standard error")
-    sys.stdout = _safe(sys.stdout, sys.__stdout__, 1, "standard output")
+    sys.stderr = _wrap(sys.stderr, sys.__stderr__, 2, "standard error")
+    sys.stdout = _wrap(sys.stdout, sys.__stdout__, 1, "standard output")
 
 
 def require_output() -> None:
@@ -68,7 +68,7 @@ def emit(*values, **options) -> None:
             if not getattr(options.get("file") or sys.stdout, "closed", False):
                 raise
             error = OSError(errno.EBADF, "it is closed")
-        _note("standard output", error)
+        _record_lost("standard output", error)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
 
 
@@ -79,7 +79,7 @@ def on_terminal() -> bool:
     return False
 
 
-def _safe(stream, original, number: int, name: str):
+def _wrap(stream, original, number: int, name: str):
     """The stream in a form that takes any text and, where it is the process's own, survives every error of writing."""
     if stream is not original:  # captured, by a test or a notebook
         if getattr(stream, "errors", None) not in LENIENT and hasattr(stream, "reconfigure"):
@@ -120,7 +120,7 @@ def _descriptor(stream):
     return getattr(getattr(stream, "buffer", None), "raw", None)
 
 
-def _note(name: str, error: OSError) -> None:
+def _record_lost(name: str, error: OSError) -> None:
     """Record and say, once, that a stream is lost."""
     if name in lost:
         return
@@ -147,7 +147,7 @@ class _Descriptor(io.FileIO):
             if self.strict:
                 self.problem = error
                 self.check()
-            _note(self.title, error)
+            _record_lost(self.title, error)
             return len(data)
 
     def _write(self, data) -> int:

@@ -25,8 +25,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-BEAT = 30.0  # seconds between two heartbeats
-SILENCE = 3600.0  # seconds without one after which an owner on another machine counts as dead
+HEARTBEAT_SECONDS = 30.0  # seconds between two heartbeats
+STALE_SECONDS = 3600.0  # seconds without one after which an owner on another machine counts as dead
 OWNER = re.compile(r"(\d+)-(\d+)-([0-9a-f]{8})(?:-\d+)*(?:\.[a-z]+)?$")
 _numbers = itertools.count()
 
@@ -49,7 +49,7 @@ def process_state(pid: int) -> tuple[str | None, str | None]:
 
 
 @functools.cache
-def machine() -> str:
+def machine_id() -> str:
     """8 hex digits of what has one process table: containers and hosts may share a name, or a process number."""
     parts = [platform.node()]
     with contextlib.suppress(OSError):  # no /proc: the name has to do
@@ -60,17 +60,17 @@ def machine() -> str:
 def owner_suffix() -> str:
     """The end of a temporary name of this process, another one at every call."""
     pid = os.getpid()
-    return f"{pid}-{process_state(pid)[1] or 0}-{machine()}-{next(_numbers)}"
+    return f"{pid}-{process_state(pid)[1] or 0}-{machine_id()}-{next(_numbers)}"
 
 
 def is_abandoned(path: Path) -> bool:
     """Whether the owner of a temporary file or folder is dead; names of an unknown form are judged by their age."""
     found = OWNER.search(path.name)
-    if found and found[3] == machine():
+    if found and found[3] == machine_id():
         state, started = process_state(int(found[1]))
         return state is None or (started or "0") != found[2]
     try:
-        return time.time() - path.stat().st_mtime > SILENCE
+        return time.time() - path.stat().st_mtime > STALE_SECONDS
     except FileNotFoundError:
         return False  # its owner has just finished
 
@@ -117,7 +117,7 @@ def heartbeat(path: Path) -> Iterator[None]:
     done = threading.Event()
 
     def beat() -> None:
-        while not done.wait(BEAT):
+        while not done.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):  # renamed just now, or a disk that is gone: the owner will find out
                 os.utime(path)
 

@@ -16,7 +16,7 @@ import torch
 from nanochat.checkpoint_manager import find_checkpoint, tokenizer_of
 from nanochat.config.settings import RunSettings, Settings
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hardware import compiler_problem, device_name, gpu_peak_flops, measured_matmul_flops
+from nanochat.hardware import compiler_problem, device_name, gpu_peak_flops, measure_matmul_flops
 from nanochat.model.cpu_attention import blocks
 from nanochat.model.loss_head import chunk_rows
 from nanochat.optim import build_optimizer
@@ -84,7 +84,7 @@ def find_hardware(device_type: str | None = None) -> Hardware:
     compute = Compute(torch.device(kind), pick_dtype(None, kind))
     count = torch.cuda.device_count() if kind == "cuda" else 1
     known = gpu_peak_flops(torch.cuda.get_device_name()) if kind == "cuda" else None
-    peak = known or measured_matmul_flops(compute.device, compute.dtype)
+    peak = known or measure_matmul_flops(compute.device, compute.dtype)
     return Hardware(kind, device_name(compute), count, _device_memory(kind), peak, compute.dtype)
 
 

@@ -23,7 +23,7 @@ from nanochat.system.environment import (
     SharedError,
     UserError,
     base_dir,
-    own_mistake,
+    rank_error,
     rank_from_env,
     restarts_from_env,
     world_size_from_env,
@@ -71,7 +71,7 @@ class Meeting:
     def _unanswered(self, timeout: timedelta, error: Exception) -> UserError:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         variables = " ".join(name for name in (*LAUNCHER, *LOCAL) if name in os.environ)
-        return own_mistake(
+        return rank_error(
             f"rank {self.rank} of {self.world_size} did not meet all others at {where} within {timeout} "
             f"({first_line(error)}): start all ranks, as torchrun does, or for a single process `unset {variables}`"
         )

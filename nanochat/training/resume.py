@@ -17,7 +17,7 @@ from nanochat import checkpoint_manager as checkpoints
 from nanochat.config.config_file import CommandLine, read_config
 from nanochat.config.declaration import fields_of, resumable_names
 from nanochat.config.settings import RunSettings, Settings, checked_settings, validate
-from nanochat.data.trained_data import PLACE, check_same, is_local
+from nanochat.data.trained_data import LOCATION_SETTINGS, check_same, is_local
 from nanochat.files import write_atomically
 from nanochat.gpt import GPTConfig
 from nanochat.runtime import process_state
@@ -182,7 +182,7 @@ def resumed_settings(command: CommandLine, tag_dir: Path, settings: dict, step: 
     for name in sorted(differing.keys() - changed.keys() - {"model_tag"}):
         message = f"{name}={getattr(merged, name)!r} applies, not {differing[name]!r} of {command.origins[name]}"
         logger.info(f"resuming: {message}" + (f"; change it with --{name}=..." if name in may_change else ""))
-    changeable = may_change | (set(PLACE) if is_local(changed.get("data")) else set())
+    changeable = may_change | (set(LOCATION_SETTINGS) if is_local(changed.get("data")) else set())
     if refused := sorted(changed.keys() - changeable - {"model_tag"}):
         named = ", ".join(f"{n}={changed[n]!r} (the run has {getattr(merged, n)!r})" for n in refused)
         raise UserError(f"--resume cannot change {named}: drop the flag, or start a new run with --model_tag=NAME")

@@ -21,7 +21,7 @@ from collections.abc import Hashable, Iterable
 
 import numpy as np
 
-from nanochat.audio.adherence import needs_librosa
+from nanochat.audio.adherence import import_librosa
 from nanochat.audio.codec_files import KINDS
 from nanochat.audio.distance import si_sdr
 from nanochat.audio.fitted_codec import fit_codec
@@ -33,8 +33,8 @@ from nanochat.audio.synth import (
     describe_clip,
     frequency,
     is_held_out,
-    melody,
     render,
+    render_melody,
 )
 from nanochat.config.settings import preset
 from nanochat.data.dataset import SPLITS
@@ -71,7 +71,7 @@ def entropy_given(values: list, known: list) -> float:
 
 def pitch_share(wavs: np.ndarray, decoded: np.ndarray) -> float:
     """Share of the originals' voiced frames whose pitch the decoded sounds have within 50 cents."""
-    librosa, how = needs_librosa(), dict(fmin=60, fmax=1050, sr=SAMPLE_RATE, frame_length=2048, hop_length=320)
+    librosa, how = import_librosa(), dict(fmin=60, fmax=1050, sr=SAMPLE_RATE, frame_length=2048, hop_length=320)
     close = []
     for wav, other in zip(wavs, decoded, strict=True):
         f0, voiced, _ = librosa.pyin(wav, **how)
@@ -86,7 +86,7 @@ def said_of_the_root(codec, book: int) -> float:
     """Bits that a book's codes tell about the root when instrument and frame are known, over one note of each root."""
     told = []
     for instrument in INSTRUMENTS:
-        notes = [melody(np.array([frequency(root)] * 2), 1.0, instrument, 2.0) for root in ROOTS]
+        notes = [render_melody(np.array([frequency(root)] * 2), 1.0, instrument, 2.0) for root in ROOTS]
         codes = codec.encode_batch(np.stack(notes))[:, book, :NOTE_FRAMES]
         told.extend(
             entropy(column.tolist()) for column in codes.T

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from nanochat.audio.listen_page import write_wav
-from nanochat.audio.sources import Log, sound_source
+from nanochat.audio.sources import Log, plan_sounds
 from nanochat.config.settings import Settings
-from nanochat.data.local_sources import slug_of
+from nanochat.data.local_sources import slugify
 from nanochat.data.prepare import prepare
-from nanochat.data.splits import held_out
+from nanochat.data.splits import is_held_out
 from nanochat.files import write_atomically
 from nanochat.system.environment import base_dir
 
@@ -56,7 +56,7 @@ def _texts(source: str) -> Path:
 
 def _sounds(source: str, limit: int | None, seconds: float | None) -> Path:
     """Files whose names decide their side of the split: equal sounds are on one side."""
-    found = sound_source(Settings(data=source, data_limit=limit, clip_seconds=seconds))
+    found = plan_sounds(Settings(data=source, data_limit=limit, clip_seconds=seconds))
     folder = _place(source, hashlib.sha256(repr(found.state).encode()).hexdigest())
     if folder.is_dir():
         return folder
@@ -65,11 +65,11 @@ def _sounds(source: str, limit: int | None, seconds: float | None) -> Path:
     scratch.mkdir(parents=True)
     log, lines = Log(print), []
     for number, item in enumerate(found.fetch(log)):
-        if (item.split or ("val" if held_out(item.name) else "train")) == "val":
+        if (item.split or ("val" if is_held_out(item.name) else "train")) == "val":
             continue
         sound = item.load(RATE, log)
         samples = np.round(sound.wav * 32767).astype(np.int16)
-        name = _name(number, held_out(hashlib.sha256(samples.tobytes()).hexdigest()))
+        name = _name(number, is_held_out(hashlib.sha256(samples.tobytes()).hexdigest()))
         write_wav(scratch / name, sound.wav, RATE)
         lines.append(json.dumps({"file_name": name, "text": sound.caption}))
     (scratch / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -80,8 +80,8 @@ def _sounds(source: str, limit: int | None, seconds: float | None) -> Path:
 def _name(number: int, held: bool) -> str:
     """The first name for a sound that the rule of data preparation puts on the side that it belongs to."""
     names = (f"{number:06d}-{turn}.wav" for turn in itertools.count())
-    return next(name for name in names if held_out(name) == held)
+    return next(name for name in names if is_held_out(name) == held)
 
 
 def _place(source: str, state: str, suffix: str = "") -> Path:
-    return base_dir() / "training_parts" / f"{slug_of(source)}-{state[:8]}{suffix}"
+    return base_dir() / "training_parts" / f"{slugify(source)}-{state[:8]}{suffix}"

@@ -15,13 +15,13 @@ from nanochat.audio import evaluation
 from nanochat.audio import synth as synth_audio
 from nanochat.audio.adherence import (
     Heard,
-    adherence_table,
-    adherence_text,
+    compare_attributes,
     derangement,
+    format_adherence,
     hear,
-    hits,
     learn_references,
     measure,
+    tabulate_adherence,
 )
 from nanochat.audio.fitted_codec import fit_codec
 from nanochat.system.environment import UserError
@@ -43,7 +43,10 @@ def references(clips):
 
 
 def shares_of_hits(wavs, clips, references) -> dict[str, float]:
-    judged = [hits(measure(wav, RATE, references), clip.attributes) for wav, clip in zip(wavs, clips, strict=True)]
+    judged = [
+        compare_attributes(measure(wav, RATE, references), clip.attributes)
+        for wav, clip in zip(wavs, clips, strict=True)
+    ]
     return {quantity: np.mean([row[quantity] for row in judged]) for quantity in audio_eval.QUANTITIES}
 
 
@@ -160,7 +163,7 @@ def test_the_sample_rate_does_not_matter(clips, references):
 
     for clip in clips[80:84]:
         measured = measure(soxr.resample(clip.wav, RATE, 24000), 24000, references)
-        assert all(hits(measured, clip.attributes).values())
+        assert all(compare_attributes(measured, clip.attributes).values())
 
 
 TIME = np.arange(2 * RATE) / RATE
@@ -182,12 +185,12 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.filterwarnings("error")
 def test_sounds_without_notes_are_misses(name, references):
-    """Red when stable_pitch takes any median (noise has a pitch then), or mono keeps NaN."""
+    """Red when find_stable_pitch takes any median (noise has a pitch then), or to_mono keeps NaN."""
     attributes = {"pitch_hz": 220.0, "bpm": 60, "contour": "steady", "instrument": "sine"}
     for sample_rate in (RATE, 24000):
         measured = measure(ODD[name], sample_rate, references)
         assert set(measured.values()) == {None}
-        assert not any(hits(measured, attributes).values())
+        assert not any(compare_attributes(measured, attributes).values())
 
 
 def test_the_judge_does_not_know_the_synthesiser_nor_a_codec():
@@ -204,7 +207,7 @@ def test_a_pitch_hits_within_fifty_cents(cents, hit):
     """Red when CENTS is 100, or abs is missing in hits."""
     measured = {"f0": 220 * 2 ** (cents / 1200), "bpm": None, "contour": None, "instrument": None}
     attributes = {"pitch_hz": 220.0, "bpm": 60, "contour": "steady", "instrument": "sine"}
-    assert hits(measured, attributes)["pitch"] is hit
+    assert compare_attributes(measured, attributes)["pitch"] is hit
 
 
 def captioned(number: int, right: bool, unseen: bool = False) -> tuple[dict, dict]:
@@ -218,7 +221,7 @@ def captioned(number: int, right: bool, unseen: bool = False) -> tuple[dict, dic
 def test_the_table_counts_each_split_against_its_floor_and_chance():
     """Red when the shuffled row takes `others` of the whole set, or made[index][1]: its own caption."""
     generated = [captioned(n, n < 6) for n in range(10)] + [captioned(n, True, unseen=True) for n in range(20, 24)]
-    table = adherence_table([captioned(0, True)], generated)
+    table = tabulate_adherence([captioned(0, True)], generated)
     seen, unseen = table["seen"], table["unseen"]
     assert [seen[row]["n"] for row in audio_eval.ROWS] == [1, 10, 10]
     assert [unseen[row]["n"] for row in audio_eval.ROWS] == [0, 4, 4]
@@ -228,10 +231,10 @@ def test_the_table_counts_each_split_against_its_floor_and_chance():
     assert seen["shuffled"]["pitch"]["hits"] == 0  # all captions ask for another pitch
     assert seen["shuffled"]["tempo"]["hits"] == 6  # all captions ask for the same tempo: a hit by chance is a hit
     assert seen["chance"] == {"pitch": 0.1, "tempo": 1.0, "contour": 1.0, "instrument": 0.1}
-    text = adherence_text(table)
+    text = format_adherence(table)
     assert "0.60 [0.31, 0.83]" in text
     assert text.count("shuffled (floor)") == 2
-    assert adherence_text(adherence_table([], [])) == ""
+    assert format_adherence(tabulate_adherence([], [])) == ""
 
 
 def test_a_derangement_moves_everything_and_hits_every_other_place():
@@ -271,7 +274,7 @@ def test_without_librosa_the_way_out_is_told(monkeypatch):
 
 @pytest.mark.parametrize("script", [audio_eval_script, adapter_eval])
 def test_librosa_is_asked_for_before_the_sounds_are_made(script, monkeypatch):
-    """Red when main() does not call needs_librosa() first: it is missed after minutes of generating."""
+    """Red when main() does not call import_librosa() first: it is missed after minutes of generating."""
     monkeypatch.setitem(sys.modules, "librosa", None)
     for name in ("open_audio_model", "open_adapters"):
         monkeypatch.setattr(script, name, None, raising=False)
@@ -284,10 +287,10 @@ def test_figures_are_written_before_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     sound, codes = np.zeros(8, np.float32), np.zeros((2, 1), int)
     held_out = [(f"caption {number}", codes, {}) for number in range(3)]
-    monkeypatch.setattr(evaluation, "clips", lambda dataset, split: held_out)
+    monkeypatch.setattr(evaluation, "iterate_clips", lambda dataset, split: held_out)
     monkeypatch.setattr(evaluation, "generate_codes", lambda m, t, captions, **_: [codes] * len(captions))
     monkeypatch.setattr(evaluation, "to_sound", lambda codec, codes: [sound] * len(codes))
-    monkeypatch.setattr(evaluation, "distances", lambda real, generated, rate: ({"generated": {}}, "the table"))
+    monkeypatch.setattr(evaluation, "measure_distances", lambda real, generated, rate: ({"generated": {}}, "the table"))
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -298,7 +301,7 @@ def test_figures_are_written_before_the_page(tmp_path, monkeypatch, capsys):
     codec = SimpleNamespace(codebooks=1, sample_rate=8)
     args = SimpleNamespace(num=2, seed=0, temperature=1.0, top_k=None)
     with pytest.raises(OSError, match="No space left"):
-        evaluation.listen(model, tokenizer, codec, None, args, {"model_tag": "m", "step": 3, "loss": 1.5})
+        evaluation.evaluate_sounds(model, tokenizer, codec, None, args, {"model_tag": "m", "step": 3, "loss": 1.5})
     assert "the table" in capsys.readouterr().out
     written = json.loads((tmp_path / "audio_eval" / "m_000003.json").read_text())
     assert (written["loss"], written["clips"], written["distances"]) == (1.5, 2, {"generated": {}})

@@ -25,7 +25,7 @@ from nanochat.data.dataset import Dataset, read_shard
 from nanochat.data.encodings import Corrupt
 from nanochat.data.local_sources import digest
 from nanochat.data.prepare import prepare
-from nanochat.data.splits import held_out
+from nanochat.data.splits import is_held_out
 from nanochat.data_pipeline import prepare_for
 from nanochat.system.environment import UserError, base_dir
 from scripts import audio_data
@@ -93,7 +93,7 @@ def test_codes_are_the_codecs_own(folder):
             assert np.array_equal(codes.T, codec.encode(wav))
             assert text == f"tone number {int(name[:2])}"
             assert attributes is None
-            assert (split == "val") == held_out(name)
+            assert (split == "val") == is_held_out(name)
             seen.append(name)
     assert sorted(seen) == [f"{number:02d}.wav" for number in range(30)]
     assert data.fingerprint["files"] == 30
@@ -120,7 +120,7 @@ def test_many_codes_take_wider_integers(tmp_path):
     """Red when int16 is used for 40,000 codes: pyarrow would refuse to write them."""
     documents = [("a", "text", np.array([[39_999], [0]]), {"root": 60}, split) for split in ("train", "val")]
     documents = [dataset.Document(*document) for document in documents]
-    entries = prepare_module._write(documents, tmp_path, {"codebooks": 1, "codes": 40_000})
+    entries = prepare_module._write_documents(documents, tmp_path, {"codebooks": 1, "codes": 40_000})
     assert [entry["codes"] for entry in entries] == [2, 2]
     (found,) = dataset.read_clips(tmp_path / "shard_00000.parquet", {"codebooks": 1, "codes": 40_000})
     assert found[2].tolist() == [[39_999], [0]]
@@ -172,8 +172,8 @@ def test_nothing_held_out_was_trained_on(codec):
 
 def test_a_copy_of_a_training_sound_is_not_held_out(folder):
     """Named and counted, wherever it stands in the order of names. Red when held-out sounds are encoded first."""
-    copy, kept = (f"{number:02d}.wav" for number in range(30) if held_out(f"{number:02d}.wav"))
-    assert not held_out("29.wav")
+    copy, kept = (f"{number:02d}.wav" for number in range(30) if is_held_out(f"{number:02d}.wav"))
+    assert not is_held_out("29.wav")
     assert copy < "29.wav"
     soundfile.write(folder / copy, a_sound(29), RATE)
     lines = []
@@ -199,7 +199,7 @@ def test_the_codec_learns_from_a_bounded_part_of_the_training_sounds(folder, mon
     monkeypatch.setattr(fitted_codec, "fit_codec", fitted)
     monkeypatch.setattr(audio_dataset, "FIT_SECONDS", 1)
     prepare_for(settings_of(folder))
-    train = [number for number in range(30) if not held_out(f"{number:02d}.wav")]
+    train = [number for number in range(30) if not is_held_out(f"{number:02d}.wav")]
     train.sort(key=lambda number: digest(f"{number:02d}.wav"))
     expected, room = [], RATE
     for number in train:
@@ -266,7 +266,7 @@ def test_other_settings_give_another_folder(folder, corpus, change):
 
 
 def test_the_fingerprint_covers_codes_and_a_changed_sound_is_met(folder):
-    """Same names, same captions, one other sound. Red when _fingerprint takes texts alone, or the state no sounds."""
+    """Same names, same captions, one other sound. Red when _make_fingerprint takes texts alone, or the state no sounds."""
     first = prepare_for(settings_of(folder))
     soundfile.write(folder / "03.wav", a_sound(77), RATE)
     lines = []
@@ -346,7 +346,7 @@ def test_text_that_runs_out_is_said(folder, text):
         data = prepare_for(settings_of(folder, text_data=str(text), text_share=0.9))
     assert sum("has no more train text" in line for line in lines) == 1
     assert sum(codes is not None for _, _, codes, _ in clips_of(data, "train")) == sum(
-        not held_out(f"{number:02d}.wav") for number in range(30)
+        not is_held_out(f"{number:02d}.wav") for number in range(30)
     )
 
 
@@ -426,7 +426,7 @@ def test_nothing_left_is_one_line_with_all_counts(folder):
 @pytest.mark.parametrize("kind", ["none", "most", "few"])
 def test_names_that_hold_out_too_little_or_too_much_do_not_decide(folder, kind):
     """No sound, a long one that is most of the data, four sounds of which none. Red when names alone decide."""
-    out = [path for path in sorted(folder.glob("*.wav")) if held_out(path.name)]
+    out = [path for path in sorted(folder.glob("*.wav")) if is_held_out(path.name)]
     if kind == "most":
         soundfile.write(out[0], np.concatenate([a_sound(number) for number in range(60)]), RATE)
     else:
@@ -502,7 +502,7 @@ def test_script(folder, text, capsys):
     named = audio_data.main([*flags, "--caption-from-names"])
     assert "data_column='file_name'" in capsys.readouterr().out
     assert dict(read_shard(named.shards("val")[0])) == {
-        f"{n:02d}.wav": f"{n:02d}" for n in range(30) if held_out(f"{n:02d}.wav")
+        f"{n:02d}.wav": f"{n:02d}" for n in range(30) if is_held_out(f"{n:02d}.wav")
     }
 
 

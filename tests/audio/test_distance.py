@@ -5,12 +5,12 @@ from scipy.linalg import sqrtm
 from nanochat.audio import synth as synth_audio
 from nanochat.audio.distance import (
     codebook_usage,
-    distance_table,
     frechet,
     frechet_dsp,
     log_mel_l1,
     si_sdr,
     stft_convergence,
+    tabulate_distances,
 )
 
 RATE = 16000
@@ -76,10 +76,10 @@ def test_the_table_takes_means_over_sounds_that_are_there():
         (np.full(RATE, 0.5), NOISE),
         (OTHER_NOISE, OTHER_NOISE),
     ]
-    row = distance_table(pairs, RATE)
+    row = tabulate_distances(pairs, RATE)
     assert row["n"] == 2
     assert row["silent"] == 2
     assert row["stft_convergence"] == pytest.approx(1, rel=1e-4)
     assert row["si_sdr"] == pytest.approx(100, abs=0.1)
     assert row["frechet_dsp"] > 0
-    assert distance_table([], RATE)["log_mel_l1"] is None
+    assert tabulate_distances([], RATE)["log_mel_l1"] is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanochat.audio import listen_page
-from nanochat.audio.listen_page import COLOURS, png, read_wav, spectrogram, write_page, write_wav
+from nanochat.audio.listen_page import COLOURS, encode_png, read_wav, spectrogram, write_page, write_wav
 from nanochat.system.environment import UserError
 from scripts.stress import page as check_page
 
@@ -63,9 +63,9 @@ def test_pictures_are_png_files_in_our_colours():
     from PIL import Image
 
     levels = np.linspace(-0.2, 1.2, 60).reshape(5, 12)
-    with Image.open(io.BytesIO(png(levels))) as image:
+    with Image.open(io.BytesIO(encode_png(levels))) as image:
         image.verify()
-    with Image.open(io.BytesIO(png(levels))) as image:
+    with Image.open(io.BytesIO(encode_png(levels))) as image:
         pixels = np.asarray(image.convert("RGB"))
     assert pixels.shape == (5, 12, 3)
     assert tuple(pixels[0, 0]) == COLOURS[0]

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 from nanochat.audio import synth as synth_audio
-from nanochat.audio.sources import Log, Sound, decode, holds_sounds, sound_source
+from nanochat.audio.sources import Log, Sound, decode, holds_sounds, plan_sounds
 from nanochat.config.settings import Settings
 from nanochat.data.hub import Unreachable
 from nanochat.system.environment import UserError, base_dir
@@ -46,7 +46,7 @@ def read_all(lines: list | None = None, **settings) -> tuple[dict[str, Sound], L
     """Every sound of a source at 16 kHz by name, and what was noted."""
     log = Log()
     with record_messages(lines):
-        source = sound_source(Settings(modalities="audio:64", **settings))
+        source = plan_sounds(Settings(modalities="audio:64", **settings))
         sounds = [sound for item in source.fetch(log) if (sound := item.load(RATE, log)) is not None]
         log.close()
     assert len({sound.name for sound in sounds}) == len(sounds)
@@ -86,7 +86,7 @@ def test_tables(tmp_path, name, columns, column, mark, suffix):
     assert {key: sound.caption for key, sound in sounds.items()} == dict(
         zip(("one.wav", "sub/two.wav"), rows.values(), strict=True)
     )
-    assert not log.left_out
+    assert not log.skipped
 
 
 def test_the_file_name_column_need_not_be_first_and_tables_lie_in_subfolders(tmp_path):
@@ -108,23 +108,23 @@ def test_text_files_and_file_names(tmp_path):
     (tmp_path / "in" / "snare.txt").write_bytes(b"\xef\xbb\xbfa snare\n")
     sounds, log = read_all(data=str(tmp_path / "in"))
     assert {name: sound.caption for name, sound in sounds.items()} == {"snare.flac": "a snare"}
-    assert log.left_out == {"sound without a caption": 1}
+    assert log.skipped == {"sound without a caption": 1}
     sounds, log = read_all(data=str(tmp_path / "in"), data_column="file_name")
     assert sorted(sound.caption for sound in sounds.values()) == ["kick drum 1.5", "snare"]
-    assert not log.left_out
+    assert not log.skipped
 
 
 def test_synth(tmp_path):
     """The clips are synth_audio's own, and their sounds decide the split. Red when an item's split is None."""
     sounds, log = read_all(data="synth", data_limit=12, clip_seconds=0.5)
     assert list(sounds) == [f"synth/{i}" for i in range(12)]
-    assert not log.left_out
+    assert not log.skipped
     for i, sound in enumerate(sounds.values()):
         clip = synth_audio.clip(i, seconds=0.5)
         assert np.array_equal(sound.wav, clip.wav)
         assert sound.caption == clip.caption
         assert sound.attributes == clip.attributes
-    items = sound_source(Settings(modalities="audio:64", data="synth", data_limit=100, clip_seconds=0.5)).fetch(log)
+    items = plan_sounds(Settings(modalities="audio:64", data="synth", data_limit=100, clip_seconds=0.5)).fetch(log)
     for i, item in enumerate(items):
         clip = synth_audio.clip(i, seconds=0.5)
         assert item.split == ("val" if synth_audio.is_held_out(clip.attributes, 0.5) else "train")
@@ -137,7 +137,7 @@ def test_synth(tmp_path):
 
 def splits_of(folder: Path) -> tuple[dict, Log]:
     log = Log()
-    items = sound_source(Settings(modalities="audio:64", data=str(folder))).fetch(log)
+    items = plan_sounds(Settings(modalities="audio:64", data=str(folder))).fetch(log)
     return {item.name: item.split for item in items}, log
 
 
@@ -154,7 +154,7 @@ def test_linked_folders_are_read_and_other_files_named(tmp_path):
     lines = []
     sounds, log = read_all(lines, data=str(tmp_path / "in"))
     assert sorted(sounds) == ["a.wav", "more/b.opus", "more/d.aiff", "more/deep/c.au"]
-    assert log.left_out == {"of other kinds": 3, "text file without its sound": 1}
+    assert log.skipped == {"of other kinds": 3, "text file without its sound": 1}
     assert "data: 3 files not read: 2 .m4a (e.m4a, f.m4a), 1 .pdf (g.pdf)" in lines
     assert "data: 'e.txt': text file without its sound: skipped" in lines
 
@@ -173,7 +173,7 @@ def test_what_cannot_be_read_is_skipped_by_name(tmp_path, monkeypatch):
         read_all(data=str(tmp_path / "in"))
     sounds, log = read_all(data=str(tmp_path / "in"), skip_corrupt=True)
     assert sorted(sounds) == ["a.wav"]
-    assert log.left_out == {"unreadable": 1, "caption that cannot be read": 1}
+    assert log.skipped == {"unreadable": 1, "caption that cannot be read": 1}
 
 
 def test_a_folder_of_other_sounds_says_how_to_convert_them(tmp_path):
@@ -210,7 +210,7 @@ def test_a_split_of_the_folders_own_is_kept(tmp_path, parts, expected, column):
     splits, log = splits_of(tmp_path / "in")
     found = {name: expected[part] for part, names in rows.items() for name in names if part in expected}
     assert {Path(name).name: split for name, split in splits.items()} == found
-    assert sum(log.left_out.values()) == 3 * (len(parts) - len(expected))
+    assert sum(log.skipped.values()) == 3 * (len(parts) - len(expected))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_any_format_gives_the_same_wave(tmp_path, suffix, rate, options):
 
 @pytest.mark.parametrize("codec", ["VORBIS", "OPUS"])
 def test_an_ogg_that_was_cut_is_named(tmp_path, codec):
-    """Within a page and at the end of one; libsndfile reads both without a word. Red without ogg_is_cut()."""
+    """Within a page and at the end of one; libsndfile reads both without a word. Red without is_cut_ogg()."""
     path = write_sound(tmp_path / "a.ogg", tone(20, 48000), 48000, format="OGG", subtype=codec)
     raw = path.read_bytes()
     last = raw.rindex(b"OggS\0")
@@ -252,7 +252,7 @@ def test_an_ogg_that_was_cut_is_named(tmp_path, codec):
         path.write_bytes(raw[:size])
         log = Log()
         wav = decode(path, "a", 48000, None, log)
-        assert (wav is None, log.left_out) == (bool(expected), expected)
+        assert (wav is None, log.skipped) == (bool(expected), expected)
 
 
 def test_eight_bit_by_the_standard_library(tmp_path):
@@ -382,7 +382,7 @@ def test_bad_input_is_named_and_counted(tmp_path):
         "good.wav": "caption of good.wav",
         "loud.wav": "caption of loud.wav",
     }
-    assert dict(log.left_out) == expected | {"of other kinds": 1}
+    assert dict(log.skipped) == expected | {"of other kinds": 1}
     assert "data: 1 file not read: 1 .m4a (song.m4a)" in lines
     assert log.altered == {"louder than full scale, turned down": 1}
     assert np.abs(sounds["loud.wav"].wav).max() == 1.0
@@ -400,7 +400,7 @@ def test_the_first_of_a_kind_are_named_the_rest_counted(tmp_path):
     lines: list[str] = []
     sounds, log = read_all(lines, data=str(tmp_path / "in"), data_column="file_name")
     assert list(sounds) == ["good.wav"]
-    assert log.left_out == {"silent": 17}
+    assert log.skipped == {"silent": 17}
     assert lines == [f"data: '{i:02d}.wav': silent: skipped" for i in range(5)] + ["data: ... and 12 more: silent"]
 
 
@@ -408,7 +408,7 @@ def test_a_file_that_vanishes_is_unreadable(tmp_path):
     """Red when decode() looks at the file's size outside its try."""
     log = Log()
     assert decode(tmp_path / "gone.wav", "gone", RATE, None, log) is None
-    assert log.left_out == {"unreadable": 1}
+    assert log.skipped == {"unreadable": 1}
 
 
 @pytest.mark.parametrize(
@@ -495,7 +495,7 @@ def test_hub_dataset_with_sounds_inside(tmp_path, hub_cache):
     assert {key: sound.caption for key, sound in sounds.items()} == {f"{name}#{i}": f"tone {i}" for i in (0, 1, 3)}
     for i in (0, 1, 3):
         assert np.abs(sounds[f"{name}#{i}"].wav - tone(0.1, hertz=200 + 50 * i)).max() < 1e-4
-    assert log.left_out == {"unreadable": 1, "caption without its sound": 1, "empty caption": 1}
+    assert log.skipped == {"unreadable": 1, "caption without its sound": 1, "empty caption": 1}
     assert any("stopped after 6 sounds" in line for line in lines)
     assert not list((base_dir() / "data").iterdir())
 
@@ -507,7 +507,7 @@ def test_a_changed_local_dataset_is_met(tmp_path, hub_cache):
     (folder / "metadata.csv").write_text("file_name,text\n0.wav,tone\n")
 
     def state():
-        return sound_source(Settings(modalities="audio:64", data=f"hf:{folder}")).state
+        return plan_sounds(Settings(modalities="audio:64", data=f"hf:{folder}")).state
 
     first = state()
     assert state() == first
@@ -542,7 +542,7 @@ def test_a_datasets_own_split_is_held_out(tmp_path, hub_cache, saved):
     log = Log()
     columns = dict(data_column="caption", data_audio_column="sound") if saved else {}
     settings = Settings(modalities="audio:64", data=f"hf:{folder}", data_limit=30, **columns)
-    items = sound_source(settings).fetch(log)
+    items = plan_sounds(settings).fetch(log)
     sounds = {item.name: (item.split, item.load(RATE, log).caption) for item in items}
     trained = {f"{folder}#{i}": ("train", f"train {i}") for i in range(3)}
     assert sounds == trained | {f"{folder}/test#{i}": ("val", f"test {i}") for i in range(2)}
@@ -563,7 +563,7 @@ def test_hub_dataset_of_files(tmp_path, hub_cache, packed):
         (tmp_path / "all.zip").rename(folder / "all.zip")
     sounds, log = read_all(data=f"hf:{folder}")
     assert sorted(sound.caption for sound in sounds.values()) == ["tone 0", "tone 1", "tone 2"]
-    assert not log.left_out
+    assert not log.skipped
 
 
 @pytest.mark.parametrize(

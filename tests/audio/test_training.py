@@ -14,10 +14,10 @@ from nanochat import checkpoint_files
 from nanochat.audio import loss as audio_loss_eval
 from nanochat.audio.generation import generate_codes, open_audio_model, stream_sound, to_sound
 from nanochat.audio.listen_page import read_wav, write_wav
-from nanochat.audio.loss import clips, count_baselines, derangement, evaluate_audio
+from nanochat.audio.loss import count_baselines, derangement, evaluate_audio, iterate_clips
 from nanochat.audio.synth import clip
 from nanochat.config.settings import Settings
-from nanochat.data.token_store import TokenStore, sound_ids
+from nanochat.data.token_store import TokenStore, encode_sound
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.data_pipeline import prepare_for
 from nanochat.evaluation.core import Row, score_rows
@@ -165,7 +165,7 @@ def test_the_ids_of_a_document_are_caption_start_codes_end(spoken):
     dataset, tokenizer = prepare_for(settings), opened()[1]
     store = TokenStore(dataset, tokenizer, "train", vocabulary=Vocabulary(300, modalities_of(settings, 300)))
     ids, offsets = store.shard(0)
-    caption, codes, attributes = next(clips(dataset, "train"))
+    caption, codes, attributes = next(iterate_clips(dataset, "train"))
     expected = [tokenizer.bos_id, *tokenizer.encode(caption), 293]
     expected += [300 + 32 * q + int(codes[t, q]) for t in range(len(codes)) for q in range(2)] + [364]
     assert ids[offsets[0] : offsets[1]].tolist() == expected
@@ -175,7 +175,7 @@ def test_the_ids_of_a_document_are_caption_start_codes_end(spoken):
 
 def test_generated_sound(spoken, tmp_path, capsys):
     """Files as many as asked, the same for the same seed; codes legal and not longer than asked. Red without a seed."""
-    prompt = next(clips(prepare_for(Settings(**SOUNDS)), "val"))[0]
+    prompt = next(iterate_clips(prepare_for(Settings(**SOUNDS)), "val"))[0]
     out = tmp_path / "x.wav"
     words = ["--prompt", prompt, "--out", str(out), "--model-tag=spoken", "--seconds=0.4"]
     assert audio_generate.main(words) == [out]
@@ -212,7 +212,7 @@ def test_streamed_sound_is_the_sound(spoken, monkeypatch):
     Red when the last frames are not flushed, or the run-up is not cut off.
     """
     model, tokenizer, codec, _, _ = opened()
-    prompt = next(clips(prepare_for(Settings(**SOUNDS)), "val"))[0]
+    prompt = next(iterate_clips(prepare_for(Settings(**SOUNDS)), "val"))[0]
     monkeypatch.setattr("nanochat.audio.generation.STREAM_FRAMES", 4)
     drawn = (generate_codes(model, tokenizer, [prompt], frames=14, seed=seed, temperature=1.0)[0] for seed in range(40))
     seed, codes = next((seed, codes) for seed, codes in enumerate(drawn) if codes.shape[1] in (10, 11))
@@ -248,12 +248,12 @@ def test_sound_is_judged(spoken, base, capsys):
 def test_a_bounded_loss_reads_no_more_sounds_than_it_scores(spoken, monkeypatch):
     """Red when evaluate_audio() goes through the whole split for three sounds."""
     model, tokenizer, _, _, _ = opened()
-    dataset, read, every = prepare_for(Settings(**SOUNDS)), [], audio_loss_eval.clips
+    dataset, read, every = prepare_for(Settings(**SOUNDS)), [], audio_loss_eval.iterate_clips
 
     def counted(dataset, split):
         yield from (read.append(split) or clip for clip in every(dataset, split))
 
-    monkeypatch.setattr(audio_loss_eval, "clips", counted)
+    monkeypatch.setattr(audio_loss_eval, "iterate_clips", counted)
     found = evaluate_audio(model, tokenizer, dataset, rows=5, max_clips=3, counted=dict(uniform=1.0))
     assert found["clips"] == 3
     assert read == ["val"] * 4
@@ -266,8 +266,8 @@ def test_the_loss_over_codes_by_hand(spoken):
     dataset = prepare_for(Settings(**SOUNDS))
     found = evaluate_audio(model, tokenizer, dataset, rows=5)
     nats = count = 0
-    for caption, codes, _ in clips(dataset, "val"):
-        prompt, sound = tokenizer.encode(caption, bos=True), sound_ids(model.vocabulary, codes)
+    for caption, codes, _ in iterate_clips(dataset, "val"):
+        prompt, sound = tokenizer.encode(caption, bos=True), encode_sound(model.vocabulary, codes)
         ids = torch.tensor([[*prompt, *sound]])
         logits = model(ids[:, :-1])[0, len(prompt) :, 300:].log_softmax(dim=-1)
         nats -= logits[range(len(sound) - 1), torch.tensor(sound[1:]) - 300].sum().item()
@@ -278,8 +278,8 @@ def test_the_loss_over_codes_by_hand(spoken):
     captions = ["a", "b", "a", "c", "d", "c"]
     assert all(captions[i] != captions[other] for i, other in enumerate(derangement(captions, 0)))
     table: dict[tuple[int, int], int] = {}
-    for _, codes, _ in clips(dataset, "train"):
-        ids = sound_ids(model.vocabulary, codes)
+    for _, codes, _ in iterate_clips(dataset, "train"):
+        ids = encode_sound(model.vocabulary, codes)
         for pair in pairwise(ids):
             table[pair] = table.get(pair, 0) + 1
     followed = {b: sum(n for (_, y), n in table.items() if y == b) for b in range(300, 365)}
@@ -288,7 +288,7 @@ def test_the_loss_over_codes_by_hand(spoken):
         legal = [*range(300, 332), 364] if b < 332 or b == 364 else range(332, 364)
         return (followed[b] + 0.5) / sum(followed[i] + 0.5 for i in legal)
 
-    sounds = [sound_ids(model.vocabulary, codes) for _, codes, _ in clips(dataset, "val")]
+    sounds = [encode_sound(model.vocabulary, codes) for _, codes, _ in iterate_clips(dataset, "val")]
     expected = total = 0.0
     for ids in sounds:
         for a, b in pairwise(ids):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.audio.sources import Log, decode
-from nanochat.audio.wav_header import Joined, mend_header
+from nanochat.audio.wav_header import Joined, repair_header
 
 RATE = 8000
 SUBFORMAT = b"\x00\x00\x00\x00\x10\x00\x80\x00\x00\xaa\x00\x38\x9b\x71"  # of WAVE_FORMAT_EXTENSIBLE, behind the tag
@@ -74,11 +74,11 @@ def wavs(draw):
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(wavs())
 def test_every_sample_of_a_wav_is_read(drawn):
-    """Their number and values, without a word in the log. Red when mend_header() returns the file, takes 0 for no
+    """Their number and values, without a word in the log. Red when repair_header() returns the file, takes 0 for no
     sound, does not know ds64, or leaves a tag in front."""
     raw, exact = drawn
     wav = decode(io.BytesIO(raw), "a", RATE, None, log := Log())
-    assert not log.left_out
+    assert not log.skipped
     assert len(wav) == len(exact)
     np.testing.assert_allclose(wav, exact, atol=2e-7 if len(exact) else 0)
 
@@ -110,7 +110,7 @@ def test_other_formats_of_a_pipe(kind, mark, behind, size):
     raw[place : place + 4] = struct.pack(">I", size)
     wav = decode(io.BytesIO(bytes(raw)), "a", RATE, None, log := Log())
     assert len(wav) == 1000
-    assert not log.left_out
+    assert not log.skipped
 
 
 def test_what_is_cut_or_empty_is_named(tmp_path):
@@ -128,7 +128,7 @@ def test_what_is_cut_or_empty_is_named(tmp_path):
         log = Log()
         wav = decode(io.BytesIO(b"RIFF" + struct.pack("<I", 2036) + body + content), "a", RATE, None, log)
         assert (wav is None) == bool(left_out)
-        assert (log.left_out, log.altered) == (left_out, altered)
+        assert (log.skipped, log.altered) == (left_out, altered)
 
 
 def test_a_view_reads_and_seeks_like_a_file():
@@ -143,7 +143,7 @@ def test_a_view_reads_and_seeks_like_a_file():
     assert view.read(4) == bytes([14])
     assert view.seek(-8, 1) == 0
     plain = io.BytesIO(b"RIFF" + struct.pack("<I", 40) + b"WAVE" + chunk(b"fmt ", bytes(16)) + chunk(b"data", bytes(4)))
-    assert mend_header(plain) is plain
+    assert repair_header(plain) is plain
     assert plain.tell() == 0
 
 
@@ -156,7 +156,7 @@ def test_more_than_four_gigabytes(tmp_path):
         file.write(b"RIFF\xff\xff\xff\xffWAVE" + chunk(b"fmt ", header(1, 16, False, False)) + chunk(b"data", b"", 0))
         file.write(samples(RATE, 1, 16, False)[0])
         file.truncate(44 + 5_000_000_000)
-    with open(tmp_path / "a.wav", "rb") as file, soundfile.SoundFile(mend_header(file)) as sound:
+    with open(tmp_path / "a.wav", "rb") as file, soundfile.SoundFile(repair_header(file)) as sound:
         assert sound.frames == 2_500_000_000
     assert len(decode(tmp_path / "a.wav", "a", RATE, 1.0, Log())) == RATE
 
@@ -164,7 +164,7 @@ def test_more_than_four_gigabytes(tmp_path):
 def test_a_header_that_says_too_little_is_said():
     """Samples behind the announced ones are named as altered; chunks, tags and padding behind them are none.
 
-    Red when bytes_behind() returns 0, or takes chunks for samples.
+    Red when count_trailing_bytes() returns 0, or takes chunks for samples.
     """
     raw, _ = samples(4000, 1, 16, False)
     form = chunk(b"fmt ", header(1, 16, False, False))
@@ -172,7 +172,7 @@ def test_a_header_that_says_too_little_is_said():
     def altered(*parts: bytes) -> dict:
         wav = decode(io.BytesIO(b"RIFF\0\0\0\0WAVE" + b"".join(parts)), "a", RATE, None, log := Log())
         assert wav is not None
-        assert not log.left_out
+        assert not log.skipped
         return log.altered
 
     said = "longer than its header says, which alone is read"

@@ -24,7 +24,7 @@ from nanochat.data.dataset import Dataset
 from nanochat.data.encodings import Corrupt
 from nanochat.data.hub import CLIMBMIX_REPO, Unreachable, place_caches
 from nanochat.data.prepare import climbmix_is_here, prepare
-from nanochat.data.splits import held_out
+from nanochat.data.splits import is_held_out
 from nanochat.system.environment import UserError, base_dir
 from scripts import data as data_script
 from tests.forked import Forked
@@ -72,11 +72,11 @@ def damage(path: Path) -> None:
 def test_held_out_is_the_stated_hash(name):
     """Red when held_out uses another hash, another remainder, or the docstrings' own name."""
     expected = int.from_bytes(hashlib.sha256(name.encode()).digest(), "big") % 10 == 0
-    assert held_out(name) == expected == held_out(f"{name}#docstrings")
+    assert is_held_out(name) == expected == is_held_out(f"{name}#docstrings")
 
 
 def test_a_tenth_is_held_out():
-    assert 0.08 < sum(held_out(f"file#{i}") for i in range(5000)) / 5000 < 0.12
+    assert 0.08 < sum(is_held_out(f"file#{i}") for i in range(5000)) / 5000 < 0.12
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_stdlib_follows_its_rules(lines):
     assert {name: text.encode() for name, text in texts_of(data).items()} == expected
     for split in ("train", "val"):
         names = [name for name, _ in data.documents(split)]
-        assert names == sorted(name for name in expected if held_out(name) == (split == "val"))
+        assert names == sorted(name for name in expected if is_held_out(name) == (split == "val"))
         assert data.text_bytes(split) == sum(len(expected[name]) for name in names)
         assert data.num_documents(split) == len(names)
     assert data.fingerprint["files"] == len(expected)
@@ -114,7 +114,7 @@ def test_stdlib_follows_its_rules(lines):
 
 
 def test_prepared_once(lines, base):
-    """Red when materialise does not look for the state: the second call would write again and say so."""
+    """Red when open_or_prepare does not look for the state: the second call would write again and say so."""
     with record_messages(lines):
         first = prepare("stdlib")
     said, written = len(lines), (first.directory / "manifest.json").stat().st_mtime_ns
@@ -162,7 +162,7 @@ def test_packages_have_sources_and_docstrings(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "_closure", lambda own: [distribution])
     monkeypatch.setattr(sources, "_stdlib_files", lambda: [("os.py", Path(os.__file__))])
     monkeypatch.setattr(sources, "LEAST_STDLIB_BYTES", 1000)
-    monkeypatch.setattr(prepare_module, "held_out", lambda name: name == "os.py")
+    monkeypatch.setattr(prepare_module, "is_held_out", lambda name: name == "os.py")
     monkeypatch.setattr(prepare_module, "is_sane", lambda sizes: True)
     found = texts_of(prepare("packages"))
     assert sorted(found) == [
@@ -183,8 +183,8 @@ def test_packages_drop_held_out_copies(tmp_path, monkeypatch, lines):
     Red without drop_copies in packages(), or when the copy of training goes instead.
     """
     files = {f"pkg/m{i}.py": f"x = {i}  # a module\n" * 100 for i in range(40)}
-    outside = [name for name in files if held_out(name)]
-    files[outside[0]] = files[next(name for name in files if not held_out(name))]
+    outside = [name for name in files if is_held_out(name)]
+    files[outside[0]] = files[next(name for name in files if not is_held_out(name))]
     site = write_files(tmp_path / "site", files)
     found = [path.relative_to(site) for path in site.rglob("*.py")]
     distribution = SimpleNamespace(files=found, locate_file=lambda file: site / file)
@@ -262,7 +262,7 @@ def test_folder_of_every_kind_of_file(tmp_path, lines):
     assert texts_of(data) == expected
     assert data.name.startswith("my-texts-")
     assert data.directory.name == data.name
-    assert {name for name, _ in data.documents("val")} == {name for name in expected if held_out(name)}
+    assert {name for name, _ in data.documents("val")} == {name for name in expected if is_held_out(name)}
     assert data.manifest["left_out"] == {"empty": 2, "undecodable": 1, "hidden": 2, "of other kinds": 1}
     assert "1 undecodable" in lines[-1]
     assert "data: latin.txt is not UTF-8 at byte 4, looks like latin-1" in "\n".join(lines)
@@ -282,7 +282,7 @@ def test_a_folder_elsewhere_has_the_same_fingerprint(tmp_path, tiny_corpus):
 def test_datasets_of_text_stay_what_they_were(tmp_path):
     """Keys and fingerprint as they were before datasets could hold sounds: checkpoints of text name them.
 
-    Red when an entry or manifest of text gains a key, or _fingerprint hashes anything more.
+    Red when an entry or manifest of text gains a key, or _make_fingerprint hashes anything more.
     """
     files = {f"doc_{i}.txt": f"line {i} of a document\n" * 40 for i in range(40)}
     rows = "".join(json.dumps({"text": f"row {i} " * 30}) + "\n" for i in range(60))
@@ -340,7 +340,7 @@ def test_single_text_file_is_read_in_blocks(tmp_path):
 def test_blocks_lose_nothing(tmp_path_factory, pieces):
     path = tmp_path_factory.getbasetemp() / "blocks.txt"
     path.write_bytes("".join(pieces).encode())
-    blocks = list(text_files.blocks(path))
+    blocks = list(text_files.read_blocks(path))
     assert b"".join(blocks) == path.read_bytes()
     assert all(len(block) < 16384 + 5001 for block in blocks)
 
@@ -362,7 +362,7 @@ def row_file(path: Path, rows: list) -> str:
 
 
 def test_a_column_of_files_without_columns_is_said(tiny_corpus):
-    """Red without the note in sources.path()."""
+    """Red without the note in sources.plan_path()."""
     lines: list[str] = []
     with record_messages(lines):
         data = prepare(str(tiny_corpus), column="body")
@@ -522,9 +522,9 @@ def test_unreadable_manifest(many_shards, tiny_corpus):
 def test_a_kill_leaves_nothing_that_counts(tmp_path, tiny_corpus, moment, base):
     """A process that ends without cleaning up leaves only a hidden folder; the next one prepares everything.
 
-    Red when materialise writes into the target folder instead of the scratch folder.
+    Red when open_or_prepare writes into the target folder instead of the scratch folder.
     """
-    patch = {"while writing shards": "prepare._describe", "before the rename": "prepare._commit"}[moment]
+    patch = {"while writing shards": "prepare._describe_shard", "before the rename": "prepare._commit"}[moment]
     code = f"import os, sys\nfrom nanochat.data import prepare\n{patch} = lambda *a: os._exit(9)\n"
     code += "prepare.prepare(sys.argv[1])\n"
     process = Forked([sys.executable, "-c", code, tiny_corpus])
@@ -538,7 +538,7 @@ def test_a_kill_leaves_nothing_that_counts(tmp_path, tiny_corpus, moment, base):
 
 
 def test_two_processes_make_one_dataset(tiny_corpus, monkeypatch, base):
-    """Another process finishes first: its folder is taken. Red when materialise does not look again at the end."""
+    """Another process finishes first: its folder is taken. Red when open_or_prepare does not look again at the end."""
     write, others = prepare_module._write_shards, []
 
     def overtaken(*args):
@@ -811,7 +811,7 @@ def test_hub_dataset_through_datasets(tmp_path, lines, monkeypatch):
     found = texts_of(data)
     assert {name.rpartition("#")[2] for name in found} == {str(i) for i in range(50)}
     assert all(text == f"document {name.rpartition('#')[2]} " * 50 for name, text in found.items())
-    assert {name for name, _ in data.documents("val")} == {name for name in found if held_out(name)}
+    assert {name for name, _ in data.documents("val")} == {name for name in found if is_held_out(name)}
     assert any("stopped after 50 documents" in line for line in lines)
     with no_messages():
         assert prepare(source, column="body", limit=50).fingerprint == data.fingerprint

@@ -12,7 +12,7 @@ from nanochat.config.config_file import render_config
 from nanochat.config.settings import Settings
 from nanochat.data import folders
 from nanochat.data.encodings import Corrupt
-from nanochat.data.folders import OWN_OUTPUT, find_files, own_output, suffix_of
+from nanochat.data.folders import OWN_OUTPUT, find_files, find_own_output, get_suffix
 from nanochat.data.prepare import prepare
 from nanochat.system.environment import UserError
 from tests.messages import record_messages
@@ -161,7 +161,7 @@ def test_what_is_not_read_is_named_by_suffix(tmp_path):
     [("a.txt", ".txt"), ("a/b.TXT.GZ", ".txt.gz"), ("a.gz", ".gz"), ("2024.01.gz", ".gz"), ("x", "no suffix")],
 )
 def test_suffix_of(name, suffix):
-    assert suffix_of(name) == suffix
+    assert get_suffix(name) == suffix
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_a_source_that_is_our_output_is_refused(tmp_path, base):
     write(base, "base_eval/d4_000004.csv")
     run_folder(base / "base_checkpoints" / "d4")
     for folder in (data.directory, base / "base_eval", base / "base_checkpoints" / "d4"):
-        assert own_output(folder)
+        assert find_own_output(folder)
         with pytest.raises(UserError, match=r"is nanochat's own output \(.*\): pass the text that it was made from"):
             prepare(str(folder))
     write(base, "top.txt", "data/of mine.txt")

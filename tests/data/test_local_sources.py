@@ -17,7 +17,7 @@ import pytest
 from nanochat.data import text_files
 from nanochat.data.encodings import Corrupt
 from nanochat.data.prepare import prepare
-from nanochat.data.text_files import Rows, blocks, file_documents
+from nanochat.data.text_files import Rows, file_documents, read_blocks
 from nanochat.system.environment import UserError
 from tests.data.test_dataset import texts_of, write_files
 from tests.data.test_encodings import WIDE
@@ -53,8 +53,8 @@ def test_a_text_file_of_any_unicode_encoding(tmp_path, encoding, marked):
     """
     mark = WIDE.get(encoding, b"\xef\xbb\xbf") if marked else b""
     write_files(tmp_path, {"plain.txt": TEXT, "f/coded.txt": mark + TEXT.encode(encoding), "f/x.txt": "more " * 2000})
-    expected = list(blocks(tmp_path / "plain.txt"))
-    assert list(blocks(tmp_path / "f" / "coded.txt")) == expected
+    expected = list(read_blocks(tmp_path / "plain.txt"))
+    assert list(read_blocks(tmp_path / "f" / "coded.txt")) == expected
     assert len(expected) > 5
     data = prepare(str(tmp_path / "f" / "coded.txt"))
     found = sorted(texts_of(data).items(), key=lambda pair: [int(part) for part in pair[0].split("#")[1:]])
@@ -306,7 +306,7 @@ def test_long_lines_are_cut_between_characters(tmp_path_factory, pieces, longest
         patch.setattr(text_files, "BLOCK_BYTES", 16)
         for encoding in ("utf-8", "utf-16"):
             path.write_bytes(text.encode(encoding))
-            found = [block.decode() for block in blocks(path)]
+            found = [block.decode() for block in read_blocks(path)]
             assert "".join(found) == text
             assert all(len(block.encode()) < 90 for block in found)
 
@@ -314,7 +314,7 @@ def test_long_lines_are_cut_between_characters(tmp_path_factory, pieces, longest
 def test_one_line_of_many_megabytes(tmp_path):
     """A file in one line is read in pieces, not at once. Red when LONGEST_LINE has no effect."""
     path = write_files(tmp_path, {"text8.txt": "anarchism originated as a term " * 100_000}) / "text8.txt"
-    assert max(map(len, blocks(path))) <= text_files.LONGEST_LINE + 4 * text_files.BLOCK_BYTES
+    assert max(map(len, read_blocks(path))) <= text_files.LONGEST_LINE + 4 * text_files.BLOCK_BYTES
     data = prepare(str(path))
     assert 0.02 < data.text_bytes("val") / 3_100_000 < 0.3
     assert data.text_bytes("val") + data.text_bytes("train") == 3_100_000

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.data.packing import EMPTY, PackedLoader, Rows, inputs_and_targets, pack
+from nanochat.data.packing import EMPTY, PackedLoader, Rows, pack, split_packed_rows
 from nanochat.evaluation import bpb as loss_eval
 from nanochat.evaluation.bpb import packed_losses
 from nanochat.modality import Modality, Vocabulary
@@ -78,7 +78,7 @@ def test_rows_hold_whole_sounds_and_every_text_target_once():
     together = [",".join(map(str, stream)) for stream in streams]
     for document in DOCUMENTS[:17]:
         assert sum(f",{','.join(map(str, document))}," in f",{stream}," for stream in together) == 1
-    inputs, targets = inputs_and_targets(found, STORE)
+    inputs, targets = split_packed_rows(found, STORE)
     assert (inputs >= 0).all()
     assert ((targets == -100) == (found[:, 1:] == EMPTY)).all()
     # Each id but a document's first is a target once; a document behind another in its row is one more, its BOS.

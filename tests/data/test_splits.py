@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 
 from nanochat.data.prepare import prepare
-from nanochat.data.splits import cut, held_out, is_sane, own_split, split_by_bytes
+from nanochat.data.splits import cut_text, find_own_split, is_held_out, is_sane, split_by_bytes
 from nanochat.system.environment import UserError
 from scripts import base_train
 from tests.data.test_dataset import write_files
@@ -56,7 +56,7 @@ def test_a_tenth_of_the_bytes_and_every_byte_once(repeats, words):
 @hypothesis.given(st.text(st.sampled_from("ab é\n\r"), max_size=500), st.integers(1, 40))
 def test_cuts_prefer_lines(text, size):
     """Pieces are the text, at most two sizes long; with a line end in reach a piece ends there. Red without CUTS."""
-    pieces = list(cut(text, size))
+    pieces = list(cut_text(text, size))
     assert "".join(pieces) == text
     assert all(len(piece) <= 2 * size for piece in pieces)
     for piece in pieces[:-1]:
@@ -106,7 +106,7 @@ def test_one_large_file_that_is_held_out(tmp_path):
 
     Red when the rule counts documents, or _say_split is not called for a prepared dataset.
     """
-    large = next(f"big{i}.txt" for i in range(99) if held_out(f"big{i}.txt"))
+    large = next(f"big{i}.txt" for i in range(99) if is_held_out(f"big{i}.txt"))
     files = {f"{i}.txt": f"small {i}\n" * 50 for i in range(30)} | {large: "a large text, paragraph.\n\n" * 40_000}
     folder, lines = write_files(tmp_path / "texts", files), []
     with record_messages(lines):
@@ -134,7 +134,7 @@ def test_a_sane_share_keeps_the_names_rule(tmp_path):
     """Red when documents are split by bytes although names do well: every old dataset would change."""
     folder = write_files(tmp_path / "texts", {f"{i}.txt": f"text {i}\n" * 60 for i in range(100)})
     data = prepare(str(folder))
-    assert {name for name, _ in data.documents("val")} == {f"{i}.txt" for i in range(100) if held_out(f"{i}.txt")}
+    assert {name for name, _ in data.documents("val")} == {f"{i}.txt" for i in range(100) if is_held_out(f"{i}.txt")}
     assert "split_rule" not in data.manifest
     assert "held_out_copies" not in data.manifest
 
@@ -189,7 +189,7 @@ def test_the_least_text_trains_and_is_measured(tmp_path, capsys):
 def test_own_split(names, expected):
     """Red when a word may be a part of a longer one, a single file decides for a folder, only the top counts
     (`folders[:1]` in _folder_parts), or a word decides beside folders without one (no `None not in known`)."""
-    assert own_split(names) == (expected and dict(zip(names, expected, strict=True)))
+    assert find_own_split(names) == (expected and dict(zip(names, expected, strict=True)))
 
 
 def test_files_called_as_parts_beside_others_are_said(tmp_path):
@@ -229,8 +229,8 @@ def test_a_folders_own_split_is_kept(tmp_path):
 
 def test_copies_across_the_split_are_counted(tmp_path):
     """A held-out document equal to a training one is said, and stays. Red when hashes are of one split only."""
-    inside = next(f"{i}.txt" for i in range(99) if not held_out(f"{i}.txt"))
-    outside = next(f"{i}.txt" for i in range(99) if held_out(f"{i}.txt"))
+    inside = next(f"{i}.txt" for i in range(99) if not is_held_out(f"{i}.txt"))
+    outside = next(f"{i}.txt" for i in range(99) if is_held_out(f"{i}.txt"))
     files = {f"{i}.txt": f"text {i}\n" * 60 for i in range(60)} | {
         inside: "the same\n" * 60,
         outside: "the same\n" * 60,
@@ -248,6 +248,6 @@ def test_the_split_of_the_standard_library_is_pinned():
     """Names and their hashes: red when held_out changes in any way, on every Python."""
     names = ["abc.py", "argparse.py", "ast.py", "json/decoder.py", "os.py", "typing.py", "zipfile.py", "re/_parser.py"]
     names += [f"module_{i}.py" for i in range(1000)]
-    chosen = [name for name in names if held_out(name)]
+    chosen = [name for name in names if is_held_out(name)]
     digest = hashlib.sha256("\n".join(chosen).encode()).hexdigest()
     assert (len(chosen), digest[:16]) == (107, "5c1e7ab1c19e669a")

@@ -10,7 +10,7 @@ from nanochat.audio.listen_page import read_wav
 from nanochat.audio.synth import clip
 from nanochat.config.settings import Settings
 from nanochat.data.prepare import prepare
-from nanochat.data.splits import held_out
+from nanochat.data.splits import is_held_out
 from nanochat.data_pipeline import prepare_for
 from nanochat.system.environment import UserError
 from scripts.experiments import adapters, experts, tying
@@ -48,8 +48,8 @@ def test_sounds_that_choose_are_not_reported(tmp_path, monkeypatch):
 
     lines = [json.loads(line) for line in (part / "metadata.jsonl").read_text().splitlines()]
     files = {line["file_name"]: read_wav(part / line["file_name"])[0] for line in lines}
-    chooses = waves(wav for name, wav in files.items() if held_out(name))
-    learns = waves(wav for name, wav in files.items() if not held_out(name))
+    chooses = waves(wav for name, wav in files.items() if is_held_out(name))
+    learns = waves(wav for name, wav in files.items() if not is_held_out(name))
     dataset = prepare_for(Settings(modalities="audio:16", codec="frame", **SYNTH))
     numbers = {split: [int(name.split("/")[1]) for name, _ in dataset.documents(split)] for split in ("train", "val")}
     reported = waves(clip(number, seconds=0.5).wav for number in numbers["val"])
@@ -63,8 +63,8 @@ def test_sounds_that_choose_are_not_reported(tmp_path, monkeypatch):
     again = prepare_for(Settings(modalities="audio:16", codec="frame", data=str(part)))
     kept = {name for name, _ in again.documents("val")}  # without those of the same codes as a training sound
     assert kept
-    assert kept <= {name for name in files if held_out(name)}
-    assert {name for name, _ in again.documents("train")} == {name for name in files if not held_out(name)}
+    assert kept <= {name for name in files if is_held_out(name)}
+    assert {name for name, _ in again.documents("train")} == {name for name in files if not is_held_out(name)}
 
 
 @pytest.mark.parametrize("check", [experts, adapters, tying])

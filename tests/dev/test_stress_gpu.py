@@ -42,8 +42,8 @@ def quick(monkeypatch):
     """Peaks are measured in no time, processes are forks, and the step of a static cache is not compiled."""
     monkeypatch.setattr(decoding, "compiler_problem", lambda: "switched off")
     monkeypatch.setattr(gpu, "matmul_peak", lambda *args: 1e12)
-    monkeypatch.setattr(hardware, "measured_matmul_flops", lambda *args, **how: 1e12)
-    monkeypatch.setattr("nanochat.training.estimate.measured_matmul_flops", lambda *args, **how: 1e12)
+    monkeypatch.setattr(hardware, "measure_matmul_flops", lambda *args, **how: 1e12)
+    monkeypatch.setattr("nanochat.training.estimate.measure_matmul_flops", lambda *args, **how: 1e12)
     monkeypatch.setattr(gpu, "start_process", lambda command, env, **how: Forked(command, env=env))
 
 

@@ -21,7 +21,14 @@ from nanochat.data import prepare
 from nanochat.data.tokenizer import Tokenizer
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.system import temporary
-from nanochat.system.temporary import file_lock, machine, owner_suffix, process_state, remove_abandoned, scratch_folder
+from nanochat.system.temporary import (
+    file_lock,
+    machine_id,
+    owner_suffix,
+    process_state,
+    remove_abandoned,
+    scratch_folder,
+)
 from tests.forked import Forked
 
 ANCIENT = (1e9, 1e9)
@@ -50,10 +57,10 @@ def test_only_what_dead_processes_left_is_deleted(tmp_path, kind):
     Red when is_abandoned() looks at the age first, or does not compare the start times.
     """
     pid, started, *_ = owner_suffix().split("-")
-    now, hour_ago = (time.time(),) * 2, (time.time() - 2 * temporary.SILENCE,) * 2
+    now, hour_ago = (time.time(),) * 2, (time.time() - 2 * temporary.STALE_SECONDS,) * 2
     live = named(tmp_path, owner_suffix(), kind)
     dead = named(tmp_path, dead_owner(), kind, now)
-    namesake = named(tmp_path, f"{pid}-{int(started) + 1}-{machine()}-0", kind, now)
+    namesake = named(tmp_path, f"{pid}-{int(started) + 1}-{machine_id()}-0", kind, now)
     beating = named(tmp_path, f"{pid}-{started}-00000000-0", kind, now)
     silent = named(tmp_path, f"{pid}-{started}-00000000-1", kind, hour_ago)
     older_form = [named(tmp_path, f"{pid}{n}", kind, times) for n, times in enumerate((now, hour_ago))]
@@ -66,15 +73,15 @@ def test_only_what_dead_processes_left_is_deleted(tmp_path, kind):
 
 def test_machines_of_one_name_are_told_apart(monkeypatch):
     """Containers share a host's name and process numbers. Red when machine() is the hash of platform.node() alone."""
-    first = machine.__wrapped__()
+    first = machine_id.__wrapped__()
     monkeypatch.setattr(temporary.os, "readlink", lambda path: "pid:[1]")
     assert len(first) == 8
-    assert machine.__wrapped__() != first == machine()
+    assert machine_id.__wrapped__() != first == machine_id()
 
 
 def test_a_scratch_folder_beats_while_nothing_is_written(tmp_path, monkeypatch):
     """Red when scratch_folder() starts no thread: another machine would take the folder for abandoned."""
-    monkeypatch.setattr(temporary, "BEAT", 0.01)
+    monkeypatch.setattr(temporary, "HEARTBEAT_SECONDS", 0.01)
     with scratch_folder(tmp_path / "name[1]") as scratch:
         os.utime(scratch, ANCIENT)
         deadline = time.monotonic() + 20
@@ -181,7 +188,7 @@ def test_every_writer_spares_the_live_and_clears_after_the_dead(tmp_path, place)
     """Red when save_checkpoint() deletes by name alone, or scratch_folder() clears nothing away."""
     form, write = PLACES[place]
     parent = os.getppid()
-    live = tmp_path / form.format(f"{parent}-{process_state(parent)[1]}-{machine()}-0")
+    live = tmp_path / form.format(f"{parent}-{process_state(parent)[1]}-{machine_id()}-0")
     dead = tmp_path / form.format(dead_owner())
     for path in (live, dead):
         path.mkdir()

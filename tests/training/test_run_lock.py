@@ -179,7 +179,7 @@ def test_a_file_system_without_locks_still_trains(folder, monkeypatch, capsys):
 
 def test_the_holder_shows_that_it_lives(folder, monkeypatch):
     """Red without heartbeat(): on another host a long run would look stale."""
-    monkeypatch.setattr(temporary, "BEAT", 0.01)
+    monkeypatch.setattr(temporary, "HEARTBEAT_SECONDS", 0.01)
     with run_lock(folder):
         path = folder.with_name(".tag.lock")
         os.utime(path, (1, 1))
