@@ -226,7 +226,7 @@ def test_a_check_leaves_nothing_behind_and_finds_a_full_disk(tmp_path, monkeypat
 
 
 def test_the_user_reads_the_name_that_was_given(tmp_path):
-    """Red when replacing() lets the error name its temporary file."""
+    """Red when open_atomic() lets the error name its temporary file."""
     path = tmp_path / "no" / "x"
     with pytest.raises(FileNotFoundError) as caught, files.open_atomic(path):
         pass

@@ -266,7 +266,7 @@ def test_other_settings_give_another_folder(folder, corpus, change):
 
 
 def test_the_fingerprint_covers_codes_and_a_changed_sound_is_met(folder):
-    """Same names, same captions, one other sound. Red when _make_fingerprint takes texts alone, or the state no sounds."""
+    """Same names and captions, one other sound. Red when the fingerprint takes texts alone, or the state no sounds."""
     first = prepare_for(settings_of(folder))
     soundfile.write(folder / "03.wav", a_sound(77), RATE)
     lines = []
