@@ -299,7 +299,7 @@ def stages(tmp_path_factory, corpus) -> SimpleNamespace:
             ["data", *data],
             ["tok_train", *data, "--vocab_size=300"],
             ["base_train", "named.py", *settings],
-            ["base_eval"],
+            ["base_eval", "--max-per-task=4"],
             ["plot_run", "--output=named.png"],
         ],
         CXX=str(compiler),

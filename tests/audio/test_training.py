@@ -84,11 +84,11 @@ def test_another_number_of_ranks(train, base, corpus):
     """
     shape = SOUNDS | dict(text_data=corpus, warmdown_ratio=0.0, muon_dtype="float32", total_batch_size=224)
     train("switched", **shape)
-    process = start(base, "--model_tag=switched", "--resume", "--num_iterations=24", ranks=2)
+    process = start(base, "--model_tag=switched", "--resume", "--num_iterations=14", ranks=2)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0, output
-    base_train.main(["--model_tag=switched", "--resume", "--num_iterations=30"])
-    train("alone", **shape | dict(num_iterations=30))
+    base_train.main(["--model_tag=switched", "--resume", "--num_iterations=18"])
+    train("alone", **shape | dict(num_iterations=18))
     sounds = [line.get("norm/grad_matrix_audio") for line in metrics("alone") if "tokens" in line]
     assert 0 in sounds
     assert max(sounds) > 0
