@@ -168,14 +168,12 @@ def prepare_for(settings: Settings) -> Dataset:
 
         text = settings.text_data and prepare(settings.text_data, skip_corrupt=settings.skip_corrupt)
         return open_or_prepare(plan_audio(settings, text or None), settings.skip_corrupt)
-    return prepare(
-        settings.data,
-        column=settings.data_column,
-        split=settings.data_split,
-        config=settings.data_config,
-        limit=settings.data_limit,
-        skip_corrupt=settings.skip_corrupt,
-    )
+    return prepare(settings.data, **_text_options(settings))
+
+
+def _text_options(settings: Settings) -> dict:
+    names = ("column", "split", "config", "limit")
+    return {name: getattr(settings, f"data_{name}") for name in names} | {"skip_corrupt": settings.skip_corrupt}
 
 
 def plan_source(settings: Settings) -> Source | None:
@@ -184,14 +182,7 @@ def plan_source(settings: Settings) -> Source | None:
     UserError when it is not there. Of anything but climbmix.
     """
     if "audio" not in settings.modality_codes():
-        return plan_text_source(
-            settings.data,
-            settings.data_column,
-            settings.data_split,
-            settings.data_config,
-            settings.data_limit,
-            settings.skip_corrupt,
-        )
+        return plan_text_source(settings.data, **_text_options(settings))
     from nanochat.audio.dataset import plan_audio
 
     if settings.text_data is None:
@@ -199,7 +190,7 @@ def plan_source(settings: Settings) -> Source | None:
     if settings.text_data == "climbmix":
         text = open_climbmix(CLIMBMIX_SHARDS, settings.skip_corrupt)
     else:
-        plan = plan_text_source(settings.text_data, "text", "train", None, None, settings.skip_corrupt)
+        plan = plan_text_source(settings.text_data, skip_corrupt=settings.skip_corrupt)
         text = find_version(plan, settings.skip_corrupt)
     return text and plan_audio(settings, text)
 

@@ -68,9 +68,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(path) as scratch:
         yield scratch
-        for written in (*scratch.iterdir(), scratch):
-            fsync(written)
-        os.rename(scratch, path)
+        commit_folder(scratch, path)
+
+
+def commit_folder(scratch: Path, path: Path) -> None:
+    """Give a folder of flat files its final name: everything on the disk first, then the rename, then the parent."""
+    for written in (*scratch.iterdir(), scratch):
+        fsync(written)
+    os.rename(scratch, path)
     fsync(path.parent)
 
 

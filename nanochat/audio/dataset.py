@@ -19,7 +19,7 @@ from nanochat.audio import codecs as audio
 from nanochat.audio.sources import Item, Log, Sound, SoundSource, plan_sounds
 from nanochat.audio.spectra import SAMPLE_RATE
 from nanochat.config.settings import Settings
-from nanochat.data.dataset import SPLITS, Dataset, Document
+from nanochat.data.dataset import SPLITS, Dataset, Document, format_skipped
 from nanochat.data.local_sources import Source, digest, slugify, stat_all
 from nanochat.data.splits import SHARE, is_held_out, is_sane
 from nanochat.system import logs
@@ -222,8 +222,7 @@ def _save_codec(codec) -> dict:
 
 def _check_enough(settings: Settings, sounds: SoundSource, clips: Counter, counts: Counter) -> None:
     """UserError with all counts unless most sounds can be read and both splits have some; clips: number by split."""
-    left = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()) if kind != "files")
-    found = f"{counts['files']} captioned sounds{f' (skipped: {left})' if left else ''}"
+    found = f"{counts['files']} captioned sounds{format_skipped(counts)}"
     if 2 * sum(counts[kind] for kind in ("unreadable", "truncated", "empty sound")) > counts["files"] > 0:
         raise UserError(f"data={settings.data}: most of {found} cannot be read: is the folder or download complete?")
     if not clips["train"]:

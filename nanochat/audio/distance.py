@@ -1,4 +1,4 @@
-"""How far sounds lie from each other, for sounds of any kind: pairs after a codec, sets of sounds, use of codebooks."""
+"""Distances between sounds of any kind: pairs after a codec, and sets of sounds."""
 
 from collections.abc import Iterable, Sequence
 
@@ -50,16 +50,6 @@ def si_sdr(reference: np.ndarray, other: np.ndarray) -> float:
     target = reference * (reference @ other / (reference @ reference))
     signal, noise = float(target @ target), float(np.square(other - target).sum())
     return float(10 * np.log10(max(signal, 1e-10 * noise, 1e-30) / max(noise, 1e-10 * signal, 1e-30)))
-
-
-def codebook_usage(codes: Iterable[np.ndarray], size: int) -> list[dict]:
-    """Of each codebook over arrays of codes [Q, T]: used (different codes) and entropy_bits (log2(size) at most)."""
-    rows = []
-    for row in np.concatenate(list(codes), axis=1):
-        share = np.bincount(row, minlength=size) / row.size
-        share = share[share > 0]
-        rows.append({"used": share.size, "entropy_bits": float(-(share @ np.log2(share)))})
-    return rows
 
 
 def frechet_dsp(sounds: Sequence[np.ndarray], others: Sequence[np.ndarray], sample_rate: int) -> float | None:

@@ -2,13 +2,12 @@
 
 import hashlib
 import html
+import io
 import os
 import re
 import shutil
-import struct
 import tempfile
 import wave
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -62,15 +61,15 @@ def read_wav(path: Path) -> tuple[np.ndarray, int]:
 
 def encode_png(levels: np.ndarray) -> bytes:
     """A PNG file of levels 0..1 [rows, columns] in 256 colours from dark blue to yellow."""
+    from PIL import Image
+
     steps = np.linspace(0, len(COLOURS) - 1, 256)
     palette = np.stack([np.interp(steps, range(len(COLOURS)), channel) for channel in zip(*COLOURS, strict=True)], 1)
-    pixels = np.round(np.clip(levels, 0, 1) * 255).astype(np.uint8)
-    rows = np.pad(pixels, ((0, 0), (1, 0)))  # each row begins with its filter, 0 for none
-    header = struct.pack(">2I5B", pixels.shape[1], pixels.shape[0], 8, 3, 0, 0, 0)  # 8 bits, by palette
-    parts = {b"IHDR": header, b"PLTE": palette.round().astype(np.uint8).tobytes()}
-    parts |= {b"IDAT": zlib.compress(rows.tobytes(), 9), b"IEND": b""}
-    chunks = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts.items())
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+    picture = Image.fromarray(np.round(np.clip(levels, 0, 1) * 255).astype(np.uint8))
+    picture.putpalette(palette.round().astype(np.uint8).tobytes())
+    file = io.BytesIO()
+    picture.save(file, "png", optimize=True)
+    return file.getvalue()
 
 
 def spectrogram(wav: np.ndarray, sample_rate: int) -> np.ndarray:

@@ -7,7 +7,6 @@ named, all are counted.
 
 import functools
 import io
-import json
 import logging
 import os
 import re
@@ -26,7 +25,7 @@ from nanochat.audio.wav_header import PLACEHOLDER, count_trailing_bytes, repair_
 from nanochat.config.settings import Settings
 from nanochat.data import hub
 from nanochat.data.folders import Found, escape_undecodable, find_files
-from nanochat.data.local_sources import digest, path_errors_as_user_errors, slugify, stat_all
+from nanochat.data.local_sources import name_of_path, path_errors_as_user_errors, stat_all
 from nanochat.data.splits import find_own_split
 from nanochat.data.text_files import get_text
 from nanochat.runtime import first_line, nearest_name, shown
@@ -34,44 +33,11 @@ from nanochat.system.environment import UserError, base_dir, expand_user
 
 logger = logging.getLogger(__name__)
 
-SOUND_SUFFIXES = (
-    ".wav",
-    ".flac",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".mp3",
-    ".aif",
-    ".aiff",
-    ".aifc",
-    ".au",
-    ".snd",
-    ".caf",
-    ".w64",
-    ".rf64",
-    ".wave",
-    ".bwf",
-    ".sph",
-    ".voc",
-    ".mp2",
-    ".mpga",
+SOUND_SUFFIXES = tuple(
+    ".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .wave .bwf .sph .voc .mp2 .mpga".split()
 )
-OTHER_SOUNDS = (  # that libsndfile does not read
-    ".m4a",
-    ".m4b",
-    ".aac",
-    ".mp4",
-    ".wma",
-    ".webm",
-    ".weba",
-    ".mka",
-    ".amr",
-    ".ape",
-    ".wv",
-    ".3gp",
-    ".ac3",
-    ".ra",
-)
+# that libsndfile does not read
+OTHER_SOUNDS = tuple(".m4a .m4b .aac .mp4 .wma .webm .weba .mka .amr .ape .wv .3gp .ac3 .ra".split())
 FOLDER_FORMAT = 2  # part of the state: raise it when the same folder would give other captions or another split
 FROM_NAMES = "file_name"  # as data_column: the files' own names are the captions
 SYNTH_CLIPS = 3000  # when no limit is given
@@ -233,7 +199,7 @@ def _plan_folder(root: Path, settings: Settings, seconds: float | None) -> Sound
         "take the files' names"
     )
     return SoundSource(
-        f"{slugify(absolute.name)}-{digest(str(absolute))[:8]}",
+        name_of_path(absolute),
         escape_undecodable(absolute.name),
         f"column {column}",
         "not known: your own files",
@@ -308,15 +274,10 @@ def _plan_hub(settings: Settings) -> SoundSource:
         config=settings.data_config,
         limit=settings.data_limit or HUB_SOUNDS,
     )
-    files = hub.stat_local_dataset(name)
     return SoundSource(
-        f"hf-{slugify(name)}-{digest(json.dumps([name, options]))[:8]}",
-        f"hf:{name}",
-        ", ".join(f"{key} {value}" for key, value in options.items() if value is not None),
-        f"see the dataset card of {name} on the hub",
-        [name, options, settings.clip_seconds, *([] if files is None else [files])],
+        *hub.describe_source(name, options, settings.clip_seconds),
         lambda log: _hub_items(name, options, settings.clip_seconds, log),
-        "raise --data_limit or choose another dataset",
+        hub.ADVICE,
     )
 
 

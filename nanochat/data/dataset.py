@@ -211,6 +211,12 @@ def read_manifest(directory: Path) -> dict | None:
     return manifest
 
 
+def format_skipped(counts: dict[str, int]) -> str:
+    """' (skipped: 2 empty, 1 hidden)' for counts by reason, in their order; '' where there are none but files."""
+    skipped = ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items()) if reason != "files")
+    return f" (skipped: {skipped})" if skipped else ""
+
+
 def describe(dataset: Dataset) -> None:
     """Print source, sizes by split, fingerprint and folder."""
     fingerprint = dataset.fingerprint

@@ -22,21 +22,11 @@ logger = logging.getLogger(__name__)
 
 NAMED = 5  # files named of each kind that is not read
 LARGEST_MANIFEST = 256 << 20  # bytes of a manifest.json that is opened to see whose it is
-OUTPUT_FOLDERS = {  # below a base folder; data/ is left to the markers: users keep files of their own there
-    "base_checkpoints",
-    "adapter_checkpoints",
-    "chatsft_checkpoints",
-    "tokenizers",
-    "codecs",
-    "base_eval",
-    "audio_eval",
-    "adapter_eval",
-    "eval_bundle",
-    "compiled",
-    "huggingface",
-    "tiktoken",
-    "matplotlib",
-}
+# below a base folder; data/ is left to the markers: users keep files of their own there
+OUTPUT_FOLDERS = (
+    "base_checkpoints adapter_checkpoints chatsft_checkpoints tokenizers codecs base_eval audio_eval adapter_eval "
+    "eval_bundle compiled huggingface tiktoken matplotlib"
+).split()
 HOLDERS = ("data", "base_checkpoints", "adapter_checkpoints", "chatsft_checkpoints", "tokenizers", "codecs")
 MARKERS = (  # files that together are in one kind of folder only
     ({"ranks.tiktoken", "token_bytes.npy"}, "a tokenizer"),

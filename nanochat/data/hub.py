@@ -28,17 +28,9 @@ logger = logging.getLogger(__name__)
 HUB_DOCUMENTS = 100_000  # documents taken of a hub dataset when no limit is given
 LARGEST_MEAN = 1_000_000  # characters that a hub dataset may have per document of its limit
 CLIMBMIX_REPO = "karpathy/climbmix-400b-shuffle"
-HELD_OUT_SPLITS = (  # the first that a dataset has beside train is held out
-    "validation",
-    "valid",
-    "val",
-    "dev",
-    "heldout",
-    "test",
-    "testing",
-    "eval",
-    "evaluation",
-)
+# the first that a dataset has beside train is held out
+HELD_OUT_SPLITS = tuple("validation valid val dev heldout test testing eval evaluation".split())
+ADVICE = "raise --data_limit or choose another dataset"
 LARGEST_SHARD = 1 << 30  # bytes; climbmix's have about 90 MB
 
 
@@ -95,17 +87,24 @@ def plan_hub_dataset(name: str, column: str, split: str, config: str | None, lim
     if not name:
         raise UserError("data=hf: lacks the dataset's name, as in hf:roneneldan/TinyStories")
     options = dict(column=column, split=split, config=config, limit=limit or HUB_DOCUMENTS)
-    files = stat_local_dataset(name)
     manifest: dict = {}
     return Source(
+        *describe_source(name, options),
+        lambda counts: _hub_documents(name, options, manifest, counts),
+        advice=ADVICE,
+        manifest=manifest,
+    )
+
+
+def describe_source(name: str, options: dict, *more) -> tuple[str, str, str, str, list]:
+    """name, source, version, licence and state of a Source of the hub; more: what else its state depends on."""
+    files = stat_local_dataset(name)
+    return (
         f"hf-{slugify(name)}-{digest(json.dumps([name, options]))[:8]}",
         f"hf:{name}",
         ", ".join(f"{key} {value}" for key, value in options.items() if value is not None),
         f"see the dataset card of {name} on the hub",
-        [name, options] if files is None else [name, options, files],
-        lambda counts: _hub_documents(name, options, manifest, counts),
-        advice="raise --data_limit or choose another dataset",
-        manifest=manifest,
+        [name, options, *more, *([] if files is None else [files])],
     )
 
 
@@ -267,8 +266,9 @@ def download_climbmix(names: list[str], directory: Path, workers: int, recorded:
 def _download(url: str, path: Path, size: int | None, stop: threading.Event, moved: Callable[[float], None]) -> None:
     """Download into a hidden partial file, from which an interrupted download resumes, then rename it.
 
-    huggingface_hub throws partial files away. A cut connection is taken up again as long as bytes arrive. A server
-    that sends more than it announced is Corrupt as soon as it does.
+    huggingface_hub (2.4) writes to a file of each process's own and deletes it at the end, so an interrupted download
+    would start over; nor does it limit what a server may send. A lost connection is retried as long as bytes arrive.
+    A server that sends more than it announced is Corrupt as soon as it does.
     """
     from urllib.request import Request, urlopen
 

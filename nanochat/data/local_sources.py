@@ -44,20 +44,10 @@ READING = 2  # part of the state of the user's files: raise it when the same fil
 LEAST_BYTES = 10_000  # less is not even one batch of the smallest preset
 LEAST_STDLIB_BYTES = 2_000_000
 
-STDLIB_EXCLUDED = {
-    "test",
-    "tests",
-    "ensurepip",
-    "lib2to3",
-    "idlelib",
-    "tkinter",
-    "distutils",
-    "encodings",
-    "pydoc_data",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}
+STDLIB_EXCLUDED = (
+    "test tests ensurepip lib2to3 idlelib tkinter distutils encodings pydoc_data site-packages dist-packages "
+    "__pycache__"
+).split()
 PACKAGES_EXCLUDED = {"test", "tests", "_vendor", "__pycache__"}
 
 
@@ -191,7 +181,7 @@ def _extract_docstrings(source: bytes) -> list[str]:
     return [text for text in found if text and len(text) > 200]
 
 
-def path(source: str, column: str, skip_corrupt: bool) -> Source:
+def plan_path(source: str, column: str, skip_corrupt: bool) -> Source:
     """The documents of a file or of all files below a folder; what a folder holds besides is named and counted."""
     with path_errors_as_user_errors("data", source):
         path = Path(source).expanduser()
@@ -239,7 +229,7 @@ def path(source: str, column: str, skip_corrupt: bool) -> Source:
     if is_folder and not columns and column != "text":
         logger.info(f"data: note: data_column={column!r} has no effect: none of the {len(files)} files has columns")
     return Source(
-        f"{slugify(absolute.name)}-{digest(str(absolute))[:8]}",
+        name_of_path(absolute),
         escape_undecodable(absolute.name),
         f"column {column}" if columns else "text",
         "not known: your own files",
@@ -320,6 +310,11 @@ def path_errors_as_user_errors(name: str, value: str | Path) -> Iterator[None]:
 
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def name_of_path(path: Path) -> str:
+    """Folder name of what is prepared from an absolute path."""
+    return f"{slugify(path.name)}-{digest(str(path))[:8]}"
 
 
 def slugify(name: str) -> str:

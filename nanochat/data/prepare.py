@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 
 from nanochat.data import hub
 from nanochat.data import local_sources as sources
-from nanochat.data.dataset import SPLITS, Dataset, Document, read_clips, read_manifest, read_shard
+from nanochat.data.dataset import SPLITS, Dataset, Document, format_skipped, read_clips, read_manifest, read_shard
 from nanochat.data.encodings import Undecodable, check_encodable, decode_text
 from nanochat.data.folders import NAMED, escape_control
 from nanochat.data.local_sources import Source, digest
 from nanochat.data.splits import is_held_out, is_sane, split_by_bytes
-from nanochat.files import fsync, sha256_of, write_atomically
+from nanochat.files import commit_folder, sha256_of, write_atomically
 from nanochat.system.environment import UserError, base_dir
 from nanochat.system.temporary import file_lock, remove_abandoned, scratch_folder
 
@@ -45,6 +45,22 @@ CLIMBMIX_SHARDS = 8  # training shards when no limit is given: about 0.7 GB to d
 
 
 def prepare(
+    source: str, *, workers: int = 4, skip_corrupt: bool = False, limit: int | None = None, **options
+) -> Dataset:
+    """Make base_dir()/data/<source>/ when it is missing or the source changed; otherwise only open it.
+
+    source: stdlib, packages, climbmix, hf:<dataset>, or the path of a file or folder (.txt .md .py .jsonl .parquet,
+    recursively, without hidden ones; without any of those .csv .tsv .json and compressed files).
+    limit: climbmix training shards, or hub documents. workers: parallel downloads of climbmix. options: of
+    plan_text_source().
+    Raises UserError for a missing, empty or too small source, Corrupt for an unreadable one, Unreachable for the hub.
+    """
+    if source == "climbmix":
+        return _climbmix(limit or CLIMBMIX_SHARDS, workers, skip_corrupt)
+    return open_or_prepare(plan_text_source(source, skip_corrupt=skip_corrupt, limit=limit, **options), skip_corrupt)
+
+
+def plan_text_source(
     source: str,
     *,
     column: str = "text",
@@ -52,25 +68,8 @@ def prepare(
     config: str | None = None,
     limit: int | None = None,
     skip_corrupt: bool = False,
-    workers: int = 4,
-) -> Dataset:
-    """Make base_dir()/data/<source>/ when it is missing or the source changed; otherwise only open it.
-
-    source: stdlib, packages, climbmix, hf:<dataset>, or the path of a file or folder (.txt .md .py .jsonl .parquet,
-    recursively, without hidden ones; without any of those .csv .tsv .json and compressed files). column: of rows.
-    split, config: of a hub dataset.
-    limit: climbmix training shards, or hub documents. workers: parallel downloads of climbmix.
-    Raises UserError for a missing, empty or too small source, Corrupt for an unreadable one, Unreachable for the hub.
-    """
-    if source == "climbmix":
-        return _climbmix(limit or CLIMBMIX_SHARDS, workers, skip_corrupt)
-    return open_or_prepare(plan_text_source(source, column, split, config, limit, skip_corrupt), skip_corrupt)
-
-
-def plan_text_source(
-    source: str, column: str, split: str, config: str | None, limit: int | None, skip_corrupt: bool
 ) -> Source:
-    """What prepare() would read; of anything but climbmix."""
+    """What prepare() would read; of anything but climbmix. column: of rows. split, config: of a hub dataset."""
     if source == "synth":
         raise UserError("data=synth is captioned sounds: set modalities too, as in --modalities=audio:2048")
     if source.startswith("hf:"):
@@ -79,7 +78,7 @@ def plan_text_source(
         return sources.plan_stdlib()
     if source == "packages":
         return sources.plan_packages()
-    return sources.path(source, column, skip_corrupt)
+    return sources.plan_path(source, column, skip_corrupt)
 
 
 def state_of(source: Source) -> str:
@@ -129,12 +128,15 @@ def open_or_prepare(source: Source, skip_corrupt: bool) -> Dataset:
                 target = data / f"{source.name}-v{manifest['fingerprint']['sha256'][:8]}"
                 manifest["name"] = target.name
             _write_manifest(scratch, manifest)
-            _commit(scratch, target)
+            try:
+                commit_folder(scratch, target)
+            except OSError:
+                if read_manifest(target) is None:  # otherwise another process was faster, with the same documents
+                    raise
     manifest = read_manifest(target)
-    left = ", ".join(f"{n} {reason}" for reason, n in manifest["left_out"].items())
     logger.info(
         f"data: {manifest['fingerprint']['files']} files, {manifest['fingerprint']['bytes'] / 1e6:.2f} MB of text"
-        f"{f' (skipped: {left})' if left else ''} -> {target}"
+        f"{format_skipped(manifest['left_out'])} -> {target}"
     )
     _log_split_rule(manifest)
     return Dataset(target, manifest, skip_corrupt)
@@ -339,9 +341,7 @@ def _make_fingerprint(source: str, version: str, files: int, entries: list[dict]
 def _check_enough(source: Source, entries: list[dict], counts: Counter) -> None:
     sums = {s: [sum(e[k] for e in entries if e["split"] == s) for k in ("documents", "text_bytes")] for s in SPLITS}
     total = sum(size for _, size in sums.values())
-    found = f"{counts['files']} files with {total} bytes of text"
-    left = ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()) if reason != "files")
-    found += f" (skipped: {left})" if left else ""
+    found = f"{counts['files']} files with {total} bytes of text{format_skipped(counts)}"
     if total < source.least_bytes:
         advice = source.advice
         if source.undecodable:
@@ -434,15 +434,3 @@ def _scratch(data: Path, name: str) -> Iterator[Path]:
     remove_abandoned(data, ".*.tmp")
     with scratch_folder(data / name) as scratch:
         yield scratch
-
-
-def _commit(scratch: Path, target: Path) -> None:
-    """Make the finished folder count: everything on disk first, then the rename, then the parent."""
-    for path in (*scratch.iterdir(), scratch):
-        fsync(path)
-    try:
-        os.rename(scratch, target)
-    except OSError:
-        if read_manifest(target) is None:  # otherwise another process was faster, with the same documents
-            raise
-    fsync(target.parent)

@@ -7,9 +7,9 @@ Ids: the ranks first (bytes and merges), then nanochat's 9 special tokens, then 
 
 import base64
 import hashlib
+import io
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,8 +20,8 @@ import tiktoken
 
 from nanochat.data.dataset import Dataset
 from nanochat.data.tokenizer_sample import TrainingSample, log_progress
+from nanochat.files import new_folder, open_atomic
 from nanochat.system.environment import UserError
-from nanochat.system.temporary import scratch_folder
 
 # GPT-4's way of splitting (arXiv 2303.08774 gives no regex; tiktoken's cl100k_base does) with two changes. Digits come
 # in groups of at most 2: small vocabularies have no room for 1000 numbers. And every repetition is bounded, so that no
@@ -156,7 +156,7 @@ class Tokenizer:
     # -- files --------------------------------------------------------------------------------------------------------
 
     def save(self, directory: Path | str) -> Path:
-        """Write the three files. A new folder appears whole or not at all; in an existing one each file does.
+        """Write the three files. A new folder appears complete or not at all; in an existing one each file does.
 
         UserError when the folder already holds another tokenizer, or nanochat's; the same one is left as it is.
         """
@@ -171,23 +171,30 @@ class Tokenizer:
                     "choose another folder or delete it"
                 )
             return directory
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with scratch_folder(directory) as temporary:
-            (temporary / "ranks.tiktoken").write_bytes(_format_ranks(self.ranks))
-            (temporary / "tokenizer.json").write_text(self.hugging_face_json(), encoding="utf-8")
-            np.save(temporary / "token_bytes.npy", self.token_bytes)
-            for file in temporary.iterdir():
-                with open(file, "rb") as opened:
-                    os.fsync(opened.fileno())
-            try:
-                os.rename(temporary, directory)
-            except OSError:
-                if not directory.is_dir():
-                    raise
-                # The folder has other files (a checkpoint's), or another process was first: move ours in, ranks last.
-                for name in ("token_bytes.npy", "tokenizer.json", "ranks.tiktoken"):
-                    os.replace(temporary / name, directory / name)
+        if directory.is_dir():  # a checkpoint's; the ranks come last, without which the others do not count
+            for name, content in self._files().items():
+                with open_atomic(directory / name) as file:
+                    file.write(content)
+            return directory
+        try:
+            with new_folder(directory) as folder:
+                for name, content in self._files().items():
+                    (folder / name).write_bytes(content)
+        except OSError:
+            if not directory.is_dir():
+                raise
+            return self.save(directory)  # another process was faster
         return directory
+
+    def _files(self) -> dict[str, bytes]:
+        """Content of each file of the folder, the ranks last."""
+        token_bytes = io.BytesIO()
+        np.save(token_bytes, self.token_bytes)
+        return {
+            "token_bytes.npy": token_bytes.getvalue(),
+            "tokenizer.json": self.hugging_face_json().encode(),
+            "ranks.tiktoken": _format_ranks(self.ranks),
+        }
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":

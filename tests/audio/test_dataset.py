@@ -293,7 +293,7 @@ def test_a_kill_leaves_nothing_that_counts(folder, base):
     """Ended between the shards and the rename. Red when the scratch folder is the target."""
     code = (
         "import os\nfrom nanochat import data_pipeline\nfrom nanochat.config.settings import Settings\n"
-        f"from nanochat.data import prepare\nprepare._commit = lambda *a: os._exit(9)\n"
+        f"from nanochat.data import prepare\nprepare.commit_folder = lambda *a: os._exit(9)\n"
         f"data_pipeline.prepare_for(Settings(data={str(folder)!r}, "
         "modalities='audio:16', codebooks=2, codec='mdct'))\n"
     )

@@ -3,15 +3,7 @@ import pytest
 from scipy.linalg import sqrtm
 
 from nanochat.audio import synth as synth_audio
-from nanochat.audio.distance import (
-    codebook_usage,
-    frechet,
-    frechet_dsp,
-    log_mel_l1,
-    si_sdr,
-    stft_convergence,
-    tabulate_distances,
-)
+from nanochat.audio.distance import frechet, frechet_dsp, log_mel_l1, si_sdr, stft_convergence, tabulate_distances
 
 RATE = 16000
 RNG = np.random.default_rng(0)
@@ -60,12 +52,6 @@ def test_frechet_dsp_tells_sets_of_other_sounds_apart():
     silent = [np.zeros(RATE), np.zeros(100)]
     assert np.isfinite(frechet_dsp(silent, organ, RATE))
     assert np.isfinite(frechet_dsp(organ, silent, RATE))
-
-
-def test_the_use_of_codebooks():
-    """Red when axis is 0, or the logarithm natural."""
-    codes = [np.array([[0, 1, 2, 3], [5, 5, 5, 5]]), np.array([[4, 5, 6, 7], [5, 5, 5, 5]])]
-    assert codebook_usage(codes, 8) == [{"used": 8, "entropy_bits": 3.0}, {"used": 1, "entropy_bits": 0.0}]
 
 
 def test_the_table_takes_means_over_sounds_that_are_there():

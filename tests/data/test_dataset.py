@@ -524,7 +524,7 @@ def test_a_kill_leaves_nothing_that_counts(tmp_path, tiny_corpus, moment, base):
 
     Red when open_or_prepare writes into the target folder instead of the scratch folder.
     """
-    patch = {"while writing shards": "prepare._describe_shard", "before the rename": "prepare._commit"}[moment]
+    patch = {"while writing shards": "prepare._describe_shard", "before the rename": "prepare.commit_folder"}[moment]
     code = f"import os, sys\nfrom nanochat.data import prepare\n{patch} = lambda *a: os._exit(9)\n"
     code += "prepare.prepare(sys.argv[1])\n"
     process = Forked([sys.executable, "-c", code, tiny_corpus])
