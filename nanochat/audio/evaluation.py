@@ -146,7 +146,7 @@ def measure_adherence(
                 sound=(generated[i], codec.sample_rate),
                 reference=(real[i], codec.sample_rate),
                 measured=heard[i],
-                hits=audio_eval.hits(heard[i], wanted[i]),
+                hits=audio_eval.compare_attributes(heard[i], wanted[i]),
                 split=split,
             )
             for i in _spread(mine, SHOWN)
